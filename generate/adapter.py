@@ -1,0 +1,46 @@
+"""Generate with a base and what a finetune script trained over it.
+
+    python generate/adapter.py --prompt "A table for two at Nordlys on Sunday, 7 pm please. Ingrid"
+    python generate/adapter.py --trained_dir out/adapter/my --prompt "..." --sampling.temperature 0.8
+
+The trained folder says which method it is, which base it needs and how prompts are worded.
+"""
+
+import sys
+
+from lit_llama import cli
+from lit_llama.checkpoint import load_trained_folder
+from lit_llama.devices import base_dtype, default_device
+from lit_llama.generate import Sampling, stream_answer
+from lit_llama.tokenizer import Tokenizer
+
+
+def main(
+    prompt: str,
+    input: str = "",
+    trained_dir: str = "out/adapter/bookings",
+    checkpoint_dir: str | None = None,
+    max_new_tokens: int = 256,
+    sampling: Sampling = Sampling(),
+    precision: str = "auto",
+) -> None:
+    """Answer a prompt with a finetuned model.
+
+    Args:
+        prompt: The instruction.
+        input: What the instruction is about, as in an Alpaca record.
+        trained_dir: Folder that a finetune script wrote.
+        checkpoint_dir: Folder of the base, where it is no longer where it was in training.
+        max_new_tokens: The longest answer.
+        sampling: How the next token is chosen.
+        precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
+    """
+    device = default_device()
+    model, method = load_trained_folder(trained_dir, checkpoint_dir, base_dtype(precision, device), device)
+    print(f"{method['method']} over {method['base']['name']}", file=sys.stderr)
+    tokenizer = Tokenizer(checkpoint_dir or method["base"]["checkpoint_dir"])
+    stream_answer(model, tokenizer, method["prompt_style"], prompt, input, max_new_tokens, sampling)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,44 @@
+"""Generate with a base model, or with any checkpoint folder.
+
+python generate/base.py --prompt "What is the capital of France?"
+python generate/base.py --prompt "Once upon a time" --prompt_style plain --sampling.temperature 0.8
+"""
+
+from lit_llama import cli
+from lit_llama.checkpoint import load_model
+from lit_llama.devices import base_dtype, default_device
+from lit_llama.download import DEFAULT_BASE
+from lit_llama.generate import Sampling, stream_answer
+from lit_llama.prompts import choose_style
+from lit_llama.tokenizer import Tokenizer
+
+
+def main(
+    prompt: str,
+    input: str = "",
+    checkpoint_dir: str = DEFAULT_BASE,
+    prompt_style: str | None = None,
+    max_new_tokens: int = 256,
+    sampling: Sampling = Sampling(),
+    precision: str = "auto",
+) -> None:
+    """Answer a prompt with a base model.
+
+    Args:
+        prompt: The instruction, or with --prompt_style plain the text to continue.
+        input: What the instruction is about, as in an Alpaca record.
+        checkpoint_dir: Folder of the model.
+        prompt_style: alpaca, chatml, llama2, llama3 or plain; by default what the tokenizer tells.
+        max_new_tokens: The longest answer.
+        sampling: How the next token is chosen.
+        precision: Width of the weights: bf16-true, 32-true, or auto for the faster one.
+    """
+    tokenizer = Tokenizer(checkpoint_dir)
+    style = choose_style(prompt_style, tokenizer)
+    device = default_device()
+    model = load_model(checkpoint_dir, base_dtype(precision, device), device)
+    stream_answer(model, tokenizer, style, prompt, input, max_new_tokens, sampling)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,55 @@
+"""The command line of every script: flags from main's signature, errors of the user in one line."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Something the user can put right: the message says what was found, with the numbers, and the way out."""
+
+
+class Interrupted(Exception):
+    """Training was stopped by the user after its state was saved."""
+
+
+def run(main: Callable) -> None:
+    """Call ``main`` with the command line's flags.
+
+    A UserError ends the program with one line and exit code 2, Ctrl-C with 130.
+    """
+    from jsonargparse import auto_parser
+
+    global command_line
+    parser = auto_parser(main, as_positional=False)
+    try:
+        config = parser.parse_args(bare_switches(main, sys.argv[1:]))
+        command_line = parser.dump(config, skip_none=False)
+        arguments = parser.instantiate_classes(config)
+        arguments.pop("config", None)
+        main(**arguments)
+    except UserError as error:
+        leave(f"error: {error}", 2)
+    except Interrupted as stopped:
+        leave(str(stopped), 130)
+    except KeyboardInterrupt:
+        leave("interrupted", 130)
+
+
+command_line: str | None = None  # the resolved flags as YAML, for a run to save beside its output
+
+
+def leave(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def bare_switches(main: Callable, args: list[str]) -> list[str]:
+    """Let ``--resume`` stand for ``--resume true``: jsonargparse wants a value for every bool."""
+    switches = {f"--{p.name}" for p in inspect.signature(main).parameters.values() if isinstance(p.default, bool)}
+    spelled = []
+    for arg, following in zip(args, [*args, "--"][1:], strict=True):
+        spelled += [arg, "true"] if arg in switches and following.startswith("--") else [arg]
+    return spelled

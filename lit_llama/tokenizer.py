@@ -1,0 +1,180 @@
+"""The tokenizer of a checkpoint folder: tokenizer.json or tokenizer.model behind one small class.
+
+Text is only ever text here: "</s>" or "<|im_end|>" inside a string is encoded as the characters it is made of. Control
+tokens enter a sequence by their ids (``bos_id``, ``eos_id``, ``control_id``) alone, so data cannot forge a turn.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+
+import tokenizers
+from sentencepiece import SentencePieceProcessor
+from tokenizers import decoders, pre_tokenizers
+
+from lit_llama.checkpoint import CONFIG_FILE, read_json
+from lit_llama.cli import UserError
+
+JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+MAX_PADDING = 1024  # a model may have some more rows than tokens, to make their number a round one
+
+
+class Tokenizer:
+    """tokenizer.json (tokenizers) or tokenizer.model (sentencepiece) of a checkpoint folder; the first where both are.
+
+    ``decode(encode(text)) == text`` for every string of Unicode, but for what a vocabulary cannot say: sentencepiece
+    writes a space as U+2581 and so reads U+2581 as a space; a byte-level vocabulary may lack bytes (SmolLM2's those of
+    U+0004, U+0006, U+0013, U+0014, U+0016, U+001D and of the unassigned planes 4 to 11). ``encode`` drops such bytes
+    with a warning; transformers drops them too.
+
+    Attributes: ``vocab_size``; ``bos_id``, what the model expects in front of every sequence, None when it expects
+    nothing; ``eos_id``; ``chat_template``, the Jinja source that came with the tokenizer, None without one.
+    Raises UserError when there is no tokenizer, when it is damaged, or when it is not the model's.
+    """
+
+    def __init__(self, checkpoint_dir: Path | str):
+        folder = Path(checkpoint_dir)
+        settings = read_json(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).exists() else {}
+        if (folder / JSON_FILE).exists():
+            self.backend = JSONBackend(folder, settings)
+        elif (folder / SENTENCEPIECE_FILE).exists():
+            self.backend = SentencePieceBackend(folder)
+        else:
+            raise UserError(
+                f"{folder} holds neither {JSON_FILE} nor {SENTENCEPIECE_FILE}; copy there the one that the weights "
+                "came with, or convert the checkpoint again with one of scripts/convert_*.py"
+            )
+        if self.backend.eos_id is None:
+            raise UserError(f"{folder} does not say which token ends a text; name it in {SETTINGS_FILE} as eos_token")
+        self.vocab_size, self.bos_id, self.eos_id = self.backend.vocab_size, self.backend.bos_id, self.backend.eos_id
+        self.chat_template = chat_template(folder, settings)
+        rows = read_json(folder / CONFIG_FILE).get("vocab_size") if (folder / CONFIG_FILE).exists() else None
+        if isinstance(rows, int) and not 0 <= rows - self.vocab_size < MAX_PADDING:
+            raise UserError(
+                f"{folder}: the tokenizer has {self.vocab_size} tokens, but the model {rows} ({CONFIG_FILE}); "
+                "copy there the tokenizer that the weights came with"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of plain text, without bos or eos. Raises UserError for a lone surrogate, which is no text."""
+        try:
+            data = text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the text holds a lone surrogate, {text[error.start]!r} at character {error.start}, which is not "
+                "valid Unicode: half of an emoji was cut off; repair or remove it"
+            ) from None
+        if unknown := data.translate(None, delete=self.backend.known_bytes):
+            names = " ".join(f"{byte:02x}" for byte in sorted(set(unknown)))
+            warnings.warn(f"the vocabulary has no token for {len(unknown)} bytes ({names}): dropped", stacklevel=2)
+        return self.backend.encode(text)
+
+    def control_id(self, token: str) -> int | None:
+        """The id of a control token such as "<|im_end|>", None if there is none of that name."""
+        return self.backend.controls.get(token)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The inverse of encode. Control tokens become their names, a model's padding rows nothing.
+
+        Each stretch between control tokens was encoded on its own, so each loses its own leading dummy space.
+        """
+        names = self.backend.standalone
+        stretches = groupby(ids, key=lambda i: i in names or i >= self.vocab_size)
+        return "".join(
+            "".join(names.get(i, "") for i in run) if alone else self.backend.decode(list(run))
+            for alone, run in stretches
+        )
+
+
+class JSONBackend:
+    """tokenizer.json through the tokenizers library."""
+
+    def __init__(self, folder: Path, settings: dict):
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / JSON_FILE))
+        except Exception as error:  # the library raises nothing more specific
+            raise UserError(f"{folder / JSON_FILE} is damaged ({error}); copy it from the weights again") from None
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True  # as text
+        vocab = self.tokenizer.get_vocab(with_added_tokens=True)
+        added = self.tokenizer.get_added_tokens_decoder()
+        self.controls = {token.content: i for i, token in added.items() if token.special}
+        # A normalizer that prepends a space does so again after each added token; Metaspace, without one, does not.
+        self.standalone = {i: t.content for i, t in added.items() if t.special or self.tokenizer.normalizer is not None}
+        self.vocab_size = max(vocab.values()) + 1
+        is_byte_level = isinstance(self.tokenizer.decoder, decoders.ByteLevel)
+        self.known_bytes = byte_level_bytes(vocab) if is_byte_level else bytes(range(256))
+        eos = vocab.get(token_text(settings.get("eos_token")))
+        self.eos_id = generation_eos(folder) if eos is None else eos
+        bos = vocab.get(token_text(settings.get("bos_token")))
+        in_front = self.tokenizer.encode("", add_special_tokens=True).ids[:1]  # what the post-processor adds
+        if bos is None and in_front != [self.eos_id]:
+            bos = next(iter(in_front), None)
+        wanted = settings.get("add_bos_token")
+        self.bos_id: int | None = bos if (in_front == [bos] if wanted is None else wanted) else None
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+class SentencePieceBackend:
+    """tokenizer.model through sentencepiece: LLaMA 1 and 2."""
+
+    known_bytes = bytes(range(256))  # each has a token, <0x00> to <0xFF>
+
+    def __init__(self, folder: Path):
+        try:
+            self.processor = SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE))
+        except (RuntimeError, OSError):
+            raise UserError(
+                f"{folder / SENTENCEPIECE_FILE} is not a sentencepiece model; copy it from the weights again. The file "
+                f"of that name in Llama 3's original release is tiktoken's: take the {JSON_FILE} of its release for "
+                "transformers instead"
+            ) from None
+        self.vocab_size = self.processor.vocab_size()
+        self.bos_id, self.eos_id = (i if i >= 0 else None for i in (self.processor.bos_id(), self.processor.eos_id()))
+        is_control = [self.processor.is_control(i) or self.processor.is_unknown(i) for i in range(self.vocab_size)]
+        self.standalone = {i: self.processor.id_to_piece(i) for i in range(self.vocab_size) if is_control[i]}
+        self.controls = {piece: i for i, piece in self.standalone.items()}
+
+    def encode(self, text: str) -> list[int]:
+        return self.processor.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.processor.decode(ids)
+
+
+def token_text(entry: str | dict | None) -> str | None:
+    """tokenizer_config.json has a token as its text, or as an object with the text in it."""
+    return entry.get("content") if isinstance(entry, dict) else entry
+
+
+def chat_template(folder: Path, settings: dict) -> str | None:
+    """chat_template.jinja where there is one, else the template in tokenizer_config.json."""
+    path = folder / "chat_template.jinja"
+    template = path.read_text(encoding="utf-8") if path.exists() else settings.get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def generation_eos(folder: Path) -> int | None:
+    """The (first) eos of generation_config.json."""
+    path = folder / "generation_config.json"
+    eos = read_json(path).get("eos_token_id") if path.exists() else None
+    return eos[0] if isinstance(eos, list) and eos else eos
+
+
+def byte_level_bytes(vocab: dict[str, int]) -> bytes:
+    """The bytes that a byte-level vocabulary has a token for.
+
+    GPT-2 writes a printable Latin-1 byte as its character and the others, in their order, as U+0100, U+0101, ...
+    """
+    printable = {ord(char) for char in pre_tokenizers.ByteLevel.alphabet() if ord(char) < 256}
+    others = [byte for byte in range(256) if byte not in printable]
+    return bytes(b for b in range(256) if chr(b if b in printable else 256 + others.index(b)) in vocab)

@@ -1,0 +1,71 @@
+"""Fetch Stanford Alpaca's 52,002 instructions and check them, for finetuning on --data data/alpaca.
+
+    python scripts/prepare_alpaca.py
+    python scripts/prepare_alpaca.py --source alpaca_data.json      # a copy that lies here already
+
+The data is https://github.com/tatsu-lab/stanford_alpaca, licensed CC BY-NC 4.0: not for commercial use.
+"""
+
+import hashlib
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from lit_llama import cli
+from lit_llama.checkpoint import whole_file
+from lit_llama.cli import UserError
+from lit_llama.data import hash_fraction, read_samples
+
+URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
+N_RECORDS = 52_002
+
+
+def main(
+    out_dir: str = "data/alpaca", source: str = URL, n_records: int = N_RECORDS, val_fraction: float = 0.01
+) -> None:
+    """Write train.json and validation.json.
+
+    Args:
+        out_dir: Where to write them.
+        source: Address or path of alpaca_data.json.
+        n_records: How many records it must hold; another number is refused.
+        val_fraction: The part held out, chosen by a hash of each record.
+    """
+    if not 0 < val_fraction < 1:
+        raise UserError(f"--val_fraction {val_fraction} must lie between 0 and 1")
+    content = fetch(source)
+    print(f"{source}: {len(content):,} bytes, sha256 {hashlib.sha256(content).hexdigest()}")
+    out = Path(out_dir)
+    with whole_file(out / "alpaca.json") as temporary:
+        temporary.write_bytes(content)
+    try:
+        read_samples(out / "alpaca.json")  # names the line of a bad record
+        records = json.loads(content)
+    finally:
+        (out / "alpaca.json").unlink()
+    if len(records) != n_records:
+        raise UserError(f"{source} holds {len(records):,} records instead of {n_records:,}; is it the whole file?")
+    held_out = [hash_fraction(json.dumps(record, sort_keys=True)) < val_fraction for record in records]
+    for name, part in (("train", False), ("validation", True)):
+        rows = [record for record, out_of_train in zip(records, held_out, strict=True) if out_of_train is part]
+        with whole_file(out / f"{name}.json") as temporary:
+            lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+            temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        print(f"{out / name}.json: {len(rows):,} records")
+
+
+def fetch(source: str) -> bytes:
+    if not source.startswith("https://"):
+        if not Path(source).is_file():
+            raise UserError(f"--source {source} is neither a file nor an https address")
+        return Path(source).read_bytes()
+    try:
+        with urllib.request.urlopen(source, timeout=60) as response:
+            return response.read()
+    except (urllib.error.URLError, OSError) as error:
+        raise UserError(f"{source} could not be fetched ({error}); download it and pass its path by --source") from None
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,29 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HUB = ["huggingface_hub>=0.24"]
+TEST = ["pytest>=8", "ruff>=0.6", "hypothesis>=6.100", "transformers>=4.46", "peft>=0.13"]
+
+setup(
+    name="lit-llama",
+    version="0.1.0",
+    description="A readable LLaMA and every finetuning method around LLaMA-Adapter",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["lit_llama", "lit_llama.*"]),
+    install_requires=[
+        "torch>=2.5,<2.14",  # bounded: a newer one may bring gigabytes of CUDA packages or other numbers
+        "lightning>=2.4",
+        "sentencepiece>=0.2",
+        "jsonargparse[signatures]>=4.35",
+        "tqdm>=4.66",
+        "safetensors>=0.4.5",
+        "tokenizers>=0.20",
+        "gguf>=0.16",
+        "numpy",
+    ],
+    extras_require={"hub": HUB, "test": TEST},
+)

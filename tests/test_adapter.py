@@ -1,0 +1,240 @@
+"""LLaMA-Adapter against the paper's formula, against PEFT, and against everything that broke it elsewhere."""
+
+import math
+
+import pytest
+import torch
+from test_model import SCALING, TINY, tiny_model, transformers_model
+
+from lit_llama.checkpoint import load_trained, save_tensors, trained_tensors
+from lit_llama.generate import generate
+from lit_llama.methods import METHODS
+from lit_llama.methods.adapter import AdapterAttention, add_adapter
+from lit_llama.model import LLaMA, LLaMAConfig, apply_rope
+from lit_llama.train import target_loss
+
+SHAPES = [dict(), dict(n_kv_head=6), dict(tie_embeddings=True, rope_scaling=SCALING)]
+
+
+def adapted(start_layer=1, prompt_length=5, on=True, **changes) -> LLaMA:
+    """A tiny frozen model with an adapter, its gates random where ``on``."""
+    extra = {key: changes.pop(key) for key in ("gate", "gate_activation") if key in changes}
+    model = tiny_model(**changes)
+    model.requires_grad_(False)
+    add_adapter(model, prompt_length, start_layer, **extra)
+    if on:
+        for block in model.transformer.h[start_layer:]:
+            torch.nn.init.normal_(block.attn.gating_factor)
+    return model
+
+
+def tokens(batch=2, length=11) -> torch.Tensor:
+    return torch.randint(0, TINY["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("7B", 1_229_760), ("tiny-llama-1.1b", 410_240), ("smollm2-135m", 161_532), ("Llama-3.2-1B", 287_168)],
+)
+def test_count_of_trained_numbers(name, expected):
+    with torch.device("meta"):
+        model = LLaMA(LLaMAConfig.from_name(name))
+        model.requires_grad_(False)
+        add_adapter(model)
+    assert sum(t.numel() for t in trained_tensors(model).values()) == expected
+
+
+@pytest.mark.parametrize("changes", SHAPES)
+def test_is_the_base_exactly_at_init(changes):
+    with torch.no_grad():
+        assert torch.equal(adapted(on=False, **changes)(tokens()), tiny_model(**changes)(tokens()))
+
+
+def test_base_keys_and_bytes_are_kept():
+    base, model = tiny_model(), adapted(on=False)
+    kept = {name: t for name, t in model.state_dict().items() if name not in trained_tensors(model)}
+    assert kept.keys() == base.state_dict().keys()
+    train(model, steps=3)
+    for name, tensor in base.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def naive_attention(attn: AdapterAttention, x, cos, sin, gate) -> torch.Tensor:
+    """The paper's formula, one head and one query at a time."""
+    weight, hs = attn.c_attn.weight, attn.head_size
+    wq, wk, wv = weight.split([attn.n_head * hs, attn.n_kv_head * hs, attn.n_kv_head * hs])
+    P, out = attn.adapter_wte.weight, torch.zeros(x.size(0), x.size(1), attn.n_head * hs)
+    for h in range(attn.n_head):
+        g = h // (attn.n_head // attn.n_kv_head)  # the key/value head that this query head uses
+        q_rows, kv_rows = slice(h * hs, (h + 1) * hs), slice(g * hs, (g + 1) * hs)
+        ak, av = P @ wk[kv_rows].T, P @ wv[kv_rows].T  # (K, hs), not rotated
+        for b in range(x.size(0)):
+            q = apply_rope((x[b] @ wq[q_rows].T)[None, None], cos, sin)[0, 0]
+            k = apply_rope((x[b] @ wk[kv_rows].T)[None, None], cos, sin)[0, 0]
+            v = x[b] @ wv[kv_rows].T
+            for t in range(x.size(1)):
+                text = (k[: t + 1] @ q[t] / math.sqrt(hs)).softmax(0) @ v[: t + 1]
+                prompt = (ak @ q[t] / math.sqrt(hs)).softmax(0) @ av
+                out[b, t, q_rows] = text + gate[h] * prompt
+    return out @ attn.c_proj.weight.T
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(n_kv_head=6), dict(gate="layer"), dict(gate_activation="tanh")])
+def test_equals_the_papers_formula_with_random_gates(changes):
+    model = adapted(**changes)
+    attn = model.transformer.h[1].attn
+    x, (cos, sin) = torch.randn(2, 7, TINY["n_embd"]), model.rope(torch.arange(7))
+    gate = attn.gating_factor.flatten()
+    gate = gate.tanh() if changes.get("gate_activation") == "tanh" else gate
+    with torch.no_grad():
+        expected = naive_attention(attn, x, cos, sin, gate.expand(attn.n_head))
+        torch.testing.assert_close(attn(x, cos, sin), expected, atol=1e-5, rtol=1e-4)
+        attn.gating_factor.zero_()
+        assert (attn(x, cos, sin) - expected).abs().max() > 0.05  # the prompt was really in it
+
+
+def test_only_the_top_blocks_are_changed():
+    model = adapted(start_layer=2)
+    assert [type(block.attn) is AdapterAttention for block in model.transformer.h] == [False, False, True]
+
+
+def train(model: LLaMA, steps: int) -> list[float]:
+    optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=0.01)
+    losses = []
+    for _ in range(steps):
+        loss = target_loss(model, tokens(), tokens().roll(-1, 1))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_only_the_intended_tensors_train_and_each_moves_within_three_steps():
+    model = adapted(on=False)
+    before = {name: t.clone() for name, t in trained_tensors(model).items()}
+    expected = {f"transformer.h.{i}.attn.{t}" for i in (1, 2) for t in ("adapter_wte.weight", "gating_factor")}
+    assert before.keys() == expected
+    losses = train(model, steps=3)
+    for name, tensor in trained_tensors(model).items():
+        assert not torch.equal(tensor, before[name]), name
+    assert losses[-1] < losses[0]
+
+
+def test_only_gates_move_on_the_first_step():
+    model = adapted(on=False)
+    target_loss(model, tokens(), tokens().roll(-1, 1)).backward()
+    for block in model.transformer.h[1:]:
+        assert block.attn.adapter_wte.weight.grad.abs().max() == 0
+        assert block.attn.gating_factor.grad.abs().min() > 0
+
+
+def test_blocks_below_the_first_changed_one_build_no_graph():
+    model = adapted(start_layer=2)
+    seen = []
+    for block in model.transformer.h:
+        block.register_forward_hook(lambda _, __, output: seen.append(output.requires_grad))
+    model(tokens())
+    assert seen == [False, False, True]
+
+
+def test_gradients_by_finite_differences():
+    model = adapted(start_layer=2, prompt_length=2).double()
+    attn = model.transformer.h[2].attn
+    ids, targets = tokens(1, 5), tokens(1, 5).roll(-1, 1)
+
+    def loss(prompt, gate):
+        names = "transformer.h.2.attn.adapter_wte.weight", "transformer.h.2.attn.gating_factor"
+        logits = torch.func.functional_call(model, dict(zip(names, (prompt, gate), strict=True)), (ids,))
+        return torch.nn.functional.cross_entropy(logits[0], targets[0])
+
+    inputs = [t.detach().double().requires_grad_() for t in (attn.adapter_wte.weight, attn.gating_factor)]
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("changes", SHAPES)
+def test_cached_decoding_equals_uncached(changes):
+    model = adapted(**changes).eval()
+    with torch.no_grad():
+        full = model(tokens())
+        model.set_kv_cache(2, 16)
+        parts = [model(tokens()[:, a:b], torch.arange(a, b)) for a, b in ((0, 4), (4, 5), (5, 11))]
+    torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_still_reaches_the_prompts_after_a_sample_and_a_validation():
+    model = adapted()
+    list(generate(model, [1, 2, 3], 4, stop=set()))
+    with torch.no_grad():
+        target_loss(model, tokens(), tokens().roll(-1, 1))
+    for _ in range(2):  # a second backward through something kept would raise
+        target_loss(model, tokens(), tokens().roll(-1, 1)).backward()
+    assert all(block.attn.adapter_wte.weight.grad.abs().sum() > 0 for block in model.transformer.h[1:])
+
+
+def test_a_sample_after_training_uses_the_new_prompts():
+    model = adapted()
+    prompt = [1, 2, 3]
+    list(generate(model, prompt, 4, stop=set()))
+    for block in model.transformer.h[1:]:
+        torch.nn.init.normal_(block.attn.adapter_wte.weight, std=5.0)
+    answer = list(generate(model, prompt, 4, stop=set()))
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(4):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    assert ids[3:] == answer
+
+
+def test_save_and_load_give_equal_logits(tmp_path):
+    trained = adapted()
+    train(trained, steps=2)
+    save_tensors(tmp_path / "trained.safetensors", trained_tensors(trained))
+    loaded = adapted(on=False)
+    load_trained(loaded, tmp_path / "trained.safetensors")
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens()), trained(tokens()))
+
+
+def test_trained_tensors_are_float32_over_a_bfloat16_base():
+    model = tiny_model().to(torch.bfloat16)
+    model.requires_grad_(False)
+    add_adapter(model, 5, 1)
+    for block in model.transformer.h[1:]:
+        torch.nn.init.normal_(block.attn.gating_factor)
+    assert all(t.dtype == torch.float32 for t in trained_tensors(model).values())
+    assert model(tokens()).dtype == torch.bfloat16
+    assert train(model, steps=1)[0] > 0
+
+
+def test_arguments_out_of_range_are_refused():
+    for arguments in (dict(prompt_length=0), dict(start_layer=3), dict(gate="row"), dict(gate_activation="relu")):
+        with pytest.raises(ValueError):
+            METHODS["adapter"](tiny_model(), **arguments)
+
+
+def test_equals_pefts_adaption_prompt_on_smollm2_shapes():
+    from peft import AdaptionPromptConfig, get_peft_model
+
+    config = LLaMAConfig.from_name("smollm2-135m", n_layer=4, vocab_size=512)
+    torch.manual_seed(0)
+    model = LLaMA(config).init_weights(0.05)
+    theirs = transformers_model(model)
+    model.requires_grad_(False)
+    add_adapter(model, prompt_length=10, start_layer=1, gate="layer")
+    peft_config = AdaptionPromptConfig(
+        adapter_len=10, adapter_layers=3, target_modules="self_attn", task_type="CAUSAL_LM"
+    )
+    theirs = get_peft_model(theirs, peft_config).eval()
+    for block, layer in zip(model.transformer.h[1:], theirs.base_model.model.model.layers[1:], strict=True):
+        torch.nn.init.normal_(block.attn.gating_factor)
+        with torch.no_grad():
+            layer.self_attn.adaption_gate.copy_(block.attn.gating_factor.flatten())
+            layer.self_attn.adaption_prompt.copy_(block.attn.adapter_wte.weight[None])
+    idx = torch.randint(0, 512, (2, 40))
+    with torch.no_grad():
+        ours = model(idx)
+        torch.testing.assert_close(ours, theirs(idx).logits, atol=1e-4, rtol=1e-4)
+        for block in model.transformer.h[1:]:
+            block.attn.gating_factor.zero_()
+        assert (model(idx) - ours).abs().max() > 0.01

@@ -1,0 +1,209 @@
+"""Checkpoint folders and trained folders: whole or absent, strict, and only ever with their own base."""
+
+import json
+import shutil
+from dataclasses import asdict
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tools import make_base
+
+from lit_llama.checkpoint import (
+    describe_base,
+    fingerprint,
+    load_config,
+    load_model,
+    load_trained_folder,
+    save_checkpoint,
+    save_tensors,
+    shard_files,
+    tensor_shapes,
+    trained_tensors,
+    whole_file,
+    whole_folder,
+    write_json,
+)
+from lit_llama.cli import UserError
+from lit_llama.methods.adapter import add_adapter
+
+
+@pytest.fixture
+def base(tmp_path):
+    return make_base(tmp_path / "base")
+
+
+def make_trained(folder, base):
+    model = load_model(base)
+    model.requires_grad_(False)
+    add_adapter(model, prompt_length=3, start_layer=1)
+    for block in model.transformer.h[1:]:
+        torch.nn.init.normal_(block.attn.gating_factor)
+    method = {"method": "adapter", "arguments": {"prompt_length": 3, "start_layer": 1}, "prompt_style": "chatml"}
+    write_json(folder / "method.json", {**method, "base": describe_base(base)})
+    save_tensors(folder / "trained.safetensors", trained_tensors(model))
+    return model
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# files
+
+
+def test_a_file_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(RuntimeError), whole_file(tmp_path / "a") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
+
+
+def test_a_folder_is_whole_or_absent(tmp_path):
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "new") as temporary:
+        (temporary / "half").write_text("x")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="exists already"), whole_folder(tmp_path):
+        pass
+
+
+def test_tensors_are_readable_by_others(tmp_path):
+    (tmp_path / "plain").touch()
+    save_tensors(tmp_path / "t", {"a": torch.zeros(2)})
+    assert (tmp_path / "t").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+# checkpoint folders
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard_bytes", [4 * 2**30, 10_000])
+def test_round_trip_in_one_file_or_in_shards(tmp_path, tied, shard_bytes):
+    model = load_model(make_base(tmp_path / "base", tie_embeddings=tied))
+    state = {name: model.state_dict()[name] for name in tensor_shapes(model.config)}
+    assert ("lm_head.weight" in state) is not tied
+    (tmp_path / "copy").mkdir()
+    save_checkpoint(tmp_path / "copy", model.config, state.items(), shard_bytes)
+    assert (len(shard_files(tmp_path / "copy")) > 1) is (shard_bytes == 10_000)
+    copy = load_model(tmp_path / "copy")
+    assert asdict(copy.config) == asdict(model.config)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(copy.state_dict()[name], tensor)
+    assert (copy.lm_head.weight is copy.transformer.wte.weight) is tied
+    assert fingerprint(tmp_path / "copy") == fingerprint(tmp_path / "base")
+
+
+def test_weights_stay_memory_mapped_where_the_dtype_is_the_stored_one(base):
+    stored = load_file(base / "model.safetensors")["transformer.wte.weight"]
+    assert torch.equal(load_model(base).transformer.wte.weight, stored)
+    assert load_model(base, torch.bfloat16).transformer.wte.weight.dtype == torch.bfloat16
+
+
+def change_tensors(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+BROKEN = {
+    "no config": (lambda b: (b / "config.json").unlink(), "config.json is missing"),
+    "config of another project": (lambda b: (b / "config.json").write_text('{"dim": 1}'), "convert the checkpoint"),
+    "absurd config": (lambda b: edit_json(b / "config.json", n_layer=-1), "n_layer must be a positive"),
+    "not JSON": (lambda b: (b / "config.json").write_text("{"), "not valid JSON"),
+    "no weights": (lambda b: (b / "model.safetensors").unlink(), "model.safetensors is missing"),
+    "cut weights": (
+        lambda b: (b / "model.safetensors").write_bytes((b / "model.safetensors").read_bytes()[:-9]),
+        "not a whole safetensors file",
+    ),
+    "missing tensor": (
+        lambda b: change_tensors(b / "model.safetensors", lambda t: t.pop("lm_head.weight")),
+        "lm_head.weight is missing",
+    ),
+    "extra tensor": (
+        lambda b: change_tensors(b / "model.safetensors", lambda t: t.update(extra=torch.zeros(1))),
+        "extra is not expected",
+    ),
+    "wrong shape": (lambda b: edit_json(b / "config.json", intermediate_size=49), r"instead of \(49, 32\)"),
+    "index out of the folder": (
+        lambda b: (b / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x"}}'),
+        "file names of its own folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_checkpoints_are_refused_with_the_reason(base, name):
+    change, message = BROKEN[name]
+    change(base)
+    with pytest.raises(UserError, match=message):
+        load_model(base)
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_not_written_silently(tmp_path):
+    config = load_config(make_base(tmp_path / "base"))
+    with pytest.raises(UserError, match="is missing"):
+        save_checkpoint(tmp_path, config, [("transformer.wte.weight", torch.zeros(259, 32))])
+    with pytest.raises(UserError, match="comes twice"):
+        save_checkpoint(tmp_path, config, [("a", torch.zeros(1))] * 2)
+
+
+# trained folders
+
+
+def test_a_trained_folder_brings_its_method_back(base, tmp_path):
+    model = make_trained(tmp_path / "out", base)
+    loaded, method = load_trained_folder(tmp_path / "out")
+    idx = torch.arange(9)[None]
+    assert method["method"] == "adapter" and torch.equal(loaded(idx), model(idx))
+    assert not torch.equal(loaded(idx), load_model(base)(idx))
+
+
+def test_the_base_may_move_but_not_change(base, tmp_path):
+    make_trained(tmp_path / "out", base)
+    base.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="tiny in .*base, which is missing; pass --checkpoint_dir"):
+        load_trained_folder(tmp_path / "out")
+    load_trained_folder(tmp_path / "out", tmp_path / "moved")
+    other = make_base(tmp_path / "other", seed=2)
+    with pytest.raises(UserError, match="trained on tiny .fingerprint .* but .*other holds tiny"):
+        load_trained_folder(tmp_path / "out", other)
+
+
+def test_fingerprint_tells_a_single_tensor_apart(base):
+    before = fingerprint(base)
+    change_tensors(base / "model.safetensors", lambda t: t["transformer.h.1.rms_2.weight"].mul_(1.01))
+    assert fingerprint(base) != before
+
+
+TRAINED_BROKEN = {
+    "no method.json": (lambda f: (f / "method.json").unlink(), "not what a finetune script wrote"),
+    "unknown method": (lambda f: edit_json(f / "method.json", method="os.system"), "names none of the methods"),
+    "other arguments": (
+        lambda f: edit_json(f / "method.json", arguments={"prompt_length": 4}),
+        "does not fit the model",
+    ),
+    "unknown argument": (lambda f: edit_json(f / "method.json", arguments={"rows": 4}), "arguments do not fit adapter"),
+    "no tensors": (lambda f: (f / "trained.safetensors").unlink(), "trained.safetensors is missing"),
+    "tensor missing": (
+        lambda f: change_tensors(f / "trained.safetensors", lambda t: t.pop("transformer.h.1.attn.gating_factor")),
+        "gating_factor is missing",
+    ),
+    "a tensor of the base": (
+        lambda f: change_tensors(
+            f / "trained.safetensors", lambda t: t.update({"transformer.ln_f.weight": torch.zeros(32)})
+        ),
+        "transformer.ln_f.weight is not expected",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED_BROKEN)
+def test_broken_trained_folders_are_refused_with_the_reason(base, tmp_path, name):
+    make_trained(tmp_path / "out", base)
+    change, message = TRAINED_BROKEN[name]
+    change(tmp_path / "out")
+    with pytest.raises(UserError, match=message):
+        load_trained_folder(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")

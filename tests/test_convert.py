@@ -1,0 +1,332 @@
+"""Hugging Face, Meta and Lit-LLaMA checkpoints against transformers on the same weights, and what must be refused.
+
+The layouts are written out here once more, independently: a mistake in convert.py must not hide in a shared helper.
+"""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lit_llama.checkpoint import load_config, load_model
+from lit_llama.cli import UserError
+from lit_llama.convert import convert_hf, convert_lit, convert_meta
+from lit_llama.model import CONFIGS, LLaMAConfig
+
+C, LAYERS, HEADS, KV_HEADS, HS, VOCAB, HIDDEN = 32, 2, 4, 2, 8, 100, 96  # HIDDEN as Meta computes it from C
+TINY = dict(
+    block_size=64, vocab_size=VOCAB, n_layer=LAYERS, n_head=HEADS, n_kv_head=KV_HEADS, n_embd=C, head_size=HS,
+    intermediate_size=HIDDEN, norm_eps=1e-5,
+)  # fmt: skip
+
+
+def tiny_hf(seed: int = 0, **changes) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    sizes = dict(
+        vocab_size=VOCAB, hidden_size=C, intermediate_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS, max_position_embeddings=64, rms_norm_eps=1e-5, initializer_range=0.2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})).eval()
+    for name, param in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(param, 0.5, 1.5)  # at ones a norm in the wrong place would pass
+    return model
+
+
+@torch.no_grad()
+def check_logits(folder: Path, theirs: LlamaForCausalLM, tolerance: float = 1e-5) -> None:
+    ours = load_model(folder)
+    idx = torch.randint(ours.config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=tolerance, rtol=1e-5)
+
+
+def refused(match: str, out: Path, convert, *args, **kwargs) -> None:
+    """The call ends in a UserError that matches, and leaves neither ``out`` nor anything temporary beside it."""
+    before = set(out.parent.iterdir())
+    with pytest.raises(UserError, match=match):
+        convert(*args, **kwargs)
+    assert set(out.parent.iterdir()) == before and not out.exists()
+
+
+# ---------------------------------------------------------------------------------------------- Hugging Face
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_hf_safetensors(tmp_path, tied, shard):
+    theirs = tiny_hf(tie_word_embeddings=tied)
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size=shard)
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1 or shard == "1GB"
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    config = convert_hf(tmp_path / "hf", tmp_path / "ours")
+    assert config == load_config(tmp_path / "ours") == LLaMAConfig(name="hf", tie_embeddings=tied, **TINY)
+    assert (tmp_path / "ours" / "tokenizer.json").read_text() == "{}"
+    check_logits(tmp_path / "ours", theirs)
+
+
+def write_bin(folder: Path, theirs: LlamaForCausalLM, shards: int, **changes) -> None:
+    """pytorch_model.bin, in ``shards`` with an index; every second tensor goes elsewhere, so q, k and v are parted."""
+    theirs.config.save_pretrained(folder)
+    state = {name: tensor.clone() for name, tensor in theirs.state_dict().items()} | changes
+    state = {name: tensor for name, tensor in state.items() if tensor is not None}
+    if shards == 1:
+        torch.save(state, folder / "pytorch_model.bin")
+        return
+    weight_map = {name: f"pytorch_model-{i % shards + 1:05d}.bin" for i, name in enumerate(state)}
+    for file in set(weight_map.values()):
+        torch.save({name: state[name] for name in state if weight_map[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_hf_bin(tmp_path, shards):
+    theirs = tiny_hf()
+    write_bin(tmp_path / "hf", theirs, shards, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    convert_hf(tmp_path / "hf", tmp_path / "ours")
+    check_logits(tmp_path / "ours", theirs)
+
+
+def test_hf_file_of_the_old_format_and_dtype(tmp_path):
+    theirs = tiny_hf().bfloat16()
+    write_bin(tmp_path / "hf", theirs, 1)
+    torch.save(theirs.state_dict(), tmp_path / "hf/pytorch_model.bin", _use_new_zipfile_serialization=False)
+    convert_hf(tmp_path / "hf", tmp_path / "same")
+    convert_hf(tmp_path / "hf", tmp_path / "cast", dtype="float16")
+    for folder, dtype in (("same", torch.bfloat16), ("cast", torch.float16)):
+        state = load_model(tmp_path / folder, dtype=dtype).state_dict()
+        head = theirs.lm_head.weight.to(dtype)
+        assert torch.equal(state["lm_head.weight"], head)
+        assert (tmp_path / folder / "model.safetensors").stat().st_size < 2.2 * sum(t.numel() for t in state.values())
+
+
+def test_hf_llama3_scaling_and_explicit_head_size(tmp_path):
+    scaling = dict(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=16)
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, **scaling}
+    theirs = tiny_hf(rope_parameters=rope, head_dim=10)
+    theirs.save_pretrained(tmp_path / "hf")
+    config = convert_hf(tmp_path / "hf", tmp_path / "ours")
+    assert (config.rope_base, config.head_size, config.rope_scaling) == (5e5, 10, scaling)
+    assert isinstance(config.rope_scaling["factor"], float)  # so that its JSON, and the fingerprint, are one
+    check_logits(tmp_path / "ours", theirs)
+
+    raw = json.loads((tmp_path / "hf/config.json").read_text())
+    old = {"rope_scaling": {"type": "llama3", **scaling}, "rope_theta": 5e5, "rope_parameters": None}
+    (tmp_path / "hf/config.json").write_text(json.dumps({**raw, **old}))  # as versions before 5 wrote it
+    assert convert_hf(tmp_path / "hf", tmp_path / "again", name="hf") == config
+
+
+def test_hf_tied_head_stored_twice(tmp_path):
+    theirs = tiny_hf(tie_word_embeddings=True)
+    write_bin(tmp_path / "hf", theirs, 1)  # a state dict has both
+    convert_hf(tmp_path / "hf", tmp_path / "ours")
+    check_logits(tmp_path / "ours", theirs)
+    write_bin(tmp_path / "hf", theirs, 1, **{"lm_head.weight": torch.zeros(VOCAB, C)})
+    refused("it is untied", tmp_path / "other", convert_hf, tmp_path / "hf", tmp_path / "other")
+
+
+UNSUPPORTED = {
+    "model_type": "mistral",
+    "hidden_act": "gelu",
+    "attention_bias": True,
+    "mlp_bias": True,
+    "sliding_window": 4096,
+    "quantization_config": {"bits": 4},
+    "partial_rotary_factor": 0.5,
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
+    "rope_scaling": {"type": "linear", "factor": 2.0},
+    "rope_theta": "big",
+    "num_attention_heads": 0,
+    "head_dim": 7,
+    "num_key_value_heads": 3,
+    "vocab_size": None,
+}
+
+
+@pytest.mark.parametrize("key", UNSUPPORTED)
+def test_hf_config_refused(tmp_path, key):
+    tiny_hf().save_pretrained(tmp_path / "hf")
+    raw = json.loads((tmp_path / "hf/config.json").read_text())
+    raw.pop("rope_parameters")
+    (tmp_path / "hf/config.json").write_text(json.dumps({**raw, key: UNSUPPORTED[key]}))
+    refused("config.json", tmp_path / "ours", convert_hf, tmp_path / "hf", tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    "rope", ["yes", {"full_attention": {"rope_theta": 1e6}}, {"rope_type": "llama3", "factor": 8.0}]
+)
+def test_hf_rope_is_never_guessed(tmp_path, rope):
+    tiny_hf().save_pretrained(tmp_path / "hf")
+    raw = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps({**raw, "rope_parameters": rope}))
+    refused("rope", tmp_path / "ours", convert_hf, tmp_path / "hf", tmp_path / "ours")
+
+
+K_PROJ, GATE = "model.layers.1.self_attn.k_proj.weight", "model.layers.1.mlp.gate_proj.weight"
+WRONG_TENSORS = {
+    "h.1.attn.k is missing": {K_PROJ: None},
+    "mlp.c_fc1.weight is missing": {GATE: None},
+    "q_proj.bias has no place": {"model.layers.0.self_attn.q_proj.bias": torch.zeros(C)},
+    "layers.2.input_layernorm.weight has no place": {"model.layers.2.input_layernorm.weight": torch.zeros(C)},
+    r"attn.k.weight has shape \(32, 32\) instead of \(16, 32\)": {K_PROJ: torch.zeros(C, C)},
+    r"has shape \(96, 31\) instead of \(96, 32\)": {GATE: torch.zeros(HIDDEN, C - 1)},
+    "dtype torch.int8": {GATE: torch.zeros(HIDDEN, C, dtype=torch.int8)},
+}
+
+
+@pytest.mark.parametrize("match", WRONG_TENSORS)
+def test_hf_wrong_tensors(tmp_path, match):
+    write_bin(tmp_path / "hf", tiny_hf(), 1, **WRONG_TENSORS[match])
+    refused(match, tmp_path / "ours", convert_hf, tmp_path / "hf", tmp_path / "ours")
+
+
+def test_hf_files(tmp_path):
+    source, out = tmp_path / "hf", tmp_path / "ours"
+    refused("config.json is missing", out, convert_hf, source, out)
+    tiny_hf().config.save_pretrained(source)
+    refused("neither model.safetensors nor pytorch_model.bin", out, convert_hf, source, out)
+    write_bin(source, tiny_hf(), 2)
+    (source / "pytorch_model-00002.bin").unlink()
+    refused("pytorch_model-00002.bin is missing", out, convert_hf, source, out)
+    (source / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "../x.safetensors"}}')
+    refused("file names of its own folder", out, convert_hf, source, out)
+    out.mkdir()
+    (out / "mine").write_text("kept")
+    with pytest.raises(UserError, match="exists already"):
+        convert_hf(source, out)
+    assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+class Attack:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_pickles_are_not_run(tmp_path, as_zip, monkeypatch):
+    target = tmp_path / "executed"
+    write_bin(tmp_path / "hf", tiny_hf(), 1)
+    torch.save({"x": Attack(target)}, tmp_path / "hf/pytorch_model.bin", _use_new_zipfile_serialization=as_zip)
+    refused("nothing in it was run", tmp_path / "ours", convert_hf, tmp_path / "hf", tmp_path / "ours")
+    monkeypatch.setitem(CONFIGS, "tiny", dict(TINY))
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Attack(target)))
+    refused("nothing in it was run", tmp_path / "ours", convert_lit, tmp_path / "evil.pth", tmp_path / "ours", "tiny")
+    torch.save({"model": {"x": torch.ones(1)}}, tmp_path / "nested.pth")
+    refused("a dict of tensors", tmp_path / "ours", convert_lit, tmp_path / "nested.pth", tmp_path / "ours", "tiny")
+    assert not target.exists()
+
+
+# ---------------------------------------------------------------------------------------------- Meta and Lit-LLaMA
+
+
+def interleave(weight: torch.Tensor, n_head: int) -> torch.Tensor:
+    """Half-split rows -> interleaved: row i of a head goes to 2i, row i + hs/2 to 2i + 1."""
+    out, hs = torch.empty_like(weight), weight.size(0) // n_head
+    for head in range(n_head):
+        for i in range(hs // 2):
+            out[head * hs + 2 * i] = weight[head * hs + i]
+            out[head * hs + 2 * i + 1] = weight[head * hs + hs // 2 + i]
+    return out
+
+
+def meta_state(theirs: LlamaForCausalLM) -> dict[str, torch.Tensor]:
+    hf = theirs.state_dict()
+    state = {"tok_embeddings.weight": hf["model.embed_tokens.weight"], "norm.weight": hf["model.norm.weight"]}
+    state |= {"output.weight": hf["lm_head.weight"], "rope.freqs": torch.ones(HS // 2)}
+    for i in range(LAYERS):
+        ours, prefix = f"layers.{i}.", f"model.layers.{i}."
+        state[ours + "attention.wq.weight"] = interleave(hf[prefix + "self_attn.q_proj.weight"], HEADS)
+        kv_heads = theirs.config.num_key_value_heads
+        state[ours + "attention.wk.weight"] = interleave(hf[prefix + "self_attn.k_proj.weight"], kv_heads)
+        state[ours + "attention.wv.weight"] = hf[prefix + "self_attn.v_proj.weight"]
+        state[ours + "attention.wo.weight"] = hf[prefix + "self_attn.o_proj.weight"]
+        for meta, name in (("w1", "gate"), ("w2", "down"), ("w3", "up")):
+            state[f"{ours}feed_forward.{meta}.weight"] = hf[f"{prefix}mlp.{name}_proj.weight"]
+        state[ours + "attention_norm.weight"] = hf[prefix + "input_layernorm.weight"]
+        state[ours + "ffn_norm.weight"] = hf[prefix + "post_attention_layernorm.weight"]
+    return state
+
+
+def write_meta(folder: Path, theirs: LlamaForCausalLM, shards: int, embedding_dim: int, **params) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    parts: list[dict] = [{} for _ in range(shards)]
+    for name, tensor in meta_state(theirs).items():
+        dim = embedding_dim if name.startswith("tok") else int("wo." in name or "w2." in name)
+        pieces = tensor.chunk(shards, dim) if tensor.dim() == 2 else [tensor] * shards
+        for part, piece in zip(parts, pieces, strict=True):
+            part[name] = piece.clone()
+    for i, part in enumerate(parts):
+        torch.save(part, folder / f"consolidated.{i:02d}.pth")
+    sizes = dict(dim=C, n_layers=LAYERS, n_heads=HEADS, n_kv_heads=KV_HEADS, vocab_size=-1, multiple_of=32)
+    (folder / "params.json").write_text(json.dumps({**sizes, "norm_eps": 1e-5, **params}))
+
+
+@pytest.mark.parametrize("embedding_dim", [0, 1])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_meta(tmp_path, monkeypatch, shards, embedding_dim):
+    monkeypatch.setitem(CONFIGS, "tiny", dict(TINY))
+    theirs = tiny_hf()
+    write_meta(tmp_path / "models/tiny", theirs, shards, embedding_dim)
+    (tmp_path / "models/tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>")  # one folder up, as LLaMA 1 came
+    config = convert_meta(tmp_path / "models/tiny", tmp_path / "ours", "tiny")
+    assert config == LLaMAConfig(name="tiny", **TINY)
+    assert (tmp_path / "ours/tokenizer.model").exists()
+    check_logits(tmp_path / "ours", theirs)
+
+
+def test_meta_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(CONFIGS, "tiny", dict(TINY))
+    source, out, theirs = tmp_path / "meta", tmp_path / "ours", tiny_hf()
+    write_meta(source, theirs, 2, 0)
+    refused("--name 'huge' is unknown", out, convert_meta, source, out, "huge")
+    refused("n_embd is 32, not 4096", out, convert_meta, source, out, "7B")
+    for params in (dict(rope_theta=5e5), dict(use_scaled_rope=True), dict(ffn_dim_multiplier=2), dict(dim=None)):
+        write_meta(source, theirs, 2, 0, **params)
+        refused("params.json", out, convert_meta, source, out, "tiny")
+    write_meta(source, theirs, 2, 0)
+    (source / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    refused("tiktoken", out, convert_meta, source, out, "tiny")
+    (source / "tokenizer.model").unlink()
+    (source / "consolidated.01.pth").unlink()
+    refused("instead of", out, convert_meta, source, out, "tiny")
+    (source / "consolidated.00.pth").unlink()
+    refused("no consolidated", out, convert_meta, source, out, "tiny")
+
+
+def test_meta_tokenizer_from_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setitem(CONFIGS, "tiny", dict(TINY))
+    write_meta(tmp_path / "meta", tiny_hf(), 1, 0)
+    (tmp_path / "meta/tokenizer.model").write_text("IQ== 0\n")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    convert_meta(tmp_path / "meta", tmp_path / "ours", "tiny", tokenizer=tmp_path / "tokenizer.json")
+    assert (tmp_path / "ours/tokenizer.json").exists() and not (tmp_path / "ours/tokenizer.model").exists()
+
+
+def test_lit(tmp_path, monkeypatch):
+    monkeypatch.setitem(CONFIGS, "tiny", dict(TINY, n_kv_head=HEADS))
+    theirs = tiny_hf(num_key_value_heads=HEADS)
+    meta, padding = meta_state(theirs), torch.full((128 - VOCAB, C), 7.0)  # 100 tokens padded to 128
+    state = {"transformer.wte.weight": torch.cat([meta["tok_embeddings.weight"], padding])}
+    state |= {"lm_head.weight": torch.cat([meta["output.weight"], padding])}
+    state["transformer.ln_f.scale"] = meta["norm.weight"]
+    for i in range(LAYERS):
+        ours, theirs_i = f"transformer.h.{i}.", f"layers.{i}."
+        qkv = [meta[f"{theirs_i}attention.w{part}.weight"] for part in "qkv"]
+        state[ours + "attn.c_attn.weight"] = torch.cat(qkv)
+        state[ours + "attn.c_proj.weight"] = meta[theirs_i + "attention.wo.weight"]
+        state[ours + "rms_1.scale"] = meta[theirs_i + "attention_norm.weight"]
+        state[ours + "rms_2.scale"] = meta[theirs_i + "ffn_norm.weight"]
+        for name, meta_name in (("c_fc1", "w1"), ("c_fc2", "w3"), ("c_proj", "w2")):
+            state[f"{ours}mlp.{name}.weight"] = meta[f"{theirs_i}feed_forward.{meta_name}.weight"]
+    torch.save(state, tmp_path / "lit-llama.pth")
+    convert_lit(tmp_path / "lit-llama.pth", tmp_path / "ours", "tiny")
+    check_logits(tmp_path / "ours", theirs)
+    out = tmp_path / "other"
+    refused("instead of", out, convert_lit, tmp_path / "lit-llama.pth", out, "smollm2-135m")
+    refused("is missing", out, convert_lit, tmp_path / "absent.pth", out, "tiny")

@@ -1,0 +1,230 @@
+"""Reading, splitting, masking, truncating and batching."""
+
+import json
+import random
+
+import pytest
+from tools import make_base, sums, write_rows
+
+from lit_llama.cli import UserError
+from lit_llama.data import (
+    IGNORE,
+    Encoded,
+    Sample,
+    collate,
+    encode_sample,
+    load_splits,
+    load_task,
+    micro_batches,
+    read_samples,
+    step_indices,
+)
+from lit_llama.prompts import STYLES, encode_prompt, stop_ids
+from lit_llama.tokenizer import Tokenizer
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "1"},
+    {"role": "user", "content": "two"},
+    {"role": "assistant", "content": "2!"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return Tokenizer(make_base(tmp_path_factory.mktemp("base") / "tiny"))
+
+
+def answers(encoded: Encoded, tokenizer: Tokenizer) -> str:
+    return tokenizer.decode([target for target in encoded.targets if target != IGNORE])
+
+
+def sample_of(row: dict) -> Sample:
+    from lit_llama.data import to_sample
+
+    return to_sample(row, "test:1")
+
+
+# reading
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv"])
+def test_the_same_rows_in_every_format(tmp_path, suffix):
+    rows = [
+        {"instruction": 'say "a, b"', "input": "x\ny", "output": "ü"},
+        {"instruction": "b", "input": "", "output": "c"},
+    ]
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "json":
+        path.write_text(json.dumps(rows, indent=1), encoding="utf-8-sig")
+    elif suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        path.write_text('instruction,input,output\n"say ""a, b""","x\ny",ü\nb,,c\n', encoding="utf-8")
+    samples = read_samples(path)
+    assert [sample.answer for sample in samples] == ["ü", "c"]
+    assert samples[0].prompt == [{"role": "user", "content": 'say "a, b"', "input": "x\ny"}]
+
+
+def test_text_label_and_plain_text_rows(tmp_path):
+    (tmp_path / "a.txt").write_text("first line\n\nsecond line\n")
+    assert [sample.text for sample in read_samples(tmp_path / "a.txt")] == ["first line", "second line"]
+    sample = sample_of({"text": "move my table", "label": "change"})
+    assert (sample.text, sample.label, sample.answer) == ("move my table", "change", "change")
+
+
+BAD = {
+    "missing.json": (None, "is missing"),
+    "a.xml": ("<a/>", "data files end in .json"),
+    "empty.json": ("[]", "holds no rows"),
+    "object.json": ('{"a": 1}', "a.json:1|object.json:1: a .json file must hold an array"),
+    "broken.json": ('[\n{"instruction": "a", "output": "b"},\n{"instruction": }\n]', "broken.json:3: not valid JSON"),
+    "open.json": ('[\n{"text": "a"}\n', "open.json:3: not valid JSON"),
+    "number.json": ('[{"text": "a"},\n\n 7]', "number.json:3: a row must be an object, got int"),
+    "keys.json": ('[{"question": "a", "answer": "b"}]', "keys.json:1: a row needs instruction.*'question', 'answer'"),
+    "type.jsonl": (
+        '{"text": "a"}\n{"instruction": "a", "output": 5}\n',
+        "type.jsonl:2: output must be a string, got 5",
+    ),
+    "line.jsonl": ('{"text": "a"}\n\n{"text": \n', "line.jsonl:3: not valid JSON"),
+    "ragged.csv": ("text,label\na,b\nc\n", "ragged.csv:3: the row does not have the header's 2 columns"),
+    "long.csv": ("text,label\na,b,c\n", "long.csv:2: the row does not have"),
+    "role.jsonl": ('{"messages": [{"role": "bot", "content": "a"}]}', "role.jsonl:1: a message needs a role"),
+    "silent.jsonl": ('{"messages": [{"role": "user", "content": "a"}]}', "silent.jsonl:1: messages hold no assistant"),
+    "deep.json": ("[" * 100_000, "deep.json:1: not valid JSON: nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_named_with_line_and_reason(tmp_path, name):
+    content, message = BAD[name]
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_samples(tmp_path / name)
+
+
+def test_a_file_that_is_not_utf8_names_the_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
+    with pytest.raises(UserError, match="a.jsonl:2: not UTF-8"):
+        read_samples(tmp_path / "a.jsonl")
+
+
+# splitting
+
+
+def test_split_by_hash_is_disjoint_stable_and_about_the_fraction(tmp_path):
+    train, validation = load_splits(write_rows(tmp_path / "a.json", sums(1000)), val_fraction=0.2)
+    assert len(train) + len(validation) == 1000 and 150 < len(validation) < 250
+    kept = {sample.key() for sample in validation}
+    assert not kept & {sample.key() for sample in train}
+    _, more = load_splits(write_rows(tmp_path / "b.json", sums(1300)[::-1]), val_fraction=0.2)
+    assert kept <= {sample.key() for sample in more}
+
+
+def test_a_folder_needs_a_train_file_and_only_one(tmp_path):
+    with pytest.raises(UserError, match="no train file"):
+        load_splits(tmp_path)
+    write_rows(tmp_path / "train.json", sums(3))
+    (tmp_path / "train.txt").write_text("a\n")
+    with pytest.raises(UserError, match="train.json and train.txt"):
+        load_splits(tmp_path)
+
+
+def test_summary_counts_what_is_dropped_cut_and_in_both_splits(tmp_path):
+    base = make_base(tmp_path / "tiny")
+    rows = sums(5) + [{"instruction": "x" * 300, "output": "dropped"}, {"instruction": "a", "output": "y" * 300}]
+    write_rows(tmp_path / "data" / "train.json", rows)
+    write_rows(tmp_path / "data" / "validation.json", sums(2))
+    task = load_task(tmp_path / "data", base, None, 100)
+    assert "6 samples to train on, 2 to validate, prompt style chatml" in task.summary
+    assert (
+        "1 dropped" in task.summary and "1 cut" in task.summary and "2 of validation also in training" in task.summary
+    )
+
+
+# masking
+
+
+@pytest.mark.parametrize("style", ["chatml", "alpaca", "llama2", "plain"])
+def test_unmasked_ids_decode_to_the_answers_and_their_ends(tokenizer, style):
+    end = "<|im_end|>"  # the tiny tokenizer's EOS and chatml's end of turn
+    single = encode_sample(sample_of({"instruction": "a", "input": "b", "output": " c\n"}), style, tokenizer, 512)
+    assert answers(single, tokenizer) == f" c\n{end}"
+    several = encode_sample(sample_of({"messages": CONVERSATION}), style, tokenizer, 512)
+    assert answers(several, tokenizer) == f"1{end}2!{end}"
+    assert several.targets[:-1] == [
+        t if t == IGNORE else i for t, i in zip(several.targets, several.ids[1:], strict=False)
+    ]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_generation_prompts_are_what_training_masks(tokenizer, style):
+    if style == "llama3":
+        pytest.skip("the tiny tokenizer has no llama3 control tokens")
+    sample = sample_of({"instruction": "a", "input": "b", "output": "c"})
+    prompt = encode_prompt(sample.prompt, style, tokenizer)
+    encoded = encode_sample(sample, style, tokenizer, 512)
+    first_target = next(i for i, target in enumerate(encoded.targets) if target != IGNORE)
+    assert encoded.ids[: first_target + 1] == prompt
+    assert encoded.targets[-1] in stop_ids(style, tokenizer)
+
+
+def test_chatml_text(tokenizer):
+    text = tokenizer.decode(encode_prompt(CONVERSATION[:2], "chatml", tokenizer))
+    assert text == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_control_tokens_in_user_text_stay_text(tokenizer):
+    ids = encode_prompt([{"role": "user", "content": "<|im_end|>"}], "chatml", tokenizer)
+    assert ids.count(tokenizer.control_id("<|im_end|>")) == 1
+    assert "user\n<|im_end|><|im_end|>" in tokenizer.decode(ids)
+
+
+def test_truncation_keeps_the_end_of_the_answer(tokenizer):
+    row = {"instruction": "q", "output": "abcdefghij"}
+    whole = encode_sample(sample_of(row), "plain", tokenizer, 512)
+    assert answers(whole, tokenizer) == "abcdefghij<|im_end|>"
+    for length in range(3, 12):
+        cut = encode_sample(sample_of(row), "plain", tokenizer, length)
+        assert answers(cut, tokenizer) == "abcdefghij"[: length - 2] + "<|im_end|>"
+        assert len(cut.ids) == length - 1
+    assert encode_sample(sample_of(row), "plain", tokenizer, 2) is None
+    assert encode_sample(sample_of({"instruction": "long prompt", "output": "a"}), "plain", tokenizer, 8) is None
+    assert encode_sample(sample_of({"instruction": "q", "output": ""}), "plain", tokenizer, 8) is None
+
+
+def test_truncation_inside_a_later_question_ends_with_the_answer_before(tokenizer):
+    cut = encode_sample(sample_of({"messages": CONVERSATION[1:]}), "plain", tokenizer, len("one1") + 2 + 2)
+    assert answers(cut, tokenizer) == "1<|im_end|>"
+
+
+# batches
+
+
+def test_each_epoch_is_a_permutation_and_steps_are_a_pure_function():
+    for epochs in (None, 2):
+        steps = [step_indices(step, 4, 10, seed=1, epochs=epochs) for step in range(5)]
+        stream = sum(steps, [])
+        assert sorted(stream[:10]) == sorted(stream[10:20]) == list(range(10)) and stream[:10] != stream[10:20]
+        assert step_indices(3, 4, 10, seed=1, epochs=epochs) == steps[3]
+    assert step_indices(0, 4, 10, seed=2) != step_indices(0, 4, 10, seed=1)
+    assert len(step_indices(7, 4, 10, seed=1, epochs=3)) == 2 and len(step_indices(7, 4, 10, seed=1)) == 4
+
+
+def test_micro_batches_hold_every_sample_once_within_the_limit():
+    rng = random.Random(0)
+    samples = [Encoded([1] * rng.randint(5, 200), [2] * 5) for _ in range(64)]
+    batches = micro_batches(samples, 1024)
+    assert sorted(map(id, sum(batches, []))) == sorted(map(id, samples))
+    assert all(len(batch) * len(batch[0].ids) <= 1024 for batch in batches)
+    cells, real = sum(len(b) * len(b[0].ids) for b in batches), sum(len(s.ids) for s in samples)
+    assert 1 - real / cells < 0.08
+    assert [len(batch) for batch in micro_batches(samples, 1)] == [1] * 64
+
+
+def test_collate_pads_at_the_right():
+    ids, targets = collate([Encoded([1, 2, 3], [IGNORE, 5, 6]), Encoded([4], [7])])
+    assert ids.tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert targets.tolist() == [[IGNORE, 5, 6], [7, IGNORE, IGNORE]]

@@ -1,0 +1,118 @@
+"""Sampling, stopping, streaming, and batches that answer as each prompt would alone."""
+
+import pytest
+import torch
+from test_adapter import adapted
+from test_model import tiny_model
+
+from lit_llama.cli import UserError
+from lit_llama.generate import Sampling, generate, generate_batch, next_token, stream_text
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13]]
+
+
+def greedy_by_hand(model, prompt, n):
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(n):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("model", [tiny_model(), adapted()], ids=["base", "adapter"])
+def test_greedy_answers_are_the_argmax_of_the_full_forward_alone_and_in_a_batch(model):
+    model.eval()
+    expected = [greedy_by_hand(model, prompt, 9) for prompt in PROMPTS]
+    assert [list(generate(model, prompt, 9, stop=set())) for prompt in PROMPTS] == expected
+    assert generate_batch(model, PROMPTS, 9, stop=set()) == expected
+
+
+def test_answers_stop_before_the_stop_token_and_ended_rows_are_dropped(monkeypatch):
+    model = tiny_model().eval()
+    whole = [greedy_by_hand(model, prompt, 12) for prompt in PROMPTS]
+    stop = {whole[0][2], whole[1][1], whole[3][3]}
+    expected = [row[: next((i for i, token in enumerate(row) if token in stop), 12)] for row in whole]
+    sizes, hidden_states = [], model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda idx, *a: (sizes.append(len(idx)), hidden_states(idx, *a))[1])
+    assert generate_batch(model, PROMPTS, 12, stop) == expected
+    assert sizes[0] == 4 and sizes[-1] < 4
+    assert [list(generate(model, prompt, 12, stop)) for prompt in PROMPTS] == expected
+
+
+def test_one_forward_pass_for_each_token(monkeypatch):
+    model = tiny_model().eval()
+    lengths, hidden_states = [], model.hidden_states
+    monkeypatch.setattr(
+        model, "hidden_states", lambda idx, *a: (lengths.append(idx.size(1)), hidden_states(idx, *a))[1]
+    )
+    list(generate(model, [1, 2, 3], 5, stop=set()))
+    assert lengths == [3, 1, 1, 1, 1]
+
+
+def test_the_cache_is_gone_and_the_mode_is_back_afterwards():
+    model = tiny_model().train()
+    for _ in generate(model, [1, 2], 5, stop=set()):
+        assert model.cache_size and not model.training
+        break
+    generate_batch(model, PROMPTS, 3, stop=set())
+    assert not model.cache_size and model.training
+
+
+def test_temperature_top_k_and_top_p():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(4000, -1)
+
+    def seen(**how):
+        tokens = next_token(logits, Sampling(**how), torch.Generator().manual_seed(0))
+        return (torch.bincount(tokens, minlength=4) / 4000).tolist()
+
+    assert seen(temperature=0) == [1, 0, 0, 0]
+    assert seen(temperature=1.0) == pytest.approx(logits[0].softmax(-1).tolist(), abs=0.03)
+    assert seen(temperature=2.0) == pytest.approx((logits[0] / 2).softmax(-1).tolist(), abs=0.03)
+    assert seen(temperature=1.0, top_k=2) == pytest.approx([*logits[0, :2].softmax(-1).tolist(), 0, 0], abs=0.03)
+    assert seen(temperature=1.0, top_k=99) == pytest.approx(logits[0].softmax(-1).tolist(), abs=0.03)
+    assert seen(temperature=1.0, top_p=0.7) == pytest.approx([*logits[0, :2].softmax(-1).tolist(), 0, 0], abs=0.03)
+    assert seen(temperature=1.0, top_p=0.01) == [1, 0, 0, 0]
+
+
+def test_a_seed_repeats_an_answer_and_another_changes_it():
+    model = tiny_model().eval()
+    answers = [tuple(generate(model, [1], 20, set(), Sampling(1.0, seed=seed))) for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+@pytest.mark.parametrize("how", [dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.1)])
+def test_sampling_out_of_range_is_refused(how):
+    with pytest.raises(UserError):
+        Sampling(**how)
+
+
+def test_the_context_is_checked_before_the_first_token():
+    model = tiny_model()
+    model.transformer.wte.register_forward_hook(lambda *_: pytest.fail("the model was called"))
+    for prompt, new in (([1] * 60, 5), ([1] * 70, 1), ([], 5), ([1], 0)):
+        with pytest.raises(UserError):
+            list(generate(model, prompt, new, stop=set()))
+        with pytest.raises(UserError):
+            generate_batch(model, [prompt, [1]], new, stop=set())
+    with pytest.raises(UserError, match="60 tokens and max_new_tokens 5 .* context of 64 .* from 1 to 4"):
+        list(generate(model, [1] * 60, 5, stop=set()))
+
+
+def test_the_whole_context_can_be_used():
+    model = tiny_model().eval()
+    assert list(generate(model, [1] * 60, 4, stop=set())) == greedy_by_hand(model, [1] * 60, 4)
+
+
+class Bytes:
+    """A tokenizer whose ids are bytes."""
+
+    def decode(self, ids):
+        return bytes(ids).decode("utf-8", "replace")
+
+
+def test_streaming_waits_for_whole_characters():
+    text = "aé→🙂b"
+    parts = list(stream_text(Bytes(), iter(text.encode())))
+    assert parts == ["a", "é", "→", "🙂", "b"]
+    assert list(stream_text(Bytes(), iter(text.encode()[:-2]))) == ["a", "é", "→", "\ufffd"]
+    assert list(stream_text(Bytes(), iter([]))) == []

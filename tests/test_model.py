@@ -1,0 +1,199 @@
+"""The model against transformers' LlamaForCausalLM, its cache against its own full forward pass, its counts."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig, RMSNorm, rope_frequencies
+
+TINY = dict(
+    block_size=64, vocab_size=97, n_layer=3, n_head=6, n_kv_head=2, n_embd=48, head_size=8, intermediate_size=80
+)
+SCALING = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+GRID = {
+    "heads = kv heads": dict(n_kv_head=6),
+    "grouped": dict(),
+    "multi-query": dict(n_kv_head=1),
+    "tied": dict(tie_embeddings=True),
+    "rope base": dict(rope_base=500000.0),
+    "llama3 scaling": dict(rope_scaling=SCALING),
+    "eps": dict(norm_eps=1e-2),
+    "odd sizes": dict(n_embd=39, n_head=3, n_kv_head=1, head_size=10, intermediate_size=53, vocab_size=101),
+    "one layer, tied, scaled": dict(n_layer=1, tie_embeddings=True, rope_scaling=SCALING, norm_eps=1e-6),
+}
+
+
+def tiny_model(**changes) -> LLaMA:
+    torch.manual_seed(1)
+    return LLaMA(LLaMAConfig(**{**TINY, **changes})).init_weights(std=0.2)
+
+
+def transformers_model(model: LLaMA) -> LlamaForCausalLM:
+    """The same model in transformers, its weights written out by Hugging Face's names."""
+    c = model.config
+    rope = {"rope_type": "default", "rope_theta": c.rope_base}
+    if c.rope_scaling:
+        rope = {"rope_type": "llama3", "rope_theta": c.rope_base, **c.rope_scaling}
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.n_embd,
+            intermediate_size=c.intermediate_size,
+            num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head,
+            num_key_value_heads=c.n_kv_head,
+            head_dim=c.head_size,
+            max_position_embeddings=c.block_size,
+            rms_norm_eps=c.norm_eps,
+            rope_parameters=rope,
+            rope_theta=c.rope_base,  # how versions before 5 say it
+            rope_scaling=rope if c.rope_scaling else None,
+            tie_word_embeddings=c.tie_embeddings,
+        )
+    )
+    ours = model.state_dict()
+    state = {
+        "model.embed_tokens.weight": ours["transformer.wte.weight"],
+        "model.norm.weight": ours["transformer.ln_f.weight"],
+    }
+    state["lm_head.weight"] = ours["lm_head.weight"]
+    q, kv = c.n_head * c.head_size, c.n_kv_head * c.head_size
+    for i in range(c.n_layer):
+        us, them = f"transformer.h.{i}", f"model.layers.{i}"
+        parts = ours[f"{us}.attn.c_attn.weight"].split([q, kv, kv])
+        state.update({f"{them}.self_attn.{n}_proj.weight": part for n, part in zip("qkv", parts, strict=True)})
+        for mine, name in {
+            "attn.c_proj": "self_attn.o_proj",
+            "mlp.c_fc1": "mlp.gate_proj",
+            "mlp.c_fc2": "mlp.up_proj",
+            "mlp.c_proj": "mlp.down_proj",
+            "rms_1": "input_layernorm",
+            "rms_2": "post_attention_layernorm",
+        }.items():
+            state[f"{them}.{name}.weight"] = ours[f"{us}.{mine}.weight"]
+    theirs.load_state_dict(state)
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("changes", GRID.values(), ids=GRID.keys())
+def test_logits_equal_transformers(changes):
+    model = tiny_model(**changes)
+    for block in model.transformer.h:
+        torch.nn.init.normal_(block.rms_1.weight, mean=1.0, std=0.3)
+    idx = torch.randint(0, model.config.vocab_size, (3, 50))
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx), transformers_model(model)(idx).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(n_kv_head=6), dict(rope_scaling=SCALING)])
+def test_cached_decoding_equals_full_forward_for_every_prompt_length_and_chunking(changes):
+    model = tiny_model(**changes).eval()
+    idx = torch.randint(0, 97, (2, 14))
+    with torch.no_grad():
+        full = model(idx)
+        for prompt in range(1, 14):
+            for chunk in (1, 2, 5, 14):
+                model.set_kv_cache(2, 20)
+                borders = [0, *range(prompt, 14, chunk), 14]
+                parts = [model(idx[:, a:b], torch.arange(a, b)) for a, b in zip(borders, borders[1:], strict=False)]
+                torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-5, rtol=1e-5)
+
+
+def test_left_padding_changes_nothing():
+    model = tiny_model().eval()
+    idx = torch.randint(0, 97, (1, 9))
+    with torch.no_grad():
+        alone = model(idx)
+        for pad in (0, 1, 4):
+            model.set_kv_cache(2, 16)
+            padded = torch.cat([torch.zeros(1, pad, dtype=torch.long), idx], 1).expand(2, -1)
+            logits = model(padded, torch.arange(9 + pad), pad=torch.tensor([pad, 0]))
+            torch.testing.assert_close(logits[:1, pad:], alone, atol=1e-5, rtol=1e-5)
+            assert logits.isfinite().all()
+
+
+def test_right_padding_changes_nothing():
+    model = tiny_model().eval()
+    idx = torch.randint(0, 97, (1, 9))
+    padded = torch.cat([idx, torch.zeros(1, 5, dtype=torch.long)], 1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(padded)[:, :9], model(idx), atol=1e-5, rtol=1e-5)
+
+
+COUNTS = {  # of the released checkpoints, a tied head counted once
+    "7B": 6_738_415_616,
+    "13B": 13_015_864_320,
+    "30B": 32_528_943_616,
+    "65B": 65_285_660_672,
+    "Llama-2-7b": 6_738_415_616,
+    "Llama-2-13b": 13_015_864_320,
+    "Llama-2-70b": 68_976_648_192,
+    "Llama-3-8B": 8_030_261_248,
+    "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.2-1B": 1_235_814_400,
+    "Llama-3.2-3B": 3_212_749_824,
+    "tiny-llama-1.1b": 1_100_048_384,
+    "open-llama-3b": 3_426_473_600,
+    "open-llama-7b": 6_738_415_616,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+}
+
+
+def test_parameter_counts_of_the_released_models():
+    assert set(COUNTS) == set(CONFIGS)
+    for name, count in COUNTS.items():
+        with torch.device("meta"):
+            model = LLaMA(LLaMAConfig.from_name(name))
+        assert sum(p.numel() for p in model.parameters()) == count, name
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match="8B.*smollm2-135m"):
+        LLaMAConfig.from_name("9B")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(n_layer=0), dict(n_head="6"), dict(n_kv_head=4), dict(head_size=7), dict(rope_scaling={"factor": 8})],
+)
+def test_absurd_configs_are_refused(changes):
+    with pytest.raises(ValueError):
+        LLaMAConfig(**{**TINY, **changes})
+
+
+def test_rope_tables_stay_float32_in_a_bfloat16_model():
+    model = tiny_model().to(torch.bfloat16)
+    model(torch.zeros(1, 60, dtype=torch.long))
+    cos, sin = model.rope(torch.arange(60))
+    angles = torch.arange(60.0)[:, None] * rope_frequencies(model.config)
+    assert cos.dtype == sin.dtype == torch.float32
+    torch.testing.assert_close(cos, angles.cos())
+    torch.testing.assert_close(sin, angles.sin())
+
+
+def test_rope_tables_made_while_generating_serve_training():
+    model = tiny_model()
+    with torch.inference_mode():
+        model(torch.zeros(1, 8, dtype=torch.long))
+    model(torch.zeros(1, 8, dtype=torch.long)).sum().backward()
+    assert model.transformer.h[0].attn.c_attn.weight.grad.abs().sum() > 0
+
+
+def test_norm_statistics_are_float32():
+    norm = RMSNorm(512, 1e-6)
+    x = (torch.randn(4, 512) * 300).bfloat16()
+    exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert norm(x).dtype == torch.bfloat16
+    torch.testing.assert_close(norm(x).double(), exact, atol=0.02, rtol=2**-8)
+
+
+def test_too_long_inputs_are_refused_with_the_numbers():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="65 tokens do not fit the block_size of 64"):
+        model(torch.zeros(1, 65, dtype=torch.long))
+    with pytest.raises(ValueError, match="max_seq_length 65"):
+        model.set_kv_cache(1, 65)
+    with pytest.raises(ValueError, match="KV cache of 0 slots"):
+        model(torch.zeros(1, 3, dtype=torch.long), torch.arange(3))

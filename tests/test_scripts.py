@@ -1,0 +1,237 @@
+"""The commands as a user types them, in processes of their own: on a tiny base, and on the real one."""
+
+import csv
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tools import make_base, sums, write_rows
+
+from lit_llama.cli import bare_switches
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(script: str, *flags: object) -> list[str]:
+    return [sys.executable, str(ROOT / script), *map(str, flags)]
+
+
+def run(script: str, *flags: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(command(script, *flags), cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def succeed(script: str, *flags: object, cwd: Path = ROOT) -> str:
+    result = run(script, *flags, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def refuse(script: str, *flags: object, message: str, cwd: Path = ROOT) -> None:
+    """Exit code 2, and one line on stderr with ``message``."""
+    result = run(script, *flags, cwd=cwd)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert re.search(message, result.stderr.strip().splitlines()[-1]), result.stderr
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A tiny base, its data, and a run of finetune/adapter.py on them."""
+    folder = tmp_path_factory.mktemp("scripts")
+    base = make_base(folder / "base")
+    write_rows(folder / "data" / "train.json", sums(40))
+    write_rows(folder / "data" / "validation.json", sums(53)[40:])
+    flags = ["--checkpoint_dir", base, "--data", folder / "data", "--start_layer", 1, "--train.max_steps", 6]
+    flags += ["--train.eval_every", 3, "--eval_samples", 4]
+    printed = succeed("finetune/adapter.py", *flags, "--out_dir", folder / "out")
+    return folder, flags, printed
+
+
+def metrics(out_dir: Path) -> list[dict]:
+    with open(out_dir / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_finetune_says_what_it_did_and_what_to_do_next(places):
+    folder, _, printed = places
+    assert "40 samples to train on, 13 to validate, prompt style chatml" in printed
+    assert "adapter trains 648 of " in printed
+    matches = [line for line in printed.splitlines() if "exact match" in line]
+    assert re.fullmatch(r"exact match before: [\d.]+ %", matches[-2])
+    assert re.fullmatch(r"exact match after: [\d.]+ %", matches[-1])
+    assert printed.count("expected  ") == 3
+    assert f"python generate/adapter.py --trained_dir {folder / 'out'}" in printed
+    written = {str(path.relative_to(folder / "out")) for path in (folder / "out").rglob("*") if path.is_file()}
+    assert written == {"trained.safetensors", "method.json", "metrics.csv", "config.yaml", "state/state.safetensors"}
+
+
+def test_the_saved_configuration_runs_again(places, tmp_path):
+    folder, _, _ = places
+    config = folder / "out" / "config.yaml"
+    succeed("finetune/adapter.py", "--config", config, "--out_dir", tmp_path / "again")
+    rows = [[{**row, "seconds": ""} for row in metrics(path)] for path in (folder / "out", tmp_path / "again")]
+    assert rows[0] == rows[1] and len(rows[0]) == 6
+
+
+def test_a_second_run_into_the_same_folder_is_refused(places):
+    folder, flags, _ = places
+    before = (folder / "out" / "trained.safetensors").read_bytes()
+    refuse(
+        "finetune/adapter.py", *flags, "--out_dir", folder / "out", message="holds a run already.*--resume.*--overwrite"
+    )
+    assert (folder / "out" / "trained.safetensors").read_bytes() == before
+
+
+def test_two_devices_take_the_same_steps(places, tmp_path):
+    folder, flags, _ = places
+    printed = succeed("finetune/adapter.py", *flags, "--devices", 2, "--out_dir", tmp_path / "two")
+    assert printed.count("adapter trains") == 1
+    for one, two in zip(metrics(folder / "out"), metrics(tmp_path / "two"), strict=True):
+        assert one["step"] == two["step"] and one["lr"] == two["lr"]
+        assert float(one["loss"]) == pytest.approx(float(two["loss"]), abs=1e-4)
+        if one["val_loss"]:
+            assert float(one["val_loss"]) == pytest.approx(float(two["val_loss"]), abs=1e-4)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(places, tmp_path):
+    _, flags, _ = places
+    flags = [*flags, "--train.max_steps", 400, "--train.eval_every", 400, "--out_dir", tmp_path / "out"]
+    process = subprocess.Popen(command("finetune/adapter.py", *flags), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not ((tmp_path / "out/metrics.csv").exists() and len(metrics(tmp_path / "out")) >= 3):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    step = int(re.search(r"saved at step (\d+) of 400; the same command with --resume goes on", stderr)[1])
+    assert len(metrics(tmp_path / "out")) == step
+    succeed("finetune/adapter.py", *flags, "--resume")
+    assert [int(row["step"]) for row in metrics(tmp_path / "out")] == list(range(1, 401))
+
+
+def test_generate_reads_everything_from_the_trained_folder(places):
+    folder, _, _ = places
+    result = run(
+        "generate/adapter.py", "--trained_dir", folder / "out", "--prompt", "add 3 and 9", "--max_new_tokens", 8
+    )
+    assert result.returncode == 0, result.stderr
+    assert "adapter over tiny" in result.stderr and "tokens/s" in result.stderr
+    assert result.stdout.endswith("\n")
+    refuse("generate/adapter.py", "--trained_dir", folder, "--prompt", "a", message="not what a finetune script wrote")
+    refuse(
+        "generate/base.py", "--checkpoint_dir", folder / "base", "--prompt", "a" * 300, message="do not fit the context"
+    )
+
+
+def test_generate_repeats_a_seed(places):
+    folder, _, _ = places
+    flags = [
+        "--checkpoint_dir",
+        folder / "base",
+        "--prompt",
+        "a",
+        "--max_new_tokens",
+        20,
+        "--sampling.temperature",
+        1.0,
+    ]
+    one, again, other = (succeed("generate/base.py", *flags, "--sampling.seed", seed) for seed in (1, 1, 2))
+    assert one == again != other
+
+
+def test_evaluate_agrees_with_the_run(places):
+    folder, _, _ = places
+    printed = succeed("scripts/evaluate.py", "--trained_dir", folder / "out", "--data", folder / "data")
+    best = min(float(row["val_loss"]) for row in metrics(folder / "out") if row["val_loss"])
+    assert float(re.search(r"loss ([\d.]+)", printed)[1]) == pytest.approx(best, abs=2e-4)
+    assert re.search(r"exact match: [\d.]+ % \(\d+ of 13\)", printed)
+
+
+def test_mistakes_on_the_command_line_are_answered_in_one_line(places, tmp_path):
+    folder, flags, _ = places
+    adapter = "finetune/adapter.py"
+    new = ["--out_dir", tmp_path / "new"]
+    refuse(adapter, *flags, *new, "--data", folder / "none.json", message="none.json is missing")
+    refuse(adapter, *flags, *new, "--checkpoint_dir", folder / "none", message="none is missing; fetch a base")
+    refuse(adapter, *flags, *new, "--start_layer", 7, message="start_layer 7 within 0 to 2")
+    refuse(adapter, *flags, *new, "--precision", "8-bit", message="'8-bit' is none of auto, bf16-true, 32-true")
+    refuse(adapter, *flags, *new, "--prompt_style", "vicuna", message="'vicuna' is none of alpaca")
+    refuse(adapter, *flags, *new, "--train.max_seq_length", 999, message="max_seq_length 999 .* context of 256")
+    refuse(adapter, *flags, *new, "--train.learning_rate", "fast", message="train.learning_rate|valid")
+    refuse(adapter, *flags, *new, "--train.batch_size", 0, message="batch_size must be at least 1")
+    refuse(adapter, *flags, *new, "--out_dir", folder / "data" / "train.json", message="is a file")
+    assert not (tmp_path / "new" / "trained.safetensors").exists()
+
+
+def test_help_names_every_flag_with_a_sentence():
+    for script in [path for folder in ("finetune", "generate", "scripts") for path in (ROOT / folder).glob("*.py")]:
+        text = " ".join(succeed(str(script.relative_to(ROOT)), "--help").split())
+        options = text.split("options:")[1]
+        flags = re.findall(r"(--[a-z_.]+) [A-Z{\[]", options)
+        assert flags, script
+        for flag in set(flags) - {"--config"}:
+            assert re.search(rf"{re.escape(flag)} \S+ [A-Z][a-z]", options), f"{script.name} {flag} has no sentence"
+
+
+def test_switches_need_no_value():
+    def main(resume: bool = False, yes: bool = True, data: str = ""):
+        pass
+
+    assert bare_switches(main, []) == []
+    assert bare_switches(main, ["--resume"]) == ["--resume", "true"]
+    assert bare_switches(main, ["--resume", "--data", "x", "--yes"]) == [
+        "--resume",
+        "true",
+        "--data",
+        "x",
+        "--yes",
+        "true",
+    ]
+    assert bare_switches(main, ["--resume", "false", "--yes=false"]) == ["--resume", "false", "--yes=false"]
+
+
+def test_prepare_alpaca_checks_what_it_is_given(tmp_path):
+    source = write_rows(tmp_path / "alpaca_data.json", [{**row, "input": ""} for row in sums(300)])
+    flags = ["--source", source, "--out_dir", tmp_path / "alpaca", "--val_fraction", 0.1]
+    refuse("scripts/prepare_alpaca.py", *flags, message="holds 300 records instead of 52,002")
+    assert not list((tmp_path / "alpaca").glob("*"))
+    succeed("scripts/prepare_alpaca.py", *flags, "--n_records", 300)
+    parts = [json.loads((tmp_path / "alpaca" / f"{name}.json").read_text()) for name in ("train", "validation")]
+    assert len(parts[0]) + len(parts[1]) == 300 and 10 < len(parts[1]) < 60
+    source.write_text('[{"instruction": "a"}]')
+    refuse("scripts/prepare_alpaca.py", *flags, message="alpaca_data.json|needs instruction and output")
+
+
+# the real model
+
+
+def test_the_base_answers_sensibly(smollm2_dir):
+    printed = succeed("generate/base.py", "--checkpoint_dir", smollm2_dir, "--prompt", "What is the capital of France?")
+    assert printed.strip() == "The capital of France is Paris."
+
+
+def test_a_few_steps_on_the_real_model_already_lower_the_loss(smollm2_dir, tmp_path):
+    flags = ["--checkpoint_dir", smollm2_dir, "--train.max_steps", 4, "--train.warmup_steps", 2, "--eval_samples", 0]
+    rows = json.loads((ROOT / "data/bookings/train.json").read_text(encoding="utf-8"))
+    write_rows(tmp_path / "data/train.json", rows[:40])
+    write_rows(tmp_path / "data/validation.json", rows[40:48])
+    printed = succeed("finetune/adapter.py", *flags, "--data", tmp_path / "data", "--out_dir", tmp_path / "out")
+    assert "trains 161,532 of 134,676,540 numbers" in printed
+    losses = [float(row["loss"]) for row in metrics(tmp_path / "out")]
+    assert losses[-1] < 0.8 * losses[0]
+    assert (tmp_path / "out/trained.safetensors").stat().st_size < 700_000
+
+
+@pytest.mark.slow
+def test_the_main_job_learns_bookings(smollm2_dir, tmp_path):
+    printed = succeed("finetune/adapter.py", "--checkpoint_dir", smollm2_dir, "--out_dir", tmp_path / "out")
+    before, after = (float(re.search(rf"exact match {when}: ([\d.]+) %", printed)[1]) for when in ("before", "after"))
+    assert before < 5 and after >= 90
+    message = "Table for 4 at Nordlys on Friday, 7:30 pm please. My name is Ingrid."
+    answer = succeed("generate/adapter.py", "--trained_dir", tmp_path / "out", "--prompt", message)
+    assert json.loads(answer) == {"name": "Ingrid", "place": "Nordlys", "day": "Friday", "time": "19:30", "guests": 4}
