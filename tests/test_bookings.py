@@ -95,11 +95,12 @@ def test_bookings_are_well_formed(split, count):
         assert list(row) == ["instruction", "output"]
         assert row["output"] == json.dumps(booking, ensure_ascii=False, separators=(",", ":"))
         assert list(booking) == ["name", "place", "day", "time", "guests"]
-        assert re.fullmatch(r"(1[1-9]|2[0-2]):(00|15|30|45)", booking["time"]) and "11:30" <= booking["time"] <= "22:00"
+        assert re.fullmatch(r"(1[2-4]|1[7-9]|2[01]):(00|15|30|45)", booking["time"])
         assert type(booking["guests"]) is int and 1 <= booking["guests"] <= 12
         assert booking["day"] in DAYS
-        assert booking["name"] in make_bookings.NAMES[split] and booking["name"] in row["instruction"]
-        assert booking["place"] in make_bookings.PLACES[split] and booking["place"] in row["instruction"]
+        assert booking["name"] in row["instruction"] and booking["place"] in row["instruction"]
+        assert (booking["name"] in make_bookings.NAMES["validation"]) is (split == "validation")
+        assert (booking["place"] in make_bookings.PLACES["validation"]) is (split == "validation")
         assert len(row["instruction"]) <= 200 and "{" not in row["instruction"]
 
 
@@ -124,18 +125,16 @@ def test_no_intent_is_given_away_by_its_own_word():
         assert len(labels) >= 3 and labels[word] < 150
 
 
-@pytest.mark.parametrize("hour, minute, form, evening_said, text", [
-    (19, 0, "7:30 pm", False, "7 pm"), (19, 15, "7.30pm", False, "7.15pm"), (19, 0, "19h30", False, "19h"),
-    (11, 45, "half past seven in the evening", False, "quarter to twelve in the morning"),
-    (12, 45, "half past seven in the evening", False, "quarter to one in the afternoon"),
-    (19, 30, "half past seven in the evening", True, "half past seven"), (12, 0, "7:30 pm", False, "noon"),
-    (20, 0, "7:30 in the evening", True, "8 o'clock"), (12, 0, "1930h", False, "1200h"),
+@pytest.mark.parametrize("hour, minute, form, text", [
+    (19, 30, "19:30", "19:30"), (19, 0, "19h30", "19h"), (12, 0, "1930h", "1200h"), (19, 0, "7:30 pm", "7 pm"),
+    (19, 15, "7.30pm", "7.15pm"), (13, 45, "7:30 pm", "1:45 pm"), (12, 0, "7:30 pm", "noon"),
+    (12, 15, "7.30pm", "12:15"),
 ])
-def test_write_time(hour, minute, form, evening_said, text):
-    assert make_bookings.write_time(form, hour, minute, evening_said) == text
+def test_write_time(hour, minute, form, text):
+    assert make_bookings.write_time(form, hour, minute) == text
 
 
 def test_regular_expressions_do_not_solve_validation():
     train, validation = (regex_baseline.exact_match(ROOT / "data/bookings" / f"{s}.json") for s in make_bookings.SPLITS)
-    assert train > 0.9, "the baseline should be an honest one"
+    assert train > 0.7, "the baseline should be an honest one"
     assert validation < 0.6

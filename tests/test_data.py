@@ -6,19 +6,9 @@ import random
 import pytest
 from tools import make_base, sums, write_rows
 
+from lit_llama.batches import IGNORE, Encoded, collate, micro_batches, step_indices
 from lit_llama.cli import UserError
-from lit_llama.data import (
-    IGNORE,
-    Encoded,
-    Sample,
-    collate,
-    encode_sample,
-    load_splits,
-    load_task,
-    micro_batches,
-    read_samples,
-    step_indices,
-)
+from lit_llama.data import Sample, encode_sample, load_splits, load_task, read_samples, to_sample
 from lit_llama.prompts import STYLES, encode_prompt, stop_ids
 from lit_llama.tokenizer import Tokenizer
 
@@ -41,8 +31,6 @@ def answers(encoded: Encoded, tokenizer: Tokenizer) -> str:
 
 
 def sample_of(row: dict) -> Sample:
-    from lit_llama.data import to_sample
-
     return to_sample(row, "test:1")
 
 
@@ -92,6 +80,9 @@ BAD = {
     "long.csv": ("text,label\na,b,c\n", "long.csv:2: the row does not have"),
     "role.jsonl": ('{"messages": [{"role": "bot", "content": "a"}]}', "role.jsonl:1: a message needs a role"),
     "silent.jsonl": ('{"messages": [{"role": "user", "content": "a"}]}', "silent.jsonl:1: messages hold no assistant"),
+    "comma.json": ('[{"text": "a"}\n{"text": "b"}]', "comma.json:2: not valid JSON: Expecting ','"),
+    "double.json": ('[{"text": "a"},,{"text": "b"}]', "double.json:1: not valid JSON"),
+    "two.json": ('[{"text": "a"}]\n[{"text": "b"}]', "two.json:2: not valid JSON: there is more after"),
     "deep.json": ("[" * 100_000, "deep.json:1: not valid JSON: nested too deeply"),
 }
 
@@ -103,6 +94,11 @@ def test_bad_files_are_named_with_line_and_reason(tmp_path, name):
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         read_samples(tmp_path / name)
+
+
+def test_csv_rows_end_at_line_ends_alone(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\none\u2028two\x0cthree,x\n" + "y" * 200_000 + ",z\n", encoding="utf-8")
+    assert [sample.label for sample in read_samples(tmp_path / "a.csv")] == ["x", "z"]
 
 
 def test_a_file_that_is_not_utf8_names_the_line(tmp_path):
@@ -142,6 +138,25 @@ def test_summary_counts_what_is_dropped_cut_and_in_both_splits(tmp_path):
     assert (
         "1 dropped" in task.summary and "1 cut" in task.summary and "2 of validation also in training" in task.summary
     )
+
+
+def test_texts_alone_are_a_plain_task(tmp_path):
+    base = make_base(tmp_path / "tiny")
+    (tmp_path / "a.txt").write_text("".join(f"line {i}\n" for i in range(50)))
+    task = load_task(tmp_path / "a.txt", base, None, 100)
+    assert task.prompt_style == "plain" and not task.held_out
+
+
+def test_held_out_samples_have_a_prompt_and_their_whole_answer(tmp_path):
+    base = make_base(tmp_path / "tiny")
+    greeting = {"messages": [{"role": "assistant", "content": "hello"}]}
+    long = {"instruction": "a", "output": "y" * 300}
+    write_rows(tmp_path / "data" / "train.json", sums(5))
+    write_rows(tmp_path / "data" / "validation.json", [greeting, long, *sums(8)[6:]])
+    task = load_task(tmp_path / "data", base, None, 100)
+    assert len(task.validation) == 4 and [sample.answer for sample in task.held_out] == [
+        row["output"] for row in sums(8)[6:]
+    ]
 
 
 # masking

@@ -80,7 +80,9 @@ def test_a_seed_repeats_an_answer_and_another_changes_it():
     assert answers[0] == answers[1] != answers[2]
 
 
-@pytest.mark.parametrize("how", [dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.1)])
+@pytest.mark.parametrize(
+    "how", [dict(temperature=-1.0), dict(temperature=float("nan")), dict(top_k=0), dict(top_p=0.0), dict(top_k=5)]
+)
 def test_sampling_out_of_range_is_refused(how):
     with pytest.raises(UserError):
         Sampling(**how)

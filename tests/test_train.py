@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from lightning.fabric import Fabric
 from tools import make_base, sums, write_rows
 
+from lit_llama.batches import IGNORE, collate, micro_batches
 from lit_llama.checkpoint import load_model, open_tensors, read_json, trained_tensors
 from lit_llama.cli import Interrupted, UserError
-from lit_llama.data import IGNORE, collate, load_task, micro_batches
+from lit_llama.data import load_task
 from lit_llama.methods.adapter import add_adapter
 from lit_llama.runs import STATE_FILE, Run
 from lit_llama.train import TrainArgs, fit, learning_rate_at, share, step_gradient, target_loss, validate
@@ -155,14 +156,17 @@ def test_clipping_bounds_the_update(fabric, places, tmp_path):
     for clip in (1e-6, 0.0):
         model = build(base)
         before = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
-        task, args = load_task(data, base, None, 512), TrainArgs(**{**ARGS, "clip": clip, "max_steps": 1})
+        task, args = (
+            load_task(data, base, None, 512),
+            TrainArgs(**{**ARGS, "clip": clip, "max_steps": 1, "warmup_steps": 0}),
+        )
         run = Run(fabric, tmp_path / f"clip{clip}")
         run.begin("adapter", {}, base, task, args, model)
         optimizer = torch.optim.SGD(trained_tensors(model).values(), lr=1.0)
         fit(fabric, model, optimizer, task.train, task.validation, args, run)
         moved = [(tensor - before[name]).norm() for name, tensor in trained_tensors(model).items()]
         norms.append(torch.stack(moved).norm().item())
-    assert norms[0] <= 1.001e-6 * 0.01 + 1e-6 and norms[1] > 1e-4
+    assert norms[0] == pytest.approx(0.02 * 1e-6, rel=0.05) and norms[1] > 1e-4
 
 
 # a run's folder
@@ -254,9 +258,52 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(fabric, places, tmp_pat
     model = build(places[0])
     passes = []
     model.lm_head.register_forward_hook(
-        lambda _, __, logits: passes.append(1) or (logits * math.nan if len(passes) > 5 else None)
+        lambda _, __, logits: passes.append(1) or (logits * math.nan if len(passes) > 1 else None)
     )
-    with pytest.raises(UserError, match=r"step \d, samples \[.*loss is nan.*saved as of step"):
+    with pytest.raises(UserError, match=r"step \d, samples \[.*loss is nan.*the last good step is saved"):
         start(fabric, places, tmp_path, model=model)
     with open_tensors(tmp_path / STATE_FILE) as file:
         assert all(file.get_tensor(name).isfinite().all() for name in file.keys())
+
+
+def test_a_validation_loss_that_is_not_finite_never_becomes_the_best(fabric, places, tmp_path, monkeypatch):
+    losses = iter([1.0, math.nan])
+    monkeypatch.setattr("lit_llama.train.validate", lambda *_: next(losses))
+    with pytest.raises(UserError, match="step 6: the validation loss is nan"):
+        start(fabric, places, tmp_path)
+    with open_tensors(tmp_path / "trained.safetensors") as file:
+        assert all(file.get_tensor(name).isfinite().all() for name in file.keys())
+
+
+def test_a_run_killed_before_its_first_save_can_be_resumed(fabric, places, tmp_path, monkeypatch):
+    monkeypatch.setattr("lit_llama.train.train_step", lambda *_: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        start(fabric, places, tmp_path / "parts")
+    monkeypatch.undo()
+    start(fabric, places, tmp_path / "parts", resume=True)
+    start(fabric, places, tmp_path / "whole")
+    parts, whole = ((tmp_path / name / "trained.safetensors").read_bytes() for name in ("parts", "whole"))
+    assert parts == whole
+
+
+def test_memory_and_place_may_change_on_resume(fabric, places, tmp_path):
+    start(fabric, places, tmp_path / "out", max_steps=4, eval_every=2)
+    (tmp_path / "out" / "metrics.csv").unlink()
+    same = dict(max_steps=4, eval_every=2, resume=True)
+    start(fabric, places, tmp_path / "out", micro_batch_tokens=64, save_every=1, **same)
+    with pytest.raises(UserError, match="train.batch_size was 5, now 6"):
+        start(fabric, places, tmp_path / "out", batch_size=6, **same)
+
+
+def test_a_warmup_that_never_ends_is_refused(fabric, places, tmp_path):
+    with pytest.raises(UserError, match="warmup_steps 6 must be less than the 6 steps"):
+        start(fabric, places, tmp_path, warmup_steps=6)
+    rates = [learning_rate_at(step, 50, TrainArgs(max_steps=50, learning_rate=1.0)) for step in range(50)]
+    assert rates[4] == 1.0 and rates[3] < 1.0 and rates[6] < 1.0  # a tenth where it is not given
+
+
+def test_an_overwrite_that_fails_early_loses_nothing(fabric, places, tmp_path):
+    start(fabric, places, tmp_path)
+    before = (tmp_path / "trained.safetensors").read_bytes()
+    Run(fabric, tmp_path, overwrite=True)  # and then the data turns out to be missing, say
+    assert (tmp_path / "trained.safetensors").read_bytes() == before

@@ -29,7 +29,7 @@ def write_tokenizer(folder: Path) -> None:
 def make_base(folder: Path, seed: int = 1, **changes) -> Path:
     """A checkpoint folder with a random tiny model and the tokenizer above."""
     sizes = dict(
-        block_size=256, vocab_size=259, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, head_size=8, intermediate_size=48
+        block_size=512, vocab_size=259, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, head_size=8, intermediate_size=48
     )
     torch.manual_seed(seed)
     model = LLaMA(LLaMAConfig(name="tiny", **{**sizes, **changes})).init_weights(0.1)

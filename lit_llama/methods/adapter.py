@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from lit_llama.cli import UserError
 from lit_llama.model import CausalSelfAttention, LLaMA
 
 ACTIVATIONS = {"none": nn.Identity, "tanh": nn.Tanh}
@@ -64,11 +65,11 @@ def add_adapter(
     """
     n_layer = model.config.n_layer
     if prompt_length < 1 or not 0 <= start_layer < n_layer:
-        raise ValueError(
+        raise UserError(
             f"prompt_length {prompt_length} must be at least 1 and start_layer {start_layer} within 0 to {n_layer - 1}"
         )
     if gate not in ("head", "layer") or gate_activation not in ACTIVATIONS:
-        raise ValueError(
+        raise UserError(
             f"gate is 'head' or 'layer', gate_activation one of {list(ACTIVATIONS)}: got {gate!r}, {gate_activation!r}"
         )
     for block in model.transformer.h[start_layer:]:

@@ -1,0 +1,66 @@
+"""Which samples a step takes, and how they are cut into micro-batches."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # the target of a position that is not trained on
+
+
+@dataclass
+class Encoded:
+    """ids (T,) as fed to the model and targets (T,), the next token or IGNORE; ``cut``: it lost its end."""
+
+    ids: list[int]
+    targets: list[int]
+    cut: bool = False
+
+    @property
+    def n_targets(self) -> int:
+        return sum(target != IGNORE for target in self.targets)
+
+
+def step_indices(step: int, batch_size: int, n_samples: int, seed: int, epochs: int | None = None) -> list[int]:
+    """The samples of an optimizer step: a pure function, so a resumed run needs only the step number.
+
+    The samples of an epoch are a permutation drawn by (seed, epoch). With ``epochs`` the last step ends with the data.
+    """
+    stream = range(step * batch_size, (step + 1) * batch_size)
+    if epochs is not None:
+        stream = range(stream.start, min(stream.stop, epochs * n_samples))
+    orders = {epoch: epoch_order(seed, epoch, n_samples) for epoch in {i // n_samples for i in stream}}
+    return [orders[i // n_samples][i % n_samples] for i in stream]
+
+
+def epoch_order(seed: int, epoch: int, n_samples: int) -> list[int]:
+    order = list(range(n_samples))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    return order
+
+
+def micro_batches(samples: list[Encoded], max_tokens: int, max_padding: float = 0.2) -> list[list[Encoded]]:
+    """Cut samples, longest first, into batches of at most ``max_tokens`` tokens with padding.
+
+    A sample shorter than its batch's longest by more than ``max_padding`` opens a new one, so no batch is padded by
+    more than that; with the lengths of real data a step is padded by far less.
+    """
+    batches: list[list[Encoded]] = []
+    for sample in sorted(samples, key=lambda sample: len(sample.ids), reverse=True):
+        width = len(batches[-1][0].ids) if batches else 0
+        if batches and (len(batches[-1]) + 1) * width <= max_tokens and len(sample.ids) >= (1 - max_padding) * width:
+            batches[-1].append(sample)
+        else:
+            batches.append([sample])
+    return batches
+
+
+def collate(samples: list[Encoded], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """ids (B, T) and targets (B, T), padded at the right, where causal attention never looks back at it."""
+    width = max(len(sample.ids) for sample in samples)
+    ids = [sample.ids + [0] * (width - len(sample.ids)) for sample in samples]
+    targets = [sample.targets + [IGNORE] * (width - len(sample.targets)) for sample in samples]
+    return torch.tensor(ids, device=device), torch.tensor(targets, device=device)
