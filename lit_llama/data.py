@@ -238,17 +238,21 @@ def encode_sample(sample: Sample, style: str, tokenizer: Tokenizer, max_seq_leng
         ids, trains = encode_pieces(pieces, tokenizer)
     except UserError as error:
         raise UserError(f"{sample.where}: {error}") from None
-    while trains and not trains[-1]:  # what follows the last answer teaches nothing
-        ids.pop(), trains.pop()
+    drop_untrained_end(ids, trains)
     cut = len(ids) > max_seq_length
     if cut and trains[max_seq_length - 1]:
         ids[max_seq_length - 1 :] = encode_control(end, tokenizer)
         trains[max_seq_length - 1 :] = [trains[max_seq_length - 2]]  # no end right after a prompt
     ids, trains = ids[:max_seq_length], trains[:max_seq_length]
-    while trains and not trains[-1]:
-        ids.pop(), trains.pop()
+    drop_untrained_end(ids, trains)
     targets = [token if train else IGNORE for token, train in zip(ids[1:], trains[1:], strict=True)]
     return Encoded(ids[:-1], targets, cut) if sum(trains[1:]) > 1 else None  # an end alone is an empty answer
+
+
+def drop_untrained_end(ids: list[int], trains: list[bool]) -> None:
+    """Remove, in place, what follows the last answer: it teaches nothing."""
+    while trains and not trains[-1]:
+        ids.pop(), trains.pop()
 
 
 def encode_samples(
