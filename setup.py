@@ -18,11 +18,12 @@ setup(
         "torch>=2.5,<2.14",  # bounded: a newer one may bring gigabytes of CUDA packages or other numbers
         "lightning>=2.4",
         "sentencepiece>=0.2",
-        "jsonargparse[signatures]>=4.35",
+        "jsonargparse[signatures]>=4.49",
         "tqdm>=4.66",
         "safetensors>=0.4.5",
         "tokenizers>=0.20",
         "gguf>=0.16",
+        "scikit-learn>=1.4",
         "numpy",
     ],
     extras_require={"hub": HUB, "test": TEST},

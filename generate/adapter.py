@@ -9,7 +9,8 @@ The trained folder says which method it is, which base it needs and how prompts 
 import sys
 
 from lit_llama import cli
-from lit_llama.checkpoint import load_trained_folder
+from lit_llama.checkpoint import load_trained_folder, read_method, tokenizer_dir
+from lit_llama.classify import is_classifier
 from lit_llama.devices import base_dtype, default_device
 from lit_llama.generate import Sampling, stream_answer
 from lit_llama.tokenizer import Tokenizer
@@ -35,10 +36,12 @@ def main(
         sampling: How the next token is chosen.
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
     """
+    if is_classifier(read_method(trained_dir)):
+        raise cli.UserError(f"{trained_dir} answers with a label, not with text: see generate/classify.py")
     device = default_device()
     model, method = load_trained_folder(trained_dir, checkpoint_dir, base_dtype(precision, device), device)
     print(f"{method['method']} over {method['base']['name']}", file=sys.stderr)
-    tokenizer = Tokenizer(checkpoint_dir or method["base"]["checkpoint_dir"])
+    tokenizer = Tokenizer(tokenizer_dir(trained_dir, checkpoint_dir, method))
     stream_answer(model, tokenizer, method["prompt_style"], prompt, input, max_new_tokens, sampling)
 
 

@@ -1,11 +1,13 @@
-"""Generate with a base model, or with any checkpoint folder.
+"""Generate with a base model, or with any checkpoint folder: finetune/full.py writes one.
 
 python generate/base.py --prompt "What is the capital of France?"
 python generate/base.py --prompt "Once upon a time" --prompt_style plain --sampling.temperature 0.8
 """
 
+from pathlib import Path
+
 from lit_llama import cli
-from lit_llama.checkpoint import load_model
+from lit_llama.checkpoint import METHOD_FILE, load_model, read_method
 from lit_llama.devices import base_dtype, default_device
 from lit_llama.download import DEFAULT_BASE, ensure_base
 from lit_llama.generate import Sampling, stream_answer
@@ -28,13 +30,15 @@ def main(
         prompt: The instruction, or with --prompt_style plain the text to continue.
         input: What the instruction is about, as in an Alpaca record.
         checkpoint_dir: Folder of the model.
-        prompt_style: alpaca, chatml, llama2, llama3 or plain; by default what the tokenizer tells.
+        prompt_style: alpaca, chatml, llama2, llama3 or plain; by default as trained, or what the tokenizer tells.
         max_new_tokens: The longest answer.
         sampling: How the next token is chosen.
         precision: Width of the weights: bf16-true, 32-true, or auto for the faster one.
     """
     ensure_base(checkpoint_dir, yes=False)
     tokenizer = Tokenizer(checkpoint_dir)
+    if (Path(checkpoint_dir) / METHOD_FILE).exists():  # finetune/full.py wrote it
+        prompt_style = prompt_style or read_method(checkpoint_dir)["prompt_style"]
     style = choose_style(prompt_style, tokenizer)
     device = default_device()
     model = load_model(checkpoint_dir, base_dtype(precision, device), device)

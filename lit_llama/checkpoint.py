@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -83,6 +84,11 @@ def read_json(path: Path) -> dict:
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     with whole_file(path) as temporary:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """As ``save_tensors``, for numpy's arrays."""
+    save_tensors(path, {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()})
 
 
 def open_tensors(path: Path, device: str = "cpu"):
@@ -245,6 +251,11 @@ def trained_tensors(model: LLaMA) -> dict[str, Tensor]:
     return {name: param for name, param in model.named_parameters() if param.requires_grad}
 
 
+def kept_tensors(model: LLaMA) -> dict[str, Tensor]:
+    """What a trained folder holds, by name: what trains, or what is made of it (methods/prefix.py)."""
+    return trained_tensors(model) if model.reparametrization is None else model.reparametrization.kept_tensors()
+
+
 def describe_base(checkpoint_dir: Path) -> dict:
     """What method.json says of the base a method was trained on."""
     return {
@@ -277,17 +288,16 @@ def load_trained_folder(
 ) -> tuple[LLaMA, dict]:
     """The base with a finished method on it, and its method.json.
 
-    ``checkpoint_dir`` overrides where the base lies; that it is the same base is checked in any case.
+    ``checkpoint_dir`` overrides where the base lies; that it is the same base is checked. A folder that holds a whole
+    model needs no base.
     """
     from lit_llama.methods import METHODS
 
-    path = Path(trained_dir) / METHOD_FILE
-    if not path.exists():
-        raise UserError(f"{path} is missing: {trained_dir} is not what a finetune script wrote")
-    method = read_json(path)
-    missing = {"method", "arguments", "base", "prompt_style"} - set(method)
-    if missing or method["method"] not in METHODS:
-        raise UserError(f"{path} lacks {sorted(missing)} or names none of the methods {sorted(METHODS)}")
+    method, path = read_method(trained_dir), Path(trained_dir) / METHOD_FILE
+    if (Path(trained_dir) / MODEL_FILE).exists():  # a checkpoint folder: nothing of the base is left
+        return load_model(trained_dir, dtype, device).requires_grad_(False), method
+    if method["method"] not in METHODS:
+        raise UserError(f"{path} names the method {method['method']!r}, not one of {', '.join(METHODS)}")
     checkpoint_dir = check_base(method["base"], checkpoint_dir, path)
     model = load_model(checkpoint_dir, dtype, device)
     model.requires_grad_(False)
@@ -295,8 +305,27 @@ def load_trained_folder(
         METHODS[method["method"]](model, **method["arguments"])
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: the arguments do not fit {method['method']}: {error}") from None
+    if model.reparametrization is not None:
+        model.reparametrization.flatten(model)
     load_trained(model, Path(trained_dir) / TRAINED_FILE)
     return model, method
+
+
+def tokenizer_dir(trained_dir: Path, checkpoint_dir: Path | None, method: dict) -> Path:
+    """Where the tokenizer of a trained folder lies: in its base, or in itself where it holds a whole model."""
+    whole = (Path(trained_dir) / MODEL_FILE).exists()
+    return Path(trained_dir if whole else checkpoint_dir or method["base"]["checkpoint_dir"])
+
+
+def read_method(trained_dir: Path) -> dict:
+    """The method.json of a trained folder."""
+    path = Path(trained_dir) / METHOD_FILE
+    if not path.exists():
+        raise UserError(f"{path} is missing: {trained_dir} is not what a finetune script wrote")
+    method = read_json(path)
+    if missing := {"method", "arguments", "base", "prompt_style"} - set(method):
+        raise UserError(f"{path} lacks {sorted(missing)}")
+    return method
 
 
 def check_base(base: dict, checkpoint_dir: Path | None, path: Path) -> Path:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable
 
 
@@ -26,9 +26,9 @@ def run(main: Callable) -> None:
     global command_line
     parser = auto_parser(main, as_positional=False)
     try:
-        config = parser.parse_args(bare_switches(main, sys.argv[1:]))
+        config = parser.parse_args(bare_switches(parser, sys.argv[1:]))
         command_line = parser.dump(Namespace({k: v for k, v in vars(config).items() if k not in ONE_OFF}))
-        arguments = parser.instantiate_classes(config)
+        arguments = parser.instantiate(config)
         arguments.pop("config", None)
         main(**arguments)
     except UserError as error:
@@ -49,9 +49,10 @@ def leave(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def bare_switches(main: Callable, args: list[str]) -> list[str]:
+def bare_switches(parser: ArgumentParser, args: list[str]) -> list[str]:
     """Let ``--resume`` stand for ``--resume true``: jsonargparse wants a value for every bool."""
-    switches = {f"--{p.name}" for p in inspect.signature(main).parameters.values() if isinstance(p.default, bool)}
+    switches = {flag for flag, value in vars(parser.get_defaults()).items() if isinstance(value, bool)}
+    switches = {f"--{flag}" for flag in switches}
     spelled = []
     for arg, following in zip(args, [*args, "--"][1:], strict=True):
         spelled += [arg, "true"] if arg in switches and following.startswith("--") else [arg]

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from lit_llama.checkpoint import open_tensors, read_json, save_checkpoint, tensor_shapes, whole_folder
 from lit_llama.cli import UserError
-from lit_llama.model import CONFIGS, LLAMA_31_SCALING, CausalSelfAttention, LLaMAConfig
+from lit_llama.configs import CONFIGS, LLAMA_31_SCALING
+from lit_llama.model import CausalSelfAttention, LLaMAConfig
 
 Tensors = Iterable[tuple[str, Tensor]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

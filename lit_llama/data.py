@@ -1,183 +1,27 @@
-"""From files to token ids: .json, .jsonl, .csv or .txt -> samples -> ids with masked prompts.
-
-Rows may be Alpaca records (instruction, input, output), ``messages`` lists, ``text`` + ``label``, or ``text`` alone;
-data/README.md shows each.
-"""
+"""From samples to token ids: training and validation splits, masked prompts, what was dropped and why."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lit_llama.batches import IGNORE, Encoded
 from lit_llama.checkpoint import load_config
 from lit_llama.cli import UserError
-from lit_llama.prompts import BOS, END_OF_TURN, EOS, STYLES, Message, choose_style, encode_control, encode_pieces
+from lit_llama.prompts import (
+    BOS,
+    END_OF_TURN,
+    EOS,
+    STYLES,
+    choose_style,
+    encode_control,
+    encode_pieces,
+    encode_prompt,
+)
+from lit_llama.samples import SUFFIXES, Sample, read_samples
 from lit_llama.tokenizer import Tokenizer
-
-SUFFIXES = (".json", ".jsonl", ".csv", ".txt")
-ROLES = ("system", "user", "assistant")
-
-
-@dataclass
-class Sample:
-    """One row of a data file: a conversation that ends with an answer, or a plain text to be learned as it is."""
-
-    where: str  # file and line, for messages to the user
-    messages: list[Message]
-    text: str | None = None  # of rows with a text
-    label: str | None = None
-
-    @property
-    def prompt(self) -> list[Message]:
-        return self.messages[:-1]
-
-    @property
-    def answer(self) -> str:
-        return self.messages[-1]["content"]
-
-    def key(self) -> str:
-        """The content as one string, by which duplicates and the hash split go."""
-        return json.dumps([self.messages, self.text], sort_keys=True)
-
-
-# ---------------------------------------------------------------------------------------------- reading rows
-
-
-def read_samples(path: Path) -> list[Sample]:
-    """All samples of one file. UserError names file, line and what is wrong."""
-    path = Path(path)
-    readers = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows, ".txt": txt_rows}
-    if path.suffix not in readers:
-        raise UserError(f"{path}: data files end in {', '.join(SUFFIXES)}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark, as spreadsheets write it, is not content
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-    samples = [to_sample(row, f"{path}:{line}") for line, row in readers[path.suffix](text, path)]
-    if not samples:
-        raise UserError(f"{path} holds no rows")
-    return samples
-
-
-def json_rows(text: str, path: Path) -> Iterator[tuple[int, object]]:
-    """The elements of a JSON array with the line each begins on."""
-    decoder, position, line = json.JSONDecoder(), 0, 1
-
-    def skip(characters: str) -> None:
-        nonlocal position, line
-        while position < len(text) and text[position] in characters:
-            line += text[position] == "\n"
-            position += 1
-
-    skip(" \t\r\n")
-    if text[position : position + 1] != "[":
-        raise UserError(f"{path}:{line}: a .json file must hold an array of rows; one object a line is .jsonl")
-    position += 1
-    first = True
-    while True:
-        skip(" \t\r\n")
-        if text[position : position + 1] == "]":
-            break
-        if not first:
-            if text[position : position + 1] != ",":
-                raise UserError(f"{path}:{line}: not valid JSON: Expecting ',' or ']'")
-            position += 1
-            skip(" \t\r\n")
-        try:
-            row, end = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            at = line + text.count("\n", position, getattr(error, "pos", position))
-            raise UserError(f"{path}:{at}: not valid JSON: {getattr(error, 'msg', 'nested too deeply')}") from None
-        yield line, row
-        line += text.count("\n", position, end)
-        position, first = end, False
-    position += 1
-    skip(" \t\r\n")
-    if position < len(text):
-        raise UserError(f"{path}:{line}: not valid JSON: there is more after the array's end")
-
-
-def jsonl_rows(text: str, path: Path) -> Iterator[tuple[int, object]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                message = getattr(error, "msg", "nested too deeply")
-                raise UserError(f"{path}:{number}: not valid JSON: {message}") from None
-
-
-def csv_rows(text: str, path: Path) -> Iterator[tuple[int, object]]:
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise UserError(
-                    f"{path}:{reader.line_num}: the row does not have the header's {len(reader.fieldnames)} columns"
-                )
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: {error}") from None
-
-
-def txt_rows(text: str, path: Path) -> Iterator[tuple[int, object]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, {"text": line.rstrip("\r")}
-
-
-def to_sample(row: object, where: str) -> Sample:
-    """One row of any of the formats as a Sample. Columns beside those of the format are ignored."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a row must be an object, got {type(row).__name__}")
-    if "messages" in row:
-        return Sample(where, check_messages(row["messages"], where))
-    if "instruction" in row and "output" in row:
-        given = text_field(row, "input", where) if row.get("input") else ""
-        user = {"role": "user", "content": text_field(row, "instruction", where), "input": given}
-        return Sample(where, [user, {"role": "assistant", "content": text_field(row, "output", where)}])
-    if "text" in row:
-        text = text_field(row, "text", where)
-        if "label" not in row:
-            return Sample(where, [], text)
-        label = text_field(row, "label", where)
-        return Sample(where, [{"role": "user", "content": text}, {"role": "assistant", "content": label}], text, label)
-    raise UserError(
-        f"{where}: a row needs instruction and output, or messages, or text with or without label; "
-        f"this one has {', '.join(map(repr, row)) or 'nothing'}"
-    )
-
-
-def text_field(row: dict, field: str, where: str) -> str:
-    if not isinstance(row[field], str):
-        raise UserError(f"{where}: {field} must be a string, got {json.dumps(row[field])[:40]}")
-    return row[field]
-
-
-def check_messages(messages: object, where: str) -> list[Message]:
-    """Messages up to the last answer: what follows it can teach nothing."""
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise UserError(f"{where}: messages must be a list of objects with role and content")
-    for message in messages:
-        if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
-            raise UserError(
-                f"{where}: a message needs a role of {', '.join(ROLES)} and a content, got {json.dumps(message)[:60]}"
-            )
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
-        raise UserError(f"{where}: messages hold no assistant turn to learn")
-    return [{"role": message["role"], "content": message["content"]} for message in messages[: answers[-1] + 1]]
-
 
 # ---------------------------------------------------------------------------------------------- splits
 
@@ -269,6 +113,25 @@ def encode_samples(
     return [sample for sample, _ in kept], [ids for _, ids in kept]
 
 
+def encode_labels(
+    samples: list[Sample], style: str, tokenizer: Tokenizer, max_seq_length: int, labels: list[str]
+) -> list[Encoded]:
+    """Each sample's prompt, with its label's number as the target of the last token: what a classifier's head learns.
+
+    Too long a prompt loses its beginning.
+    """
+    encoded = []
+    for sample in samples:
+        if sample.label not in labels:
+            found = "no label" if sample.label is None else f"the label {sample.label!r}, which training never shows"
+            raise UserError(f"{sample.where}: a classifier needs rows with one of its labels; this one has {found}")
+        ids = encode_prompt(sample.prompt, style, tokenizer)[-max_seq_length:]
+        if not ids:
+            raise UserError(f"{sample.where}: the text is empty, there is nothing to classify")
+        encoded.append(Encoded(ids, [IGNORE] * (len(ids) - 1) + [labels.index(sample.label)]))
+    return encoded
+
+
 def can_be_asked(sample: Sample, encoded: Encoded) -> bool:
     """Whether a sample has a prompt that can be put to the model, and an answer to compare with."""
     return bool(sample.messages and sample.prompt) and not encoded.cut
@@ -285,6 +148,7 @@ class Task:
     validation: list[Encoded]
     held_out: list[Sample]
     summary: str
+    labels: list[str] | None = None  # of a classifier, in the order of its head's rows
 
     @property
     def fingerprint(self) -> str:
@@ -295,14 +159,25 @@ class Task:
         return digest.hexdigest()
 
 
-def load_task(data: Path, checkpoint_dir: Path, prompt_style: str | None, max_seq_length: int) -> Task:
-    """Read, split and encode ``data`` for a base; ``summary`` says what was found and what was dropped."""
+def load_task(
+    data: Path, checkpoint_dir: Path, prompt_style: str | None, max_seq_length: int, classify: bool = False
+) -> Task:
+    """Read, split and encode ``data`` for a base; ``summary`` says what was found and what was dropped.
+
+    With ``classify`` the targets are labels, for a head that takes the place of the language head.
+    """
     tokenizer, block_size = Tokenizer(checkpoint_dir), load_config(checkpoint_dir).block_size
     if max_seq_length > block_size:
         raise UserError(f"--train.max_seq_length {max_seq_length} exceeds the base's context of {block_size} tokens")
     samples = load_splits(data)
     only_texts = not any(sample.messages for split in samples for sample in split)
     style = "plain" if only_texts else choose_style(prompt_style, tokenizer)
+    if classify:
+        labels = sorted({sample.label for sample in samples[0] if sample.label is not None})
+        train, validation = (encode_labels(split, style, tokenizer, max_seq_length, labels) for split in samples)
+        summary = f"{data}: {len(train)} samples to train on, {len(validation)} to validate, labels {labels}"
+        held_out = [replace(s, messages=[*s.prompt, {"role": "assistant", "content": s.label}]) for s in samples[1]]
+        return Task(str(data), tokenizer, style, train, validation, held_out, summary, labels)
     (train, train_ids), (validation, val_ids) = (
         encode_samples(split, style, tokenizer, max_seq_length) for split in samples
     )

@@ -35,7 +35,7 @@ def answer_samples(
     with tqdm(total=len(samples), desc=name, unit="sample", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            room = model.config.block_size - max(len(prompts[i]) for i in rows)
+            room = model.context - len(model.virtual_ids) - max(len(prompts[i]) for i in rows)
             tokens = generate_batch(
                 model, [prompts[i] for i in rows], min(longest + 1, max(1, room)), stop_ids(style, tokenizer)
             )
@@ -45,9 +45,23 @@ def answer_samples(
     return answers
 
 
+@torch.inference_mode()
+def choose_labels(model: LLaMA, prompts: list[list[int]], labels: list[str], batch_size: int = 32) -> list[str]:
+    """The likeliest label of each prompt (ids), by a model whose head is a classifier."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    chosen = [""] * len(prompts)
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        logits = model.lm_head(model.last_vectors([prompts[i] for i in rows]))  # (rows, labels)
+        for i, label in zip(rows, logits.argmax(-1).tolist(), strict=True):
+            chosen[i] = labels[label]
+    return chosen
+
+
 def count_correct(answers: list[str], samples: list[Sample]) -> int:
     """How many answers are the expected text to the letter, blanks around it aside."""
-    return sum(answer == sample.answer.strip() for answer, sample in zip(answers, samples, strict=True))
+    return sum(answer.strip() == sample.answer.strip() for answer, sample in zip(answers, samples, strict=True))
 
 
 class Comparison:
@@ -62,8 +76,12 @@ class Comparison:
         self.answers: dict[str, list[str]] = {}
 
     def answer(self, when: str, model: LLaMA) -> None:
-        task = self.task
-        self.answers[when] = answer_samples(model, task.tokenizer, task.prompt_style, self.samples, name=when)
+        task, samples = self.task, self.samples
+        if task.labels is not None:
+            encoded = task.validation[: self.n_samples][self.fabric.global_rank :: self.fabric.world_size]
+            self.answers[when] = choose_labels(model, [sample.ids for sample in encoded], task.labels)
+        else:
+            self.answers[when] = answer_samples(model, task.tokenizer, task.prompt_style, samples, name=when)
 
     def show(self, n_examples: int = 3) -> None:
         """Print some samples with their answers, then the exact match at each point."""

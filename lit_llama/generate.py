@@ -64,7 +64,7 @@ def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator | 
 
 def check_length(model: LLaMA, prompt_tokens: int, max_new_tokens: int) -> None:
     """UserError unless prompt and answer fit the model's context."""
-    block_size = model.config.block_size
+    block_size = model.context - len(model.virtual_ids)
     if prompt_tokens < 1:
         raise UserError("the prompt is empty: there is nothing to continue")
     if max_new_tokens < 1 or prompt_tokens + max_new_tokens > block_size:
@@ -93,6 +93,7 @@ def generate(
 ) -> Iterator[int]:
     """The ids of the answer one by one, without the stop id that ends it."""
     check_length(model, len(prompt), max_new_tokens)
+    prompt = model.virtual_ids + prompt
     sampling = sampling or Sampling()
     device = model.transformer.wte.weight.device
     generator = torch.Generator(device).manual_seed(sampling.seed)
@@ -109,22 +110,28 @@ def generate(
 
 @torch.inference_mode()
 def generate_batch(
-    model: LLaMA, prompts: list[list[int]], max_new_tokens: int, stop: set[int], sampling: Sampling | None = None
+    model: LLaMA,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    stop: set[int] | list[set[int]],
+    sampling: Sampling | None = None,
 ) -> list[list[int]]:
     """The answers to several prompts, decoded together; greedy ones equal those of ``generate``.
 
     Prompts are padded at the left, so that all rows write the same slot of the cache. Rows that have ended are dropped
     once they are half of the batch.
     """
+    for length in {max(map(len, prompts)), min(map(len, prompts))}:
+        check_length(model, length, max_new_tokens)
+    prompts = [model.virtual_ids + prompt for prompt in prompts]
     width = max(map(len, prompts))
-    check_length(model, width, max_new_tokens)
-    check_length(model, min(map(len, prompts)), max_new_tokens)
     sampling = sampling or Sampling()
     device = model.transformer.wte.weight.device
     generator = torch.Generator(device).manual_seed(sampling.seed)
     idx = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     pad = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
     answers: list[list[int]] = [[] for _ in prompts]
+    stops = stop if isinstance(stop, list) else [stop] * len(prompts)  # the ids that end each answer
     rows = list(range(len(prompts)))  # the prompt of each row of the batch
     open_rows = set(rows)
     with decoding(model, len(prompts), width + max_new_tokens):
@@ -133,7 +140,7 @@ def generate_batch(
             hidden = model.hidden_states(idx, input_pos, pad)
             tokens = next_token(model.lm_head(hidden[:, -1]), sampling, generator)
             for row, token in zip(rows, tokens.tolist(), strict=True):
-                if token in stop:
+                if token in stops[row]:
                     open_rows.discard(row)
                 elif row in open_rows:
                     answers[row].append(token)

@@ -16,6 +16,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_llama.configs import CONFIGS
+
 
 @dataclass
 class LLaMAConfig:
@@ -36,12 +38,12 @@ class LLaMAConfig:
     tie_embeddings: bool = False  # lm_head shares the weight of wte
 
     def __post_init__(self):
-        for field in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "intermediate_size"):
-            value = getattr(self, field)
+        sizes = "block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_size", "intermediate_size"
+        for field, value in ((field, getattr(self, field)) for field in sizes):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{field} must be a positive whole number, got {value!r}")
-        if not isinstance(self.head_size, int) or self.head_size < 2 or self.head_size % 2:
-            raise ValueError(f"head_size must be an even number (rotary pairs), got {self.head_size!r}")
+        if self.head_size % 2:
+            raise ValueError(f"head_size must be even (rotary pairs), got {self.head_size}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if self.rope_scaling is not None and set(self.rope_scaling) != ROPE_SCALING_FIELDS:
@@ -49,42 +51,18 @@ class LLaMAConfig:
 
     @classmethod
     def from_name(cls, name: str, **changes) -> LLaMAConfig:
-        """The config of a released model, with ``changes`` to single fields."""
+        """The config of a released model (lit_llama/configs.py), with ``changes`` to single fields."""
         if name not in CONFIGS:
             raise ValueError(f"unknown model {name!r}; known: {', '.join(CONFIGS)}")
         return cls(**{"name": name, **CONFIGS[name], **changes})
 
 
 ROPE_SCALING_FIELDS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-LLAMA_31_SCALING = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
-LLAMA_32_SCALING = dict(LLAMA_31_SCALING, factor=32.0)
-LLAMA_2 = dict(block_size=4096, norm_eps=1e-5)
-LLAMA_3 = dict(block_size=8192, vocab_size=128256, n_kv_head=8, norm_eps=1e-5, rope_base=500000.0)
-LLAMA_31 = dict(LLAMA_3, block_size=131072, rope_scaling=LLAMA_31_SCALING)
-LLAMA_32 = dict(LLAMA_3, block_size=131072, rope_scaling=LLAMA_32_SCALING, intermediate_size=8192, tie_embeddings=True)
-SMOLLM2 = dict(block_size=8192, vocab_size=49152, head_size=64, norm_eps=1e-5, rope_base=100000.0, tie_embeddings=True)
-WIDTH_13B = dict(n_layer=40, n_head=40, n_kv_head=40, n_embd=5120, intermediate_size=13824)
-WIDTH_3B = dict(n_layer=26, n_embd=3200, head_size=100, intermediate_size=8640)
 
-CONFIGS = {
-    "7B": dict(),
-    "13B": WIDTH_13B,
-    "30B": dict(n_layer=60, n_head=52, n_kv_head=52, n_embd=6656, intermediate_size=17920),
-    "65B": dict(n_layer=80, n_head=64, n_kv_head=64, n_embd=8192, intermediate_size=22016, norm_eps=1e-5),
-    "Llama-2-7b": LLAMA_2,
-    "Llama-2-13b": dict(LLAMA_2, **WIDTH_13B),
-    "Llama-2-70b": dict(LLAMA_2, n_layer=80, n_head=64, n_kv_head=8, n_embd=8192, intermediate_size=28672),
-    "Llama-3-8B": dict(LLAMA_3, intermediate_size=14336),
-    "Llama-3.1-8B": dict(LLAMA_31, intermediate_size=14336),
-    "Llama-3.2-1B": dict(LLAMA_32, n_layer=16, n_embd=2048, head_size=64),
-    "Llama-3.2-3B": dict(LLAMA_32, n_layer=28, n_head=24, n_embd=3072),
-    "tiny-llama-1.1b": dict(n_layer=22, n_kv_head=4, n_embd=2048, head_size=64, intermediate_size=5632, norm_eps=1e-5),
-    "open-llama-3b": WIDTH_3B,
-    "open-llama-7b": dict(),
-    "smollm2-135m": dict(SMOLLM2, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, intermediate_size=1536),
-    "smollm2-360m": dict(SMOLLM2, n_layer=32, n_head=15, n_kv_head=5, n_embd=960, intermediate_size=2560),
-    "smollm2-1.7b": dict(SMOLLM2, n_layer=24, n_embd=2048, intermediate_size=8192, rope_base=130000.0),
-}
+
+def unfreeze(module: nn.Module) -> None:
+    """Let a module's weights train: in float32, for in bfloat16 an optimizer step of 1e-3 on 0.5 is lost."""
+    module.float().requires_grad_(True)
 
 
 class RMSNorm(nn.Module):
@@ -134,6 +112,7 @@ class KVCache:
     def __init__(self, k: Tensor, v: Tensor) -> None:
         self.k, self.v = k, v
         self.prompt: tuple[Tensor, Tensor] | None = None  # a method's constant keys and values: gone with the cache
+        self.rows = torch.arange(k.size(0))  # which of the batch's rows are left
 
     def update(self, k: Tensor, v: Tensor, input_pos: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """Write k and v (B, nkv, T, hs) into the slots ``input_pos`` (T,); return the first ``end`` slots of each."""
@@ -143,7 +122,22 @@ class KVCache:
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows of the batch but ``rows`` (indices)."""
-        self.k, self.v = self.k[rows], self.v[rows]
+        self.k, self.v, self.rows = self.k[rows], self.v[rows], self.rows[rows.cpu()]
+
+
+class Linear(nn.Linear):
+    """Casts its weight to the input's dtype: where it trains it is float32, whatever the base's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(hs)) v over all of k, over where ``mask`` is True, or causally.
+
+    q (B, nh, T, hs), k and v (B, nkv, S, hs) -> (B, nh, T, hs).
+    """
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=q.size(1) != k.size(1))
 
 
 class CausalSelfAttention(nn.Module):
@@ -156,8 +150,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_size = config.n_head, config.n_kv_head, config.head_size
         q_size, kv_size = self.n_head * self.head_size, self.n_kv_head * self.head_size
-        self.c_attn = nn.Linear(config.n_embd, q_size + 2 * kv_size, bias=False)
-        self.c_proj = nn.Linear(q_size, config.n_embd, bias=False)
+        self.c_attn = Linear(config.n_embd, q_size + 2 * kv_size, bias=False)
+        self.c_proj = Linear(q_size, config.n_embd, bias=False)
         self.qkv_slices = {
             "q": slice(0, q_size),
             "k": slice(q_size, q_size + kv_size),
@@ -178,9 +172,7 @@ class CausalSelfAttention(nn.Module):
         """-> (B, nh, T, hs): causal over k and v, or over the cache where ``mask`` (B or 1, 1, T, S) is True."""
         if input_pos is not None:
             k, v = self.kv_cache.update(k, v, input_pos, end=mask.size(-1))
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.n_head != self.n_kv_head
-        )
+        return attention(q, k, v, mask, is_causal=mask is None)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None = None, mask: Tensor | None = None
@@ -195,9 +187,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__()
-        self.c_fc1 = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
-        self.c_fc2 = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
-        self.c_proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+        self.c_fc1 = Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.c_fc2 = Linear(config.n_embd, config.intermediate_size, bias=False)
+        self.c_proj = Linear(config.intermediate_size, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(F.silu(self.c_fc1(x)) * self.c_fc2(x))
@@ -225,21 +217,34 @@ class LLaMA(nn.Module):
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
-                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                ln_f=RMSNorm(config.n_embd, config.norm_eps),
-            )
-        )
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        parts = {
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            "ln_f": RMSNorm(config.n_embd, config.norm_eps),
+        }
+        self.transformer = nn.ModuleDict(parts)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
         self._rope: tuple[Tensor, Tensor] | None = None  # cos and sin (positions, hs/2), grown as needed
+        self.first_position = 0  # of the text: a method may put something in front (methods/prefix.py)
+        self.virtual_ids: list[int] = []  # ids past the vocabulary in front of every text (methods/soft_prompt.py)
+        self.compute_dtype: torch.dtype | None = None  # narrower than the weights (methods/full.py)
+        self.reparametrization: nn.Module | None = None  # makes what is kept out of what trains (methods/prefix.py)
 
     def tie_weights(self) -> None:
         """Share the embedding's weight with the head where the config says so; needed again after a load."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
+
+    def replace_head(self, n_labels: int) -> None:
+        """Put a new head in place of the language head: C -> labels, all equally likely at the start."""
+        self.lm_head = Linear(self.config.n_embd, n_labels, bias=False).to(self.transformer.wte.weight.device)
+        nn.init.zeros_(self.lm_head.weight)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in: the embedding's dtype, if nothing else is said."""
+        return self.compute_dtype or self.transformer.wte.weight.dtype
 
     def init_weights(self, std: float = 0.02) -> LLaMA:
         """Random weights as GPT-2's: normal for matrices, ones for norms. A checkpoint overwrites them."""
@@ -254,14 +259,14 @@ class LLaMA(nn.Module):
         The tables are neither buffers nor parameters: ``.to(torch.bfloat16)`` would round them, with errors up to
         1.0 at position 256, and a model made on the meta device would have none.
         """
-        length = max(positions.size(-1), self.cache_size)
+        length = max(positions.size(-1), self.cache_size) + self.first_position
         if self._rope is None or self._rope[0].size(0) < length or self._rope[0].device != positions.device:
             with torch.inference_mode(False):  # tables made while generating must serve training too
                 steps = torch.arange(length, device=positions.device, dtype=torch.float32)
                 angles = torch.outer(steps, rope_frequencies(self.config, positions.device))
                 self._rope = angles.cos(), angles.sin()
-        cos, sin = self._rope
-        return cos[positions], sin[positions]
+        positions = positions + self.first_position
+        return self._rope[0][positions], self._rope[1][positions]
 
     def hidden_states(self, idx: Tensor, input_pos: Tensor | None = None, pad: Tensor | None = None) -> Tensor:
         """idx (B, T) -> the vectors after the final norm (B, T, C).
@@ -274,9 +279,11 @@ class LLaMA(nn.Module):
         if input_pos is None:
             positions, mask = torch.arange(idx.size(1), device=idx.device), None
         else:
-            positions, mask = self.decode_positions(input_pos, pad), self.decode_mask(input_pos, pad)
+            positions, mask = input_pos, self.decode_mask(input_pos, pad)
+            if pad is not None:  # (B, 1, T): the distance from the row's first real token
+                positions = (input_pos - pad[:, None, None]).clamp(min=0)
         cos, sin = self.rope(positions)
-        x = self.transformer.wte(idx)  # (B, T, C)
+        x = self.transformer.wte(idx).to(self.dtype)  # (B, T, C)
         for block in self.transformer.h:
             x = block(x, cos, sin, input_pos, mask)
         return self.transformer.ln_f(x)
@@ -285,10 +292,22 @@ class LLaMA(nn.Module):
         """idx (B, T) -> logits (B, T, V); the arguments are those of ``hidden_states``."""
         return self.lm_head(self.hidden_states(idx, input_pos, pad))
 
+    def last_vectors(self, texts: list[list[int]]) -> Tensor:
+        """The vector of each text's last token, (B, C)."""
+        last = torch.tensor([len(ids) - 1 for ids in texts])
+        idx = torch.tensor([ids + [0] * (int(last.max()) + 1 - len(ids)) for ids in texts])
+        hidden = self.hidden_states(idx.to(self.transformer.wte.weight.device))  # causal: padding is never seen
+        return hidden[torch.arange(len(texts)), last]
+
+    @property
+    def context(self) -> int:
+        """Tokens that fit, ``virtual_ids`` among them."""
+        return self.config.block_size - self.first_position
+
     def check_length(self, idx: Tensor, input_pos: Tensor | None) -> None:
         T = idx.size(1)
-        if input_pos is None and T > self.config.block_size:
-            raise ValueError(f"{T} tokens do not fit the block_size of {self.config.block_size}; shorten the input")
+        if input_pos is None and T > self.context:
+            raise ValueError(f"{T} tokens do not fit the context of {self.context}; shorten the input")
         if input_pos is not None and self.cache_size < T:
             raise ValueError(f"{T} tokens do not fit a KV cache of {self.cache_size} slots; call set_kv_cache first")
 
@@ -302,14 +321,12 @@ class LLaMA(nn.Module):
 
     def set_kv_cache(self, batch_size: int, max_seq_length: int) -> None:
         """Allocate an empty KV cache of ``max_seq_length`` slots for ``batch_size`` rows in every layer."""
-        if not 0 < max_seq_length <= self.config.block_size:
-            raise ValueError(
-                f"max_seq_length {max_seq_length} is not within 1 to {self.config.block_size} (block_size)"
-            )
+        if not 0 < max_seq_length <= self.context:
+            raise ValueError(f"max_seq_length {max_seq_length} is not within 1 to {self.context} (the context)")
         shape = (batch_size, self.config.n_kv_head, max_seq_length, self.config.head_size)
-        weight = self.transformer.wte.weight  # for its dtype and device
+        like = dict(dtype=self.dtype, device=self.transformer.wte.weight.device)
         for block in self.transformer.h:
-            block.attn.kv_cache = KVCache(weight.new_zeros(shape), weight.new_zeros(shape))
+            block.attn.kv_cache = KVCache(torch.zeros(shape, **like), torch.zeros(shape, **like))
 
     def keep_rows(self, rows: Tensor) -> None:
         """Go on decoding with some rows of the batch only: the indices ``rows``."""
@@ -319,10 +336,6 @@ class LLaMA(nn.Module):
     def clear_kv_cache(self) -> None:
         for block in self.transformer.h:
             block.attn.kv_cache = None
-
-    def decode_positions(self, input_pos: Tensor, pad: Tensor | None) -> Tensor:
-        """The rotary position of each slot: its distance from the row's first real token. (T,) or (B, 1, T)."""
-        return input_pos if pad is None else (input_pos - pad[:, None, None]).clamp(min=0)
 
     def decode_mask(self, input_pos: Tensor, pad: Tensor | None) -> Tensor:
         """(1 or B, 1, T, S): a token sees the slots up to its own, without the row's padding."""

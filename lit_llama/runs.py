@@ -23,10 +23,14 @@ import torch
 from tqdm import tqdm
 
 from lit_llama import __version__, cli
+from lit_llama.checkpoint import CONFIG_FILE as MODEL_CONFIG_FILE
 from lit_llama.checkpoint import (
+    INDEX_FILE,
     METHOD_FILE,
+    MODEL_FILE,
     TRAINED_FILE,
     describe_base,
+    kept_tensors,
     load_trained,
     open_tensors,
     read_json,
@@ -36,6 +40,7 @@ from lit_llama.checkpoint import (
     write_json,
 )
 from lit_llama.cli import UserError
+from lit_llama.convert import copy_tokenizer
 from lit_llama.model import LLaMA
 
 if TYPE_CHECKING:
@@ -60,14 +65,22 @@ METRICS_FILE, CONFIG_FILE, STATE_FILE = "metrics.csv", "config.yaml", "state/sta
 class Run:
     """The folder ``out_dir`` of one run. A folder that holds a run needs ``resume`` or ``overwrite``."""
 
-    def __init__(self, fabric: Fabric, out_dir: Path, resume: bool = False, overwrite: bool = False) -> None:
+    def __init__(
+        self, fabric: Fabric, out_dir: Path, checkpoint_dir: Path, resume: bool = False, overwrite: bool = False
+    ) -> None:
         self.fabric, self.out_dir, self.resume = fabric, Path(out_dir), resume
         self.best_loss, self.best_step = math.inf, 0
+        self.trained_file = TRAINED_FILE
         if resume and overwrite:
             raise UserError("--resume goes on with a run and --overwrite starts it anew: give one of them")
         if self.out_dir.exists() and not self.out_dir.is_dir():
             raise UserError(f"--out_dir {out_dir} is a file")
-        held = [name for name in (METHOD_FILE, METRICS_FILE, STATE_FILE) if (self.out_dir / name).exists()]
+        if self.out_dir.resolve() == Path(checkpoint_dir).resolve():
+            raise UserError(f"--out_dir {out_dir} is the base itself; choose another --out_dir")
+        holds_model = (self.out_dir / MODEL_FILE).exists() or (self.out_dir / INDEX_FILE).exists()
+        if holds_model and not (self.out_dir / METHOD_FILE).exists():
+            raise UserError(f"--out_dir {out_dir} holds a checkpoint that no run wrote; choose another --out_dir")
+        held = [name for name in (METHOD_FILE, MODEL_FILE, METRICS_FILE, STATE_FILE) if (self.out_dir / name).exists()]
         if held and not (resume or overwrite):
             raise UserError(
                 f"{out_dir} holds a run already ({', '.join(held)}); pass --resume to go on with it, "
@@ -79,17 +92,26 @@ class Run:
 
     def remove(self) -> None:
         """Delete what a run writes, and nothing else that may lie in the folder."""
-        for name in (METHOD_FILE, TRAINED_FILE, METRICS_FILE, CONFIG_FILE):
+        for name in (METHOD_FILE, TRAINED_FILE, MODEL_FILE, METRICS_FILE, CONFIG_FILE):
             (self.out_dir / name).unlink(missing_ok=True)
         shutil.rmtree(self.out_dir / "state", ignore_errors=True)
 
     def begin(
-        self, method: str, arguments: dict, checkpoint_dir: Path, task: Task, train: TrainArgs, model: LLaMA
+        self,
+        method: str,
+        arguments: dict,
+        checkpoint_dir: Path,
+        task: Task,
+        train: TrainArgs,
+        model: LLaMA,
+        whole_model: bool = False,
     ) -> None:
         """Write method.json, which says all that generation and a resumed run need to know.
 
-        UserError when it is not what the run to be resumed was started with.
+        ``whole_model`` makes the folder a checkpoint folder, too. UserError when the settings are not what the run to
+        be resumed was started with.
         """
+        self.trained_file = MODEL_FILE if whole_model else TRAINED_FILE
         numbers = sum(tensor.numel() for tensor in trained_tensors(model).values())
         whole = sum(tensor.numel() for tensor in model.parameters())
         self.fabric.print(f"{method} trains {numbers:,} of {whole:,} numbers ({numbers / whole:.2%})")
@@ -98,7 +120,7 @@ class Run:
             "arguments": arguments,
             "trained_numbers": numbers,
             "base": describe_base(checkpoint_dir),
-            "base_dtype": str(model.transformer.wte.weight.dtype).removeprefix("torch."),
+            "base_dtype": str(model.dtype).removeprefix("torch."),
             "prompt_style": task.prompt_style,
             "data": task.data,
             "data_fingerprint": task.fingerprint,
@@ -113,6 +135,9 @@ class Run:
         elif self.fabric.is_global_zero:
             self.remove()  # only now: an --overwrite that fails before here loses nothing
             write_json(self.out_dir / METHOD_FILE, description)
+            if whole_model:
+                write_json(self.out_dir / MODEL_CONFIG_FILE, asdict(model.config))
+                copy_tokenizer(Path(checkpoint_dir), self.out_dir)
             (self.out_dir / METRICS_FILE).write_text(",".join(METRICS) + "\n", encoding="utf-8")
             if cli.command_line is not None:
                 with whole_file(self.out_dir / CONFIG_FILE) as temporary:
@@ -166,11 +191,13 @@ class Run:
             return
         self.best_loss, self.best_step = val_loss, self.last_step
         if self.fabric.is_global_zero:
-            save_tensors(self.out_dir / TRAINED_FILE, trained_tensors(model))
+            save_tensors(self.out_dir / self.trained_file, kept_tensors(model))
 
     def load_best(self, model: LLaMA) -> None:
         self.fabric.barrier()
-        load_trained(model, self.out_dir / TRAINED_FILE)
+        if model.reparametrization is not None:
+            model.reparametrization.flatten(model)
+        load_trained(model, self.out_dir / self.trained_file)
 
     # what the user sees
 

@@ -2,7 +2,8 @@
 
 A step is ``batch_size`` samples, chosen by the step's number alone. They are cut into micro-batches by tokens, shared
 among the ranks, and the loss is the sum over all target tokens divided by their number: neither the size of the
-micro-batches nor the number of devices changes the gradient.
+micro-batches nor the number of devices changes the gradient. (Dropout alone, where a method has it, draws its mask for
+a micro-batch as a whole.)
 """
 
 from __future__ import annotations
@@ -94,6 +95,9 @@ def target_loss(model: LLaMA, ids: Tensor, targets: Tensor, chunk_size: int = 38
     Only positions with a target reach the head. More than ``chunk_size`` of them do so in chunks, and again in the
     backward pass: the float32 logits of a whole batch, its largest tensor by far, never exist.
     """
+    if model.virtual_ids:
+        virtual = torch.tensor([model.virtual_ids], device=ids.device).expand(len(ids), -1)
+        ids, targets = torch.cat((virtual, ids), 1), F.pad(targets, (virtual.size(1), 0), value=IGNORE)
     where = targets != IGNORE
     hidden, targets = model.hidden_states(ids)[where], targets[where]  # (n, C) and (n,)
     if len(targets) <= chunk_size:
@@ -222,7 +226,7 @@ def train_step(
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise NotFinite(f"the loss is {loss:.4g} and the gradient's norm {norm:.4g}")
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss

@@ -27,7 +27,7 @@ def main(
     Args:
         source: The folder with params.json and every consolidated.*.pth of the model.
         out_dir: Folder to write; it must not exist.
-        name: Which model it is, as in lit_llama/model.py's CONFIGS; params.json leaves out the context's length.
+        name: Which model it is, as in lit_llama/configs.py; params.json leaves out the context's length.
         dtype: What to cast the weights to, by default each stays in the dtype it is stored in.
         tokenizer: File or folder to copy the tokenizer from, by default the source folder or the one above it.
     """

@@ -16,7 +16,7 @@ from pathlib import Path
 from lit_llama import cli
 
 SPLITS = ("train", "validation")
-BOOKING_ROWS = {"train": 1600, "validation": 200}
+BOOKING_ROWS = {"train": 1800, "validation": 200}
 INTENT_ROWS = {"train": 800, "validation": 200}
 
 
@@ -25,7 +25,7 @@ def listed(text: str, separator: str = "[|]") -> list[str]:
 
 
 # How often each way to write a time is used, in percent.
-TIME_FORMS = {"19:30": 59, "19h30": 18, "1930h": 18, "7:30 pm": 3, "7.30pm": 2}
+TIME_FORMS = {"19:30": 55, "19.30": 15, "19h30": 15, "1930h": 15}
 DAY_FORMS = {"Friday": 40, "Fri": 18, "friday": 12, "this Friday": 15, "Friday evening": 15}
 NOISE = {"greeting": 0.2, "aside": 0.1, "thanks": 0.12, "typo": 0.15, "lower case": 0.1, "no full stop": 0.15}
 
@@ -35,7 +35,6 @@ TIMES = [(hour, minute) for hour in (12, 13, 14, 17, 18, 19, 20, 21) for minute 
 GUEST_WEIGHTS = {1: 5, 2: 10, 3: 9, 4: 11, 5: 10, 6: 11, 7: 9, 8: 9, 9: 7, 10: 7, 11: 6, 12: 6}
 PEOPLE = ["{} people", "{} people", "{} guests", "a party of {}", "a group of {}", "{} of us", "{} ppl"]
 WE = ["there will be {} of us", "there are {} of us", "we are {}", "we'll be {}", "we will be {} people", "it's for {}"]
-FRIENDS = ["me and {} friends", "me plus {}", "myself and {} others"]  # so one guest more than the number says
 GREETINGS = ["Hi!", "Hello!", "Hey there!", "Good day.", "Hi team!", "Dear all."]
 THANKS = ["Thanks!", "Thank you.", "Many thanks.", "Thx!", "Much appreciated."]
 # A reader sees that the days, numbers and names in these are not the booking's.
@@ -110,6 +109,14 @@ BOOKINGS = {
     Is it possible to get {people} in at {place} {on}, for {time}? Many thanks, {name}
     My boss Cyril wants {place} {on} at {time}, a table for {n}. Put it under {name}.
     Please tell me {place} has a table for {n} at {time} {on}! Fingers crossed, {name}
+    Grandpa Ivo swears by {place}. A table for {n} at {time} {on} please. Yours, {name}
+    My sister's wedding is {day}! We chose {place}, {time}, {people}. Greetings, {name}
+    It's our anniversary {on}. {place} at {time} sounds great, for {n}. Warmly, {name}
+    Cousin Bela and I argue, but we go to {place}. {day}, {time}, {people}. I am {name}.
+    With the Chess Society {day} to {place}. {time}. {we}. {name} | Plan: {people}, {place}, {day}, {time}; ask {name}
+    {name} plus guests, {n} altogether, for {place} {on}, {time}. | {n} hikers need {place} {on}, {time}. Call {name}.
+    I saw {place} on TV. {name} would like {time} {on}. {people}.
+    {place} gets busy, I know. Could {name} come {on} at {time}? {we}.
     {time} {day} at {place} pls, its for {n}, {name}""", "[|\n]"),
     "validation": listed("""
     Lunch or dinner? Dinner, at {place}, {on} at {time}, {people}. Host: {name}.
@@ -205,16 +212,9 @@ def choose(rng: random.Random, weights: dict) -> object:
 
 
 def write_time(form: str, hour: int, minute: int) -> str:
-    if hour == 12 and form.endswith("pm"):
-        return "noon" if minute == 0 else f"12:{minute:02d}"  # "12 pm" is read both ways
-    past = f"{minute:02d}" if minute else ""
-    return {
-        "19:30": f"{hour}:{minute:02d}",
-        "19h30": f"{hour}h{past}",
-        "1930h": f"{hour}{minute:02d}h",
-        "7:30 pm": f"{hour - 12}{':' if past else ''}{past} pm",
-        "7.30pm": f"{hour - 12}{'.' if past else ''}{past}pm",
-    }[form]
+    past = f"{minute:02d}"
+    short = {"19h30": f"{hour}h{past if minute else ''}", "1930h": f"{hour}{past}h"}
+    return short.get(form) or form.replace("19", str(hour)).replace("30", past)
 
 
 def write_day(rng: random.Random, day: str, hour: int) -> str:
@@ -229,9 +229,6 @@ def write_guests(rng: random.Random, guests: int) -> dict[str, str]:
     n = number(guests)
     if guests == 1:
         return {"n": n, "people": rng.choice(["just me", f"{n} person"]), "we": "it is just me"}
-    if rng.random() < 0.02:
-        people = rng.choice(FRIENDS).format(number(guests - 1)) if guests > 2 else "me and a friend"
-        return {"n": n, "people": people, "we": f"it will be {people}"}
     return {"n": n, "people": rng.choice(PEOPLE).format(n), "we": rng.choice(WE).format(n)}
 
 
@@ -336,7 +333,9 @@ def main(out_dir: str = "data", seed: int = 1337) -> None:
     """
     for split in SPLITS:
         rng = random.Random(f"{seed} {split}")
-        phrasings = BOOKINGS[split] + (mix_phrasings(rng, 160) if split == "train" else [])
+        phrasings = 14 * BOOKINGS[split]  # most rows follow a written one
+        if split == "train":  # and the rest of the rows from mixed ones
+            phrasings += mix_phrasings(rng, BOOKING_ROWS[split] - len(phrasings))
         rows = [{"instruction": text, "output": json.dumps(booking, ensure_ascii=False, separators=(",", ":"))}
                 for text, booking in write_messages(rng, phrasings, split, BOOKING_ROWS[split])]
         save_rows(Path(out_dir) / "bookings" / f"{split}.json", rows)

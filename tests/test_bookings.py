@@ -58,7 +58,7 @@ def test_another_seed_gives_other_messages(tmp_path):
 def test_splits_share_no_phrasing():
     train, validation = (skeletons(make_bookings.BOOKINGS[split]) for split in make_bookings.SPLITS)
     assert not train & validation
-    assert len(train) >= 80 and len(validation) >= 24
+    assert len(train) >= 90 and len(validation) >= 24
 
 
 def test_splits_of_the_intents_share_no_phrasing():
@@ -86,7 +86,7 @@ def test_noise_and_phrasings_hold_no_name_of_the_lists():
     assert not [text for text in texts if names & set(re.findall(r"[\w'-]+", re.sub(r"\{\w+\}", "", text).lower()))]
 
 
-@pytest.mark.parametrize("split, count", [("train", 1600), ("validation", 200)])
+@pytest.mark.parametrize("split, count", [("train", 1800), ("validation", 200)])
 def test_bookings_are_well_formed(split, count):
     rows = load_rows("bookings", split)
     assert len(rows) == count
@@ -126,9 +126,8 @@ def test_no_intent_is_given_away_by_its_own_word():
 
 
 @pytest.mark.parametrize("hour, minute, form, text", [
-    (19, 30, "19:30", "19:30"), (19, 0, "19h30", "19h"), (12, 0, "1930h", "1200h"), (19, 0, "7:30 pm", "7 pm"),
-    (19, 15, "7.30pm", "7.15pm"), (13, 45, "7:30 pm", "1:45 pm"), (12, 0, "7:30 pm", "noon"),
-    (12, 15, "7.30pm", "12:15"),
+    (19, 30, "19:30", "19:30"), (19, 0, "19h30", "19h"), (17, 15, "19h30", "17h15"), (12, 0, "1930h", "1200h"),
+    (13, 45, "19.30", "13.45"), (21, 0, "19:30", "21:00"), (20, 30, "19.30", "20.30"),
 ])
 def test_write_time(hour, minute, form, text):
     assert make_bookings.write_time(form, hour, minute) == text

@@ -187,7 +187,10 @@ def test_fingerprint_tells_a_single_tensor_apart(base):
 
 TRAINED_BROKEN = {
     "no method.json": (lambda f: (f / "method.json").unlink(), "not what a finetune script wrote"),
-    "unknown method": (lambda f: edit_json(f / "method.json", method="os.system"), "names none of the methods"),
+    "unknown method": (
+        lambda f: edit_json(f / "method.json", method="os.system"),
+        "names the method 'os.system', not one of",
+    ),
     "other arguments": (
         lambda f: edit_json(f / "method.json", arguments={"prompt_length": 4}),
         "does not fit the model",

@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_llama.checkpoint import load_config, load_model
 from lit_llama.cli import UserError
+from lit_llama.configs import CONFIGS
 from lit_llama.convert import convert_hf, convert_lit, convert_meta
-from lit_llama.model import CONFIGS, LLaMAConfig
+from lit_llama.model import LLaMAConfig
 
 C, LAYERS, HEADS, KV_HEADS, HS, VOCAB, HIDDEN = 32, 2, 4, 2, 8, 100, 96  # HIDDEN as Meta computes it from C
 TINY = dict(

@@ -8,8 +8,9 @@ from tools import make_base, sums, write_rows
 
 from lit_llama.batches import IGNORE, Encoded, collate, micro_batches, step_indices
 from lit_llama.cli import UserError
-from lit_llama.data import Sample, encode_sample, load_splits, load_task, read_samples, to_sample
+from lit_llama.data import encode_sample, load_splits, load_task
 from lit_llama.prompts import STYLES, encode_prompt, stop_ids
+from lit_llama.samples import Sample, read_samples, to_sample
 from lit_llama.tokenizer import Tokenizer
 
 CONVERSATION = [

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "lit_llama").rglob("*.py"))
 SCRIPTS = [path for folder in ("finetune", "generate", "scripts") for path in sorted((ROOT / folder).glob("*.py"))]
-NEEDS_NO_METHOD = ("model", "train", "generate", "data", "prompts", "tokenizer", "runs", "evaluate")
+NEEDS_NO_METHOD = ("model", "train", "generate", "data", "samples", "prompts", "tokenizer", "runs", "evaluate", "job")
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
@@ -27,7 +27,11 @@ def test_there_is_something_to_check():
 
 def test_the_model_imports_torch_alone():
     foreign = {name.split(".")[0] for name in imports(ROOT / "lit_llama" / "model.py")}
-    assert foreign == {"__future__", "dataclasses", "math", "torch"}
+    assert foreign == {"__future__", "dataclasses", "math", "torch", "lit_llama"}
+    assert {name for name in imports(ROOT / "lit_llama" / "model.py") if "lit_llama." in name} == {
+        "lit_llama.configs",
+        "lit_llama.configs.CONFIGS",
+    }
 
 
 def test_methods_import_the_model_and_no_other_part():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lit_llama.model import CONFIGS, LLaMA, LLaMAConfig, RMSNorm, rope_frequencies
+from lit_llama.configs import CONFIGS
+from lit_llama.model import LLaMA, LLaMAConfig, RMSNorm, rope_frequencies
 
 TINY = dict(
     block_size=64, vocab_size=97, n_layer=3, n_head=6, n_kv_head=2, n_embd=48, head_size=8, intermediate_size=80
@@ -191,7 +192,7 @@ def test_norm_statistics_are_float32():
 
 def test_too_long_inputs_are_refused_with_the_numbers():
     model = tiny_model()
-    with pytest.raises(ValueError, match="65 tokens do not fit the block_size of 64"):
+    with pytest.raises(ValueError, match="65 tokens do not fit the context of 64"):
         model(torch.zeros(1, 65, dtype=torch.long))
     with pytest.raises(ValueError, match="max_seq_length 65"):
         model.set_kv_cache(1, 65)

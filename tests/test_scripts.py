@@ -1,15 +1,21 @@
-"""The commands as a user types them, in processes of their own: on a tiny base, and on the real one."""
+"""The commands as a user types them: on a tiny base, and on the real one."""
 
 import csv
+import io
 import json
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from jsonargparse import auto_parser
 from tools import make_base, sums, write_rows
 
 from lit_llama.cli import bare_switches
@@ -21,19 +27,37 @@ def command(script: str, *flags: object) -> list[str]:
     return [sys.executable, str(ROOT / script), *map(str, flags)]
 
 
-def run(script: str, *flags: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(command(script, *flags), cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+def run_process(script: str, *flags: object) -> subprocess.CompletedProcess:
+    return subprocess.run(command(script, *flags), cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
-def succeed(script: str, *flags: object, cwd: Path = ROOT) -> str:
-    result = run(script, *flags, cwd=cwd)
+def run(script: str, *flags: object) -> subprocess.CompletedProcess:
+    """The script as ``__main__``, but in this process: importing torch a hundred times takes minutes."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    code = 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
+        patch.setattr(sys, "argv", command(script, *flags)[1:])
+        patch.setattr(sys, "stdin", io.StringIO())
+        patch.chdir(ROOT)
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as stop:
+            code = 0 if stop.code is None else stop.code
+        except Exception:
+            traceback.print_exc()
+            code = 1
+    return subprocess.CompletedProcess(sys.argv, code, stdout.getvalue(), stderr.getvalue())
+
+
+def succeed(script: str, *flags: object) -> str:
+    result = run(script, *flags)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
-def refuse(script: str, *flags: object, message: str, cwd: Path = ROOT) -> None:
+def refuse(script: str, *flags: object, message: str) -> None:
     """Exit code 2, and one line on stderr with ``message``."""
-    result = run(script, *flags, cwd=cwd)
+    result = run(script, *flags)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert re.search(message, result.stderr.strip().splitlines()[-1]), result.stderr
 
@@ -47,7 +71,9 @@ def places(tmp_path_factory):
     write_rows(folder / "data" / "validation.json", sums(53)[40:])
     flags = ["--checkpoint_dir", base, "--data", folder / "data", "--start_layer", 1, "--train.max_steps", 6]
     flags += ["--train.eval_every", 3, "--eval_samples", 4]
-    printed = succeed("finetune/adapter.py", *flags, "--out_dir", folder / "out")
+    result = run_process("finetune/adapter.py", *flags, "--out_dir", folder / "out")
+    assert result.returncode == 0, result.stderr
+    printed = result.stdout
     return folder, flags, printed
 
 
@@ -89,7 +115,7 @@ def test_a_second_run_into_the_same_folder_is_refused(places):
 
 def test_two_devices_take_the_same_steps(places, tmp_path):
     folder, flags, _ = places
-    result = run("finetune/adapter.py", *flags, "--devices", 2, "--out_dir", tmp_path / "two")
+    result = run_process("finetune/adapter.py", *flags, "--devices", 2, "--out_dir", tmp_path / "two")
     printed, stderr = result.stdout, result.stderr
     assert result.returncode == 0, stderr
     assert printed.count("adapter trains") == 1
@@ -178,8 +204,13 @@ def test_mistakes_on_the_command_line_are_answered_in_one_line(places, tmp_path)
 
 
 def test_help_names_every_flag_with_a_sentence():
-    for script in [path for folder in ("finetune", "generate", "scripts") for path in (ROOT / folder).glob("*.py")]:
-        text = " ".join(succeed(str(script.relative_to(ROOT)), "--help").split())
+    """In a process of its own each: a script sees its own folder first on the path, and must not shadow a package."""
+    scripts = [path for folder in ("finetune", "generate", "scripts") for path in (ROOT / folder).glob("*.py")]
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda path: run_process(str(path.relative_to(ROOT)), "--help"), scripts)
+    for script, result in zip(scripts, results, strict=True):
+        assert result.returncode == 0, result.stderr
+        text = " ".join(result.stdout.split())
         options = text.split("options:")[1]
         flags = re.findall(r"(--[a-z_.]+) [A-Z{\[]", options)
         assert flags, script
@@ -191,9 +222,10 @@ def test_switches_need_no_value():
     def main(resume: bool = False, yes: bool = True, data: str = ""):
         pass
 
-    assert bare_switches(main, []) == []
-    assert bare_switches(main, ["--resume"]) == ["--resume", "true"]
-    assert bare_switches(main, ["--resume", "--data", "x", "--yes"]) == [
+    parser = auto_parser(main, as_positional=False)
+    assert bare_switches(parser, []) == []
+    assert bare_switches(parser, ["--resume"]) == ["--resume", "true"]
+    assert bare_switches(parser, ["--resume", "--data", "x", "--yes"]) == [
         "--resume",
         "true",
         "--data",
@@ -201,7 +233,7 @@ def test_switches_need_no_value():
         "--yes",
         "true",
     ]
-    assert bare_switches(main, ["--resume", "false", "--yes=false"]) == ["--resume", "false", "--yes=false"]
+    assert bare_switches(parser, ["--resume", "false", "--yes=false"]) == ["--resume", "false", "--yes=false"]
 
 
 def test_prepare_alpaca_checks_what_it_is_given(tmp_path):
@@ -240,7 +272,7 @@ def test_a_few_steps_on_the_real_model_already_lower_the_loss(smollm2_dir, tmp_p
 def test_the_main_job_learns_bookings(smollm2_dir, tmp_path):
     printed = succeed("finetune/adapter.py", "--checkpoint_dir", smollm2_dir, "--out_dir", tmp_path / "out")
     before, after = (float(re.search(rf"exact match {when}: ([\d.]+) %", printed)[1]) for when in ("before", "after"))
-    assert before < 5 and after > 75
+    assert before < 5 and after > 82
     message = "A table for 4 at Nordlys on Friday, 19:30, please. My name is Ingrid."
     answer = succeed("generate/adapter.py", "--trained_dir", tmp_path / "out", "--prompt", message)
     assert json.loads(answer) == {"name": "Ingrid", "place": "Nordlys", "day": "Friday", "time": "19:30", "guests": 4}

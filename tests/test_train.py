@@ -18,7 +18,7 @@ from lit_llama.cli import Interrupted, UserError
 from lit_llama.data import load_task
 from lit_llama.methods.adapter import add_adapter
 from lit_llama.runs import STATE_FILE, Run
-from lit_llama.train import TrainArgs, fit, learning_rate_at, share, step_gradient, target_loss, validate
+from lit_llama.train import TrainArgs, fit, learning_rate_at, share, step_gradient, target_loss, train_step, validate
 
 ARGS = dict(max_steps=6, batch_size=5, learning_rate=0.02, warmup_steps=2, eval_every=3, save_every=2)
 
@@ -51,7 +51,7 @@ def start(fabric, places, out_dir, resume=False, overwrite=False, model=None, **
     """What a finetune script does, on the tiny base."""
     base, data = places
     args = TrainArgs(**{**ARGS, **changes})
-    run = Run(fabric, out_dir, resume, overwrite)
+    run = Run(fabric, out_dir, "base", resume, overwrite)
     task = load_task(data, base, None, args.max_seq_length)
     model = model or build(base)
     optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=args.learning_rate)
@@ -125,6 +125,16 @@ def test_schedule_rises_in_a_line_to_the_full_rate_and_falls_to_zero():
     assert rates[55] == pytest.approx(1.5e-2) and rates[100] == pytest.approx(0, abs=1e-12)
 
 
+def test_a_group_of_tensors_may_learn_at_a_share_of_the_rate(fabric, places):
+    model, task = build(places[0], on=True), load_task(places[1], places[0], None, 512)
+    gates = [block.attn.gating_factor for block in model.transformer.h[1:]]
+    prompts = [block.attn.adapter_wte.weight for block in model.transformer.h[1:]]
+    groups = [{"params": prompts}, {"params": gates, "lr_scale": 0.25}]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    train_step(fabric, model, optimizer, task.train[:4], 0.4, TrainArgs(**ARGS))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.4, 0.1]
+
+
 def test_the_learning_rate_really_reached_the_optimizer(fabric, places, tmp_path, monkeypatch):
     seen, step = [], torch.optim.AdamW.step
     monkeypatch.setattr(
@@ -160,7 +170,7 @@ def test_clipping_bounds_the_update(fabric, places, tmp_path):
             load_task(data, base, None, 512),
             TrainArgs(**{**ARGS, "clip": clip, "max_steps": 1, "warmup_steps": 0}),
         )
-        run = Run(fabric, tmp_path / f"clip{clip}")
+        run = Run(fabric, tmp_path / f"clip{clip}", "base")
         run.begin("adapter", {}, base, task, args, model)
         optimizer = torch.optim.SGD(trained_tensors(model).values(), lr=1.0)
         fit(fabric, model, optimizer, task.train, task.validation, args, run)
@@ -305,5 +315,5 @@ def test_a_warmup_that_never_ends_is_refused(fabric, places, tmp_path):
 def test_an_overwrite_that_fails_early_loses_nothing(fabric, places, tmp_path):
     start(fabric, places, tmp_path)
     before = (tmp_path / "trained.safetensors").read_bytes()
-    Run(fabric, tmp_path, overwrite=True)  # and then the data turns out to be missing, say
+    Run(fabric, tmp_path, "base", overwrite=True)  # and then the data turns out to be missing, say
     assert (tmp_path / "trained.safetensors").read_bytes() == before

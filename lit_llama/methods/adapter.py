@@ -19,10 +19,9 @@ Trains L*K*C + L*nh numbers: 1,229,760 for LLaMA-7B with L=30, K=10.
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from lit_llama.cli import UserError
-from lit_llama.model import CausalSelfAttention, LLaMA
+from lit_llama.model import CausalSelfAttention, LLaMA, attention
 
 ACTIVATIONS = {"none": nn.Identity, "tanh": nn.Tanh}
 
@@ -51,7 +50,7 @@ class AdapterAttention(CausalSelfAttention):
                 self.kv_cache.prompt = self.prompt_kv(q.dtype)
             ak, av = self.kv_cache.prompt
         ak, av = (t.expand(q.size(0), -1, -1, -1) for t in (ak, av))
-        ya = F.scaled_dot_product_attention(q, ak, av, enable_gqa=self.n_head != self.n_kv_head)
+        ya = attention(q, ak, av)
         return y + (self.gate_activation(self.gating_factor) * ya).type_as(y)
 
 

@@ -1,0 +1,88 @@
+"""Train a classifier on the frozen model's vectors: no gradient, one pass over the data.
+
+    python finetune/features.py                                       # SmolLM2-135M on data/intents
+    python finetune/features.py --classifier forest --data my.csv     # a random forest, on your texts and labels
+
+What a text's vector is, and what is kept of the classifier: lit_llama/methods/features.py.
+"""
+
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lit_llama import cli
+from lit_llama.checkpoint import METHOD_FILE, TRAINED_FILE, describe_base, load_model, save_arrays, write_json
+from lit_llama.data import load_task
+from lit_llama.devices import base_dtype, launch
+from lit_llama.download import DEFAULT_BASE, ensure_base
+from lit_llama.methods.features import CLASSIFIERS, fit_classifier, probabilities, text_vectors
+from lit_llama.runs import Run
+
+
+def main(
+    classifier: str = "logistic",
+    checkpoint_dir: str = DEFAULT_BASE,
+    data: str = "data/intents",
+    out_dir: str | None = None,
+    prompt_style: str | None = None,
+    max_seq_length: int = 512,
+    precision: str = "auto",
+    seed: int = 1337,
+    overwrite: bool = False,
+    yes: bool = False,
+) -> None:
+    """Train a classifier on the vectors of a base.
+
+    Args:
+        classifier: A "logistic" regression, or a random "forest".
+        checkpoint_dir: Folder of the base; the default one is offered for download when it is missing.
+        data: A file, or a folder with train and validation files, whose rows have a label.
+        out_dir: Where the trained folder is written; by default out/features/ and the data's name.
+        prompt_style: alpaca, chatml, llama2, llama3 or plain; by default what the base's tokenizer tells.
+        max_seq_length: Longer texts lose their beginning.
+        precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
+        seed: Of what the forest draws at random.
+        overwrite: Start anew in an out_dir that holds a run.
+        yes: Do not ask before a download.
+    """
+    if classifier not in CLASSIFIERS:
+        raise cli.UserError(f"--classifier {classifier!r} is none of {', '.join(CLASSIFIERS)}")
+    ensure_base(checkpoint_dir, yes)
+    fabric = launch()
+    run = Run(fabric, out_dir or f"out/features/{Path(data).stem}", checkpoint_dir, overwrite=overwrite)
+    task = load_task(data, checkpoint_dir, prompt_style, max_seq_length, classify=True)
+    print(task.summary)
+    model = load_model(checkpoint_dir, base_dtype(precision, fabric.device), fabric.device)
+
+    splits = {"train": task.train, "validation": task.validation}
+    total = sum(map(len, splits.values()))
+    with tqdm(total=total, desc="vectors", unit="text", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
+        vectors = {
+            name: text_vectors(model, [sample.ids for sample in split], tick=bar.update)
+            for name, split in splits.items()
+        }
+    answers = {name: [task.labels[sample.targets[-1]] for sample in split] for name, split in splits.items()}
+    arrays, labels = fit_classifier(classifier, vectors["train"], answers["train"], seed)
+    for name in splits:
+        chosen = probabilities(arrays, vectors[name]).argmax(1)
+        right = sum(labels[i] == answer for i, answer in zip(chosen, answers[name], strict=True))
+        print(f"accuracy on {name}: {right / len(answers[name]):.1%} ({right} of {len(answers[name])})")
+
+    run.remove()
+    save_arrays(run.out_dir / TRAINED_FILE, arrays)
+    method = {
+        "method": "features",
+        "arguments": {"classifier": classifier, "labels": labels},
+        "trained_numbers": sum(array.size for array in arrays.values()),
+        "base": describe_base(checkpoint_dir),
+        "prompt_style": task.prompt_style,
+        "data": task.data,
+        "train": {"max_seq_length": max_seq_length, "seed": seed},
+    }
+    write_json(run.out_dir / METHOD_FILE, method)
+    print(f'\nsaved in {run.out_dir}; try: python generate/classify.py --trained_dir {run.out_dir} --prompt "..."')
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,44 @@
+"""Label a text with what finetune/features.py learned, or a method with --head classifier.
+
+    python generate/classify.py --prompt "Could we start at half past seven instead?"
+    python generate/classify.py --trained_dir out/full/intents --prompt "..."
+"""
+
+import sys
+
+from lit_llama import cli
+from lit_llama.classify import load_classifier
+from lit_llama.devices import base_dtype, default_device
+from lit_llama.prompts import encode_prompt
+from lit_llama.tokenizer import Tokenizer
+
+
+def main(
+    prompt: str,
+    input: str = "",
+    trained_dir: str = "out/features/intents",
+    checkpoint_dir: str | None = None,
+    precision: str = "auto",
+) -> None:
+    """Print the likeliest label of a text and its probability, then those of the others.
+
+    Args:
+        prompt: The text, or the instruction.
+        input: What the instruction is about, as in an Alpaca record.
+        trained_dir: Folder that a finetune script wrote.
+        checkpoint_dir: Folder of the base, where it is no longer where it was in training.
+        precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
+    """
+    device = default_device()
+    classify, method = load_classifier(trained_dir, checkpoint_dir, base_dtype(precision, device), device)
+    print(f"{method['method']} over {method['base']['name']}", file=sys.stderr)
+    tokenizer = Tokenizer(checkpoint_dir or method["base"]["checkpoint_dir"])
+    messages = [{"role": "user", "content": prompt, "input": input}]
+    ids = encode_prompt(messages, method["prompt_style"], tokenizer)[-method["train"]["max_seq_length"] :]
+    labels, (shares,) = method["arguments"]["labels"], classify([ids])
+    for share, label in sorted(zip(shares.tolist(), labels, strict=True), reverse=True):
+        print(f"{label} {share:.1%}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

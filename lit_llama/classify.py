@@ -1,0 +1,52 @@
+"""Trained folders that answer with a label: features, and methods whose head is a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+from lit_llama.checkpoint import (
+    METHOD_FILE,
+    TRAINED_FILE,
+    check_base,
+    load_model,
+    load_trained_folder,
+    open_tensors,
+    read_method,
+)
+from lit_llama.cli import UserError
+from lit_llama.methods.features import probabilities, text_vectors
+
+# prompts as ids -> the probability of each label, (n, labels)
+Classifier = Callable[[list[list[int]]], np.ndarray]
+
+
+def is_classifier(method: dict) -> bool:
+    """Whether a method.json is that of a folder that answers with a label."""
+    return method["arguments"].get("labels") is not None
+
+
+def load_classifier(
+    trained_dir: Path, checkpoint_dir: Path | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Classifier, dict]:
+    """What tells the probability of each label, and the folder's method.json with the labels in its arguments."""
+    method, path = read_method(trained_dir), Path(trained_dir) / METHOD_FILE
+    if not is_classifier(method):
+        raise UserError(f"{path} is of {method['method']} with a language head: it answers with text, not with labels")
+    if method["method"] == "features":
+        model = load_model(check_base(method["base"], checkpoint_dir, path), dtype, device)
+        with open_tensors(Path(trained_dir) / TRAINED_FILE):  # a clear error where the file is not whole
+            arrays = load_file(Path(trained_dir) / TRAINED_FILE)
+        return lambda prompts: probabilities(arrays, text_vectors(model, prompts)), method
+    model, _ = load_trained_folder(trained_dir, checkpoint_dir, dtype, device)
+
+    @torch.inference_mode()
+    def classify(prompts: list[list[int]]) -> np.ndarray:
+        vectors = torch.from_numpy(text_vectors(model, prompts)).to(device)
+        return model.lm_head(vectors).softmax(-1).cpu().numpy()
+
+    return classify, method

@@ -1,0 +1,98 @@
+"""What every finetune script shares: its flags, the frozen base, the data, the devices, and the run's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lit_llama.checkpoint import load_model
+from lit_llama.cli import UserError
+from lit_llama.data import load_task
+from lit_llama.devices import base_dtype, launch
+from lit_llama.download import DEFAULT_BASE, ensure_base
+from lit_llama.evaluate import Comparison
+from lit_llama.runs import Run
+from lit_llama.train import TrainArgs, fit
+
+HEADS = ("language", "classifier")
+
+
+class Job:
+    """A base with all weights frozen (``model``), data to train on (``task``), and where it runs (``fabric``)."""
+
+    def __init__(
+        self,
+        method: str,
+        train: TrainArgs,
+        head: str,
+        checkpoint_dir: str = DEFAULT_BASE,
+        data: str = "data/bookings",
+        out_dir: str | None = None,
+        prompt_style: str | None = None,
+        eval_samples: int = 200,
+        devices: int = 1,
+        num_nodes: int = 1,
+        strategy: str = "auto",
+        precision: str = "auto",
+        resume: bool = False,
+        overwrite: bool = False,
+        yes: bool = False,
+    ) -> None:
+        """Load the base and the data.
+
+        Args:
+            method: The script's own name.
+            train: The settings of the training loop.
+            head: The "language" head, or a new "classifier" of the data's labels.
+            checkpoint_dir: Folder of the base; the default one is offered for download when it is missing.
+            data: A .json, .jsonl, .csv or .txt file, or a folder with train and validation files.
+            out_dir: Where the trained folder is written; by default out/, the method and the data's name.
+            prompt_style: alpaca, chatml, llama2, llama3 or plain; by default what the base's tokenizer tells.
+            eval_samples: Held-out samples that are answered before and after training; 0 for none.
+            devices: Processes, one for each device, on every node.
+            num_nodes: Machines.
+            strategy: Fabric's strategy.
+            precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
+            resume: Go on with the run that out_dir holds.
+            overwrite: Start anew in an out_dir that holds a run.
+            yes: Do not ask before a download.
+        """
+        if head not in HEADS:
+            raise UserError(f"--head {head!r} is none of {', '.join(HEADS)}")
+        ensure_base(checkpoint_dir, yes)
+        self.method, self.train, self.checkpoint_dir = method, train, checkpoint_dir
+        self.fabric = launch(devices, num_nodes, strategy)
+        self.run = Run(self.fabric, out_dir or f"out/{method}/{Path(data).stem}", checkpoint_dir, resume, overwrite)
+        self.task = load_task(data, checkpoint_dir, prompt_style, train.max_seq_length, head == "classifier")
+        self.fabric.print(self.task.summary)
+        self.comparison = Comparison(self.fabric, self.task, eval_samples)
+        torch.manual_seed(train.seed)
+        self.model = load_model(checkpoint_dir, base_dtype(precision, self.fabric.device), self.fabric.device)
+        self.model.requires_grad_(False)
+
+    def finetune(self, optimizer: torch.optim.Optimizer, arguments: dict, whole_model: bool = False) -> None:
+        """Answer held-out samples, train, answer them again; the trained folder is written on the way.
+
+        ``arguments`` are those that the method's function was called with: method.json keeps them. ``whole_model``
+        writes a checkpoint folder, for a method that leaves nothing of the base.
+        """
+        longest = max(len(sample.ids) for sample in self.task.train + self.task.validation)
+        room = self.model.context - len(self.model.virtual_ids)
+        if longest > room:
+            raise UserError(
+                f"the longest sample has {longest} tokens, and what {self.method} puts in front leaves {room} of the "
+                f"context of {self.model.config.block_size}; pass --train.max_seq_length {room}"
+            )
+        self.comparison.answer("before", self.model)
+        self.run.begin(self.method, arguments, self.checkpoint_dir, self.task, self.train, self.model, whole_model)
+        fit(self.fabric, self.model, optimizer, self.task.train, self.task.validation, self.train, self.run)
+        self.comparison.answer("after", self.model)
+        self.comparison.show()
+        out_dir = self.run.out_dir
+        script = f"generate/adapter.py --trained_dir {out_dir}"
+        if self.task.labels is not None:
+            script = f"generate/classify.py --trained_dir {out_dir}"
+        elif whole_model:
+            script = f"generate/base.py --checkpoint_dir {out_dir}"
+        self.fabric.print(f'\nsaved in {out_dir}; try: python {script} --prompt "..."')

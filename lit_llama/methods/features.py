@@ -1,0 +1,83 @@
+"""The feature-based approach: the frozen model's vectors as the input of a small classifier.
+
+No gradient is computed. "Deep contextualized word representations", Peters et al. 2018,
+https://arxiv.org/abs/1802.05365, made a language model's vectors the features of other models.
+
+        ids (T,) -> wte -> h[0] .. h[N-1] -> ln_f -> the last token's vector (C,) -> logistic regression -> label
+
+Each text's vector is computed once. The classifier is scikit-learn's; what is kept of it are plain arrays, from which
+``probabilities`` computes what the classifier would: nothing has to be unpickled.
+
+Trains C * labels + labels numbers, C + 1 where there are two labels: 4,097 for LLaMA-7B.
+"""
+
+import numpy as np
+import torch
+
+from lit_llama.cli import UserError
+from lit_llama.model import LLaMA
+
+CLASSIFIERS = ("logistic", "forest")
+
+
+@torch.inference_mode()
+def text_vectors(model: LLaMA, texts: list[list[int]], max_tokens: int = 4096, tick=lambda count: None) -> np.ndarray:
+    """Each text's vector at its last token, (n, C) in float32; ``tick`` hears how many more are done.
+
+    Texts are ids; those of similar length share a batch of at most ``max_tokens`` tokens with padding.
+    """
+    vectors = np.empty((len(texts), model.config.n_embd), dtype=np.float32)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    while order:
+        rows = order[-max(1, max_tokens // len(texts[order[-1]])) :]
+        del order[-len(rows) :]
+        vectors[rows] = model.last_vectors([texts[i] for i in rows]).float().cpu().numpy()
+        tick(len(rows))
+    return vectors
+
+
+def fit_classifier(
+    classifier: str, vectors: np.ndarray, labels: list[str], seed: int
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The arrays of a "logistic" regression or a random "forest" fitted by scikit-learn, and its labels in order."""
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.linear_model import LogisticRegression
+
+    if classifier not in CLASSIFIERS or len(set(labels)) < 2:
+        raise UserError(f"needs one of {CLASSIFIERS} and two labels or more: got {classifier!r} and {set(labels)}")
+    if classifier == "forest":
+        forest = RandomForestClassifier(n_estimators=200, random_state=seed, n_jobs=-1).fit(vectors, labels)
+        return forest_arrays(forest), list(forest.classes_)
+    mean, std = vectors.mean(0), vectors.std(0) + 1e-6
+    logistic = LogisticRegression(max_iter=5000, random_state=seed).fit((vectors - mean) / std, labels)
+    weight = logistic.coef_ / std  # the standardisation goes into weight and bias
+    return {"weight": weight, "bias": logistic.intercept_ - weight @ mean}, list(logistic.classes_)
+
+
+def forest_arrays(forest) -> dict[str, np.ndarray]:
+    """All trees in one row of nodes: children (-1 at a leaf), feature, threshold, the labels' shares, and the roots."""
+    trees = [estimator.tree_ for estimator in forest.estimators_]
+    roots = np.cumsum([0] + [tree.node_count for tree in trees])[:-1]
+    left, right = (
+        np.concatenate([np.where(child >= 0, child + root, -1) for child, root in zip(children, roots, strict=True)])
+        for children in ([tree.children_left for tree in trees], [tree.children_right for tree in trees])
+    )
+    shares = np.concatenate([tree.value[:, 0] / tree.value[:, 0].sum(1, keepdims=True) for tree in trees])
+    feature = np.concatenate([tree.feature for tree in trees])
+    threshold = np.concatenate([tree.threshold for tree in trees])
+    return dict(left=left, right=right, feature=feature, threshold=threshold, shares=shares, roots=roots)
+
+
+def probabilities(arrays: dict[str, np.ndarray], vectors: np.ndarray) -> np.ndarray:
+    """vectors (n, C) -> the probability of each label, (n, labels)."""
+    if "weight" in arrays:
+        scores = vectors @ arrays["weight"].T + arrays["bias"]
+        scores = np.hstack([np.zeros_like(scores), scores]) if scores.shape[1] == 1 else scores
+        scores = np.exp(scores - scores.max(1, keepdims=True))
+        return scores / scores.sum(1, keepdims=True)
+    nodes = np.repeat(arrays["roots"][None], len(vectors), axis=0)  # (n, trees), walked down together
+    while (inner := arrays["left"][nodes] >= 0).any():
+        values = np.take_along_axis(vectors, arrays["feature"][nodes].clip(0), 1)  # leaves hold -2 there
+        below = np.where(values <= arrays["threshold"][nodes], arrays["left"][nodes], arrays["right"][nodes])
+        nodes = np.where(inner, below, nodes)
+    return arrays["shares"][nodes].mean(1)

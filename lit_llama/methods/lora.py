@@ -1,0 +1,77 @@
+"""LoRA: a product of two thin matrices beside a frozen one.
+
+Paper: "LoRA: Low-Rank Adaptation of Large Language Models", Hu et al. 2021, https://arxiv.org/abs/2106.09685
+
+        x (.., in) ----------- W ------------ + ---- y (.., out)
+            |                                 |
+            +- dropout -- A (r, in) -- B (out, r) -- * alpha / r
+
+B starts at zero, so the model begins as the base, exactly. W + alpha/r * B A is a matrix of W's shape: it merges
+(scripts/merge_lora.py). Of the fused projection, q, k and v have a pair of their own each.
+
+Trains r*(in + out) numbers for each matrix: 4,194,304 for LLaMA-7B with q and v at r=8, 19,988,480 with all seven.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_llama.cli import UserError
+from lit_llama.model import Block, LLaMA
+
+TARGETS = ("q", "k", "v", "proj", "fc1", "fc2", "mlp_proj")
+
+
+class LowRank(nn.Module):
+    """alpha / r * B A dropout(x), for the rows ``rows`` of a layer's output."""
+
+    def __init__(self, layer: nn.Linear, rows: slice, r: int, alpha: float, dropout: float) -> None:
+        super().__init__()
+        float32 = dict(device=layer.weight.device, dtype=torch.float32)
+        self.A = nn.Parameter(torch.empty(r, layer.in_features, **float32))
+        self.B = nn.Parameter(torch.zeros(len(range(layer.out_features)[rows]), r, **float32))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.rows, self.scale, self.dropout = rows, alpha / r, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(x, self.dropout, self.training)
+        return self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
+
+    def delta(self) -> Tensor:
+        """What is added to the layer's rows of W: (out, in) in float32."""
+        return self.scale * self.B @ self.A
+
+
+def add_low_ranks(layer: nn.Linear, args: tuple, output: Tensor) -> Tensor:
+    for low_rank in layer.lora.values():
+        output[..., low_rank.rows] += low_rank(args[0])
+    return output
+
+
+def places(block: Block) -> dict[str, tuple[nn.Linear, slice]]:
+    """Each target's layer, and the rows of its output."""
+    attn, mlp, all_rows = block.attn, block.mlp, slice(None)
+    fused = {name: (attn.c_attn, rows) for name, rows in attn.qkv_slices.items()}
+    others = {"proj": attn.c_proj, "fc1": mlp.c_fc1, "fc2": mlp.c_fc2, "mlp_proj": mlp.c_proj}
+    return fused | {name: (layer, all_rows) for name, layer in others.items()}
+
+
+def add_lora(
+    model: LLaMA, r: int = 8, alpha: float = 16, dropout: float = 0.05, targets: tuple[str, ...] = ("q", "v")
+) -> None:
+    """Put a pair (A, B) of rank ``r`` beside each of the matrices ``targets`` of every block."""
+    unknown = set(targets) - set(TARGETS)
+    if r < 1 or not 0 <= dropout < 1 or not targets or unknown:
+        raise UserError(
+            f"r {r} must be at least 1, dropout {dropout} within 0 and 1, and targets {list(targets)} some of {TARGETS}"
+        )
+    for block in model.transformer.h:
+        for name in targets:
+            layer, rows = places(block)[name]
+            if not hasattr(layer, "lora"):
+                layer.lora = nn.ModuleDict()
+                layer.register_forward_hook(add_low_ranks)
+            layer.lora[name] = LowRank(layer, rows, r, alpha, dropout)

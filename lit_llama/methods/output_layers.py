@@ -1,0 +1,30 @@
+"""Finetuning the output layers: the last blocks, the final norm and the head train, all below stays as it is.
+
+This is the article's second approach; see e.g. "Universal Language Model Fine-tuning for Text Classification",
+Howard & Ruder 2018, https://arxiv.org/abs/1801.06146
+
+        ids -> wte -> h[0] .. h[N-n-1]   frozen, no graph is built here
+                    -> h[N-n] .. h[N-1] -> ln_f -> lm_head   trained
+
+A head that shares its weight with the embedding gets a copy first, so that the embedding stays frozen. For data with
+labels a new head, one row for each label, may take the place of the language head; it reads the last token's vector.
+
+Trains n blocks + C + V*C numbers: 131,072,000 for LLaMA-7B's head, 4,096 for the norm, 404,766,720 for two blocks.
+"""
+
+import torch.nn as nn
+
+from lit_llama.cli import UserError
+from lit_llama.model import LLaMA, unfreeze
+
+
+def add_output_layers(model: LLaMA, n_blocks: int = 2, labels: list[str] | None = None) -> None:
+    """Unfreeze the last ``n_blocks`` blocks, the norm and the head; with ``labels`` it is a new classification head."""
+    if not 0 <= n_blocks <= model.config.n_layer:
+        raise UserError(f"n_blocks {n_blocks} must lie within 0 and {model.config.n_layer}")
+    if labels is None:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # no longer the embedding's
+    else:
+        model.replace_head(len(labels))
+    for layer in [*model.transformer.h[model.config.n_layer - n_blocks :], model.transformer.ln_f, model.lm_head]:
+        unfreeze(layer)

@@ -1,0 +1,91 @@
+"""Prefix tuning: learned keys and values in front of the text's own, in every block.
+
+Paper: "Prefix-Tuning: Optimizing Continuous Prompts for Generation", Li & Liang 2021, https://arxiv.org/abs/2101.00190
+
+        k = [Pk ; rope(k)]     (B, nkv, K + T, hs)     Pk, Pv (nkv, K, hs) learned, one pair per block
+        v = [Pv ; v]
+        y = softmax(q k^T / sqrt(hs)) v                one softmax over both; every token sees all K
+
+The prefix takes the positions 0 to K-1 and is not rotated; the text starts at K. Keys and values are hard to train
+directly, so while training they may be made from rows E (K, C) by an MLP, which is left behind once they are learned:
+
+        P = tanh(E W_down + b) W_up + b'               (K, N * 2 * nkv * hs)
+
+Keeps 2*N*K*nkv*hs numbers: 2,621,440 for LLaMA-7B with K=10; an MLP of 512 makes it 136,618,496 in training.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_llama.cli import UserError
+from lit_llama.model import CausalSelfAttention, LLaMA, attention
+
+
+class PrefixAttention(CausalSelfAttention):
+    def __init__(self, attn: CausalSelfAttention, prefix: Tensor) -> None:
+        self.__dict__.update(attn.__dict__)  # adopt the layer: its modules under the same keys, no weight is copied
+        self.prefix = prefix  # (2, nkv, K, hs): keys and values
+
+    def attend(self, q, k, v, input_pos=None, mask=None):
+        pk, pv = (t.to(q.dtype).expand(q.size(0), -1, -1, -1) for t in self.prefix)
+        K = pk.size(2)
+        if input_pos is None:  # K more queries, dropped below, make the square that is_causal wants
+            return attention(F.pad(q, (0, 0, K, 0)), torch.cat((pk, k), 2), torch.cat((pv, v), 2), None, True)[:, :, K:]
+        k, v = self.kv_cache.update(k, v, input_pos, end=mask.size(-1))
+        return attention(q, torch.cat((pk, k), 2), torch.cat((pv, v), 2), F.pad(mask, (K, 0), value=True))
+
+
+class PrefixMLP(nn.Module):
+    """Makes the prefixes of all blocks, and hands them out at the start of each pass through the model."""
+
+    def __init__(self, model: LLaMA, prompt_length: int, mlp_size: int, device: torch.device) -> None:
+        super().__init__()
+        config, float32 = model.config, dict(device=device, dtype=torch.float32)
+        self.shape = (prompt_length, config.n_layer, 2, config.n_kv_head, config.head_size)
+        self.embedding = nn.Embedding(prompt_length, config.n_embd, **float32)
+        self.down = nn.Linear(config.n_embd, mlp_size, **float32)
+        self.up = nn.Linear(mlp_size, 2 * config.n_layer * config.n_kv_head * config.head_size, **float32)
+
+    def forward(self) -> Tensor:
+        """-> (N, 2, nkv, K, hs)."""
+        return self.up(self.down(self.embedding.weight).tanh()).view(self.shape).permute(1, 2, 3, 0, 4)
+
+    def kept_tensors(self) -> dict[str, Tensor]:
+        return {f"transformer.h.{i}.attn.prefix": prefix for i, prefix in enumerate(self())}
+
+    def flatten(self, model: LLaMA) -> None:
+        """Put the prefixes as they are now in place of the MLP."""
+        self.handle.remove()
+        for block, prefix in zip(model.transformer.h, self().detach(), strict=True):
+            block.attn.__dict__.pop("prefix")
+            block.attn.prefix = nn.Parameter(prefix.contiguous())
+        model.reparametrization = None
+
+
+def add_prefix(model: LLaMA, prompt_length: int = 10, mlp_size: int = 0) -> None:
+    """Give every block a prefix of ``prompt_length`` keys and values; with an ``mlp_size`` an MLP makes them."""
+    if prompt_length < 1 or mlp_size < 0 or prompt_length >= model.config.block_size:
+        raise UserError(
+            f"prompt_length {prompt_length} must lie within 1 and the context of {model.config.block_size} tokens, "
+            f"and mlp_size {mlp_size} must not be negative"
+        )
+    model.first_position = prompt_length
+    config, device = model.config, model.transformer.wte.weight.device
+    shape = (2, config.n_kv_head, prompt_length, config.head_size)
+    for block in model.transformer.h:
+        prefix = torch.zeros(shape, device=device, dtype=torch.float32)
+        prefix.normal_(std=INIT_STD)
+        block.attn = PrefixAttention(block.attn, prefix if mlp_size else nn.Parameter(prefix))
+    if mlp_size:
+        model.reparametrization = mlp = PrefixMLP(model, prompt_length, mlp_size, device)
+
+        def hand_out(*_) -> None:
+            for block, prefix in zip(model.transformer.h, mlp(), strict=True):
+                block.attn.prefix = prefix
+
+        mlp.handle = model.transformer.wte.register_forward_pre_hook(hand_out)
+
+
+INIT_STD = 0.02

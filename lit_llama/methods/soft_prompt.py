@@ -1,0 +1,52 @@
+"""Soft prompts: learned vectors in front of the text's own embeddings, and nothing else.
+
+Paper: "The Power of Scale for Parameter-Efficient Prompt Tuning", Lester et al. 2021,
+https://arxiv.org/abs/2104.08691
+
+        ids        V  V+1 .. V+K-1   5   17   9 ..        virtual ids past the vocabulary, then the text
+        x0   =  [  P_0 P_1 .. P_K-1 ; E(5) E(17) E(9) .. ]    (B, K + T, C), P (K, C) learned
+
+The blocks see a longer text: causal over all of it, positions 0 to K+T-1, no loss on the prompt. In decoding it is read
+once, and its keys and values stay in the cache. P starts as rows of the vocabulary.
+
+Trains K*C numbers: 81,920 for LLaMA-7B with K=20.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_llama.cli import UserError
+from lit_llama.model import LLaMA
+
+COMMON_IDS = 5000  # as in the paper, P starts from common tokens: byte-pair encodings number them by frequency
+
+
+class SoftPromptEmbedding(nn.Embedding):
+    def __init__(self, wte: nn.Embedding, prompt: Tensor) -> None:
+        self.__dict__.update(wte.__dict__)  # adopt the layer: its weight under the same key, not copied
+        self.soft_prompt = nn.Parameter(prompt)  # (K, C) in float32
+
+    def forward(self, idx: Tensor) -> Tensor:
+        virtual = idx - self.num_embeddings  # the row of P, negative for ids of the vocabulary
+        text = super().forward(idx.clamp(max=self.num_embeddings - 1))  # (B, T, C)
+        prompt = F.embedding(virtual.clamp(min=0), self.soft_prompt).to(text.dtype)
+        return torch.where((virtual >= 0).unsqueeze(-1), prompt, text)
+
+
+def add_soft_prompt(model: LLaMA, prompt_length: int = 20, init_ids: list[int] | None = None) -> None:
+    """Put ``prompt_length`` learned rows in front of every text.
+
+    They start as the embeddings of ``init_ids`` (repeated or cut to fit), or of common tokens drawn at random.
+    """
+    wte = model.transformer.wte
+    if not 1 <= prompt_length < model.config.block_size:
+        raise UserError(f"prompt_length {prompt_length} must lie within 1 and {model.config.block_size - 1}")
+    if init_ids:
+        rows = torch.tensor((init_ids * prompt_length)[:prompt_length])
+    else:
+        rows = torch.randint(min(COMMON_IDS, wte.num_embeddings), (prompt_length,), device="cpu")
+    prompt = wte.weight.detach()[rows.to(wte.weight.device)].float().clone()
+    model.transformer.wte = SoftPromptEmbedding(wte, prompt)
+    model.virtual_ids = list(range(wte.num_embeddings, wte.num_embeddings + prompt_length))
