@@ -3,7 +3,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HUB = ["huggingface_hub>=0.24"]
-TEST = ["pytest>=8", "ruff>=0.6", "hypothesis>=6.100", "transformers>=4.46", "peft>=0.13"]
+PLOT = ["matplotlib>=3.8"]
+TEST = [*PLOT, "pytest>=8", "ruff>=0.6", "hypothesis>=6.100", "transformers>=4.46", "peft>=0.13"]
 
 setup(
     name="lit-llama",
@@ -24,7 +25,8 @@ setup(
         "tokenizers>=0.20",
         "gguf>=0.16",
         "scikit-learn>=1.4",
+        "scipy>=1.11",
         "numpy",
     ],
-    extras_require={"hub": HUB, "test": TEST},
+    extras_require={"hub": HUB, "plot": PLOT, "test": TEST},
 )

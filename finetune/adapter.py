@@ -19,6 +19,7 @@ def main(
     prompt_length: int = 10,
     start_layer: int = 2,
     gate: str = "head",
+    gate_init: float = 0.0,
     # Both rates were measured on data/bookings; the paper has one for both, 9e-3 * batch_size / 256.
     gate_lr_scale: float = 0.25,
     train: TrainArgs = TrainArgs(max_steps=450, batch_size=4, learning_rate=2e-2, weight_decay=0.02, eval_every=150),
@@ -30,11 +31,12 @@ def main(
         prompt_length: Rows of the learned prompt in each block (K).
         start_layer: The first block that gets a prompt; the ones below stay as they are.
         gate: One gate for each "head", as in the paper, or for each "layer", as in PEFT.
+        gate_init: Where the gates start; the paper's zero leaves the model as it is at first.
         gate_lr_scale: The gates learn at this share of the learning rate.
         train: The settings that every finetune script shares.
     """
     job = Job("adapter", train, head="language", **shared)
-    arguments = dict(prompt_length=prompt_length, start_layer=start_layer, gate=gate)
+    arguments = dict(prompt_length=prompt_length, start_layer=start_layer, gate=gate, gate_init=gate_init)
     add_adapter(job.model, **arguments)
 
     adapted = job.model.transformer.h[start_layer:]

@@ -7,6 +7,7 @@ What a text's vector is, and what is kept of the classifier: lit_llama/methods/f
 """
 
 import sys
+import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -26,6 +27,7 @@ def main(
     data: str = "data/intents",
     out_dir: str | None = None,
     prompt_style: str | None = None,
+    max_samples: int | None = None,
     max_seq_length: int = 512,
     precision: str = "auto",
     seed: int = 1337,
@@ -40,6 +42,7 @@ def main(
         data: A file, or a folder with train and validation files, whose rows have a label.
         out_dir: Where the trained folder is written; by default out/features/ and the data's name.
         prompt_style: alpaca, chatml, llama2, llama3 or plain; by default what the base's tokenizer tells.
+        max_samples: Train on the first ones only.
         max_seq_length: Longer texts lose their beginning.
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
         seed: Of what the forest draws at random.
@@ -48,6 +51,8 @@ def main(
     """
     if classifier not in CLASSIFIERS:
         raise cli.UserError(f"--classifier {classifier!r} is none of {', '.join(CLASSIFIERS)}")
+    if max_samples is not None and max_samples < 1:
+        raise cli.UserError(f"--max_samples {max_samples} must be at least 1")
     ensure_base(checkpoint_dir, yes)
     fabric = launch()
     run = Run(fabric, out_dir or f"out/features/{Path(data).stem}", checkpoint_dir, overwrite=overwrite)
@@ -55,7 +60,8 @@ def main(
     print(task.summary)
     model = load_model(checkpoint_dir, base_dtype(precision, fabric.device), fabric.device)
 
-    splits = {"train": task.train, "validation": task.validation}
+    started = time.perf_counter()
+    splits = {"train": task.train[:max_samples], "validation": task.validation}
     total = sum(map(len, splits.values()))
     with tqdm(total=total, desc="vectors", unit="text", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
         vectors = {
@@ -64,12 +70,14 @@ def main(
         }
     answers = {name: [task.labels[sample.targets[-1]] for sample in split] for name, split in splits.items()}
     arrays, labels = fit_classifier(classifier, vectors["train"], answers["train"], seed)
+    seconds = time.perf_counter() - started
     for name in splits:
         chosen = probabilities(arrays, vectors[name]).argmax(1)
         right = sum(labels[i] == answer for i, answer in zip(chosen, answers[name], strict=True))
         print(f"accuracy on {name}: {right / len(answers[name]):.1%} ({right} of {len(answers[name])})")
 
     run.remove()
+    run.save_costs(seconds)
     save_arrays(run.out_dir / TRAINED_FILE, arrays)
     method = {
         "method": "features",

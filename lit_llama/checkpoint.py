@@ -110,6 +110,7 @@ def load_config(folder: Path) -> LLaMAConfig:
     path = Path(folder) / CONFIG_FILE
     content = read_json(path)
     known = {field.name for field in fields(LLaMAConfig)}
+    content.setdefault("bias", False)  # folders written before the field existed lack it
     if set(content) != known:
         missing, unknown = sorted(known - set(content)), sorted(set(content) - known)
         raise UserError(
@@ -227,6 +228,8 @@ def fingerprint(folder: Path, pieces: int = 16, piece_numbers: int = 32) -> str:
     spread over files does not matter, nor does the model's name.
     """
     config = {**asdict(load_config(folder)), "name": None}
+    if not config["bias"]:
+        del config["bias"]  # so that what was trained before the field existed still finds its base
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     with ExitStack() as stack:
         files = [stack.enter_context(open_tensors(path)) for path in shard_files(folder)]

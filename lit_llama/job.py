@@ -12,7 +12,7 @@ from lit_llama.data import load_task
 from lit_llama.devices import base_dtype, launch
 from lit_llama.download import DEFAULT_BASE, ensure_base
 from lit_llama.evaluate import Comparison
-from lit_llama.runs import Run
+from lit_llama.runs import Run, read_metrics
 from lit_llama.train import TrainArgs, fit
 
 HEADS = ("language", "classifier")
@@ -87,6 +87,7 @@ class Job:
         self.comparison.answer("before", self.model)
         self.run.begin(self.method, arguments, self.checkpoint_dir, self.task, self.train, self.model, whole_model)
         fit(self.fabric, self.model, optimizer, self.task.train, self.task.validation, self.train, self.run)
+        self.run.save_costs(seconds=sum(float(row["seconds"]) for row in read_metrics(self.run.out_dir)))
         self.comparison.answer("after", self.model)
         self.comparison.show()
         out_dir = self.run.out_dir

@@ -36,6 +36,7 @@ class LLaMAConfig:
     rope_base: float = 10000.0
     rope_scaling: dict | None = None  # Llama 3.1's, see rope_frequencies
     tie_embeddings: bool = False  # lm_head shares the weight of wte
+    bias: bool = False  # on every linear layer: what adapter_v2 leaves when it is merged
 
     def __post_init__(self):
         sizes = "block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_size", "intermediate_size"
@@ -129,7 +130,7 @@ class Linear(nn.Linear):
     """Casts its weight to the input's dtype: where it trains it is float32, whatever the base's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -150,8 +151,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_size = config.n_head, config.n_kv_head, config.head_size
         q_size, kv_size = self.n_head * self.head_size, self.n_kv_head * self.head_size
-        self.c_attn = Linear(config.n_embd, q_size + 2 * kv_size, bias=False)
-        self.c_proj = Linear(q_size, config.n_embd, bias=False)
+        self.c_attn = Linear(config.n_embd, q_size + 2 * kv_size, bias=config.bias)
+        self.c_proj = Linear(q_size, config.n_embd, bias=config.bias)
         self.qkv_slices = {
             "q": slice(0, q_size),
             "k": slice(q_size, q_size + kv_size),
@@ -187,9 +188,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__()
-        self.c_fc1 = Linear(config.n_embd, config.intermediate_size, bias=False)
-        self.c_fc2 = Linear(config.n_embd, config.intermediate_size, bias=False)
-        self.c_proj = Linear(config.intermediate_size, config.n_embd, bias=False)
+        self.c_fc1 = Linear(config.n_embd, config.intermediate_size, bias=config.bias)
+        self.c_fc2 = Linear(config.n_embd, config.intermediate_size, bias=config.bias)
+        self.c_proj = Linear(config.intermediate_size, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(F.silu(self.c_fc1(x)) * self.c_fc2(x))
@@ -207,8 +208,7 @@ class Block(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         x = x + self.attn(self.rms_1(x), cos, sin, input_pos, mask)
-        x = x + self.mlp(self.rms_2(x))
-        return x
+        return x + self.mlp(self.rms_2(x))
 
 
 class LLaMA(nn.Module):
@@ -223,7 +223,7 @@ class LLaMA(nn.Module):
             "ln_f": RMSNorm(config.n_embd, config.norm_eps),
         }
         self.transformer = nn.ModuleDict(parts)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=config.bias)
         self.tie_weights()
         self._rope: tuple[Tensor, Tensor] | None = None  # cos and sin (positions, hs/2), grown as needed
         self.first_position = 0  # of the text: a method may put something in front (methods/prefix.py)

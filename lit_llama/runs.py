@@ -1,7 +1,7 @@
 """A training run's folder: who may write into it, what it is made of, and how to go on after a stop.
 
 ``trained.safetensors`` and ``method.json`` (the best validated step), ``metrics.csv`` (every step), ``config.yaml``
-(the command line, resolved) and ``state/`` (the last saved step).
+(the command line, resolved), ``costs.json`` (memory) and ``state/`` (the last saved step).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from lit_llama.checkpoint import (
 )
 from lit_llama.cli import UserError
 from lit_llama.convert import copy_tokenizer
+from lit_llama.devices import peak_memory
 from lit_llama.model import LLaMA
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ MAY_CHANGE = (
     "train.save_every ",
 )
 METRICS_FILE, CONFIG_FILE, STATE_FILE = "metrics.csv", "config.yaml", "state/state.safetensors"
+COSTS_FILE = "costs.json"
 
 
 class Run:
@@ -92,7 +94,7 @@ class Run:
 
     def remove(self) -> None:
         """Delete what a run writes, and nothing else that may lie in the folder."""
-        for name in (METHOD_FILE, TRAINED_FILE, MODEL_FILE, METRICS_FILE, CONFIG_FILE):
+        for name in (METHOD_FILE, TRAINED_FILE, MODEL_FILE, METRICS_FILE, CONFIG_FILE, COSTS_FILE):
             (self.out_dir / name).unlink(missing_ok=True)
         shutil.rmtree(self.out_dir / "state", ignore_errors=True)
 
@@ -183,6 +185,12 @@ class Run:
         with whole_file(path) as temporary:
             temporary.write_text("".join([",".join(METRICS) + "\n", *kept]), encoding="utf-8")
 
+    def save_costs(self, seconds: float) -> None:
+        """Write how long training took, and the most memory that rank 0 held since its process began (bytes)."""
+        if self.fabric.is_global_zero:
+            costs = {"seconds": seconds, "peak_memory": peak_memory(self.fabric.device)}
+            write_json(self.out_dir / COSTS_FILE, costs)
+
     # the best step
 
     def keep_best(self, model: LLaMA, val_loss: float) -> None:
@@ -229,6 +237,15 @@ class Run:
             bar.write(f"step {step}: validation loss {val_loss:.4f}", file=sys.stderr)
         if bar.disable and (val_loss is not None or step % max(1, self.total_steps // 10) == 0):
             print(f"step {step} of {self.total_steps}: {figures}", file=sys.stderr)
+
+
+def read_metrics(out_dir: Path) -> list[dict]:
+    """The steps so far of a run, that may be going on: without a last line that is still being written."""
+    path = out_dir / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return list(csv.DictReader(lines))
 
 
 def differences(before: dict, now: dict, prefix: str = "") -> list[str]:

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lit_llama.cli import UserError
@@ -28,6 +28,7 @@ class Sample:
     messages: list[Message]
     text: str | None = None  # of rows with a text
     label: str | None = None  # of rows that name one
+    row: int = 0  # its place in the file
 
     @property
     def prompt(self) -> list[Message]:
@@ -55,7 +56,11 @@ def read_samples(path: Path) -> list[Sample]:
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-    samples = [to_sample(row, f"{path}:{line}") for line, row in readers[path.suffix](text, path)]
+    one_line = path.suffix == ".json" and "\n" not in text.strip()  # where the line tells nothing
+    samples = []
+    for i, (line, row) in enumerate(readers[path.suffix](text, path)):
+        sample = to_sample(row, f"{path}, row {i + 1}" if one_line else f"{path}:{line}")
+        samples.append(replace(sample, row=i))
     if not samples:
         raise UserError(f"{path} holds no rows")
     return samples

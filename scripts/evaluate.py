@@ -7,29 +7,40 @@
 Of a folder the validation file is evaluated, of a file all of it. Folders that answer with labels get their accuracy.
 """
 
+from __future__ import annotations
+
 import math
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
 from lit_llama import cli
-from lit_llama.batches import IGNORE, Encoded
-from lit_llama.checkpoint import load_model, load_trained_folder, read_method, tokenizer_dir
+from lit_llama.batches import IGNORE, Encoded, collate
+from lit_llama.checkpoint import load_model, load_trained_folder, read_method, tokenizer_dir, write_json
 from lit_llama.classify import Classifier, is_classifier, load_classifier
 from lit_llama.data import can_be_asked, encode_labels, encode_samples, split_file
 from lit_llama.devices import base_dtype, launch
 from lit_llama.download import DEFAULT_BASE, ensure_base
-from lit_llama.evaluate import answer_samples, count_correct
+from lit_llama.evaluate import answer_samples
+from lit_llama.model import LLaMA
 from lit_llama.prompts import choose_style, encode_prompt
 from lit_llama.samples import Sample, read_samples
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.train import validate
+from lit_llama.train import target_loss
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 
 def main(
     data: str,
+    split: str = "validation",
     trained_dir: str | None = None,
     checkpoint_dir: str | None = None,
     prompt_style: str | None = None,
@@ -39,11 +50,13 @@ def main(
     shots: int = 0,
     shots_seed: int = 1337,
     precision: str = "auto",
+    results: str | None = None,
 ) -> None:
     """Evaluate a base or a trained folder.
 
     Args:
-        data: A .json, .jsonl, .csv or .txt file, or a folder with a validation file.
+        data: A .json, .jsonl, .csv or .txt file, or a folder with one file for each split.
+        split: Which of a folder's files: validation, test or train.
         trained_dir: Folder that a finetune script wrote; without it the base alone is evaluated.
         checkpoint_dir: Folder of the base; by default the one trained on, or the default base.
         prompt_style: alpaca, chatml, llama2, llama3 or plain; by default as trained, or what the tokenizer tells.
@@ -53,22 +66,24 @@ def main(
         shots: Examples of the data folder's train file in front of every prompt: in-context learning.
         shots_seed: Of the choice of these examples.
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
+        results: A .json file to write each sample's loss and answer to.
     """
     for name, value in (("max_samples", max_samples), ("batch_size", batch_size), ("max_seq_length", max_seq_length)):
         if value is not None and value < 1:
             raise cli.UserError(f"--{name} {value} must be at least 1")
     if shots < 0:
         raise cli.UserError(f"--shots {shots} must not be negative")
-    file = split_file(Path(data), "validation") if Path(data).is_dir() else Path(data)
+    file = split_file(Path(data), split) if Path(data).is_dir() else Path(data)
     if file is None:
-        raise cli.UserError(f"{data} holds no validation file; give the file to evaluate")
+        raise cli.UserError(f"{data} holds no {split} file; give the file to evaluate, or another --split")
     samples = read_samples(file)[:max_samples]
     fabric = launch()
     dtype = base_dtype(precision, fabric.device)
     if trained_dir and is_classifier(read_method(trained_dir)):
         if shots or prompt_style or max_seq_length:
             raise cli.UserError(f"{trained_dir} answers with labels: no --shots, --prompt_style, --max_seq_length")
-        evaluate_labels(samples, *load_classifier(trained_dir, checkpoint_dir, dtype, fabric.device), checkpoint_dir)
+        classify, method = load_classifier(trained_dir, checkpoint_dir, dtype, fabric.device)
+        write_results(results, evaluate_labels(samples, classify, method, checkpoint_dir))
         return
     if trained_dir:
         model, method = load_trained_folder(trained_dir, checkpoint_dir, dtype, fabric.device)
@@ -89,13 +104,19 @@ def main(
     kept, encoded = encode_samples(asked, style, tokenizer, max_seq_length)
     if shots:
         kept, encoded = count_last_answers(kept, encoded, style, tokenizer)
-    loss = validate(fabric, model, encoded, micro_batch_tokens=2048)
+    losses = sample_losses(fabric, model, encoded)
+    loss = sum(losses) / sum(ids.n_targets for ids in encoded)
     print(f"{len(kept)} samples; {len(samples) - len(kept)} dropped: no answer begins within {max_seq_length} tokens")
     print(f"loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
-    asked = [sample for sample, ids in zip(kept, encoded, strict=True) if can_be_asked(sample, ids)]
+    asked = [i for i, (sample, ids) in enumerate(zip(kept, encoded, strict=True)) if can_be_asked(sample, ids)]
+    answered = answer_samples(model, tokenizer, style, [kept[i] for i in asked], batch_size)
+    answers = dict(zip(asked, answered, strict=True))
+    right = {i: answers[i].strip() == kept[i].answer.strip() for i in asked}
     if asked:
-        correct = count_correct(answer_samples(model, tokenizer, style, asked, batch_size), asked)
+        correct = sum(right.values())
         print(f"exact match: {correct / len(asked):.1%} ({correct} of {len(asked)})".replace("%", " %"))
+    figures = [(losses[i], ids.n_targets, right.get(i), answers.get(i)) for i, ids in enumerate(encoded)]
+    write_results(results, [(sample.row, *row) for sample, row in zip(kept, figures, strict=True)])
 
 
 def add_shots(samples: list[Sample], folder: Path, shots: int, seed: int) -> list[Sample]:
@@ -125,16 +146,35 @@ def count_last_answers(
     return [sample for sample, _ in kept], [ids for _, ids in kept]
 
 
-def evaluate_labels(samples: list[Sample], classify: Classifier, method: dict, checkpoint_dir: str | None) -> None:
+def sample_losses(fabric: Fabric, model: LLaMA, encoded: list[Encoded]) -> list[float]:
+    """The cross-entropy of each sample, summed over its target tokens."""
+    bar = tqdm(encoded, desc="loss", unit="sample", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    with torch.inference_mode():
+        return [target_loss(model.eval(), *collate([ids], fabric.device)).item() for ids in bar]
+
+
+def write_results(path: str | None, rows: list[tuple]) -> None:
+    """Each: the row of the file (from 0), its loss, the tokens that this is a sum over, right or not, the answer."""
+    if path is not None:
+        names = ("row", "loss", "n_targets", "right", "answer")
+        write_json(Path(path), {"samples": [dict(zip(names, row, strict=True)) for row in rows]})
+
+
+def evaluate_labels(
+    samples: list[Sample], classify: Classifier, method: dict, checkpoint_dir: str | None
+) -> list[tuple]:
     """Print the accuracy of a classifier, and its loss: the mean of -log of the right label's probability."""
     tokenizer, labels = Tokenizer(checkpoint_dir or method["base"]["checkpoint_dir"]), method["arguments"]["labels"]
     encoded = encode_labels(samples, method["prompt_style"], tokenizer, method["train"]["max_seq_length"], labels)
     shares = classify([sample.ids for sample in encoded])
     answers = [sample.targets[-1] for sample in encoded]
-    right = int((shares.argmax(1) == answers).sum())
-    loss = -np.log(shares[range(len(answers)), answers].clip(1e-12)).mean()
-    print(f"{method['method']} over {method['base']['name']}: loss {loss:.4f}")
-    print(f"accuracy: {right / len(answers):.1%} ({right} of {len(answers)})".replace("%", " %"))
+    chosen = shares.argmax(1).tolist()
+    correct = sum(one == other for one, other in zip(chosen, answers, strict=True))
+    losses = -np.log(shares[range(len(answers)), answers].clip(1e-12))
+    print(f"{method['method']} over {method['base']['name']}: loss {losses.mean():.4f}")
+    print(f"accuracy: {correct / len(answers):.1%} ({correct} of {len(answers)})".replace("%", " %"))
+    rows = zip(samples, losses.tolist(), chosen, answers, strict=True)
+    return [(sample.row, loss, 1, one == other, labels[one]) for sample, loss, one, other in rows]
 
 
 if __name__ == "__main__":

@@ -1,24 +1,40 @@
-"""Merge LoRA into its base: W + alpha/r * B A, a plain checkpoint folder that needs the method no more.
+"""Merge what a method learned into its base's matrices: a plain checkpoint folder.
 
     python scripts/merge_lora.py --trained_dir out/lora/bookings --out_dir checkpoints/bookings
     python generate/base.py --checkpoint_dir checkpoints/bookings --prompt "..."
 
-Of the other methods none becomes a matrix: prompts and prefixes are further keys and values of attention, a soft prompt
-is further input, and a bottleneck is not linear.
+LoRA merges as a whole: W + alpha/r * B A. Of LLaMA-Adapter V2 the scales, biases and norms merge, diag(s) W and s * b,
+but its prompts are further keys and values of attention: they become a LLaMA-Adapter over the merged base.
+
+    python scripts/merge_lora.py --trained_dir out/adapter_v2/bookings --out_dir checkpoints/bookings
+    python generate/adapter.py --trained_dir checkpoints/bookings/adapter --prompt "..."
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lit_llama import cli
-from lit_llama.checkpoint import load_trained_folder, read_method, save_checkpoint, whole_folder
+from lit_llama.checkpoint import (
+    METHOD_FILE,
+    TRAINED_FILE,
+    describe_base,
+    load_trained_folder,
+    read_method,
+    save_checkpoint,
+    save_tensors,
+    trained_tensors,
+    whole_folder,
+    write_json,
+)
 from lit_llama.convert import copy_tokenizer
 from lit_llama.methods.lora import places
+from lit_llama.model import LLaMA, LLaMAConfig
 
 WHY_NOT = {
     "adapter": "its prompts are further keys and values that every token attends to, behind a gate",
-    "adapter_v2": "its prompts are further keys and values that every token attends to, behind a gate",
     "prefix": "its prefixes are further keys and values that every token attends to",
     "soft_prompt": "its prompt is further input in front of every text",
     "houlsby": "its bottlenecks are not linear",
@@ -29,21 +45,32 @@ WHY_NOT = {
 
 
 def main(trained_dir: str, out_dir: str, checkpoint_dir: str | None = None, dtype: str = "float32") -> None:
-    """Write a checkpoint folder with LoRA merged in.
+    """Write a checkpoint folder with LoRA, or with LLaMA-Adapter V2's scales and biases, merged in.
 
     Args:
-        trained_dir: Folder that finetune/lora.py wrote.
+        trained_dir: Folder that finetune/lora.py or finetune/adapter_v2.py wrote.
         out_dir: Folder to write; it must not exist.
         checkpoint_dir: Folder of the base, where it is no longer where it was in training.
-        dtype: What the merged weights are stored in: float32, bfloat16 or float16. They are summed in float32.
+        dtype: What the merged weights are stored in: float32, bfloat16 or float16. They are computed in float32.
     """
     if dtype not in ("float32", "bfloat16", "float16"):
         raise cli.UserError(f"--dtype {dtype!r} is none of float32, bfloat16, float16")
     method = read_method(trained_dir)
-    if method["method"] != "lora":
+    if method["method"] not in ("lora", "adapter_v2"):
         why = WHY_NOT.get(method["method"], "it is unknown here")
         raise cli.UserError(f"{trained_dir} was trained with {method['method']}, which cannot be merged: {why}")
     model, _ = load_trained_folder(trained_dir, checkpoint_dir)
+    config, merged = merge_lora(model) if method["method"] == "lora" else merge_scales(model)
+    with whole_folder(Path(out_dir)) as folder:
+        save_checkpoint(folder, config, ((name, t.to(getattr(torch, dtype))) for name, t in merged.items()))
+        copy_tokenizer(Path(checkpoint_dir or method["base"]["checkpoint_dir"]), folder)
+    print(f"wrote {out_dir}")
+    if method["method"] == "adapter_v2":
+        save_prompts(model, method, Path(out_dir))
+
+
+def merge_lora(model: LLaMA) -> tuple[LLaMAConfig, dict[str, Tensor]]:
+    """W + alpha/r * B A for each matrix with a pair: config and weights of the plain model."""
     merged = {name: tensor for name, tensor in model.state_dict().items() if ".lora." not in name}
     if model.config.tie_embeddings:
         del merged["lm_head.weight"]
@@ -54,10 +81,42 @@ def main(trained_dir: str, out_dir: str, checkpoint_dir: str | None = None, dtyp
                 key = f"{names[id(layer)]}.weight"
                 merged[key] = merged[key].clone()  # the base's own file is mapped into memory
                 merged[key][rows] += layer.lora[target].delta().detach()
-    with whole_folder(Path(out_dir)) as folder:
-        save_checkpoint(folder, model.config, ((name, t.to(getattr(torch, dtype))) for name, t in merged.items()))
-        copy_tokenizer(Path(checkpoint_dir or method["base"]["checkpoint_dir"]), folder)
-    print(f"wrote {out_dir}")
+    return model.config, merged
+
+
+def merge_scales(model: LLaMA) -> tuple[LLaMAConfig, dict[str, Tensor]]:
+    """s * (W x + b) as (diag(s) W) x + s * b: config and weights of a model with biases, without the prompts."""
+    added = ("scale_bias", "adapter_wte", "gating_factor")
+    merged = {name: t for name, t in model.state_dict().items() if not any(part in name for part in added)}
+    scaled_head = hasattr(model.lm_head, "scale_bias")
+    config = replace(model.config, bias=True, tie_embeddings=model.config.tie_embeddings and not scaled_head)
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            bias = merged.get(f"{name}.bias", torch.zeros(layer.out_features))  # a base that was merged has its own
+            if hasattr(layer, "scale_bias"):
+                scale = layer.scale_bias.scale.detach()
+                merged[f"{name}.weight"] = scale[:, None] * merged[f"{name}.weight"]
+                bias = scale * (bias + layer.scale_bias.bias.detach())
+            merged[f"{name}.bias"] = bias
+    if config.tie_embeddings:
+        del merged["lm_head.weight"]
+    return config, merged
+
+
+def save_prompts(model: LLaMA, method: dict, base: Path) -> None:
+    """Write what of adapter_v2 cannot be merged as a trained folder of adapter, over the merged base."""
+    names = ("adapter_wte", "gating_factor")
+    prompts = {name: t for name, t in trained_tensors(model).items() if any(part in name for part in names)}
+    arguments = {key: method["arguments"][key] for key in ("prompt_length", "start_layer")}
+    changes = {
+        "method": "adapter",
+        "arguments": arguments,
+        "trained_numbers": sum(tensor.numel() for tensor in prompts.values()),
+        "base": describe_base(base),
+    }
+    save_tensors(base / "adapter" / TRAINED_FILE, prompts)
+    write_json(base / "adapter" / METHOD_FILE, method | changes)
+    print(f"wrote {base / 'adapter'}: its prompts, which cannot be merged, over {base}")
 
 
 if __name__ == "__main__":

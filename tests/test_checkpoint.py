@@ -218,3 +218,11 @@ def test_broken_trained_folders_are_refused_with_the_reason(base, tmp_path, name
     with pytest.raises(UserError, match=message):
         load_trained_folder(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
+
+
+def test_a_base_written_before_biases_is_still_the_same_base(base, tmp_path):
+    make_trained(tmp_path / "out", base)
+    config = json.loads((base / "config.json").read_text())
+    assert config.pop("bias") is False
+    (base / "config.json").write_text(json.dumps(config))
+    load_trained_folder(tmp_path / "out")

@@ -71,7 +71,10 @@ BAD = {
     "broken.json": ('[\n{"instruction": "a", "output": "b"},\n{"instruction": }\n]', "broken.json:3: not valid JSON"),
     "open.json": ('[\n{"text": "a"}\n', "open.json:3: not valid JSON"),
     "number.json": ('[{"text": "a"},\n\n 7]', "number.json:3: a row must be an object, got int"),
-    "keys.json": ('[{"question": "a", "answer": "b"}]', "keys.json:1: a row needs instruction.*'question', 'answer'"),
+    "keys.json": (
+        '[{"question": "a", "answer": "b"}]',
+        "keys.json, row 1: a row needs instruction.*'question', 'answer'",
+    ),
     "type.jsonl": (
         '{"text": "a"}\n{"instruction": "a", "output": 5}\n',
         "type.jsonl:2: output must be a string, got 5",

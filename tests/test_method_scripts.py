@@ -36,8 +36,7 @@ def folder(tmp_path_factory):
     rng = random.Random(1)
     words = {"fruit": ["fig", "pear", "plum"], "tool": ["saw", "axe", "file"], "bird": ["owl", "rook", "tern"]}
     rows = [
-        {"text": " ".join(rng.choices(words[label], k=3)), "label": label}
-        for label in rng.choices(sorted(words), k=60)
+        {"text": " ".join(rng.choices(words[label], k=3)), "label": label} for label in rng.choices(sorted(words), k=60)
     ]
     write_rows(folder / "words" / "train.json", rows[:45])
     write_rows(folder / "words" / "validation.json", rows[45:])
@@ -110,9 +109,7 @@ def test_features_and_what_labels_with_them(folder, classifier):
     printed = succeed("finetune/features.py", *flags, "--out_dir", out)
     accuracy = printed.split("accuracy on validation: ")[1].split("%")[0]
     assert float(accuracy) > 60
-    assert f"accuracy: {accuracy} %" in succeed(
-        "scripts/evaluate.py", "--trained_dir", out, "--data", folder / "words"
-    )
+    assert f"accuracy: {accuracy} %" in succeed("scripts/evaluate.py", "--trained_dir", out, "--data", folder / "words")
     lines = succeed("generate/classify.py", "--trained_dir", out, "--prompt", "owl owl rook").splitlines()
     assert sum(float(line.split()[1].rstrip("%")) for line in lines) == pytest.approx(100, abs=0.2)
     refuse("finetune/features.py", *flags, "--out_dir", out, message="holds a run already")
@@ -154,6 +151,25 @@ def test_merged_lora_is_a_base_with_equal_logits(folder, tmp_path):
         torch.testing.assert_close(merged(ids), unmerged.eval()(ids), atol=1e-5, rtol=1e-5)
         assert (merged(ids) - load_model(folder / "base")(ids)).abs().max() > 1e-4
     assert (tmp_path / "merged" / "tokenizer.json").exists()
+
+
+def test_adapter_v2_merges_but_for_its_prompts(folder, tmp_path):
+    out, merged_dir = folder / "out-adapter_v2", tmp_path / "v2"
+    if not out.exists():
+        test_a_script_trains_saves_and_its_folder_answers(folder, "adapter_v2")
+    printed = succeed("scripts/merge_lora.py", "--trained_dir", out, "--out_dir", merged_dir)
+    assert "its prompts, which cannot be merged" in printed
+    unmerged, merged = (load_trained_folder(path)[0].eval() for path in (out, merged_dir / "adapter"))
+    ids = torch.randint(0, 259, (2, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids), unmerged(ids), atol=1e-5, rtol=1e-5)
+        plain = load_model(merged_dir)
+        assert plain.config.bias and not plain.config.tie_embeddings
+        assert (plain(ids) - merged(ids)).abs().max() > 1e-6  # the prompts are not in it
+        assert (merged(ids) - load_model(folder / "base")(ids)).abs().max() > 1e-4
+    for path in (out, merged_dir / "adapter"):
+        flags = ["--prompt", "add 1 and 1", "--max_new_tokens", 5]
+        assert succeed("generate/adapter.py", "--trained_dir", path, *flags)
 
 
 def test_what_cannot_merge_says_why(folder, tmp_path):

@@ -27,7 +27,7 @@ CASES = {
     "lora on all": ("lora", dict(r=3, alpha=5.0, dropout=0.0, targets=TARGETS)),
 }
 IDENTITY = [name for name in CASES if not name.startswith(("soft", "prefix"))]
-SHAPES = [dict(), dict(n_kv_head=6), dict(tie_embeddings=True, rope_scaling=SCALING)]
+SHAPES = [dict(), dict(n_kv_head=6, bias=True), dict(tie_embeddings=True, rope_scaling=SCALING)]
 every_case = pytest.mark.parametrize("case", CASES)
 
 

@@ -78,7 +78,7 @@ def places(tmp_path_factory):
 
 
 def metrics(out_dir: Path) -> list[dict]:
-    with open(out_dir / "metrics.csv", newline="") as file:
+    with open(out_dir / "metrics.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -92,7 +92,10 @@ def test_finetune_says_what_it_did_and_what_to_do_next(places):
     assert printed.count("expected  ") == 3
     assert f"python generate/adapter.py --trained_dir {folder / 'out'}" in printed
     written = {str(path.relative_to(folder / "out")) for path in (folder / "out").rglob("*") if path.is_file()}
-    assert written == {"trained.safetensors", "method.json", "metrics.csv", "config.yaml", "state/state.safetensors"}
+    run = {"method.json", "metrics.csv", "config.yaml", "costs.json", "state/state.safetensors"}
+    assert written == run | {"trained.safetensors"}
+    costs = json.loads((folder / "out" / "costs.json").read_text())
+    assert costs["seconds"] > 0 and costs["peak_memory"] > 50e6
 
 
 def test_the_saved_configuration_runs_again(places, tmp_path):

@@ -27,13 +27,15 @@ ACTIVATIONS = {"none": nn.Identity, "tanh": nn.Tanh}
 
 
 class AdapterAttention(CausalSelfAttention):
-    def __init__(self, attn: CausalSelfAttention, prompt_length: int, gate: str, gate_activation: str) -> None:
+    def __init__(
+        self, attn: CausalSelfAttention, prompt_length: int, gate: str, gate_activation: str, gate_init: float
+    ) -> None:
         self.__dict__.update(attn.__dict__)  # adopt the layer: its modules under the same keys, no weight is copied
         device, n_embd = attn.c_attn.weight.device, attn.c_attn.in_features
         # float32 whatever the base's precision: in bfloat16 an optimizer step of 1e-3 on 0.5 is lost
         self.adapter_wte = nn.Embedding(prompt_length, n_embd, device=device, dtype=torch.float32)  # P ~ N(0, 1)
         gates = {"head": self.n_head, "layer": 1}[gate]
-        self.gating_factor = nn.Parameter(torch.zeros(gates, 1, 1, device=device, dtype=torch.float32))
+        self.gating_factor = nn.Parameter(torch.full((gates, 1, 1), gate_init, device=device, dtype=torch.float32))
         self.gate_activation = ACTIVATIONS[gate_activation]()
 
     def prompt_kv(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,12 +57,17 @@ class AdapterAttention(CausalSelfAttention):
 
 
 def add_adapter(
-    model: LLaMA, prompt_length: int = 10, start_layer: int = 2, gate: str = "head", gate_activation: str = "none"
+    model: LLaMA,
+    prompt_length: int = 10,
+    start_layer: int = 2,
+    gate: str = "head",
+    gate_activation: str = "none",
+    gate_init: float = 0.0,
 ) -> None:
-    """Give the blocks from ``start_layer`` on a prompt of ``prompt_length`` rows and a zero gate.
+    """Give the blocks from ``start_layer`` on a prompt of ``prompt_length`` rows and a gate.
 
     ``gate``: one per "head" (the paper) or per "layer" (PEFT). ``gate_activation``: "none", or "tanh" as the
-    original training code has it.
+    original training code has it. ``gate_init`` other than 0 is there to see what the zero is good for.
     """
     n_layer = model.config.n_layer
     if prompt_length < 1 or not 0 <= start_layer < n_layer:
@@ -72,4 +79,4 @@ def add_adapter(
             f"gate is 'head' or 'layer', gate_activation one of {list(ACTIVATIONS)}: got {gate!r}, {gate_activation!r}"
         )
     for block in model.transformer.h[start_layer:]:
-        block.attn = AdapterAttention(block.attn, prompt_length, gate, gate_activation)
+        block.attn = AdapterAttention(block.attn, prompt_length, gate, gate_activation, gate_init)

@@ -1,0 +1,286 @@
+"""What each method costs and gives on one data set: results.json, table.md and two plots.
+
+    python scripts/compare_methods.py --data data/bookings
+    python scripts/compare_methods.py --data data/reviews --n_samples 4000 --pilot       # learning rates chosen first
+    python scripts/compare_methods.py --data data/bookings --ablations                   # of LLaMA-Adapter itself
+
+Every method runs in a process of its own, through its own finetune script, and sees the same number of samples. The
+same command goes on where it was stopped: what is finished is not run again. ``pip install -e ".[plot]"`` for plots.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lit_llama import cli
+from lit_llama.checkpoint import load_model, load_trained_folder, read_json, read_method, write_json
+from lit_llama.data import load_splits, load_task, split_file
+from lit_llama.download import DEFAULT_BASE, ensure_base
+from lit_llama.plots import plot_ablations, plot_comparison
+from lit_llama.report import flops_per_token, markdown, quality
+from lit_llama.runs import COSTS_FILE, STATE_FILE, differences, read_metrics
+
+ROOT = Path(__file__).parent.parent
+# Learning rates for --pilot: each script's default, and about a third and three times of it.
+PILOT_RATES = {
+    "output_layers": (3e-5, 1e-4, 3e-4),
+    "full": (1e-5, 3e-5, 1e-4),
+    "soft_prompt": (1e-2, 3e-2, 1e-1),
+    "prefix": (3e-3, 1e-2, 3e-2),
+    "houlsby": (3e-4, 1e-3, 3e-3),
+    "adapter": (7e-3, 2e-2, 6e-2),
+    "adapter_v2": (7e-3, 2e-2, 6e-2),
+    "lora": (1e-3, 3e-3, 1e-2),
+}
+METHODS = ("features", *PILOT_RATES)
+
+
+@dataclass
+class Job:
+    """One run of a finetune script, in the folder ``out_dir``."""
+
+    name: str
+    method: str
+    out_dir: Path
+    steps: int
+    flags: list[str] = field(default_factory=list)
+    evaluated: bool = True  # on the held-out split; a pilot and a curve need none
+
+    @property
+    def trained(self) -> bool:
+        if self.method == "features":
+            return (self.out_dir / COSTS_FILE).exists()
+        return len(read_metrics(self.out_dir)) == self.steps and (self.out_dir / COSTS_FILE).exists()
+
+
+def main(
+    data: str = "data/bookings",
+    methods: tuple[str, ...] = METHODS,
+    n_samples: int = 1800,
+    batch_size: int = 4,
+    checkpoint_dir: str = DEFAULT_BASE,
+    out_dir: str | None = None,
+    shots: tuple[int, ...] = (0, 4),
+    pilot: bool = False,
+    pilot_samples: int = 400,
+    ablations: bool = False,
+    ablation_steps: int = 50,
+    max_test_samples: int | None = None,
+    seed: int = 1337,
+    yes: bool = False,
+) -> None:
+    """Compare methods on one data set.
+
+    Args:
+        data: A folder with train and validation files; where it holds a test file, too, quality is measured on that.
+        methods: Which ones; features needs rows with a label.
+        n_samples: Training samples that each method sees, once the data is through again from the start.
+        batch_size: Samples of one optimizer step.
+        checkpoint_dir: Folder of the base; the default one is offered for download when it is missing.
+        out_dir: Where everything goes; by default out/compare/ and the data's name.
+        shots: The base itself is measured with so many examples in its prompt.
+        pilot: First try three learning rates for each method, and keep the one of the lowest validation loss.
+        pilot_samples: Training samples of such a trial.
+        ablations: Vary LLaMA-Adapter instead: its gate's start, its number of layers, its prompt's length.
+        ablation_steps: Steps of the comparison of gates.
+        max_test_samples: Measure quality on the first ones only.
+        seed: Of the order of samples and of everything drawn at random.
+        yes: Do not ask before a download.
+    """
+    unknown = set(methods) - set(METHODS)
+    if unknown or not methods:
+        raise cli.UserError(f"--methods {sorted(unknown)}: choose from {', '.join(METHODS)}")
+    for name, value in (("n_samples", n_samples), ("pilot_samples", pilot_samples), ("batch_size", batch_size)):
+        if value < 1:
+            raise cli.UserError(f"--{name} {value} must be at least 1")
+    if not Path(data).is_dir():
+        raise cli.UserError(f"--data {data} must be a folder with train and validation files")
+    ensure_base(checkpoint_dir, yes)
+    if "features" in methods and not all(sample.label for sample in load_splits(Path(data))[0]):
+        print(f"features is left out: the rows of {data} have no labels")
+        methods = tuple(name for name in methods if name != "features")
+    folder = Path(out_dir or f"out/compare/{Path(data).stem}")
+    split = "test" if split_file(Path(data), "test") else "validation"
+    shared = ["--data", data, "--checkpoint_dir", checkpoint_dir]
+    common = [*shared, "--eval_samples", "0", "--train.batch_size", str(batch_size), "--train.seed", str(seed)]
+    test = ["--data", data, "--split", split]
+    test += [] if max_test_samples is None else ["--max_samples", str(max_test_samples)]
+    steps = max(1, n_samples // batch_size)
+
+    if ablations:
+        jobs = ablation_jobs(folder, load_model(checkpoint_dir).config.n_layer, steps, ablation_steps)
+    else:
+        jobs = [Job(name, name, folder / name, 0 if name == "features" else steps) for name in methods]
+    trials = pilot_jobs(folder, methods, max(1, pilot_samples // batch_size)) if pilot and not ablations else []
+    settings = dict(data=data, split=split, n_samples=n_samples, batch_size=batch_size, seed=seed, pilot=pilot)
+    settings |= dict(checkpoint_dir=checkpoint_dir, max_test_samples=max_test_samples, pilot_samples=pilot_samples)
+    keep_settings(folder / "settings.json", settings)
+    unfit: dict[str, str] = {}  # trials that failed: too high a rate may well
+    failed: dict[str, str] = {}
+    hidden = not sys.stderr.isatty()
+    with tqdm(total=sum(job.steps for job in trials + jobs), unit="step", dynamic_ncols=True, disable=hidden) as bar:
+        for job in trials:
+            train(job, common, unfit, bar)
+        for job in jobs:
+            tried = [trial for trial in trials if trial.method == job.method and trial.name not in unfit]
+            if tried:
+                best = min(tried, key=lambda trial: lowest_loss(trial.out_dir))
+                job.flags += ["--train.learning_rate", str(final_rate(best))]
+            flags = [*shared, "--seed", str(seed), "--max_samples", str(n_samples)] if job.steps == 0 else common
+            if train(job, flags, failed, bar) and job.evaluated:
+                bar.set_description(f"{job.name}: answers")
+                evaluate(job.name, job.out_dir / f"{split}.json", ["--trained_dir", str(job.out_dir), *test], failed)
+        if not ablations:
+            for count in shots:
+                name, file = f"base, {count} examples", folder / f"base-{count}-{split}.json"
+                bar.set_description(name)
+                evaluate(name, file, ["--checkpoint_dir", checkpoint_dir, *test, "--shots", str(count)], failed)
+
+    sample = load_task(data, checkpoint_dir, None, 512).train[:batch_size]
+    done = [job for job in jobs if job.name not in failed]
+    results = {job.name: measure(job, sample, job.out_dir / f"{split}.json") for job in done}
+    if not ablations:
+        bases = {f"base, {count} examples": folder / f"base-{count}-{split}.json" for count in shots}
+        results |= {name: quality(file) for name, file in bases.items() if name not in failed}
+    name = "ablations" if ablations else "results"
+    write_json(folder / f"{name}.json", {"settings": settings, "results": results, "failed": failed})
+    table = markdown(results)
+    (folder / f"{name}.md").write_text(table, encoding="utf-8")
+    print(f"\n{table}\nwrote {folder / name}.json and .md")
+    if ablations:
+        curves = {job.name: [float(row["loss"]) for row in read_metrics(job.out_dir)] for job in done}
+        plot_ablations(folder, {name: losses for name, losses in curves.items() if name.startswith("gate")})
+    else:
+        plot_comparison(folder, results)
+    if failed:
+        lines = "; ".join(f"{name}: {why}" for name, why in failed.items())
+        raise cli.UserError(f"{len(failed)} of the runs failed, the same command tries them again: {lines}")
+
+
+def keep_settings(path: Path, settings: dict) -> None:
+    """Refuse to mix runs of other settings with those that are finished."""
+    if path.exists() and (changes := differences(read_json(path), settings)):
+        raise cli.UserError(
+            f"{path.parent} holds a comparison with other settings: {'; '.join(changes)}; pass another --out_dir"
+        )
+    write_json(path, settings)
+
+
+def pilot_jobs(folder: Path, methods: tuple[str, ...], steps: int) -> list[Job]:
+    rates = [(name, f"{rate:g}") for name in methods for rate in PILOT_RATES.get(name, ())]
+    return [
+        Job(f"{name} at {rate}", name, folder / "pilot" / f"{name}-{rate}", steps, ["--train.learning_rate", rate])
+        for name, rate in rates
+    ]
+
+
+def ablation_jobs(folder: Path, n_layer: int, steps: int, gate_steps: int) -> list[Job]:
+    """The paper's: the gate's start (the same seed, so the same prompts), the number of blocks, the prompt's length."""
+
+    def job(name: str, flags: list, steps: int = steps, evaluated: bool = True) -> Job:
+        return Job(name, "adapter", folder / "ablations" / name.replace(" ", "-"), steps, [*map(str, flags)], evaluated)
+
+    gates = [job(f"gate {start}", ["--gate_init", start], gate_steps, evaluated=False) for start in (0, 1)]
+    depths = sorted({n_layer // 3, 2 * n_layer // 3, n_layer - 2})
+    layers = [job(f"L {depth}", ["--start_layer", n_layer - depth]) for depth in depths]
+    lengths = [job(f"K {length}", ["--prompt_length", length]) for length in (1, 10, 50)]
+    return gates + layers + lengths
+
+
+# ---------------------------------------------------------------------------------------------- running
+
+
+def train(job: Job, flags: list[str], failed: dict[str, str], bar: tqdm) -> bool:
+    """Run a finetune script unless it has run; the bar follows its metrics.csv. Whether there is a trained folder."""
+    bar.set_description(job.name)
+    before = bar.n
+    if not job.trained:
+        command = [sys.executable, str(ROOT / "finetune" / f"{job.method}.py"), *flags, *job.flags]
+        command += ["--out_dir", str(job.out_dir), "--yes"]
+        if job.method != "features":
+            command += ["--train.max_steps", str(job.steps), "--train.eval_every", str(max(1, -(-job.steps // 4)))]
+        resumable = (job.out_dir / STATE_FILE).exists()
+        command += ["--resume"] if resumable else ["--overwrite"]
+        log = run_process(command, job.out_dir, lambda: bar.update(before + len(read_metrics(job.out_dir)) - bar.n))
+        if log is None:
+            shutil.rmtree((job.out_dir / STATE_FILE).parent, ignore_errors=True)  # three times the model, of "full"
+        else:
+            failed[job.name] = log
+        bar.write(f"{job.name}: {'trained' if log is None else log}", file=sys.stderr)
+    bar.update(before + job.steps - bar.n)
+    return job.name not in failed
+
+
+def evaluate(name: str, file: Path, flags: list[str], failed: dict[str, str]) -> None:
+    if not file.exists():
+        command = [sys.executable, str(ROOT / "scripts/evaluate.py"), *flags, "--results", str(file)]
+        log = run_process(command, file.parent, lambda: None)
+        if log is not None:
+            failed[name] = log
+
+
+def run_process(command: list[str], folder: Path, tick) -> str | None:
+    """None when it went well, else the last line of what it said; all of that is kept in log.txt beside its output."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "w+", encoding="utf-8") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        try:
+            while process.poll() is None:
+                time.sleep(0.5)
+                tick()
+        except KeyboardInterrupt:
+            process.wait()  # Ctrl-C reaches it, too: it saves and ends
+            raise
+        log.seek(0)
+        lines = log.read().strip().splitlines()
+    return None if process.returncode == 0 else (lines or ["it said nothing"])[-1]
+
+
+# ---------------------------------------------------------------------------------------------- measuring
+
+
+def lowest_loss(out_dir: Path) -> float:
+    return min(float(row["val_loss"]) for row in read_metrics(out_dir) if row["val_loss"])
+
+
+def final_rate(job: Job) -> float:
+    return read_method(job.out_dir)["train"]["learning_rate"]
+
+
+def measure(job: Job, samples: list, file: Path) -> dict:
+    """All figures of one finished run."""
+    method = read_method(job.out_dir)
+    if method["method"] == "full":
+        model = load_model(job.out_dir).requires_grad_(True)
+    elif method["method"] == "features":
+        model = load_model(method["base"]["checkpoint_dir"]).requires_grad_(False)
+    else:
+        model, _ = load_trained_folder(job.out_dir)
+    rows = read_metrics(job.out_dir)
+    weights = [path for path in job.out_dir.glob("*.safetensors")]
+    figures = {
+        "trained_numbers": method["trained_numbers"],
+        "trained_share": method["trained_numbers"] / sum(tensor.numel() for tensor in model.parameters()),
+        "gflop_per_token": flops_per_token(model, samples) / 1e9,
+        **read_json(job.out_dir / COSTS_FILE),  # seconds, peak_memory
+        "kept_bytes": sum(path.stat().st_size for path in weights),
+    }
+    if rows:
+        last = [float(row["loss"]) for row in rows[-max(1, len(rows) // 10) :]]
+        figures |= {
+            "learning_rate": final_rate(job),
+            "train_loss": sum(last) / len(last),
+            "val_loss": lowest_loss(job.out_dir),
+        }
+    return figures | (quality(file) if job.evaluated else {})
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,130 @@
+"""scripts/compare_methods.py on a tiny base: what it measures, what it leaves alone, what it says of a failure."""
+
+import json
+import math
+
+import pytest
+import torch
+from test_method_scripts import folder  # noqa: F401  (a fixture)
+from test_model import TINY, tiny_model
+from test_scripts import metrics, refuse, run, succeed
+from tools import make_base
+
+from lit_llama.batches import Encoded
+from lit_llama.intervals import loss_interval, paired_difference, share_interval
+from lit_llama.report import flops_per_token
+
+COMPARE = "scripts/compare_methods.py"
+
+
+@pytest.fixture(scope="module")
+def compared(folder):  # noqa: F811
+    out = folder / "compared"
+    flags = ["--checkpoint_dir", folder / "base", "--data", folder / "words", "--n_samples", 12, "--batch_size", 3]
+    flags += ["--methods", "[features, full, lora]", "--shots", "[0, 1]", "--out_dir", out]
+    succeed(COMPARE, *flags)
+    return out, flags
+
+
+def test_every_figure_is_there(compared):
+    out, _ = compared
+    content = json.loads((out / "results.json").read_text())
+    results = content["results"]
+    assert list(results) == ["features", "full", "lora", "base, 0 examples", "base, 1 examples"]
+    assert content["failed"] == {} and content["settings"]["split"] == "validation"
+    for name, row in results.items():
+        low, high = row["right_interval"]
+        assert row["n_test"] == 15 and low <= row["right"] <= high
+        assert row["loss_interval"][0] < row["loss"] < row["loss_interval"][1]
+        if name.startswith("base"):
+            continue
+        assert row["seconds"] > 0 and row["peak_memory"] > 50e6 and row["gflop_per_token"] > 0
+        weights = "model.safetensors" if name == "full" else "trained.safetensors"
+        assert row["kept_bytes"] == (out / name / weights).stat().st_size
+    assert results["lora"]["trained_numbers"] < results["full"]["trained_numbers"]
+    assert results["full"]["trained_share"] == 1
+    assert results["lora"]["gflop_per_token"] < results["full"]["gflop_per_token"]
+    table = (out / "results.md").read_text().splitlines()
+    assert len(table) == 2 + 5 and len({line.count("|") for line in table}) == 1
+    for plot in ("quality_by_trained_numbers.png", "quality_by_peak_memory.png"):
+        assert (out / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_finished_is_not_run_again(compared):
+    out, flags = compared
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name in ("metrics.csv", "log.txt")}
+    assert times
+    succeed(COMPARE, *flags)
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+    refuse(COMPARE, *flags, "--n_samples", 15, message="a comparison with other settings: n_samples was 12, now 15")
+
+
+def test_a_pilot_keeps_the_rate_of_the_lowest_loss(folder, tmp_path):  # noqa: F811
+    flags = ["--checkpoint_dir", folder / "base", "--data", folder / "sums", "--n_samples", 6, "--batch_size", 3]
+    flags += ["--methods", "[features, lora]", "--shots", "[]", "--pilot", "--pilot_samples", 6]
+    printed = succeed(COMPARE, *flags, "--out_dir", tmp_path)
+    assert "features is left out" in printed
+    row = json.loads((tmp_path / "results.json").read_text())["results"]["lora"]
+    losses = {}
+    for trial in (tmp_path / "pilot").iterdir():
+        rate = float(trial.name.split("-", 1)[1])
+        losses[rate] = min(float(row["val_loss"]) for row in metrics(trial) if row["val_loss"])
+    assert len(losses) == 3 and row["learning_rate"] == min(losses, key=losses.get)
+
+
+def test_a_failed_method_is_reported_and_the_others_go_on(folder, tmp_path):  # noqa: F811
+    base = make_base(tmp_path / "base", n_layer=2)
+    flags = ["--checkpoint_dir", base, "--data", folder / "sums", "--n_samples", 3, "--batch_size", 3]
+    flags += ["--methods", "[adapter, lora]", "--shots", "[]", "--out_dir", tmp_path / "out"]
+    result = run(COMPARE, *flags)
+    assert result.returncode == 2 and "start_layer 2 within 0 to 1" in result.stderr.splitlines()[-1]
+    content = json.loads((tmp_path / "out/results.json").read_text())
+    assert list(content["results"]) == ["lora"] and "start_layer" in content["failed"]["adapter"]
+
+
+def test_ablations_vary_one_thing(folder, tmp_path):  # noqa: F811
+    flags = ["--checkpoint_dir", folder / "base", "--data", folder / "sums", "--n_samples", 3, "--batch_size", 3]
+    succeed(COMPARE, *flags, "--ablations", "--ablation_steps", 2, "--out_dir", tmp_path)
+    results = json.loads((tmp_path / "ablations.json").read_text())["results"]
+    assert list(results) == ["gate 0", "gate 1", "L 1", "L 2", "K 1", "K 10", "K 50"]
+    sizes = {name: row["trained_numbers"] for name, row in results.items()}
+    assert sizes["gate 0"] == sizes["gate 1"] == sizes["L 1"] == sizes["K 10"] == 324
+    assert sizes["L 2"] == 648 and sizes["K 50"] == 50 * 32 + 4
+    prompts = [tmp_path / "ablations" / f"gate-{start}" / "metrics.csv" for start in (0, 1)]
+    first = [float(path.read_text().splitlines()[1].split(",")[1]) for path in prompts]
+    assert first[0] != first[1]
+    assert (tmp_path / "gate.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_mistakes_are_answered_in_one_line(folder, tmp_path):  # noqa: F811
+    data = ["--data", folder / "sums", "--out_dir", tmp_path / "out"]
+    refuse(COMPARE, *data, "--methods", "[qlora]", message="choose from features, output_layers")
+    refuse(COMPARE, *data, "--n_samples", 0, message="n_samples 0 must be at least 1")
+    refuse(COMPARE, "--data", folder / "sums/train.json", message="must be a folder")
+
+
+def test_flops_are_those_of_the_matrices():
+    """6 for each weight and token that trains: 2 forward, 2 for its gradient, 2 for its input's; and attention's."""
+    model = tiny_model()
+    ids = torch.randint(0, TINY["vocab_size"], (9,)).tolist()
+    sample = Encoded(ids, ids)
+    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "wte" not in name)
+    attention = model.config.n_layer * 4 * model.config.n_head * model.config.head_size * len(ids)
+    assert flops_per_token(model.requires_grad_(False), [sample]) == pytest.approx(
+        2 * (weights - model.lm_head.weight.numel()) + attention
+    )
+    assert flops_per_token(model.requires_grad_(True), [sample]) == pytest.approx(6 * weights + 3 * attention)
+
+
+def test_intervals():
+    low, high = share_interval(8, 10)
+    assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))  # Wilson's, by hand
+    assert share_interval(0, 10)[0] == 0 and share_interval(10, 10)[1] == 1
+    losses, counts = [1.0, 2.0, 3.0, 4.0] * 50, [1, 2, 1, 2] * 50
+    low, high = loss_interval(losses, counts)
+    assert low < sum(losses) / sum(counts) < high and high - low < 0.4
+    ours, theirs = [True] * 60 + [False] * 40, [True] * 50 + [False] * 50
+    mean, low, high = paired_difference(ours, theirs)
+    spread = math.sqrt(0.1 * 0.9 * 100 / 99) / 10
+    assert mean == pytest.approx(0.1) and high - mean == pytest.approx(1.984 * spread, abs=1e-4) and low < high
+    assert paired_difference(ours, ours) == (0, 0, 0)
