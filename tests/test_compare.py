@@ -59,6 +59,7 @@ def test_what_is_finished_is_not_run_again(compared):
     refuse(COMPARE, *flags, "--n_samples", 15, message="a comparison with other settings: n_samples was 12, now 15")
 
 
+@pytest.mark.slow
 def test_a_pilot_keeps_the_rate_of_the_lowest_loss(folder, tmp_path):  # noqa: F811
     flags = ["--checkpoint_dir", folder / "base", "--data", folder / "sums", "--n_samples", 6, "--batch_size", 3]
     flags += ["--methods", "[features, lora]", "--shots", "[]", "--pilot", "--pilot_samples", 6]
@@ -82,6 +83,7 @@ def test_a_failed_method_is_reported_and_the_others_go_on(folder, tmp_path):  # 
     assert list(content["results"]) == ["lora"] and "start_layer" in content["failed"]["adapter"]
 
 
+@pytest.mark.slow
 def test_ablations_vary_one_thing(folder, tmp_path):  # noqa: F811
     flags = ["--checkpoint_dir", folder / "base", "--data", folder / "sums", "--n_samples", 3, "--batch_size", 3]
     succeed(COMPARE, *flags, "--ablations", "--ablation_steps", 2, "--out_dir", tmp_path)
