@@ -85,7 +85,9 @@ class Job:
                 f"context of {self.model.config.block_size}; pass --train.max_seq_length {room}"
             )
         self.comparison.answer("before", self.model)
-        self.run.begin(self.method, arguments, self.checkpoint_dir, self.task, self.train, self.model, whole_model)
+        self.run.begin(
+            self.method, arguments, self.checkpoint_dir, self.task, self.train, self.model, optimizer, whole_model
+        )
         fit(self.fabric, self.model, optimizer, self.task.train, self.task.validation, self.train, self.run)
         self.run.save_costs(seconds=sum(float(row["seconds"]) for row in read_metrics(self.run.out_dir)))
         self.comparison.answer("after", self.model)

@@ -60,6 +60,7 @@ MAY_CHANGE = (
     "train.micro_batch_tokens ",
     "train.save_every ",
 )
+OWN = ("lr_scale", "weight_decay", "betas")  # of an optimizer's groups: what a finetune script sets for each
 METRICS_FILE, CONFIG_FILE, STATE_FILE = "metrics.csv", "config.yaml", "state/state.safetensors"
 COSTS_FILE = "costs.json"
 
@@ -106,6 +107,7 @@ class Run:
         task: Task,
         train: TrainArgs,
         model: LLaMA,
+        optimizer: torch.optim.Optimizer,
         whole_model: bool = False,
     ) -> None:
         """Write method.json, which says all that generation and a resumed run need to know.
@@ -127,6 +129,10 @@ class Run:
             "data": task.data,
             "data_fingerprint": task.fingerprint,
             "train": asdict(train),
+            "optimizer": [
+                {key: list(value) if isinstance(value, tuple) else value for key, value in group.items() if key in OWN}
+                for group in optimizer.param_groups
+            ],
             "version": __version__,
         }
         if self.resume:

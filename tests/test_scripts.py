@@ -116,6 +116,13 @@ def test_a_second_run_into_the_same_folder_is_refused(places):
     assert (folder / "out" / "trained.safetensors").read_bytes() == before
 
 
+def test_a_run_resumes_with_its_own_settings_alone(places):
+    folder, flags, _ = places
+    flags = [*flags, "--out_dir", folder / "out", "--resume"]
+    refuse("finetune/adapter.py", *flags, "--gate_lr_scale", 0.5, message="optimizer was .*0.25.*, now .*0.5")
+    refuse("finetune/adapter.py", *flags, "--prompt_length", 5, message="arguments.prompt_length was 10, now 5")
+
+
 def test_two_devices_take_the_same_steps(places, tmp_path):
     folder, flags, _ = places
     result = run_process("finetune/adapter.py", *flags, "--devices", 2, "--out_dir", tmp_path / "two")

@@ -55,7 +55,7 @@ def start(fabric, places, out_dir, resume=False, overwrite=False, model=None, **
     task = load_task(data, base, None, args.max_seq_length)
     model = model or build(base)
     optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=args.learning_rate)
-    run.begin("adapter", dict(prompt_length=4, start_layer=1), base, task, args, model)
+    run.begin("adapter", dict(prompt_length=4, start_layer=1), base, task, args, model, optimizer)
     fit(fabric, model, optimizer, task.train, task.validation, args, run)
     return model
 
@@ -171,8 +171,8 @@ def test_clipping_bounds_the_update(fabric, places, tmp_path):
             TrainArgs(**{**ARGS, "clip": clip, "max_steps": 1, "warmup_steps": 0}),
         )
         run = Run(fabric, tmp_path / f"clip{clip}", "base")
-        run.begin("adapter", {}, base, task, args, model)
         optimizer = torch.optim.SGD(trained_tensors(model).values(), lr=1.0)
+        run.begin("adapter", {}, base, task, args, model, optimizer)
         fit(fabric, model, optimizer, task.train, task.validation, args, run)
         moved = [(tensor - before[name]).norm() for name, tensor in trained_tensors(model).items()]
         norms.append(torch.stack(moved).norm().item())
