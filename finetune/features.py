@@ -13,10 +13,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lit_llama import cli
-from lit_llama.checkpoint import METHOD_FILE, TRAINED_FILE, describe_base, load_model, save_arrays, write_json
+from lit_llama.checkpoint import METHOD_FILE, TRAINED_FILE, describe_base, load_model
 from lit_llama.data import load_task
 from lit_llama.devices import base_dtype, launch
 from lit_llama.download import DEFAULT_BASE, ensure_base
+from lit_llama.files import save_arrays, write_json
 from lit_llama.methods.features import CLASSIFIERS, fit_classifier, probabilities, text_vectors
 from lit_llama.runs import Run
 

@@ -9,16 +9,9 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
-from lit_llama.checkpoint import (
-    METHOD_FILE,
-    TRAINED_FILE,
-    check_base,
-    load_model,
-    load_trained_folder,
-    open_tensors,
-    read_method,
-)
+from lit_llama.checkpoint import METHOD_FILE, TRAINED_FILE, check_base, load_model, load_trained_folder, read_method
 from lit_llama.cli import UserError
+from lit_llama.files import open_tensors
 from lit_llama.methods.features import probabilities, text_vectors
 
 # prompts as ids -> the probability of each label, (n, labels)

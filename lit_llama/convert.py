@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_llama.checkpoint import open_tensors, read_json, save_checkpoint, tensor_shapes, whole_folder
+from lit_llama.checkpoint import save_checkpoint, tensor_shapes
 from lit_llama.cli import UserError
 from lit_llama.configs import CONFIGS, LLAMA_31_SCALING
+from lit_llama.files import open_tensors, read_json, whole_folder
 from lit_llama.model import CausalSelfAttention, LLaMAConfig
 
 Tensors = Iterable[tuple[str, Tensor]]

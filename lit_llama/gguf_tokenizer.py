@@ -12,8 +12,8 @@ from pathlib import Path
 from gguf import GGUFReader, TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from lit_llama.checkpoint import whole_file, write_json
 from lit_llama.cli import UserError
+from lit_llama.files import whole_file, write_json
 from lit_llama.tokenizer import JSON_FILE, SETTINGS_FILE
 
 # Llama 3's: contractions, words with one leading character, up to three digits, punctuation, line ends, spaces.

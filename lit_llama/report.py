@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_llama.batches import Encoded, collate
-from lit_llama.checkpoint import read_json
+from lit_llama.files import read_json
 from lit_llama.intervals import loss_interval, paired_difference, share_interval
 from lit_llama.model import LLaMA
 from lit_llama.train import target_loss

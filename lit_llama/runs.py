@@ -32,16 +32,12 @@ from lit_llama.checkpoint import (
     describe_base,
     kept_tensors,
     load_trained,
-    open_tensors,
-    read_json,
-    save_tensors,
     trained_tensors,
-    whole_file,
-    write_json,
 )
 from lit_llama.cli import UserError
 from lit_llama.convert import copy_tokenizer
 from lit_llama.devices import peak_memory
+from lit_llama.files import open_tensors, read_json, save_tensors, whole_file, write_json
 from lit_llama.model import LLaMA
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ import tokenizers
 from sentencepiece import SentencePieceProcessor
 from tokenizers import decoders, pre_tokenizers
 
-from lit_llama.checkpoint import CONFIG_FILE, read_json
+from lit_llama.checkpoint import CONFIG_FILE
 from lit_llama.cli import UserError
+from lit_llama.files import read_json
 
 JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 MAX_PADDING = 1024  # a model may have some more rows than tokens, to make their number a round one

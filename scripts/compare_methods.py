@@ -20,9 +20,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lit_llama import cli
-from lit_llama.checkpoint import load_model, load_trained_folder, read_json, read_method, write_json
+from lit_llama.checkpoint import load_model, load_trained_folder, read_method
 from lit_llama.data import load_splits, load_task, split_file
 from lit_llama.download import DEFAULT_BASE, ensure_base
+from lit_llama.files import read_json, write_json
 from lit_llama.plots import plot_ablations, plot_comparison
 from lit_llama.report import flops_per_token, markdown, quality
 from lit_llama.runs import COSTS_FILE, STATE_FILE, differences, read_metrics

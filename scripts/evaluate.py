@@ -22,12 +22,13 @@ from tqdm import tqdm
 
 from lit_llama import cli
 from lit_llama.batches import IGNORE, Encoded, collate
-from lit_llama.checkpoint import load_model, load_trained_folder, read_method, tokenizer_dir, write_json
+from lit_llama.checkpoint import load_model, load_trained_folder, read_method, tokenizer_dir
 from lit_llama.classify import Classifier, is_classifier, load_classifier
 from lit_llama.data import can_be_asked, encode_labels, encode_samples, split_file
 from lit_llama.devices import base_dtype, launch
 from lit_llama.download import DEFAULT_BASE, ensure_base
 from lit_llama.evaluate import answer_samples
+from lit_llama.files import write_json
 from lit_llama.model import LLaMA
 from lit_llama.prompts import choose_style, encode_prompt
 from lit_llama.samples import Sample, read_samples

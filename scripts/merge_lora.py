@@ -24,12 +24,10 @@ from lit_llama.checkpoint import (
     load_trained_folder,
     read_method,
     save_checkpoint,
-    save_tensors,
     trained_tensors,
-    whole_folder,
-    write_json,
 )
 from lit_llama.convert import copy_tokenizer
+from lit_llama.files import save_tensors, whole_folder, write_json
 from lit_llama.methods.lora import places
 from lit_llama.model import LLaMA, LLaMAConfig
 

@@ -13,9 +13,9 @@ import urllib.request
 from pathlib import Path
 
 from lit_llama import cli
-from lit_llama.checkpoint import whole_file
 from lit_llama.cli import UserError
 from lit_llama.data import hash_fraction
+from lit_llama.files import whole_file
 from lit_llama.samples import json_rows, to_sample
 
 URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"

@@ -17,8 +17,8 @@ import urllib.request
 from pathlib import Path
 
 from lit_llama import cli
-from lit_llama.checkpoint import whole_file
 from lit_llama.cli import UserError
+from lit_llama.files import whole_file
 
 URL = "https://www.cs.cornell.edu/people/pabo/movie-review-data/rt-polaritydata.tar.gz"
 # Of the sentences in UTF-8, without blanks at their ends, joined by line feeds; the original files are in Latin-1.

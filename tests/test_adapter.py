@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_model import SCALING, TINY, tiny_model, transformers_model
 
-from lit_llama.checkpoint import load_trained, save_tensors, trained_tensors
+from lit_llama.checkpoint import load_trained, trained_tensors
+from lit_llama.files import save_tensors
 from lit_llama.generate import generate
 from lit_llama.methods import METHODS
 from lit_llama.methods.adapter import AdapterAttention, add_adapter

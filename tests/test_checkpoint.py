@@ -17,15 +17,12 @@ from lit_llama.checkpoint import (
     load_model,
     load_trained_folder,
     save_checkpoint,
-    save_tensors,
     shard_files,
     tensor_shapes,
     trained_tensors,
-    whole_file,
-    whole_folder,
-    write_json,
 )
 from lit_llama.cli import UserError
+from lit_llama.files import save_tensors, whole_file, whole_folder, write_json
 from lit_llama.methods.adapter import add_adapter
 
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from test_model import SCALING, TINY, tiny_model, transformers_model
 
-from lit_llama.checkpoint import kept_tensors, load_trained, save_tensors, trained_tensors
+from lit_llama.checkpoint import kept_tensors, load_trained, trained_tensors
+from lit_llama.files import save_tensors
 from lit_llama.generate import generate, generate_batch
 from lit_llama.methods import METHODS
 from lit_llama.methods.lora import TARGETS, places

@@ -14,10 +14,9 @@ from lit_llama.checkpoint import (
     kept_tensors,
     load_model,
     load_trained_folder,
-    save_tensors,
     trained_tensors,
-    write_json,
 )
+from lit_llama.files import save_tensors, write_json
 from lit_llama.generate import generate, generate_batch
 from lit_llama.methods import METHODS
 from lit_llama.mixed import Mixer

@@ -13,9 +13,10 @@ from lightning.fabric import Fabric
 from tools import make_base, sums, write_rows
 
 from lit_llama.batches import IGNORE, collate, micro_batches
-from lit_llama.checkpoint import load_model, open_tensors, read_json, trained_tensors
+from lit_llama.checkpoint import load_model, trained_tensors
 from lit_llama.cli import Interrupted, UserError
 from lit_llama.data import load_task
+from lit_llama.files import open_tensors, read_json
 from lit_llama.methods.adapter import add_adapter
 from lit_llama.runs import STATE_FILE, Run
 from lit_llama.train import TrainArgs, fit, learning_rate_at, share, step_gradient, target_loss, train_step, validate
