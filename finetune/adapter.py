@@ -7,12 +7,9 @@
 Paper: https://arxiv.org/abs/2303.16199. What it adds to the model: lit_llama/methods/adapter.py.
 """
 
-import torch
-
 from lit_llama import cli
 from lit_llama.job import Job
-from lit_llama.methods.adapter import add_adapter
-from lit_llama.train import TrainArgs
+from lit_llama.settings import TrainArgs
 
 
 def main(
@@ -35,6 +32,10 @@ def main(
         gate_lr_scale: The gates learn at this share of the learning rate.
         train: The settings that every finetune script shares.
     """
+    import torch
+
+    from lit_llama.methods.adapter import add_adapter
+
     job = Job("adapter", train, head="language", **shared)
     arguments = dict(prompt_length=prompt_length, start_layer=start_layer, gate=gate, gate_init=gate_init)
     add_adapter(job.model, **arguments)

@@ -6,13 +6,9 @@
 Paper: https://arxiv.org/abs/2304.15010. What it adds to the model: lit_llama/methods/adapter_v2.py.
 """
 
-import torch
-
 from lit_llama import cli
-from lit_llama.checkpoint import trained_tensors
 from lit_llama.job import Job
-from lit_llama.methods.adapter_v2 import add_adapter_v2
-from lit_llama.train import TrainArgs
+from lit_llama.settings import TrainArgs
 
 
 def main(
@@ -33,6 +29,11 @@ def main(
         other_lr_scale: All but the prompts learn at this share of the learning rate.
         train: The settings that every finetune script shares.
     """
+    import torch
+
+    from lit_llama.checkpoint import trained_tensors
+    from lit_llama.methods.adapter_v2 import add_adapter_v2
+
     job = Job("adapter_v2", train, head="language", **shared)
     arguments = dict(prompt_length=prompt_length, start_layer=start_layer, scale_head=scale_head)
     add_adapter_v2(job.model, **arguments)

@@ -6,20 +6,11 @@
 What a text's vector is, and what is kept of the classifier: lit_llama/methods/features.py.
 """
 
-import sys
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from lit_llama import cli
-from lit_llama.checkpoint import METHOD_FILE, TRAINED_FILE, describe_base, load_model
-from lit_llama.data import load_task
-from lit_llama.devices import base_dtype, launch
-from lit_llama.download import DEFAULT_BASE, ensure_base
-from lit_llama.files import save_arrays, write_json
-from lit_llama.methods.features import CLASSIFIERS, fit_classifier, probabilities, text_vectors
-from lit_llama.runs import Run
+from lit_llama.settings import DEFAULT_BASE
 
 
 def main(
@@ -50,6 +41,15 @@ def main(
         overwrite: Start anew in an out_dir that holds a run.
         yes: Do not ask before a download.
     """
+    from lit_llama.bars import Bar
+    from lit_llama.checkpoint import METHOD_FILE, TRAINED_FILE, describe_base, load_model
+    from lit_llama.data import load_task
+    from lit_llama.devices import base_dtype, launch
+    from lit_llama.download import ensure_base
+    from lit_llama.files import save_arrays, write_json
+    from lit_llama.methods.features import CLASSIFIERS, fit_classifier, probabilities, text_vectors
+    from lit_llama.runs import Run, save_command_line
+
     if classifier not in CLASSIFIERS:
         raise cli.UserError(f"--classifier {classifier!r} is none of {', '.join(CLASSIFIERS)}")
     if max_samples is not None and max_samples < 1:
@@ -64,7 +64,7 @@ def main(
     started = time.perf_counter()
     splits = {"train": task.train[:max_samples], "validation": task.validation}
     total = sum(map(len, splits.values()))
-    with tqdm(total=total, desc="vectors", unit="text", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
+    with Bar(total, "vectors", "text") as bar:
         vectors = {
             name: text_vectors(model, [sample.ids for sample in split], tick=bar.update)
             for name, split in splits.items()
@@ -90,6 +90,7 @@ def main(
         "train": {"max_seq_length": max_seq_length, "seed": seed},
     }
     write_json(run.out_dir / METHOD_FILE, method)
+    save_command_line(run.out_dir)
     print(f'\nsaved in {run.out_dir}; try: python generate/classify.py --trained_dir {run.out_dir} --prompt "..."')
 
 

@@ -7,13 +7,9 @@ The trained folder is a checkpoint folder: generate/base.py and every script tak
 What it trains of the model: lit_llama/methods/full.py.
 """
 
-import torch
-
 from lit_llama import cli
-from lit_llama.checkpoint import trained_tensors
 from lit_llama.job import Job
-from lit_llama.methods.full import add_full
-from lit_llama.train import TrainArgs
+from lit_llama.settings import TrainArgs
 
 
 def main(
@@ -29,6 +25,11 @@ def main(
         head: The "language" head, or a new "classifier" of the data's labels.
         train: The settings that every finetune script shares.
     """
+    import torch
+
+    from lit_llama.checkpoint import trained_tensors
+    from lit_llama.methods.full import add_full
+
     job = Job("full", train, head=head, **shared)
     arguments = dict(labels=job.task.labels)
     add_full(job.model, **arguments)

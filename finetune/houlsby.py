@@ -6,13 +6,9 @@
 Paper: https://arxiv.org/abs/1902.00751. What it adds to the model: lit_llama/methods/houlsby.py.
 """
 
-import torch
-
 from lit_llama import cli
-from lit_llama.checkpoint import trained_tensors
 from lit_llama.job import Job
-from lit_llama.methods.houlsby import add_houlsby
-from lit_llama.train import TrainArgs
+from lit_llama.settings import TrainArgs
 
 
 def main(
@@ -27,6 +23,11 @@ def main(
         bottleneck_size: Width of each bottleneck (m).
         train: The settings that every finetune script shares.
     """
+    import torch
+
+    from lit_llama.checkpoint import trained_tensors
+    from lit_llama.methods.houlsby import add_houlsby
+
     job = Job("houlsby", train, head="language", **shared)
     arguments = dict(bottleneck_size=bottleneck_size)
     add_houlsby(job.model, **arguments)

@@ -6,13 +6,9 @@
 Paper: https://arxiv.org/abs/2106.09685. What it adds to the model: lit_llama/methods/lora.py.
 """
 
-import torch
-
 from lit_llama import cli
-from lit_llama.checkpoint import trained_tensors
 from lit_llama.job import Job
-from lit_llama.methods.lora import add_lora
-from lit_llama.train import TrainArgs
+from lit_llama.settings import TrainArgs
 
 
 def main(
@@ -33,6 +29,11 @@ def main(
         targets: Matrices with a pair (A, B): some of q, k, v, proj, fc1, fc2, mlp_proj.
         train: The settings that every finetune script shares.
     """
+    import torch
+
+    from lit_llama.checkpoint import trained_tensors
+    from lit_llama.methods.lora import add_lora
+
     job = Job("lora", train, head="language", **shared)
     arguments = dict(r=r, alpha=alpha, dropout=dropout, targets=list(targets))
     add_lora(job.model, **arguments)

@@ -6,13 +6,9 @@
 All below stays as it is. What it trains of the model: lit_llama/methods/output_layers.py.
 """
 
-import torch
-
 from lit_llama import cli
-from lit_llama.checkpoint import trained_tensors
 from lit_llama.job import Job
-from lit_llama.methods.output_layers import add_output_layers
-from lit_llama.train import TrainArgs
+from lit_llama.settings import TrainArgs
 
 
 def main(
@@ -28,6 +24,11 @@ def main(
         head: The "language" head, or a new "classifier" of the data's labels.
         train: The settings that every finetune script shares.
     """
+    import torch
+
+    from lit_llama.checkpoint import trained_tensors
+    from lit_llama.methods.output_layers import add_output_layers
+
     job = Job("output_layers", train, head=head, **shared)
     arguments = dict(n_blocks=n_blocks, labels=job.task.labels)
     add_output_layers(job.model, **arguments)

@@ -6,13 +6,9 @@
 Paper: https://arxiv.org/abs/2101.00190. What it adds to the model: lit_llama/methods/prefix.py.
 """
 
-import torch
-
 from lit_llama import cli
-from lit_llama.checkpoint import trained_tensors
 from lit_llama.job import Job
-from lit_llama.methods.prefix import add_prefix
-from lit_llama.train import TrainArgs
+from lit_llama.settings import TrainArgs
 
 
 def main(
@@ -28,6 +24,11 @@ def main(
         mlp_size: Width of the MLP that makes them while training; 0 trains them directly.
         train: The settings that every finetune script shares.
     """
+    import torch
+
+    from lit_llama.checkpoint import trained_tensors
+    from lit_llama.methods.prefix import add_prefix
+
     job = Job("prefix", train, head="language", **shared)
     arguments = dict(prompt_length=prompt_length, mlp_size=mlp_size)
     add_prefix(job.model, **arguments)

@@ -6,13 +6,9 @@
 Paper: https://arxiv.org/abs/2104.08691. What it adds to the model: lit_llama/methods/soft_prompt.py.
 """
 
-import torch
-
 from lit_llama import cli
-from lit_llama.checkpoint import trained_tensors
 from lit_llama.job import Job
-from lit_llama.methods.soft_prompt import add_soft_prompt
-from lit_llama.train import TrainArgs
+from lit_llama.settings import TrainArgs
 
 
 def main(
@@ -28,6 +24,11 @@ def main(
         init_text: The vectors start as this text's embeddings, repeated or cut to fit; else as common tokens'.
         train: The settings that every finetune script shares.
     """
+    import torch
+
+    from lit_llama.checkpoint import trained_tensors
+    from lit_llama.methods.soft_prompt import add_soft_prompt
+
     job = Job("soft_prompt", train, head="language", **shared)
     arguments = dict(prompt_length=prompt_length)
     add_soft_prompt(job.model, **arguments, init_ids=job.task.tokenizer.encode(init_text))

@@ -9,11 +9,7 @@ The trained folder says which method it is, which base it needs and how prompts 
 import sys
 
 from lit_llama import cli
-from lit_llama.checkpoint import load_trained_folder, read_method, tokenizer_dir
-from lit_llama.classify import is_classifier
-from lit_llama.devices import base_dtype, default_device
-from lit_llama.generate import Sampling, stream_answer
-from lit_llama.tokenizer import Tokenizer
+from lit_llama.settings import Sampling
 
 
 def main(
@@ -36,6 +32,12 @@ def main(
         sampling: How the next token is chosen.
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
     """
+    from lit_llama.checkpoint import load_trained_folder, read_method, tokenizer_dir
+    from lit_llama.classify import is_classifier
+    from lit_llama.devices import base_dtype, default_device
+    from lit_llama.generate import stream_answer
+    from lit_llama.tokenizer import Tokenizer
+
     if is_classifier(read_method(trained_dir)):
         raise cli.UserError(f"{trained_dir} answers with a label, not with text: see generate/classify.py")
     device = default_device()

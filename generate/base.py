@@ -7,12 +7,7 @@ python generate/base.py --prompt "Once upon a time" --prompt_style plain --sampl
 from pathlib import Path
 
 from lit_llama import cli
-from lit_llama.checkpoint import METHOD_FILE, load_model, read_method
-from lit_llama.devices import base_dtype, default_device
-from lit_llama.download import DEFAULT_BASE, ensure_base
-from lit_llama.generate import Sampling, stream_answer
-from lit_llama.prompts import choose_style
-from lit_llama.tokenizer import Tokenizer
+from lit_llama.settings import DEFAULT_BASE, Sampling
 
 
 def main(
@@ -35,6 +30,13 @@ def main(
         sampling: How the next token is chosen.
         precision: Width of the weights: bf16-true, 32-true, or auto for the faster one.
     """
+    from lit_llama.checkpoint import METHOD_FILE, load_model, read_method
+    from lit_llama.devices import base_dtype, default_device
+    from lit_llama.download import ensure_base
+    from lit_llama.generate import stream_answer
+    from lit_llama.prompts import choose_style
+    from lit_llama.tokenizer import Tokenizer
+
     ensure_base(checkpoint_dir, yes=False)
     tokenizer = Tokenizer(checkpoint_dir)
     if (Path(checkpoint_dir) / METHOD_FILE).exists():  # finetune/full.py wrote it

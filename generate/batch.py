@@ -12,14 +12,7 @@ import sys
 from pathlib import Path
 
 from lit_llama import cli
-from lit_llama.checkpoint import load_model, read_method
-from lit_llama.devices import base_dtype, default_device
-from lit_llama.download import DEFAULT_BASE, ensure_base
-from lit_llama.generate import Sampling, generate_batch
-from lit_llama.mixed import Mixer
-from lit_llama.prompts import choose_style, encode_prompt, stop_ids
-from lit_llama.samples import jsonl_rows
-from lit_llama.tokenizer import Tokenizer
+from lit_llama.settings import DEFAULT_BASE, Sampling
 
 
 def main(
@@ -38,6 +31,14 @@ def main(
         sampling: How the next token is chosen.
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
     """
+    from lit_llama.checkpoint import load_model, read_method
+    from lit_llama.devices import base_dtype, default_device
+    from lit_llama.download import ensure_base
+    from lit_llama.generate import generate_batch
+    from lit_llama.mixed import Mixer
+    from lit_llama.prompts import choose_style, encode_prompt, stop_ids
+    from lit_llama.tokenizer import Tokenizer
+
     rows = read_requests(Path(requests))
     folders = {Path(row["trained_dir"]) for row in rows if "trained_dir" in row}
     if checkpoint_dir is None:
@@ -63,6 +64,8 @@ def main(
 
 
 def read_requests(path: Path) -> list[dict]:
+    from lit_llama.samples import jsonl_rows
+
     if not path.is_file():
         raise cli.UserError(f"--requests {path} is missing")
     rows = []

@@ -1,16 +1,12 @@
 """Label a text with what finetune/features.py learned, or a method with --head classifier.
 
-    python generate/classify.py --prompt "Could we start at half past seven instead?"
-    python generate/classify.py --trained_dir out/full/intents --prompt "..."
+python generate/classify.py --prompt "Could we start at half past seven instead?"
+python generate/classify.py --trained_dir out/full/intents --prompt "..."
 """
 
 import sys
 
 from lit_llama import cli
-from lit_llama.classify import load_classifier
-from lit_llama.devices import base_dtype, default_device
-from lit_llama.prompts import encode_prompt
-from lit_llama.tokenizer import Tokenizer
 
 
 def main(
@@ -29,6 +25,11 @@ def main(
         checkpoint_dir: Folder of the base, where it is no longer where it was in training.
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
     """
+    from lit_llama.classify import load_classifier
+    from lit_llama.devices import base_dtype, default_device
+    from lit_llama.prompts import encode_prompt
+    from lit_llama.tokenizer import Tokenizer
+
     device = default_device()
     classify, method = load_classifier(trained_dir, checkpoint_dir, base_dtype(precision, device), device)
     print(f"{method['method']} over {method['base']['name']}", file=sys.stderr)

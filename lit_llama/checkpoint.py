@@ -214,15 +214,21 @@ def load_trained_folder(
     ``checkpoint_dir`` overrides where the base lies; that it is the same base is checked. A folder that holds a whole
     model needs no base.
     """
-    from lit_llama.methods import METHODS
-
     method, path = read_method(trained_dir), Path(trained_dir) / METHOD_FILE
     if (Path(trained_dir) / MODEL_FILE).exists():  # a checkpoint folder: nothing of the base is left
         return load_model(trained_dir, dtype, device).requires_grad_(False), method
+    model = load_model(check_base(method["base"], checkpoint_dir, path), dtype, device)
+    add_trained(model, trained_dir, method)
+    return model, method
+
+
+def add_trained(model: LLaMA, trained_dir: Path, method: dict) -> None:
+    """Freeze ``model``, a base, and put on it what a trained folder with this method.json learned."""
+    from lit_llama.methods import METHODS
+
+    path = Path(trained_dir) / METHOD_FILE
     if method["method"] not in METHODS:
         raise UserError(f"{path} names the method {method['method']!r}, not one of {', '.join(METHODS)}")
-    checkpoint_dir = check_base(method["base"], checkpoint_dir, path)
-    model = load_model(checkpoint_dir, dtype, device)
     model.requires_grad_(False)
     try:
         METHODS[method["method"]](model, **method["arguments"])
@@ -231,7 +237,6 @@ def load_trained_folder(
     if model.reparametrization is not None:
         model.reparametrization.flatten(model)
     load_trained(model, Path(trained_dir) / TRAINED_FILE)
-    return model, method
 
 
 def tokenizer_dir(trained_dir: Path, checkpoint_dir: Path | None, method: dict) -> Path:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentError
 from collections.abc import Callable
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
 
 
 class UserError(ValueError):
@@ -21,12 +27,12 @@ def run(main: Callable) -> None:
 
     A UserError ends the program with one line and exit code 2, Ctrl-C with 130.
     """
-    from jsonargparse import Namespace, auto_parser
+    from jsonargparse import Namespace
 
     global command_line
-    parser = auto_parser(main, as_positional=False)
     try:
-        config = parser.parse_args(bare_switches(parser, sys.argv[1:]))
+        parser = parser_of(main)
+        config = parse(parser, sys.argv[1:])
         command_line = parser.dump(Namespace({k: v for k, v in vars(config).items() if k not in ONE_OFF}))
         arguments = parser.instantiate(config)
         arguments.pop("config", None)
@@ -47,6 +53,49 @@ def leave(message: str, code: int) -> None:
     if message:
         print(message, file=sys.stderr)
     sys.exit(code)
+
+
+def parser_of(main: Callable) -> ArgumentParser:
+    """The parser of a script: a flag for each argument of ``main``, with the sentence that its docstring has for it."""
+    from jsonargparse import auto_parser
+
+    parser = auto_parser(main, as_positional=False)
+    parser.exit_on_error = False  # jsonargparse prints the usage, a screenful, before what is wrong
+    parser.allow_abbrev = False
+    return parser
+
+
+def parse(parser: ArgumentParser, args: list[str]) -> Namespace:
+    """The values of the flags. UserError for one that is unknown, with the nearest, or missing, or does not fit."""
+    try:
+        return parser.parse_args(bare_switches(parser, args))
+    except ArgumentError as error:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        raise UserError(in_our_words(" ".join(str(error).split()), flags)) from None
+
+
+def in_our_words(message: str, flags: list[str]) -> str:
+    """One of jsonargparse's messages, shorter and with the way out; as it is where it is none of the frequent ones."""
+    if match := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+        if not match[1].startswith("--"):
+            return f"{match[1]!r} belongs to no flag; --help lists them"
+        return f"unknown flag {match[1]}; {nearest_flag(match[1], flags)}"
+    if match := re.match(r"(?:Group '\w+' does not accept option|Option) '(\S+?)'", message):
+        return f"--config holds {match[1]}, which is no flag; {nearest_flag(match[1], flags)}"
+    if match := re.match(r"the following arguments are required: (.*)", message):
+        return f"missing: --{match[1].replace(', ', ', --')}; --help says what they are"
+    if match := re.match(r'Parser key "(.+?)": (.*Expected .*) (?:Got|Given) value: (.*)', message):
+        types = re.findall(r"Expected an? (?:<class ')?(?:typing\.)?(\w+\[.*?\]|\w+)", match[2])
+        return f"--{match[1]} {match[3]}: expected {' or '.join(name for name in types if name != 'NoneType')}"
+    return re.sub(r'^Parser key "(.+?)": ', r"--\1: ", message)
+
+
+def nearest_flag(name: str, flags: list[str]) -> str:
+    """A question for the flag with the same last part, --train.seed for --seed, or with the one spelled most alike."""
+    by_last_part = {flag.strip("-").split(".")[-1]: flag for flag in reversed(flags)}
+    last_part = name.strip("-").replace("-", "_").split(".")[-1]
+    alike = get_close_matches(last_part, by_last_part, n=1)
+    return f"did you mean {by_last_part[alike[0]]}?" if alike else "--help lists them"
 
 
 def bare_switches(parser: ArgumentParser, args: list[str]) -> list[str]:

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from lit_llama.bars import track
 from lit_llama.checkpoint import save_checkpoint, tensor_shapes
 from lit_llama.cli import UserError
 from lit_llama.configs import CONFIGS, LLAMA_31_SCALING
@@ -64,8 +64,7 @@ def write_model(
     ``interleaved``: their q and k rows are, and are reordered.
     """
     fused = fuse_qkv(rename(tensors, source_format, config.n_layer, dtype), config, interleaved)
-    total = len(tensor_shapes(config))
-    save_checkpoint(folder, config, tqdm(drop_tied_head(fused, config), "converting", total, disable=None))
+    save_checkpoint(folder, config, track(drop_tied_head(fused, config), len(tensor_shapes(config)), "converting"))
 
 
 def rename(tensors: Tensors, source_format: str, n_layer: int, dtype: str | None) -> Iterator[tuple[str, Tensor]]:

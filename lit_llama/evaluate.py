@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
+from lit_llama.bars import Bar
 from lit_llama.cli import UserError
 from lit_llama.data import Sample, Task
 from lit_llama.generate import generate_batch
@@ -32,7 +31,7 @@ def answer_samples(
     longest = max(len(tokenizer.encode(sample.answer)) for sample in samples)
     order = sorted(range(len(samples)), key=lambda i: len(prompts[i]))
     answers = [""] * len(samples)
-    with tqdm(total=len(samples), desc=name, unit="sample", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
+    with Bar(len(samples), name, "sample") as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             room = model.context - len(model.virtual_ids) - max(len(prompts[i]) for i in rows)

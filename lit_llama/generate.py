@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,36 +13,8 @@ from torch import Tensor
 from lit_llama.cli import UserError
 from lit_llama.model import LLaMA
 from lit_llama.prompts import encode_prompt, stop_ids
+from lit_llama.settings import Sampling
 from lit_llama.tokenizer import Tokenizer
-
-
-@dataclass
-class Sampling:
-    """How the next token is chosen.
-
-    Args:
-        temperature: 0 takes the likeliest token (greedy); higher values flatten the distribution.
-        top_k: Keep only this many of the likeliest tokens.
-        top_p: Keep the likeliest tokens that together hold this much probability.
-        seed: Makes sampled answers repeatable.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 1337
-
-    def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature {self.temperature} must be 0 (greedy) or more")
-        if self.temperature == 0 and not (self.top_k is None and self.top_p is None):
-            raise UserError(
-                "top_k and top_p choose among likely tokens: pass a --sampling.temperature above 0 with them"
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k {self.top_k} must be at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p {self.top_p} must lie above 0 and at most at 1")
 
 
 def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
@@ -94,18 +64,32 @@ def generate(
     """The ids of the answer one by one, without the stop id that ends it."""
     check_length(model, len(prompt), max_new_tokens)
     prompt = model.virtual_ids + prompt
-    sampling = sampling or Sampling()
-    device = model.transformer.wte.weight.device
-    generator = torch.Generator(device).manual_seed(sampling.seed)
     with decoding(model, 1, len(prompt) + max_new_tokens):
-        idx, input_pos = torch.tensor([prompt], device=device), torch.arange(len(prompt), device=device)
-        for _ in range(max_new_tokens):
-            hidden = model.hidden_states(idx, input_pos)  # (1, T, C): the whole prompt, then one token at a time
-            token = next_token(model.lm_head(hidden[:, -1]), sampling, generator)
-            if int(token) in stop:
-                return
-            yield int(token)
-            idx, input_pos = token[:, None], input_pos[-1:] + 1
+        yield from decode(model, prompt, 0, max_new_tokens, stop, sampling or Sampling())
+
+
+@torch.inference_mode()
+def decode(
+    model: LLaMA,
+    ids: list[int],
+    cached: int,
+    max_new_tokens: int,
+    stop: set[int],
+    sampling: Sampling,
+    generator: torch.Generator | None = None,
+) -> Iterator[int]:
+    """Go on after ``ids`` with a KV cache that has room and holds the first ``cached`` of them: these are not fed."""
+    device = model.transformer.wte.weight.device
+    generator = generator or torch.Generator(device).manual_seed(sampling.seed)
+    idx = torch.tensor([ids[cached:]], device=device)
+    input_pos = torch.arange(cached, len(ids), device=device)
+    for _ in range(max_new_tokens):
+        hidden = model.hidden_states(idx, input_pos)  # (1, T, C): the whole prompt, then one token at a time
+        token = next_token(model.lm_head(hidden[:, -1]), sampling, generator)
+        if int(token) in stop:
+            return
+        yield int(token)
+        idx, input_pos = token[:, None], input_pos[-1:] + 1
 
 
 @torch.inference_mode()

@@ -1,19 +1,17 @@
-"""What every finetune script shares: its flags, the frozen base, the data, the devices, and the run's folder."""
+"""What every finetune script shares: its flags, the frozen base, the data, the devices, and the run's folder.
 
-from __future__ import annotations
+``--help`` reads Job's signature and need not wait for torch: what is heavy is imported late, and the annotations of
+the signature are no strings, for which jsonargparse would import all that TYPE_CHECKING names.
+"""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
-from lit_llama.data import load_task
-from lit_llama.devices import base_dtype, launch
-from lit_llama.download import DEFAULT_BASE, ensure_base
-from lit_llama.evaluate import Comparison
-from lit_llama.runs import Run, read_metrics
-from lit_llama.train import TrainArgs, fit
+from lit_llama.settings import DEFAULT_BASE, TrainArgs
+
+if TYPE_CHECKING:
+    import torch
 
 HEADS = ("language", "classifier")
 
@@ -58,6 +56,15 @@ class Job:
             overwrite: Start anew in an out_dir that holds a run.
             yes: Do not ask before a download.
         """
+        import torch
+
+        from lit_llama.checkpoint import load_model
+        from lit_llama.data import load_task
+        from lit_llama.devices import base_dtype, launch
+        from lit_llama.download import ensure_base
+        from lit_llama.evaluate import Comparison
+        from lit_llama.runs import Run
+
         if head not in HEADS:
             raise UserError(f"--head {head!r} is none of {', '.join(HEADS)}")
         ensure_base(checkpoint_dir, yes)
@@ -71,12 +78,15 @@ class Job:
         self.model = load_model(checkpoint_dir, base_dtype(precision, self.fabric.device), self.fabric.device)
         self.model.requires_grad_(False)
 
-    def finetune(self, optimizer: torch.optim.Optimizer, arguments: dict, whole_model: bool = False) -> None:
+    def finetune(self, optimizer: "torch.optim.Optimizer", arguments: dict, whole_model: bool = False) -> None:
         """Answer held-out samples, train, answer them again; the trained folder is written on the way.
 
         ``arguments`` are those that the method's function was called with: method.json keeps them. ``whole_model``
         writes a checkpoint folder, for a method that leaves nothing of the base.
         """
+        from lit_llama.runs import read_metrics
+        from lit_llama.train import fit
+
         longest = max(len(sample.ids) for sample in self.task.train + self.task.validation)
         room = self.model.context - len(self.model.virtual_ids)
         if longest > room:

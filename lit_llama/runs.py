@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
 from lit_llama import __version__, cli
+from lit_llama.bars import Bar
 from lit_llama.checkpoint import CONFIG_FILE as MODEL_CONFIG_FILE
 from lit_llama.checkpoint import (
     INDEX_FILE,
@@ -143,9 +143,7 @@ class Run:
                 write_json(self.out_dir / MODEL_CONFIG_FILE, asdict(model.config))
                 copy_tokenizer(Path(checkpoint_dir), self.out_dir)
             (self.out_dir / METRICS_FILE).write_text(",".join(METRICS) + "\n", encoding="utf-8")
-            if cli.command_line is not None:
-                with whole_file(self.out_dir / CONFIG_FILE) as temporary:
-                    temporary.write_text(cli.command_line, encoding="utf-8")
+            save_command_line(self.out_dir)
 
     # the state to go on from
 
@@ -212,16 +210,15 @@ class Run:
     # what the user sees
 
     @contextmanager
-    def progress(self, step: int, total_steps: int) -> Iterator[tqdm]:
-        """A bar on the terminal of rank 0; elsewhere ``log`` prints a line now and then."""
-        self.last_step, self.total_steps = step, total_steps
+    def progress(self, step: int, total_steps: int) -> Iterator[Bar]:
+        """A bar on the terminal of rank 0, or a line now and then where there is none."""
+        self.last_step = step
         self.tokens, self.seconds = 0, 0.0
-        hidden = not (self.fabric.is_global_zero and sys.stderr.isatty())
-        with tqdm(total=total_steps, initial=step, unit="step", disable=hidden, dynamic_ncols=True) as bar:
+        with Bar(total_steps, "step", "step", initial=step, hidden=not self.fabric.is_global_zero) as bar:
             yield bar
 
     def log(
-        self, bar: tqdm, step: int, loss: float, lr: float, tokens: int, seconds: float, val_loss: float | None
+        self, bar: Bar, step: int, loss: float, lr: float, tokens: int, seconds: float, val_loss: float | None
     ) -> None:
         """A row of metrics.csv, and the bar's or a line's figures."""
         self.last_step = step
@@ -237,8 +234,13 @@ class Run:
         bar.update()
         if val_loss is not None:
             bar.write(f"step {step}: validation loss {val_loss:.4f}", file=sys.stderr)
-        if bar.disable and (val_loss is not None or step % max(1, self.total_steps // 10) == 0):
-            print(f"step {step} of {self.total_steps}: {figures}", file=sys.stderr)
+
+
+def save_command_line(folder: Path) -> None:
+    """Write the resolved settings of the script that runs, if one does, for ``--config`` to read again."""
+    if cli.command_line is not None:
+        with whole_file(folder / CONFIG_FILE) as temporary:
+            temporary.write_text(cli.command_line, encoding="utf-8")
 
 
 def read_metrics(out_dir: Path) -> list[dict]:

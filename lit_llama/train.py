@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,58 +22,10 @@ from lit_llama.checkpoint import trained_tensors
 from lit_llama.cli import Interrupted, UserError
 from lit_llama.model import LLaMA
 from lit_llama.runs import Run, catch_interrupt
+from lit_llama.settings import TrainArgs
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
-
-
-@dataclass
-class TrainArgs:
-    """The settings that every finetune script shares.
-
-    Args:
-        max_steps: Optimizer steps in all.
-        epochs: Passes over the training samples; where it is given, max_steps does not count.
-        batch_size: Samples of one optimizer step, on all devices together.
-        micro_batch_tokens: Tokens, padding included, of one forward and backward pass: less takes less memory.
-        max_seq_length: Longer samples are cut to this many tokens.
-        learning_rate: The highest rate, reached at the end of the warm-up.
-        warmup_steps: Optimizer steps over which the rate rises in a line, by default a tenth; a cosine to 0 follows.
-        weight_decay: AdamW's, on what the method's paper decays.
-        clip: The gradient's norm is cut to this; 0 switches that off.
-        eval_every: Steps between validations; there is one at the end in any case.
-        save_every: Steps between saves of the state that --resume goes on from.
-        seed: Of the order of samples and of everything drawn at random.
-    """
-
-    max_steps: int | None = None
-    epochs: int | None = None
-    batch_size: int = 8
-    micro_batch_tokens: int = 1024
-    max_seq_length: int = 512
-    learning_rate: float = 1e-3
-    warmup_steps: int | None = None
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    eval_every: int = 50
-    save_every: int = 25
-    seed: int = 1337
-
-    def __post_init__(self):
-        if self.max_steps is None and self.epochs is None:
-            raise UserError("give --train.max_steps or --train.epochs")
-        at_least_1 = ("max_steps", "epochs", "batch_size", "micro_batch_tokens", "eval_every", "save_every")
-        for name in at_least_1:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--train.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "clip"):
-            if not 0 <= (getattr(self, name) or 0) < math.inf:
-                raise UserError(f"--train.{name} must not be negative, got {getattr(self, name)}")
-        if self.max_seq_length < 3:
-            raise UserError(f"--train.max_seq_length must be at least 3, got {self.max_seq_length}")
-
-    def total_steps(self, n_samples: int) -> int:
-        return self.max_steps if self.epochs is None else math.ceil(self.epochs * n_samples / self.batch_size)
 
 
 def learning_rate_at(step: int, total_steps: int, args: TrainArgs) -> float:

@@ -17,16 +17,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from lit_llama import cli
-from lit_llama.checkpoint import load_model, load_trained_folder, read_method
-from lit_llama.data import load_splits, load_task, split_file
-from lit_llama.download import DEFAULT_BASE, ensure_base
-from lit_llama.files import read_json, write_json
-from lit_llama.plots import plot_ablations, plot_comparison
-from lit_llama.report import flops_per_token, markdown, quality
-from lit_llama.runs import COSTS_FILE, STATE_FILE, differences, read_metrics
+from lit_llama.bars import Bar
+from lit_llama.settings import DEFAULT_BASE
 
 ROOT = Path(__file__).parent.parent
 # Learning rates for --pilot: each script's default, and about a third and three times of it.
@@ -56,6 +49,8 @@ class Job:
 
     @property
     def trained(self) -> bool:
+        from lit_llama.runs import COSTS_FILE, read_metrics
+
         if self.method == "features":
             return (self.out_dir / COSTS_FILE).exists()
         return len(read_metrics(self.out_dir)) == self.steps and (self.out_dir / COSTS_FILE).exists()
@@ -95,6 +90,14 @@ def main(
         seed: Of the order of samples and of everything drawn at random.
         yes: Do not ask before a download.
     """
+    from lit_llama.checkpoint import load_model
+    from lit_llama.data import load_splits, load_task, split_file
+    from lit_llama.download import ensure_base
+    from lit_llama.files import write_json
+    from lit_llama.plots import plot_ablations, plot_comparison
+    from lit_llama.report import markdown, quality
+    from lit_llama.runs import read_metrics, save_command_line
+
     unknown = set(methods) - set(METHODS)
     if unknown or not methods:
         raise cli.UserError(f"--methods {sorted(unknown)}: choose from {', '.join(METHODS)}")
@@ -123,10 +126,10 @@ def main(
     settings = dict(data=data, split=split, n_samples=n_samples, batch_size=batch_size, seed=seed, pilot=pilot)
     settings |= dict(checkpoint_dir=checkpoint_dir, max_test_samples=max_test_samples, pilot_samples=pilot_samples)
     keep_settings(folder / "settings.json", settings)
+    save_command_line(folder)
     unfit: dict[str, str] = {}  # trials that failed: too high a rate may well
     failed: dict[str, str] = {}
-    hidden = not sys.stderr.isatty()
-    with tqdm(total=sum(job.steps for job in trials + jobs), unit="step", dynamic_ncols=True, disable=hidden) as bar:
+    with Bar(sum(job.steps for job in trials + jobs), "steps", "step") as bar:
         for job in trials:
             train(job, common, unfit, bar)
         for job in jobs:
@@ -167,6 +170,9 @@ def main(
 
 def keep_settings(path: Path, settings: dict) -> None:
     """Refuse to mix runs of other settings with those that are finished."""
+    from lit_llama.files import read_json, write_json
+    from lit_llama.runs import differences
+
     if path.exists() and (changes := differences(read_json(path), settings)):
         raise cli.UserError(
             f"{path.parent} holds a comparison with other settings: {'; '.join(changes)}; pass another --out_dir"
@@ -198,8 +204,10 @@ def ablation_jobs(folder: Path, n_layer: int, steps: int, gate_steps: int) -> li
 # ---------------------------------------------------------------------------------------------- running
 
 
-def train(job: Job, flags: list[str], failed: dict[str, str], bar: tqdm) -> bool:
+def train(job: Job, flags: list[str], failed: dict[str, str], bar: Bar) -> bool:
     """Run a finetune script unless it has run; the bar follows its metrics.csv. Whether there is a trained folder."""
+    from lit_llama.runs import STATE_FILE, read_metrics
+
     bar.set_description(job.name)
     before = bar.n
     if not job.trained:
@@ -248,15 +256,24 @@ def run_process(command: list[str], folder: Path, tick) -> str | None:
 
 
 def lowest_loss(out_dir: Path) -> float:
+    from lit_llama.runs import read_metrics
+
     return min(float(row["val_loss"]) for row in read_metrics(out_dir) if row["val_loss"])
 
 
 def final_rate(job: Job) -> float:
+    from lit_llama.checkpoint import read_method
+
     return read_method(job.out_dir)["train"]["learning_rate"]
 
 
 def measure(job: Job, samples: list, file: Path) -> dict:
     """All figures of one finished run."""
+    from lit_llama.checkpoint import load_model, load_trained_folder, read_method
+    from lit_llama.files import read_json
+    from lit_llama.report import flops_per_token, quality
+    from lit_llama.runs import COSTS_FILE, read_metrics
+
     method = read_method(job.out_dir)
     if method["method"] == "full":
         model = load_model(job.out_dir).requires_grad_(True)

@@ -7,36 +7,23 @@
 Of a folder the validation file is evaluated, of a file all of it. Folders that answer with labels get their accuracy.
 """
 
-from __future__ import annotations
-
 import math
 import random
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
 from lit_llama import cli
-from lit_llama.batches import IGNORE, Encoded, collate
-from lit_llama.checkpoint import load_model, load_trained_folder, read_method, tokenizer_dir
-from lit_llama.classify import Classifier, is_classifier, load_classifier
-from lit_llama.data import can_be_asked, encode_labels, encode_samples, split_file
-from lit_llama.devices import base_dtype, launch
-from lit_llama.download import DEFAULT_BASE, ensure_base
-from lit_llama.evaluate import answer_samples
-from lit_llama.files import write_json
-from lit_llama.model import LLaMA
-from lit_llama.prompts import choose_style, encode_prompt
-from lit_llama.samples import Sample, read_samples
-from lit_llama.tokenizer import Tokenizer
-from lit_llama.train import target_loss
+from lit_llama.settings import DEFAULT_BASE
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+    from lit_llama.batches import Encoded
+    from lit_llama.classify import Classifier
+    from lit_llama.model import LLaMA
+    from lit_llama.samples import Sample
+    from lit_llama.tokenizer import Tokenizer
 
 
 def main(
@@ -69,6 +56,16 @@ def main(
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
         results: A .json file to write each sample's loss and answer to.
     """
+    from lit_llama.checkpoint import load_model, load_trained_folder, read_method, tokenizer_dir
+    from lit_llama.classify import is_classifier, load_classifier
+    from lit_llama.data import can_be_asked, encode_samples, split_file
+    from lit_llama.devices import base_dtype, launch
+    from lit_llama.download import ensure_base
+    from lit_llama.evaluate import answer_samples
+    from lit_llama.prompts import choose_style
+    from lit_llama.samples import read_samples
+    from lit_llama.tokenizer import Tokenizer
+
     for name, value in (("max_samples", max_samples), ("batch_size", batch_size), ("max_seq_length", max_seq_length)):
         if value is not None and value < 1:
             raise cli.UserError(f"--{name} {value} must be at least 1")
@@ -120,8 +117,11 @@ def main(
     write_results(results, [(sample.row, *row) for sample, row in zip(kept, figures, strict=True)])
 
 
-def add_shots(samples: list[Sample], folder: Path, shots: int, seed: int) -> list[Sample]:
+def add_shots(samples: "list[Sample]", folder: Path, shots: int, seed: int) -> "list[Sample]":
     """The samples with the same ``shots`` examples in front, drawn from the folder's train file."""
+    from lit_llama.data import split_file
+    from lit_llama.samples import read_samples
+
     file = split_file(folder, "train") if folder.is_dir() else None
     if file is None:
         raise cli.UserError(f"--shots takes its examples from a train file: {folder} must be a folder with one")
@@ -133,9 +133,12 @@ def add_shots(samples: list[Sample], folder: Path, shots: int, seed: int) -> lis
 
 
 def count_last_answers(
-    samples: list[Sample], encoded: list[Encoded], style: str, tokenizer: Tokenizer
-) -> tuple[list[Sample], list[Encoded]]:
+    samples: "list[Sample]", encoded: "list[Encoded]", style: str, tokenizer: "Tokenizer"
+) -> "tuple[list[Sample], list[Encoded]]":
     """Take the examples' answers off the targets, for they are given; drop what has no room for its own answer."""
+    from lit_llama.batches import IGNORE
+    from lit_llama.prompts import encode_prompt
+
     kept = []
     for sample, ids in zip(samples, encoded, strict=True):
         given = len(encode_prompt(sample.prompt, style, tokenizer)) - 1
@@ -147,24 +150,37 @@ def count_last_answers(
     return [sample for sample, _ in kept], [ids for _, ids in kept]
 
 
-def sample_losses(fabric: Fabric, model: LLaMA, encoded: list[Encoded]) -> list[float]:
+def sample_losses(fabric: "Fabric", model: "LLaMA", encoded: "list[Encoded]") -> list[float]:
     """The cross-entropy of each sample, summed over its target tokens."""
-    bar = tqdm(encoded, desc="loss", unit="sample", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    import torch
+
+    from lit_llama.bars import track
+    from lit_llama.batches import collate
+    from lit_llama.train import target_loss
+
+    counted = track(encoded, len(encoded), "loss", "sample")
     with torch.inference_mode():
-        return [target_loss(model.eval(), *collate([ids], fabric.device)).item() for ids in bar]
+        return [target_loss(model.eval(), *collate([ids], fabric.device)).item() for ids in counted]
 
 
 def write_results(path: str | None, rows: list[tuple]) -> None:
     """Each: the row of the file (from 0), its loss, the tokens that this is a sum over, right or not, the answer."""
+    from lit_llama.files import write_json
+
     if path is not None:
         names = ("row", "loss", "n_targets", "right", "answer")
         write_json(Path(path), {"samples": [dict(zip(names, row, strict=True)) for row in rows]})
 
 
 def evaluate_labels(
-    samples: list[Sample], classify: Classifier, method: dict, checkpoint_dir: str | None
+    samples: "list[Sample]", classify: "Classifier", method: dict, checkpoint_dir: str | None
 ) -> list[tuple]:
     """Print the accuracy of a classifier, and its loss: the mean of -log of the right label's probability."""
+    import numpy as np
+
+    from lit_llama.data import encode_labels
+    from lit_llama.tokenizer import Tokenizer
+
     tokenizer, labels = Tokenizer(checkpoint_dir or method["base"]["checkpoint_dir"]), method["arguments"]["labels"]
     encoded = encode_labels(samples, method["prompt_style"], tokenizer, method["train"]["max_seq_length"], labels)
     shares = classify([sample.ids for sample in encoded])

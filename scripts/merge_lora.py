@@ -12,24 +12,14 @@ but its prompts are further keys and values of attention: they become a LLaMA-Ad
 
 from dataclasses import replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lit_llama import cli
-from lit_llama.checkpoint import (
-    METHOD_FILE,
-    TRAINED_FILE,
-    describe_base,
-    load_trained_folder,
-    read_method,
-    save_checkpoint,
-    trained_tensors,
-)
-from lit_llama.convert import copy_tokenizer
-from lit_llama.files import save_tensors, whole_folder, write_json
-from lit_llama.methods.lora import places
-from lit_llama.model import LLaMA, LLaMAConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lit_llama.model import LLaMA, LLaMAConfig
 
 WHY_NOT = {
     "adapter": "its prompts are further keys and values that every token attends to, behind a gate",
@@ -51,6 +41,13 @@ def main(trained_dir: str, out_dir: str, checkpoint_dir: str | None = None, dtyp
         checkpoint_dir: Folder of the base, where it is no longer where it was in training.
         dtype: What the merged weights are stored in: float32, bfloat16 or float16. They are computed in float32.
     """
+    import torch
+
+    from lit_llama.checkpoint import load_trained_folder, read_method, save_checkpoint
+    from lit_llama.convert import copy_tokenizer
+    from lit_llama.files import whole_folder
+    from lit_llama.runs import save_command_line
+
     if dtype not in ("float32", "bfloat16", "float16"):
         raise cli.UserError(f"--dtype {dtype!r} is none of float32, bfloat16, float16")
     method = read_method(trained_dir)
@@ -62,13 +59,16 @@ def main(trained_dir: str, out_dir: str, checkpoint_dir: str | None = None, dtyp
     with whole_folder(Path(out_dir)) as folder:
         save_checkpoint(folder, config, ((name, t.to(getattr(torch, dtype))) for name, t in merged.items()))
         copy_tokenizer(Path(checkpoint_dir or method["base"]["checkpoint_dir"]), folder)
+        save_command_line(folder)
     print(f"wrote {out_dir}")
     if method["method"] == "adapter_v2":
         save_prompts(model, method, Path(out_dir))
 
 
-def merge_lora(model: LLaMA) -> tuple[LLaMAConfig, dict[str, Tensor]]:
+def merge_lora(model: "LLaMA") -> "tuple[LLaMAConfig, dict[str, Tensor]]":
     """W + alpha/r * B A for each matrix with a pair: config and weights of the plain model."""
+    from lit_llama.methods.lora import places
+
     merged = {name: tensor for name, tensor in model.state_dict().items() if ".lora." not in name}
     if model.config.tie_embeddings:
         del merged["lm_head.weight"]
@@ -82,8 +82,10 @@ def merge_lora(model: LLaMA) -> tuple[LLaMAConfig, dict[str, Tensor]]:
     return model.config, merged
 
 
-def merge_scales(model: LLaMA) -> tuple[LLaMAConfig, dict[str, Tensor]]:
+def merge_scales(model: "LLaMA") -> "tuple[LLaMAConfig, dict[str, Tensor]]":
     """s * (W x + b) as (diag(s) W) x + s * b: config and weights of a model with biases, without the prompts."""
+    import torch
+
     added = ("scale_bias", "adapter_wte", "gating_factor")
     merged = {name: t for name, t in model.state_dict().items() if not any(part in name for part in added)}
     scaled_head = hasattr(model.lm_head, "scale_bias")
@@ -101,8 +103,11 @@ def merge_scales(model: LLaMA) -> tuple[LLaMAConfig, dict[str, Tensor]]:
     return config, merged
 
 
-def save_prompts(model: LLaMA, method: dict, base: Path) -> None:
+def save_prompts(model: "LLaMA", method: dict, base: Path) -> None:
     """Write what of adapter_v2 cannot be merged as a trained folder of adapter, over the merged base."""
+    from lit_llama.checkpoint import METHOD_FILE, TRAINED_FILE, describe_base, trained_tensors
+    from lit_llama.files import save_tensors, write_json
+
     names = ("adapter_wte", "gating_factor")
     prompts = {name: t for name, t in trained_tensors(model).items() if any(part in name for part in names)}
     arguments = {key: method["arguments"][key] for key in ("prompt_length", "start_layer")}

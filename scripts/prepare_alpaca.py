@@ -14,9 +14,6 @@ from pathlib import Path
 
 from lit_llama import cli
 from lit_llama.cli import UserError
-from lit_llama.data import hash_fraction
-from lit_llama.files import whole_file
-from lit_llama.samples import json_rows, to_sample
 
 URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 N_RECORDS = 52_002
@@ -33,6 +30,10 @@ def main(
         n_records: How many records it must hold; another number is refused.
         val_fraction: The part held out, chosen by a hash of each record.
     """
+    from lit_llama.data import hash_fraction
+    from lit_llama.files import whole_file
+    from lit_llama.samples import json_rows, to_sample
+
     if not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction {val_fraction} must lie between 0 and 1")
     content = fetch(source)

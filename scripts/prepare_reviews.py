@@ -18,7 +18,6 @@ from pathlib import Path
 
 from lit_llama import cli
 from lit_llama.cli import UserError
-from lit_llama.files import whole_file
 
 URL = "https://www.cs.cornell.edu/people/pabo/movie-review-data/rt-polaritydata.tar.gz"
 # Of the sentences in UTF-8, without blanks at their ends, joined by line feeds; the original files are in Latin-1.
@@ -39,6 +38,8 @@ def main(out_dir: str = "data/reviews", source: str = URL, seed: int = 1337) -> 
         source: Address of the archive, or a folder that holds its two files.
         seed: Of the split; the same seed gives the same bytes.
     """
+    from lit_llama.files import whole_file
+
     rows, seen = [], set()
     for label, content in read_source(source).items():
         sentences = [line.strip() for line in decode(content).split("\n") if line.strip()]

@@ -1,13 +1,17 @@
 """Small things that several test files need: a word-level tokenizer and a base folder of a tiny model around it."""
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import torch
+from jsonargparse import ArgumentParser
 from tokenizers import Tokenizer as TokenizersTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from lit_llama.checkpoint import save_checkpoint
+from lit_llama.cli import parser_of
 from lit_llama.model import LLaMA, LLaMAConfig
 
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -49,3 +53,13 @@ def write_rows(path: Path, rows: list) -> Path:
 def sums(n: int) -> list[dict]:
     """A toy task with answers of uneven length."""
     return [{"instruction": f"add {i} and {i * i}", "output": str(i + i * i) * (1 + i % 3)} for i in range(n)]
+
+
+def script_parser(path: Path) -> ArgumentParser:
+    """The parser of a script, which is imported but not run."""
+    name = f"script_{path.parent.name}_{path.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return parser_of(sys.modules[name].main)

@@ -1,0 +1,151 @@
+"""The command line of every script: fast and complete help, mistakes in one line, no bars or colours in a log."""
+
+import io
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from tools import script_parser
+
+from lit_llama import bars, cli
+from lit_llama.cli import UserError, bare_switches, parse, parser_of
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = [path for folder in ("finetune", "generate", "scripts") for path in sorted((ROOT / folder).glob("*.py"))]
+HEAVY = ("torch", "lightning", "numpy", "scipy", "sklearn", "tokenizers", "transformers", "matplotlib")
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_flag_has_a_sentence(path):
+    flags = {action.option_strings[-1]: action.help for action in script_parser(path)._actions}
+    own = {flag: text for flag, text in flags.items() if flag not in JSONARGPARSES}
+    assert own
+    assert path.parent.name != "finetune" or "--overwrite" in own
+    for flag, text in own.items():
+        assert text and text.endswith(".") and text[0] != "(", f"{flag} has no sentence: {text!r}"
+
+
+JSONARGPARSES = ("--help", "--config", "--print_config", "--train", "--sampling")  # the last two: a file for a group
+
+
+def test_help_waits_for_nothing_heavy():
+    """In a process of its own each: a script sees its own folder first on the path, and must not shadow a package."""
+
+    def run_help(path: Path) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-X", "importtime", str(path), "--help"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(run_help, SCRIPTS)
+    for path, result in zip(SCRIPTS, results, strict=True):
+        assert result.returncode == 0 and "--config" in result.stdout, result.stderr
+        imported = {line.split("|")[-1].strip().split(".")[0] for line in result.stderr.splitlines()}
+        assert "jsonargparse" in imported
+        assert not imported & set(HEAVY), path
+
+
+def mistake(*args: str, script: str = "finetune/adapter.py") -> str:
+    with pytest.raises(UserError) as error:
+        parse(script_parser(ROOT / script), list(args))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_an_unknown_flag_is_answered_with_the_nearest():
+    assert mistake("--learning_rate", "1") == "unknown flag --learning_rate; did you mean --train.learning_rate?"
+    assert mistake("--train.learning_rte=1") == "unknown flag --train.learning_rte; did you mean --train.learning_rate?"
+    assert mistake("--prompt-length", "3") == "unknown flag --prompt-length; did you mean --prompt_length?"
+    assert mistake("--resum") == "unknown flag --resum; did you mean --resume?"
+    assert mistake("--steps", "3") == "unknown flag --steps; did you mean --train.max_steps?"
+    assert mistake("--xyz", "1") == "unknown flag --xyz; --help lists them"
+    assert mistake("stray") == "'stray' belongs to no flag; --help lists them"
+
+
+def test_values_that_do_not_fit_are_named():
+    assert mistake("--train.epochs", "x") == "--train.epochs x: expected int"
+    assert mistake("--resume", "perhaps") == "--resume perhaps: expected bool"
+    assert mistake("--prompt_length") == "argument --prompt_length: expected one argument"
+    assert mistake("--config", "none.yaml").startswith("--config: File does not exist")
+    convert = "scripts/convert_hf_checkpoint.py"
+    assert mistake(script=convert) == "missing: --source, --out_dir; --help says what they are"
+    flags = ("--source", "a", "--out_dir", "b", "--dtype", "int3")
+    assert mistake(*flags, script=convert) == "--dtype int3: expected Literal['float32', 'bfloat16', 'float16']"
+
+
+def test_a_configuration_is_read_and_its_mistakes_are_named(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("prompt_length: 7\ntrain:\n  learning_rate: 0.5\n")
+    config = parse(script_parser(ROOT / "finetune/adapter.py"), ["--config", str(file), "--prompt_length", "8"])
+    assert config.train.learning_rate == 0.5 and config.prompt_length == 8
+    for wrong in ("learning_rat: 3", "train:\n  learning_rat: 3"):
+        file.write_text(wrong)
+        asked = "did you mean --train.learning_rate?"
+        assert mistake("--config", str(file)) == f"--config holds learning_rat, which is no flag; {asked}"
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(monkeypatch, capsys):
+    def main(rate: float = 1.0) -> None:
+        raise AssertionError("not reached")
+
+    monkeypatch.setattr(sys, "argv", ["script.py", "--rat", "2"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.out == ""
+    assert captured.err == "error: unknown flag --rat; did you mean --rate?\n"
+
+
+def test_print_config_can_be_read_again(tmp_path):
+    printed = subprocess.run(
+        [sys.executable, ROOT / "finetune/lora.py", "--r", "3", "--print_config"], capture_output=True, text=True
+    ).stdout
+    (tmp_path / "run.yaml").write_text(printed)
+    parser = script_parser(ROOT / "finetune/lora.py")
+    config = parse(parser, ["--config", str(tmp_path / "run.yaml")])
+    assert {**vars(config), "config": None} == {**vars(parse(parser, ["--r", "3"])), "config": None}
+
+
+def test_switches_need_no_value():
+    def main(resume: bool = False, yes: bool = True, data: str = ""):
+        pass
+
+    parser = parser_of(main)
+    assert bare_switches(parser, []) == []
+    assert bare_switches(parser, ["--resume"]) == ["--resume", "true"]
+    spelled = ["--resume", "true", "--data", "x", "--yes", "true"]
+    assert bare_switches(parser, ["--resume", "--data", "x", "--yes"]) == spelled
+    assert bare_switches(parser, ["--resume", "false", "--yes=false"]) == ["--resume", "false", "--yes=false"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def steps(monkeypatch, stderr: io.StringIO, hidden: bool = False) -> str:
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(bars.time, "monotonic", lambda: next(clock))
+    with bars.Bar(20, "step", "step", initial=10, hidden=hidden) as bar:
+        for loss in range(10):
+            bar.set_postfix_str(f"loss {loss}", refresh=False)
+            bar.update()
+    return stderr.getvalue()
+
+
+def test_a_log_gets_a_line_every_so_often_and_a_terminal_a_bar(monkeypatch):
+    written = steps(monkeypatch, io.StringIO())
+    assert written.splitlines() == ["step: 14 of 20, loss 3", "step: 18 of 20, loss 7"]
+    assert steps(monkeypatch, io.StringIO(), hidden=True) == steps(monkeypatch, Terminal(), hidden=True) == ""
+    written = steps(monkeypatch, Terminal())
+    assert "\r" in written and "20/20" in written
+    assert "\x1b[3" not in written  # no colours, with NO_COLOR or without
+
+
+def test_track_passes_every_item_on(monkeypatch):
+    monkeypatch.setattr(bars, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert list(bars.track("abc", 3, "letters", "letter")) == ["a", "b", "c"]
+    assert sys.stderr.getvalue().splitlines()[-1] == "letters: 3 of 3"
