@@ -236,6 +236,8 @@ def add_trained(model: LLaMA, trained_dir: Path, method: dict) -> None:
         raise UserError(f"{path}: the arguments do not fit {method['method']}: {error}") from None
     if model.reparametrization is not None:
         model.reparametrization.flatten(model)
+    for tensor in trained_tensors(model).values():
+        tensor.data = tensor.data.clone()  # it may be the base's own, which another model goes on using (chat.py)
     load_trained(model, Path(trained_dir) / TRAINED_FILE)
 
 

@@ -1,0 +1,73 @@
+"""Chat with a base, or with what a finetune script trained over it.
+
+    python generate/chat.py
+    python generate/chat.py --trained_dir out/lora/alpaca --system "You are a sommelier." --sampling.temperature 0.7
+
+/help lists what can be said beside a message: /load swaps the trained folder over the same base. What was said before
+is not computed again: its keys and values stay in the cache.
+"""
+
+import sys
+
+from lit_llama import cli
+from lit_llama.settings import DEFAULT_BASE, Sampling
+
+
+def main(
+    trained_dir: str | None = None,
+    checkpoint_dir: str | None = None,
+    system: str = "",
+    prompt_style: str | None = None,
+    max_new_tokens: int = 512,
+    sampling: Sampling = Sampling(),
+    precision: str = "auto",
+    yes: bool = False,
+) -> None:
+    """Chat on the terminal.
+
+    Args:
+        trained_dir: Folder that a finetune script wrote; without it the base alone answers.
+        checkpoint_dir: Folder of the base; by default the one trained on, or the default base.
+        system: Who the model is to be, said once before everything else.
+        prompt_style: alpaca, chatml, llama2, llama3 or plain; by default what the base's tokenizer tells.
+        max_new_tokens: The longest answer.
+        sampling: How the next token is chosen.
+        precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
+        yes: Do not ask before a download.
+    """
+    from lit_llama.chat import Chat, converse
+    from lit_llama.checkpoint import load_model, read_method
+    from lit_llama.devices import base_dtype, default_device
+    from lit_llama.download import ensure_base
+    from lit_llama.prompts import choose_style
+    from lit_llama.tokenizer import Tokenizer
+
+    if max_new_tokens < 1:
+        raise cli.UserError(f"--max_new_tokens {max_new_tokens} must be at least 1")
+    if checkpoint_dir is None:
+        checkpoint_dir = read_method(trained_dir)["base"]["checkpoint_dir"] if trained_dir else DEFAULT_BASE
+    ensure_base(checkpoint_dir, yes)
+    device = default_device()
+    base, tokenizer = load_model(checkpoint_dir, base_dtype(precision, device), device), Tokenizer(checkpoint_dir)
+    style = choose_style(prompt_style, tokenizer)
+
+    def say(text: str) -> None:
+        print(text, end="", flush=True)
+
+    chat = Chat(checkpoint_dir, base, tokenizer, style, max_new_tokens, sampling, lambda note: say(f"({note})\n"))
+    if trained_dir:
+        say(chat.load(trained_dir) + "\n")
+    if system:
+        chat.set_system(system)
+    on_terminal = sys.stdin.isatty()
+    if on_terminal:
+        say(f"{base.config.name}; /help for help\n")
+        try:
+            import readline  # noqa: F401  input() then lets one edit the line and recall earlier ones
+        except ImportError:  # Windows' terminal does so itself
+            pass
+    converse(chat, lambda: input("> " if on_terminal else ""), say)
+
+
+if __name__ == "__main__":
+    cli.run(main)
