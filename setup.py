@@ -4,7 +4,17 @@ from setuptools import find_packages, setup
 
 HUB = ["huggingface_hub>=0.24"]
 PLOT = ["matplotlib>=3.8"]
-TEST = [*PLOT, "pytest>=8", "ruff>=0.6", "hypothesis>=6.100", "transformers>=4.46", "peft>=0.13"]
+TENSORBOARD = ["tensorboard>=2.14"]
+TEST = [
+    *PLOT,
+    *TENSORBOARD,
+    "mypy>=1.11",
+    "pytest>=8",
+    "ruff>=0.6",
+    "hypothesis>=6.100",
+    "transformers>=4.46",
+    "peft>=0.13",
+]
 
 setup(
     name="lit-llama",
@@ -28,5 +38,5 @@ setup(
         "scipy>=1.11",
         "numpy",
     ],
-    extras_require={"hub": HUB, "plot": PLOT, "test": TEST},
+    extras_require={"hub": HUB, "plot": PLOT, "tensorboard": TENSORBOARD, "test": TEST},
 )

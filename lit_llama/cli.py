@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable
 from difflib import get_close_matches
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,8 +24,8 @@ class Interrupted(Exception):
     """Training was stopped by the user after its state was saved."""
 
 
-def run(main: Callable) -> None:
-    """Call ``main`` with the command line's flags.
+def run(main: Callable, leading: str | None = None) -> None:
+    """Call ``main`` with the command line's flags; what stands before the first one is the list ``leading``.
 
     A UserError ends the program with one line and exit code 2, Ctrl-C with 130.
     """
@@ -32,7 +34,7 @@ def run(main: Callable) -> None:
     global command_line
     try:
         parser = parser_of(main)
-        config = parse(parser, sys.argv[1:])
+        config = parse(parser, gather(sys.argv[1:], leading) if leading else sys.argv[1:])
         command_line = parser.dump(Namespace({k: v for k, v in vars(config).items() if k not in ONE_OFF}))
         arguments = parser.instantiate(config)
         arguments.pop("config", None)
@@ -96,6 +98,12 @@ def nearest_flag(name: str, flags: list[str]) -> str:
     last_part = name.strip("-").replace("-", "_").split(".")[-1]
     alike = get_close_matches(last_part, by_last_part, n=1)
     return f"did you mean {by_last_part[alike[0]]}?" if alike else "--help lists them"
+
+
+def gather(args: list[str], flag: str) -> list[str]:
+    """``a b --out c`` as ``--flag ["a", "b"] --out c``."""
+    leading = list(takewhile(lambda arg: not arg.startswith("-"), args))
+    return [f"--{flag}", json.dumps(leading), *args[len(leading) :]] if leading else args
 
 
 def bare_switches(parser: ArgumentParser, args: list[str]) -> list[str]:

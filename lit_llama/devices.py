@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,11 +13,12 @@ from lit_llama.cli import UserError
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+    from lightning.fabric.loggers import Logger
 
 PRECISIONS = {"bf16-true": torch.bfloat16, "32-true": torch.float32}
 
 
-def launch(devices: int = 1, num_nodes: int = 1, strategy: str = "auto") -> Fabric:
+def launch(devices: int = 1, num_nodes: int = 1, strategy: str = "auto", loggers: Sequence[Logger] = ()) -> Fabric:
     """Start Fabric on the machine's accelerator, with one process for each device.
 
     Fabric's own precision stays at float32: its "bf16-true" would cast the trained tensors too, and in bfloat16 an
@@ -28,11 +31,27 @@ def launch(devices: int = 1, num_nodes: int = 1, strategy: str = "auto") -> Fabr
             f"--devices {devices} and --num_nodes {num_nodes} must be at least 1, --strategy {strategy} auto or ddp"
         )
     try:
-        fabric = Fabric(devices=devices, num_nodes=num_nodes, strategy=strategy, precision="32-true")
+        fabric = Fabric(
+            devices=devices, num_nodes=num_nodes, strategy=strategy, precision="32-true", loggers=list(loggers)
+        )
         fabric.launch()
     except Exception as error:  # Fabric has no common class for what it finds wrong with a machine
         raise UserError(f"--devices {devices} --num_nodes {num_nodes} --strategy {strategy}: {error}") from None
     return fabric
+
+
+def named_loggers(name: str | None, out_dir: Path) -> list[Logger]:
+    """Fabric's logger for a ``--logger``: "tensorboard" shows what metrics.csv holds, from files in ``out_dir``."""
+    if name is None:
+        return []
+    if name != "tensorboard":
+        raise UserError(f"--logger {name!r}: there is tensorboard alone; metrics.csv is written in any case")
+    from lightning.fabric.loggers import TensorBoardLogger
+
+    try:
+        return [TensorBoardLogger(root_dir=out_dir, name="tensorboard", version="")]
+    except ModuleNotFoundError:
+        raise UserError('--logger tensorboard needs the package; run: pip install -e ".[tensorboard]"') from None
 
 
 def default_device() -> torch.device:

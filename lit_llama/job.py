@@ -33,6 +33,7 @@ class Job:
         num_nodes: int = 1,
         strategy: str = "auto",
         precision: str = "auto",
+        logger: str | None = None,
         resume: bool = False,
         overwrite: bool = False,
         yes: bool = False,
@@ -52,6 +53,7 @@ class Job:
             num_nodes: Machines.
             strategy: Fabric's strategy.
             precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
+            logger: "tensorboard" shows the figures of metrics.csv there, too; it reads them from out_dir.
             resume: Go on with the run that out_dir holds.
             overwrite: Start anew in an out_dir that holds a run.
             yes: Do not ask before a download.
@@ -60,7 +62,7 @@ class Job:
 
         from lit_llama.checkpoint import load_model
         from lit_llama.data import load_task
-        from lit_llama.devices import base_dtype, launch
+        from lit_llama.devices import base_dtype, launch, named_loggers
         from lit_llama.download import ensure_base
         from lit_llama.evaluate import Comparison
         from lit_llama.runs import Run
@@ -69,8 +71,9 @@ class Job:
             raise UserError(f"--head {head!r} is none of {', '.join(HEADS)}")
         ensure_base(checkpoint_dir, yes)
         self.method, self.train, self.checkpoint_dir = method, train, checkpoint_dir
-        self.fabric = launch(devices, num_nodes, strategy)
-        self.run = Run(self.fabric, out_dir or f"out/{method}/{Path(data).stem}", checkpoint_dir, resume, overwrite)
+        folder = Path(out_dir or f"out/{method}/{Path(data).stem}")
+        self.fabric = launch(devices, num_nodes, strategy, named_loggers(logger, folder))
+        self.run = Run(self.fabric, folder, checkpoint_dir, resume, overwrite)
         self.task = load_task(data, checkpoint_dir, prompt_style, train.max_seq_length, head == "classifier")
         self.fabric.print(self.task.summary)
         self.comparison = Comparison(self.fabric, self.task, eval_samples)

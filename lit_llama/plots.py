@@ -1,9 +1,11 @@
-"""The plots of a comparison, drawn with matplotlib where it is installed (``pip install -e ".[plot]"``)."""
+"""The plots of runs and of comparisons, drawn with matplotlib where it is installed (``pip install -e ".[plot]"``)."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+
+from lit_llama.cli import UserError
 
 
 def pyplot():
@@ -17,6 +19,45 @@ def pyplot():
     import matplotlib.pyplot
 
     return matplotlib.pyplot
+
+
+def plot_runs(path: Path, runs: dict[str, list[dict]]) -> None:
+    """Loss, validation loss, learning rate and tokens/s by step, a line for each run; rows as read_metrics gives them.
+
+    UserError where matplotlib is missing: the picture is all that was asked for.
+    """
+    plt = pyplot()
+    if plt is None:
+        raise UserError(f'{path} was not written; run: pip install -e ".[plot]"')
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", sharex=True)
+    (loss, validation), (rate, speed) = axes
+    for name, rows in runs.items():
+        steps = [int(row["step"]) for row in rows]
+        losses = [float(row["loss"]) for row in rows]
+        (line,) = loss.plot(steps, running_mean(losses), label=name)
+        loss.plot(steps, losses, color=line.get_color(), alpha=0.2, linewidth=0.8)
+        validated = [(int(row["step"]), float(row["val_loss"])) for row in rows if row["val_loss"]]
+        validation.plot(*zip(*validated, strict=True) if validated else ([], []), marker="o", color=line.get_color())
+        rate.plot(steps, [float(row["lr"]) for row in rows], color=line.get_color())
+        tokens, seconds = ([float(row[key]) for row in rows] for key in ("tokens", "seconds"))
+        speeds = [t / s for t, s in zip(running_mean(tokens), running_mean(seconds), strict=True)]
+        speed.plot(steps, speeds, color=line.get_color())
+    loss.set(ylabel="training loss per token")
+    loss.legend()
+    validation.set(ylabel="validation loss per token")
+    rate.set(xlabel="step", ylabel="learning rate")
+    speed.set(xlabel="step", ylabel="tokens/s", ylim=(0, None))
+    for ax in axes.flat:
+        ax.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def running_mean(values: list[float]) -> list[float]:
+    """Each value's mean with those before it, over a twentieth of them all: single steps are noisy."""
+    width = max(1, len(values) // 20)
+    windows = (values[max(0, i + 1 - width) : i + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
 
 
 def plot_comparison(folder: Path, results: dict[str, dict]) -> None:

@@ -93,7 +93,8 @@ class Run:
         """Delete what a run writes, and nothing else that may lie in the folder."""
         for name in (METHOD_FILE, TRAINED_FILE, MODEL_FILE, METRICS_FILE, CONFIG_FILE, COSTS_FILE):
             (self.out_dir / name).unlink(missing_ok=True)
-        shutil.rmtree(self.out_dir / "state", ignore_errors=True)
+        for name in ("state", "tensorboard"):
+            shutil.rmtree(self.out_dir / name, ignore_errors=True)
 
     def begin(
         self,
@@ -216,6 +217,8 @@ class Run:
         self.tokens, self.seconds = 0, 0.0
         with Bar(total_steps, "step", "step", initial=step, hidden=not self.fabric.is_global_zero) as bar:
             yield bar
+        for logger in self.fabric.loggers:
+            logger.finalize("success")
 
     def log(
         self, bar: Bar, step: int, loss: float, lr: float, tokens: int, seconds: float, val_loss: float | None
@@ -229,6 +232,8 @@ class Run:
         with open(self.out_dir / METRICS_FILE, "a", newline="", encoding="utf-8") as file:
             row = [step, repr(loss), repr(lr), tokens, f"{seconds:.3f}", "" if val_loss is None else repr(val_loss)]
             csv.writer(file, lineterminator="\n").writerow(row)
+        known = {"loss": loss, "lr": lr, "tokens_per_second": tokens / seconds, "val_loss": val_loss}
+        self.fabric.log_dict({name: value for name, value in known.items() if value is not None}, step)
         figures = f"loss {loss:.3f}, lr {lr:.1e}, {self.tokens / self.seconds:.0f} tokens/s"
         bar.set_postfix_str(figures, refresh=False)
         bar.update()

@@ -1,0 +1,33 @@
+"""Draw what runs have written into their metrics.csv: loss, validation loss, learning rate, tokens/s.
+
+    python scripts/plot_runs.py out/adapter/bookings out/lora/bookings
+    python scripts/plot_runs.py out/adapter/bookings --out_file curves.png      # while it is running, too
+
+Needs the extra ``plot``: pip install -e ".[plot]"
+"""
+
+from pathlib import Path
+
+from lit_llama import cli
+
+
+def main(runs: list[str], out_file: str = "out/runs.png") -> None:
+    """Draw the curves of one run, or of several to compare.
+
+    Args:
+        runs: Folders that finetune scripts write; they may stand in front, without the flag.
+        out_file: The picture to write: .png, .svg or .pdf.
+    """
+    from lit_llama.plots import plot_runs
+    from lit_llama.runs import read_metrics
+
+    metrics = {run: read_metrics(Path(run)) for run in runs}
+    if missing := [run for run, rows in metrics.items() if not rows]:
+        raise cli.UserError(f"{', '.join(missing)}: no step in a metrics.csv there; give folders that a run wrote")
+    Path(out_file).parent.mkdir(parents=True, exist_ok=True)
+    plot_runs(Path(out_file), metrics)
+    print(f"wrote {out_file}")
+
+
+if __name__ == "__main__":
+    cli.run(main, leading="runs")

@@ -1,0 +1,82 @@
+"""The curves of runs, and the same figures in TensorBoard."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_scripts import metrics, refuse, succeed
+from tools import make_base, sums, write_rows
+
+from lit_llama import devices
+from lit_llama.cli import UserError, gather
+from lit_llama.plots import running_mean
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plots")
+    base = make_base(folder / "base")
+    write_rows(folder / "data/train.json", sums(20))
+    write_rows(folder / "data/validation.json", sums(25)[20:])
+    flags = ["--checkpoint_dir", base, "--data", folder / "data", "--start_layer", 1, "--eval_samples", 0]
+    flags += ["--train.max_steps", 9, "--train.eval_every", 3, "--logger", "tensorboard"]
+    succeed("finetune/adapter.py", *flags, "--out_dir", folder / "out")
+    return folder / "out"
+
+
+def test_tensorboard_shows_what_metrics_csv_holds(run_dir):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    rows = metrics(run_dir)
+    for tag, column in (("loss", "loss"), ("lr", "lr"), ("val_loss", "val_loss")):
+        shown = {event.step: event.value for event in events.Scalars(tag)}
+        assert shown == pytest.approx({int(row["step"]): float(row[column]) for row in rows if row[column]}, rel=1e-5)
+    assert len(events.Scalars("tokens_per_second")) == 9
+
+
+def test_a_logger_that_is_missing_or_unknown(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="there is tensorboard alone"):
+        devices.named_loggers("wandb", tmp_path)
+    loggers = pytest.importorskip("lightning.fabric.loggers.tensorboard")
+    monkeypatch.setattr(loggers, "_TENSORBOARD_AVAILABLE", False)
+    monkeypatch.setattr(loggers, "_TENSORBOARDX_AVAILABLE", False)
+    with pytest.raises(UserError, match=r'pip install -e "\.\[tensorboard\]"'):
+        devices.named_loggers("tensorboard", tmp_path)
+    assert devices.named_loggers(None, tmp_path) == []
+
+
+def test_runs_are_drawn_side_by_side(run_dir, tmp_path):
+    pytest.importorskip("matplotlib")
+    with open(run_dir / "metrics.csv", "a", encoding="utf-8") as file:
+        file.write("10,0.5")  # a line that is being written
+    shutil.copytree(run_dir, tmp_path / "other")
+    printed = succeed("scripts/plot_runs.py", run_dir, tmp_path / "other", "--out_file", tmp_path / "new/runs.png")
+    assert printed.strip() == f"wrote {tmp_path / 'new/runs.png'}"
+    assert (tmp_path / "new/runs.png").read_bytes().startswith(b"\x89PNG")
+    succeed("scripts/plot_runs.py", "--runs", f"[{run_dir}]", "--out_file", tmp_path / "one.svg")
+    refuse("scripts/plot_runs.py", run_dir.parent / "data", message="data: no step in a metrics.csv there")
+
+
+def test_without_matplotlib_the_way_out_is_named(run_dir, tmp_path):
+    """In a process of its own, where the package cannot be found."""
+    code = "import sys; sys.modules['matplotlib'] = None; sys.argv = sys.argv[1:]; "
+    code += "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, ROOT / "scripts/plot_runs.py", run_dir, "--out_file", tmp_path / "a.png"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and 'pip install -e ".[plot]"' in result.stderr.splitlines()[-1]
+
+
+def test_what_stands_in_front_of_the_flags_is_one_list():
+    assert gather(["a", "b c", "--out", "d"], "runs") == ["--runs", '["a", "b c"]', "--out", "d"]
+    assert gather(["--out", "d"], "runs") == ["--out", "d"]
+
+
+def test_running_mean():
+    assert running_mean([1.0, 2.0, 3.0]) == [1.0, 2.0, 3.0]
+    means = running_mean([float(i) for i in range(60)])  # over three
+    assert means[:3] == [0.0, 0.5, 1.0] and means[59] == 58.0
