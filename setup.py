@@ -25,6 +25,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["lit_llama", "lit_llama.*"]),
+    package_data={"lit_llama": ["py.typed"]},
     install_requires=[
         "torch>=2.5,<2.14",  # bounded: a newer one may bring gigabytes of CUDA packages or other numbers
         "lightning>=2.4",

@@ -11,7 +11,7 @@ does: all of the old turns as a rule, and nothing after /system, /load, or when 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
@@ -77,7 +77,7 @@ class Chat:
 
     # what is said
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str]:
         """The answer in pieces of text, as it comes; what there is of it stays, should it be stopped.
 
         A question to which nothing was said is forgotten. UserError for one that is longer than the context.
@@ -161,7 +161,12 @@ class Chat:
     def command(self, line: str) -> str:
         """Do what a line with a slash says, and return what to tell. UserError where it says nothing known."""
         name, _, argument = line.partition(" ")
-        commands = {"/system": self.set_system, "/reset": self.reset, "/load": self.load, "/help": lambda _: HELP}
+        commands: dict[str, Callable[[str], str]] = {
+            "/system": self.set_system,
+            "/reset": self.reset,
+            "/load": self.load,
+            "/help": lambda _: HELP,
+        }
         if name not in commands:
             raise UserError(f"{name} is none of {', '.join(commands)}, /quit")
         return commands[name](argument.strip())

@@ -26,7 +26,7 @@ from lit_llama.model import LLaMA, LLaMAConfig
 CONFIG_FILE, MODEL_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
-def load_config(folder: Path) -> LLaMAConfig:
+def load_config(folder: Path | str) -> LLaMAConfig:
     path = Path(folder) / CONFIG_FILE
     content = read_json(path)
     known = {field.name for field in fields(LLaMAConfig)}
@@ -72,8 +72,10 @@ def save_checkpoint(
 
     ``tensors`` is consumed once, so it may be a generator that reads and converts as it goes.
     """
-    folder, found, files = Path(folder), {}, []
-    shard, shard_bytes = {}, 0
+    folder, shard_bytes = Path(folder), 0
+    found: dict[str, tuple[int, ...]] = {}
+    files: list[tuple[Path, list[str]]] = []
+    shard: dict[str, Tensor] = {}
 
     def flush() -> None:
         nonlocal shard, shard_bytes
@@ -108,7 +110,7 @@ def name_shards(folder: Path, files: list[tuple[Path, list[str]]]) -> None:
     write_json(folder / INDEX_FILE, {"weight_map": weight_map})
 
 
-def shard_files(folder: Path) -> list[Path]:
+def shard_files(folder: Path | str) -> list[Path]:
     """The safetensors files of a checkpoint folder."""
     folder = Path(folder)
     if not (folder / INDEX_FILE).exists():
@@ -120,7 +122,9 @@ def shard_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LLaMA:
+def load_model(
+    folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> LLaMA:
     """The model of a checkpoint folder, in ``dtype`` on ``device``.
 
     It is made on the meta device and takes each tensor as it is read: at most one tensor exists twice. On the CPU a
@@ -141,7 +145,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "
     return model
 
 
-def fingerprint(folder: Path, pieces: int = 16, piece_numbers: int = 32) -> str:
+def fingerprint(folder: Path | str, pieces: int = 16, piece_numbers: int = 32) -> str:
     """sha256 over the config, and each tensor's name, shape, dtype and a sample of its numbers.
 
     It reads ``pieces`` runs of ``piece_numbers`` numbers of each tensor, so 100 GB take seconds. How the tensors are
@@ -179,7 +183,7 @@ def kept_tensors(model: LLaMA) -> dict[str, Tensor]:
     return trained_tensors(model) if model.reparametrization is None else model.reparametrization.kept_tensors()
 
 
-def describe_base(checkpoint_dir: Path) -> dict:
+def describe_base(checkpoint_dir: Path | str) -> dict:
     """What method.json says of the base a method was trained on."""
     return {
         "checkpoint_dir": str(checkpoint_dir),
@@ -207,7 +211,10 @@ def load_trained(model: LLaMA, path: Path, prefix: str = "") -> None:
 
 
 def load_trained_folder(
-    trained_dir: Path, checkpoint_dir: Path | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    trained_dir: Path | str,
+    checkpoint_dir: Path | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> tuple[LLaMA, dict]:
     """The base with a finished method on it, and its method.json.
 
@@ -222,7 +229,7 @@ def load_trained_folder(
     return model, method
 
 
-def add_trained(model: LLaMA, trained_dir: Path, method: dict) -> None:
+def add_trained(model: LLaMA, trained_dir: Path | str, method: dict) -> None:
     """Freeze ``model``, a base, and put on it what a trained folder with this method.json learned."""
     from lit_llama.methods import METHODS
 
@@ -241,13 +248,13 @@ def add_trained(model: LLaMA, trained_dir: Path, method: dict) -> None:
     load_trained(model, Path(trained_dir) / TRAINED_FILE)
 
 
-def tokenizer_dir(trained_dir: Path, checkpoint_dir: Path | None, method: dict) -> Path:
+def tokenizer_dir(trained_dir: Path | str, checkpoint_dir: Path | str | None, method: dict) -> Path:
     """Where the tokenizer of a trained folder lies: in its base, or in itself where it holds a whole model."""
     whole = (Path(trained_dir) / MODEL_FILE).exists()
     return Path(trained_dir if whole else checkpoint_dir or method["base"]["checkpoint_dir"])
 
 
-def read_method(trained_dir: Path) -> dict:
+def read_method(trained_dir: Path | str) -> dict:
     """The method.json of a trained folder."""
     path = Path(trained_dir) / METHOD_FILE
     if not path.exists():
@@ -258,7 +265,7 @@ def read_method(trained_dir: Path) -> dict:
     return method
 
 
-def check_base(base: dict, checkpoint_dir: Path | None, path: Path) -> Path:
+def check_base(base: dict, checkpoint_dir: Path | str | None, path: Path) -> Path:
     """The folder of the base that ``path`` (a method.json) was trained on; UserError when it is another model."""
     folder = Path(checkpoint_dir or base["checkpoint_dir"])
     if not folder.exists():

@@ -1,5 +1,7 @@
 """The sizes of released models, by name: the fields of LLaMAConfig that are not LLaMA 1's 7B."""
 
+from typing import Any
+
 LLAMA_31_SCALING = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 LLAMA_32_SCALING = dict(LLAMA_31_SCALING, factor=32.0)
 LLAMA_2 = dict(block_size=4096, norm_eps=1e-5)
@@ -10,7 +12,7 @@ SMOLLM2 = dict(block_size=8192, vocab_size=49152, head_size=64, norm_eps=1e-5, r
 WIDTH_13B = dict(n_layer=40, n_head=40, n_kv_head=40, n_embd=5120, intermediate_size=13824)
 WIDTH_3B = dict(n_layer=26, n_embd=3200, head_size=100, intermediate_size=8640)
 
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "7B": dict(),
     "13B": WIDTH_13B,
     "30B": dict(n_layer=60, n_head=52, n_kv_head=52, n_embd=6656, intermediate_size=17920),

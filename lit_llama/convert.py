@@ -80,7 +80,7 @@ def rename(tensors: Tensors, source_format: str, n_layer: int, dtype: str | None
             raise UserError(f"tensor {name} has no place in a LLaMA of {n_layer} layers; is it another model?")
         if tensor.dtype not in DTYPES.values():
             raise UserError(f"{name} has dtype {tensor.dtype}, not one of {', '.join(DTYPES)}: is the file quantized?")
-        yield table[name], tensor.to(DTYPES.get(dtype, tensor.dtype))
+        yield table[name], tensor.to(DTYPES.get(dtype or "", tensor.dtype))
 
 
 def fuse_qkv(tensors: Tensors, config: LLaMAConfig, interleaved: bool) -> Iterator[tuple[str, Tensor]]:
@@ -188,9 +188,9 @@ def hf_config(path: Path, name: str) -> LLaMAConfig:
     if not isinstance(rope, dict):
         raise UserError(f"{path}: the rope parameters are {rope!r}, not an object")
     says = {**rope, **raw, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
-    supported = {"model_type": ["llama"], "hidden_act": [None, "silu"], "rope_type": ["default", "llama3"]}
-    supported |= {"partial_rotary_factor": [None, 1.0], "sliding_window": [None], "quantization_config": [None]}
-    supported |= {"attention_bias": [None, False], "mlp_bias": [None, False]}
+    supported: dict[str, list] = {"model_type": ["llama"], "hidden_act": [None, "silu"]}
+    supported |= {"rope_type": ["default", "llama3"], "partial_rotary_factor": [None, 1.0], "sliding_window": [None]}
+    supported |= {"quantization_config": [None], "attention_bias": [None, False], "mlp_bias": [None, False]}
     for key, values in supported.items():
         if says.get(key) not in values:
             raise UserError(f"{path}: {key} {says.get(key)!r} is not supported; a plain LLaMA has one of {values}")
@@ -233,8 +233,8 @@ def hf_files(folder: Path) -> list[Path]:
         index = folder / f"{single}.index.json"
         if index.exists():
             weight_map = read_json(index).get("weight_map")
-            names = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
-            if any(not isinstance(name, str) or Path(name).name != name for name in names):
+            names = set(weight_map.values()) if isinstance(weight_map, dict) else {""}
+            if any(not isinstance(name, str) or not name or Path(name).name != name for name in names):
                 raise UserError(f"{index} must map tensors to file names of its own folder")
             return [folder / name for name in sorted(names)]
         if (folder / single).exists():

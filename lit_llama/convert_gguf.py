@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ def open_gguf(path: Path) -> GGUFReader:
     return reader
 
 
-def field(reader: GGUFReader, key: str, default: object = None) -> object:
+def field(reader: GGUFReader, key: str, default: object = None) -> Any:
     """A value of the header: str, int, float or bool; KeyError where it is absent and there is no default."""
     found = reader.fields.get(key)
     if found is None and default is None:

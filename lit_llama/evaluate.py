@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -93,5 +93,5 @@ class Comparison:
         self.fabric.print()
         for when, answers in self.answers.items():
             correct = torch.tensor(float(count_correct(answers, self.samples)), device=self.fabric.device)
-            share = self.fabric.all_reduce(correct, reduce_op="sum").item() / self.n_samples
-            self.fabric.print(f"exact match {when}: {share:.1%}".replace("%", " %"))
+            summed: Any = self.fabric.all_reduce(correct, reduce_op="sum")
+            self.fabric.print(f"exact match {when}: {summed.item() / self.n_samples:.1%}".replace("%", " %"))

@@ -84,7 +84,7 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     save_tensors(path, {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()})
 
 
-def open_tensors(path: Path, device: str = "cpu"):
+def open_tensors(path: Path, device: torch.device | str = "cpu"):
     """safetensors' ``safe_open`` for torch, with a UserError when the file is missing or not whole."""
     try:
         return safe_open(path, framework="pt", device=str(device))

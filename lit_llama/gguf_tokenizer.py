@@ -28,7 +28,7 @@ LLAMA3 = [
 ]
 SMOLLM = [pre_tokenizers.Digits(individual_digits=True), *GPT2]  # first every digit by itself, then GPT-2's regex
 LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
-PRE_TOKENIZERS = {"gpt-2": GPT2, "default": GPT2, "smollm": SMOLLM, **dict.fromkeys(LLAMA3_NAMES, LLAMA3)}
+PRE_TOKENIZERS: dict = {"gpt-2": GPT2, "default": GPT2, "smollm": SMOLLM, **dict.fromkeys(LLAMA3_NAMES, LLAMA3)}
 LLAMA_IDS = {"unknown": 0, "bos": 1, "eos": 2}  # llama.cpp's for a sentencepiece vocabulary that states none
 
 

@@ -13,6 +13,7 @@ row the rotary positions that it has alone.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -35,7 +36,7 @@ class Rows:
     def __init__(self) -> None:
         self.tasks: list[Path | None] = []
 
-    def of(self, task: Path | None, cache: KVCache) -> Tensor:
+    def of(self, task: Path | None, cache: KVCache | None) -> Tensor:
         """The rows of ``task`` among those that are still decoded."""
         mine = [i for i, row in enumerate(cache.rows.tolist()) if self.tasks[row] == task]
         return torch.tensor(mine, device=cache.k.device, dtype=torch.long)
@@ -128,7 +129,7 @@ class Mixer:
             self.add_soft_prompt(folder, trained.transformer.wte.soft_prompt.detach())
         return method
 
-    def low_ranks(self, attn: MixedAttention, layer: nn.Linear) -> MixedLowRank:
+    def low_ranks(self, attn: MixedAttention, layer: Any) -> MixedLowRank:
         if not hasattr(layer, "mixed"):
             layer.mixed = MixedLowRank(attn)
             layer.register_forward_hook(lambda layer, args, output: layer.mixed(layer, args, output))

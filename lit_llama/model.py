@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_llama.configs import CONFIGS
 
@@ -222,14 +222,14 @@ class LLaMA(nn.Module):
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": RMSNorm(config.n_embd, config.norm_eps),
         }
-        self.transformer = nn.ModuleDict(parts)
+        self.transformer: Any = nn.ModuleDict(parts)  # for mypy any part of a module may be a tensor
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=config.bias)
         self.tie_weights()
         self._rope: tuple[Tensor, Tensor] | None = None  # cos and sin (positions, hs/2), grown as needed
         self.first_position = 0  # of the text: a method may put something in front (methods/prefix.py)
         self.virtual_ids: list[int] = []  # ids past the vocabulary in front of every text (methods/soft_prompt.py)
         self.compute_dtype: torch.dtype | None = None  # narrower than the weights (methods/full.py)
-        self.reparametrization: nn.Module | None = None  # makes what is kept out of what trains (methods/prefix.py)
+        self.reparametrization: Any = None  # makes what is kept out of what trains (methods/prefix.py)
 
     def tie_weights(self) -> None:
         """Share the embedding's weight with the head where the config says so; needed again after a load."""

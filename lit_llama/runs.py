@@ -65,7 +65,12 @@ class Run:
     """The folder ``out_dir`` of one run. A folder that holds a run needs ``resume`` or ``overwrite``."""
 
     def __init__(
-        self, fabric: Fabric, out_dir: Path, checkpoint_dir: Path, resume: bool = False, overwrite: bool = False
+        self,
+        fabric: Fabric,
+        out_dir: Path | str,
+        checkpoint_dir: Path | str,
+        resume: bool = False,
+        overwrite: bool = False,
     ) -> None:
         self.fabric, self.out_dir, self.resume = fabric, Path(out_dir), resume
         self.best_loss, self.best_step = math.inf, 0
@@ -100,7 +105,7 @@ class Run:
         self,
         method: str,
         arguments: dict,
-        checkpoint_dir: Path,
+        checkpoint_dir: Path | str,
         task: Task,
         train: TrainArgs,
         model: LLaMA,

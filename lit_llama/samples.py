@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lit_llama.cli import UserError
 from lit_llama.prompts import Message
@@ -116,7 +117,7 @@ def jsonl_rows(text: str, path: Path) -> Iterator[tuple[int, object]]:
 
 def csv_rows(text: str, path: Path) -> Iterator[tuple[int, object]]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader: Any = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in reader:
             if None in row or None in row.values():

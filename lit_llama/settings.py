@@ -56,7 +56,9 @@ class TrainArgs:
             raise UserError(f"--train.max_seq_length must be at least 3, got {self.max_seq_length}")
 
     def total_steps(self, n_samples: int) -> int:
-        return self.max_steps if self.epochs is None else math.ceil(self.epochs * n_samples / self.batch_size)
+        if self.epochs is not None:
+            return math.ceil(self.epochs * n_samples / self.batch_size)
+        return self.max_steps or 0
 
 
 @dataclass

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from sentencepiece import SentencePieceProcessor
@@ -40,7 +41,7 @@ class Tokenizer:
         folder = Path(checkpoint_dir)
         settings = read_json(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).exists() else {}
         if (folder / JSON_FILE).exists():
-            self.backend = JSONBackend(folder, settings)
+            self.backend: JSONBackend | SentencePieceBackend = JSONBackend(folder, settings)
         elif (folder / SENTENCEPIECE_FILE).exists():
             self.backend = SentencePieceBackend(folder)
         else:
@@ -152,7 +153,7 @@ class SentencePieceBackend:
         return self.processor.decode(ids)
 
 
-def token_text(entry: str | dict | None) -> str | None:
+def token_text(entry: str | dict | None) -> Any:
     """tokenizer_config.json has a token as its text, or as an object with the text in it."""
     return entry.get("content") if isinstance(entry, dict) else entry
 
@@ -164,7 +165,7 @@ def chat_template(folder: Path, settings: dict) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def generation_eos(folder: Path) -> int | None:
+def generation_eos(folder: Path) -> Any:
     """The (first) eos of generation_config.json."""
     path = folder / "generation_config.json"
     eos = read_json(path).get("eos_token_id") if path.exists() else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,8 @@ def head_loss(lm_head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tens
 
 def share(batches: list[list[Encoded]], rank: int, world_size: int) -> list[list[Encoded]]:
     """The micro-batches of one rank: each goes to the rank that has the fewest tokens so far."""
-    tokens, shares = [0] * world_size, [[] for _ in range(world_size)]
+    tokens = [0] * world_size
+    shares: list[list[list[Encoded]]] = [[] for _ in range(world_size)]
     for batch in sorted(batches, key=lambda batch: len(batch) * len(batch[0].ids), reverse=True):
         least = tokens.index(min(tokens))
         tokens[least] += len(batch) * len(batch[0].ids)
@@ -85,7 +86,7 @@ def step_gradient(fabric: Fabric, model: LLaMA, samples: list[Encoded], micro_ba
     if fabric.world_size > 1:
         # One sum over all ranks by hand: DistributedDataParallel would average, and hang where a rank has no work.
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        flat = fabric.all_reduce(torch.cat([loss, *(g.flatten() for g in gradients)]), reduce_op="sum")
+        flat: Any = fabric.all_reduce(torch.cat([loss, *(g.flatten() for g in gradients)]), reduce_op="sum")
         loss, *parts = flat.split([1, *(g.numel() for g in gradients)])
         for p, part in zip(params, parts, strict=True):
             p.grad = part.view_as(p).clone()
@@ -101,7 +102,8 @@ def validate(fabric: Fabric, model: LLaMA, data: list[Encoded], micro_batch_toke
     for batch in share(micro_batches(data, micro_batch_tokens), fabric.global_rank, fabric.world_size):
         loss += target_loss(model, *collate(batch, fabric.device))
     model.train(training)
-    return (fabric.all_reduce(loss, reduce_op="sum") / sum(sample.n_targets for sample in data)).item()
+    summed: Any = fabric.all_reduce(loss, reduce_op="sum")
+    return (summed / sum(sample.n_targets for sample in data)).item()
 
 
 # ---------------------------------------------------------------------------------------------- the loop

@@ -27,7 +27,7 @@ def test_there_is_something_to_check():
 
 def test_the_model_imports_torch_alone():
     foreign = {name.split(".")[0] for name in imports(ROOT / "lit_llama" / "model.py")}
-    assert foreign == {"__future__", "dataclasses", "math", "torch", "lit_llama"}
+    assert foreign == {"__future__", "dataclasses", "math", "typing", "torch", "lit_llama"}
     assert {name for name in imports(ROOT / "lit_llama" / "model.py") if "lit_llama." in name} == {
         "lit_llama.configs",
         "lit_llama.configs.CONFIGS",

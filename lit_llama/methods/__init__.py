@@ -3,6 +3,8 @@
 features, which changes no model, stands beside them in methods/features.py.
 """
 
+from collections.abc import Callable
+
 from lit_llama.methods.adapter import add_adapter
 from lit_llama.methods.adapter_v2 import add_adapter_v2
 from lit_llama.methods.full import add_full
@@ -12,7 +14,7 @@ from lit_llama.methods.output_layers import add_output_layers
 from lit_llama.methods.prefix import add_prefix
 from lit_llama.methods.soft_prompt import add_soft_prompt
 
-METHODS = {
+METHODS: dict[str, Callable[..., None]] = {
     "output_layers": add_output_layers,
     "full": add_full,
     "soft_prompt": add_soft_prompt,

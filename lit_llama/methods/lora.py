@@ -13,6 +13,7 @@ Trains r*(in + out) numbers for each matrix: 4,194,304 for LLaMA-7B with q and v
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -30,7 +31,7 @@ class LowRank(nn.Module):
 
     def __init__(self, layer: nn.Linear, rows: slice, r: int, alpha: float, dropout: float) -> None:
         super().__init__()
-        float32 = dict(device=layer.weight.device, dtype=torch.float32)
+        float32: Any = dict(device=layer.weight.device, dtype=torch.float32)
         self.A = nn.Parameter(torch.empty(r, layer.in_features, **float32))
         self.B = nn.Parameter(torch.zeros(len(range(layer.out_features)[rows]), r, **float32))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))

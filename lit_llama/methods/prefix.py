@@ -14,6 +14,8 @@ directly, so while training they may be made from rows E (K, C) by an MLP, which
 Keeps 2*N*K*nkv*hs numbers: 2,621,440 for LLaMA-7B with K=10; an MLP of 512 makes it 136,618,496 in training.
 """
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -42,7 +44,8 @@ class PrefixMLP(nn.Module):
 
     def __init__(self, model: LLaMA, prompt_length: int, mlp_size: int, device: torch.device) -> None:
         super().__init__()
-        config, float32 = model.config, dict(device=device, dtype=torch.float32)
+        config = model.config
+        float32: Any = dict(device=device, dtype=torch.float32)
         self.shape = (prompt_length, config.n_layer, 2, config.n_kv_head, config.head_size)
         self.embedding = nn.Embedding(prompt_length, config.n_embd, **float32)
         self.down = nn.Linear(config.n_embd, mlp_size, **float32)
