@@ -20,18 +20,21 @@ from lit_llama.prompts import (
     encode_pieces,
     encode_prompt,
 )
-from lit_llama.samples import SUFFIXES, Sample, read_samples
+from lit_llama.samples import SUFFIXES, Sample, read_samples, to_sample
 from lit_llama.tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------- splits
 
 
-def load_splits(path: Path, val_fraction: float = 0.1) -> tuple[list[Sample], list[Sample]]:
-    """Training and validation samples of a folder with train.* and validation.*, or of one file split by hash.
+def load_splits(data: Path | str | list[dict], val_fraction: float = 0.1) -> tuple[list[Sample], list[Sample]]:
+    """Training and validation samples of a folder with train.* and validation.*, or of one file or list split by hash.
 
     The hash of a sample alone decides where it goes, so adding rows moves no other row across the split.
     """
-    path = Path(path)
+    if isinstance(data, list):
+        samples = [replace(to_sample(row, f"row {i + 1}"), row=i) for i, row in enumerate(data)]
+        return split_by_hash(samples, "data", val_fraction)
+    path = Path(data)
     if not path.exists():
         raise UserError(f"--data {path} is missing; give a file ({', '.join(SUFFIXES)}) or a folder with train.*")
     train_file, val_file = (
@@ -42,14 +45,19 @@ def load_splits(path: Path, val_fraction: float = 0.1) -> tuple[list[Sample], li
     train = read_samples(train_file)
     if val_file is not None:
         return train, read_samples(val_file)
+    return split_by_hash(train, str(path), val_fraction)
+
+
+def split_by_hash(samples: list[Sample], where: str, val_fraction: float) -> tuple[list[Sample], list[Sample]]:
+    """Training and validation samples; ``where`` they come from, for messages to the user."""
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction {val_fraction} must lie between 0 and 1")
-    held_out = [hash_fraction(sample.key()) < val_fraction for sample in train]
+    held_out = [hash_fraction(sample.key()) < val_fraction for sample in samples]
     if all(held_out) or not any(held_out):
-        raise UserError(f"{path}: {len(train)} rows are too few to split off {val_fraction:.0%} for validation")
+        raise UserError(f"{where}: {len(samples)} rows are too few to split off {val_fraction:.0%} for validation")
     return (
-        [sample for sample, out in zip(train, held_out, strict=True) if not out],
-        [sample for sample, out in zip(train, held_out, strict=True) if out],
+        [sample for sample, out in zip(samples, held_out, strict=True) if not out],
+        [sample for sample, out in zip(samples, held_out, strict=True) if out],
     )
 
 
@@ -77,7 +85,7 @@ def encode_sample(sample: Sample, style: str, tokenizer: Tokenizer, max_seq_leng
     if sample.messages:
         pieces, end = STYLES[style](sample.messages), END_OF_TURN.get(style, EOS)
     else:
-        pieces, end = iter([(BOS, False), (sample.text, True), (EOS, True)]), EOS
+        pieces, end = iter([(BOS, False), (sample.text or "", True), (EOS, True)]), EOS
     try:
         ids, trains = encode_pieces(pieces, tokenizer)
     except UserError as error:
@@ -160,7 +168,11 @@ class Task:
 
 
 def load_task(
-    data: Path, checkpoint_dir: Path, prompt_style: str | None, max_seq_length: int, classify: bool = False
+    data: Path | str | list[dict],
+    checkpoint_dir: Path | str,
+    prompt_style: str | None,
+    max_seq_length: int,
+    classify: bool = False,
 ) -> Task:
     """Read, split and encode ``data`` for a base; ``summary`` says what was found and what was dropped.
 
@@ -169,15 +181,15 @@ def load_task(
     tokenizer, block_size = Tokenizer(checkpoint_dir), load_config(checkpoint_dir).block_size
     if max_seq_length > block_size:
         raise UserError(f"--train.max_seq_length {max_seq_length} exceeds the base's context of {block_size} tokens")
-    samples = load_splits(data)
+    samples, name = load_splits(data), "rows" if isinstance(data, list) else str(data)
     only_texts = not any(sample.messages for split in samples for sample in split)
     style = "plain" if only_texts else choose_style(prompt_style, tokenizer)
     if classify:
         labels = sorted({sample.label for sample in samples[0] if sample.label is not None})
-        train, validation = (encode_labels(split, style, tokenizer, max_seq_length, labels) for split in samples)
-        summary = f"{data}: {len(train)} samples to train on, {len(validation)} to validate, labels {labels}"
+        train_ids, val_ids = (encode_labels(split, style, tokenizer, max_seq_length, labels) for split in samples)
+        summary = f"{name}: {len(train_ids)} samples to train on, {len(val_ids)} to validate, labels {labels}"
         held_out = [replace(s, messages=[*s.prompt, {"role": "assistant", "content": s.label}]) for s in samples[1]]
-        return Task(str(data), tokenizer, style, train, validation, held_out, summary, labels)
+        return Task(name, tokenizer, style, train_ids, val_ids, held_out, summary, labels)
     (train, train_ids), (validation, val_ids) = (
         encode_samples(split, style, tokenizer, max_seq_length) for split in samples
     )
@@ -187,7 +199,7 @@ def load_task(
         "cut to max_seq_length": sum(ids.cut for ids in train_ids + val_ids),
         "of validation also in training": sum(sample.key() in seen for sample in validation),
     }
-    summary = f"{data}: {len(train)} samples to train on, {len(validation)} to validate, prompt style {style}"
+    summary = f"{name}: {len(train)} samples to train on, {len(validation)} to validate, prompt style {style}"
     summary += "".join(f"; {count} {note}" for note, count in notes.items() if count)
     held_out = [sample for sample, ids in zip(validation, val_ids, strict=True) if can_be_asked(sample, ids)]
-    return Task(str(data), tokenizer, style, train_ids, val_ids, held_out, summary)
+    return Task(name, tokenizer, style, train_ids, val_ids, held_out, summary)

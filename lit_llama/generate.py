@@ -154,6 +154,20 @@ def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
         yield text[len(shown) :]
 
 
+def reply(
+    model: LLaMA,
+    tokenizer: Tokenizer,
+    style: str,
+    prompt: str,
+    input: str = "",
+    max_new_tokens: int = 256,
+    sampling: Sampling | None = None,
+) -> str:
+    """The answer to one prompt."""
+    ids = encode_prompt([{"role": "user", "content": prompt, "input": input}], style, tokenizer)
+    return tokenizer.decode(generate(model, ids, max_new_tokens, stop_ids(style, tokenizer), sampling))
+
+
 def stream_answer(
     model: LLaMA,
     tokenizer: Tokenizer,

@@ -13,6 +13,10 @@ from lit_llama.settings import DEFAULT_BASE, TrainArgs
 if TYPE_CHECKING:
     import torch
 
+    Data = str | list[dict]  # a path, or from Python the rows themselves
+else:
+    Data = str  # what the command line can say
+
 HEADS = ("language", "classifier")
 
 
@@ -23,9 +27,9 @@ class Job:
         self,
         method: str,
         train: TrainArgs,
-        head: str,
+        head: str = "language",
         checkpoint_dir: str = DEFAULT_BASE,
-        data: str = "data/bookings",
+        data: Data = "data/bookings",
         out_dir: str | None = None,
         prompt_style: str | None = None,
         eval_samples: int = 200,
@@ -71,7 +75,8 @@ class Job:
             raise UserError(f"--head {head!r} is none of {', '.join(HEADS)}")
         ensure_base(checkpoint_dir, yes)
         self.method, self.train, self.checkpoint_dir = method, train, checkpoint_dir
-        folder = Path(out_dir or f"out/{method}/{Path(data).stem}")
+        name = "rows" if isinstance(data, list) else Path(data).stem
+        folder = Path(out_dir or f"out/{method}/{name}")
         self.fabric = launch(devices, num_nodes, strategy, named_loggers(logger, folder))
         self.run = Run(self.fabric, folder, checkpoint_dir, resume, overwrite)
         self.task = load_task(data, checkpoint_dir, prompt_style, train.max_seq_length, head == "classifier")

@@ -1,6 +1,6 @@
 """Convert a lit-llama.pth that the original Lit-LLaMA wrote (LLaMA 1).
 
-    python scripts/convert_lit_checkpoint.py --path checkpoints/lit-llama/7B/lit-llama.pth --name 7B \\
+    python scripts/convert_lit_checkpoint.py --source checkpoints/lit-llama/7B/lit-llama.pth --name 7B \\
         --out_dir checkpoints/llama-7b
 """
 
@@ -13,7 +13,7 @@ from lit_llama.cli import run
 
 
 def main(
-    path: Path,
+    source: Path,
     out_dir: Path,
     name: Literal["7B", "13B", "30B", "65B"],
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
@@ -22,7 +22,7 @@ def main(
     """Convert a lit-llama.pth to a checkpoint folder.
 
     Args:
-        path: The lit-llama.pth file.
+        source: The lit-llama.pth file.
         out_dir: Folder to write; it must not exist.
         name: Which model it is; the file does not say.
         dtype: What to cast the weights to, by default each stays in the dtype it is stored in.
@@ -30,7 +30,7 @@ def main(
     """
     from lit_llama.convert import convert_lit
 
-    convert_lit(path, out_dir, name, dtype, tokenizer)
+    convert_lit(source, out_dir, name, dtype, tokenizer)
     print(f"wrote {out_dir}")
 
 
