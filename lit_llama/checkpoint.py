@@ -186,7 +186,7 @@ def kept_tensors(model: LLaMA) -> dict[str, Tensor]:
 def describe_base(checkpoint_dir: Path | str) -> dict:
     """What method.json says of the base a method was trained on."""
     return {
-        "checkpoint_dir": str(checkpoint_dir),
+        "checkpoint_dir": Path(checkpoint_dir).as_posix(),  # read on Windows and elsewhere
         "name": load_config(checkpoint_dir).name,
         "fingerprint": fingerprint(checkpoint_dir),
     }

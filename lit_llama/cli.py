@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -32,6 +33,7 @@ def run(main: Callable, leading: str | None = None) -> None:
     from jsonargparse import Namespace
 
     global command_line
+    write_utf8()
     try:
         parser = parser_of(main)
         config = parse(parser, gather(sys.argv[1:], leading) if leading else sys.argv[1:])
@@ -45,6 +47,13 @@ def run(main: Callable, leading: str | None = None) -> None:
         leave(str(stopped) if os.environ.get("LOCAL_RANK", "0") == "0" else "", 130)
     except KeyboardInterrupt:
         leave("interrupted", 130)
+
+
+def write_utf8() -> None:
+    """Print UTF-8 into files and pipes, too, where Windows has a code page that lacks most characters."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 ONE_OFF = ("config", "resume", "overwrite", "yes")  # answers to a situation, not settings of a run

@@ -71,7 +71,7 @@ def base_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the device has bfloat16 matrix instructions.
+    """Whether the device is known to have bfloat16 matrix instructions: of Apple's GPUs only the later ones have.
 
     On a CPU without them (AVX2 alone) a bfloat16 matrix product takes about eight times as long as a float32 one.
     """

@@ -57,7 +57,7 @@ def download_default(folder: Path) -> None:
     from lit_llama.convert_gguf import convert_gguf  # here, so that a script's --help stays fast
 
     refuse_existing(folder)
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:  # Windows: it may still be mapped
         gguf = fetch_default_gguf(Path(temporary))
         convert_gguf(gguf, folder, name=Path(DEFAULT_BASE).name)
 
@@ -111,7 +111,8 @@ def download_hub(repo_id: str, folder: Path, revision: str | None = None) -> Non
     weights = "*.safetensors" if any(name.endswith(".safetensors") for name in files) else "*.bin"
     print(f"{repo_id} at commit {info.sha}")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+    beside = dict(dir=folder.parent, prefix=f".{folder.name}.")
+    with tempfile.TemporaryDirectory(**beside, ignore_cleanup_errors=True) as temporary:
         for patterns in (["*.json", "tokenizer.model"], [weights]):
             fetch = dict(revision=info.sha, local_dir=temporary, allow_patterns=patterns, ignore_patterns=["*/*"])
             ask_hub(snapshot_download, repo_id, **fetch)

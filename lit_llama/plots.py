@@ -74,6 +74,8 @@ def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
     for key, (label, unit, scale) in axes.items():
         figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
         for name, row in points.items():
+            if row[key] is None:  # memory, on Windows
+                continue
             low, high = row["right_interval"]
             error = [[100 * (row["right"] - low)], [100 * (high - row["right"])]]
             ax.errorbar(row[key] / unit, 100 * row["right"], yerror(error), fmt="o", capsize=3)

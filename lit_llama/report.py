@@ -64,7 +64,8 @@ def markdown(results: dict[str, dict]) -> str:
         cells += [f"{row['train_loss']:.4f}" if "train_loss" in row else ""]
         if "seconds" in row:
             cells += [f"{row['gflop_per_token']:.2f}", f"{row['seconds'] / 60:.1f}"]
-            cells += [f"{row['peak_memory'] / 1e6:,.0f}", f"{row['kept_bytes'] / 1e6:,.2f}"]
+            cells += ["" if row["peak_memory"] is None else f"{row['peak_memory'] / 1e6:,.0f}"]  # untold on Windows
+            cells += [f"{row['kept_bytes'] / 1e6:,.2f}"]
         else:
             cells += [""] * 4
         rows.append([cell.replace("%", " %").replace("  %", " %") for cell in cells])

@@ -175,7 +175,8 @@ class Run:
             for name in file.keys():
                 if name.startswith("optimizer."):
                     _, i, key = name.split(".")
-                    state.setdefault(int(i), {})[key] = file.get_tensor(name)
+                    # A copy: Windows replaces no file that is mapped into memory, and this one is written again.
+                    state.setdefault(int(i), {})[key] = file.get_tensor(name).clone()
         load_trained(model, path, prefix="trained.")
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         self.best_loss, self.best_step = numbers["best_loss"], numbers["best_step"]

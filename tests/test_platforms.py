@@ -1,0 +1,111 @@
+"""Windows and macOS, as far as they can be simulated here."""
+
+import io
+import os
+import sys
+from pathlib import Path, PureWindowsPath
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from test_scripts import run, succeed
+from tools import make_base, sums, write_rows
+
+from lit_llama import checkpoint, cli, devices
+from lit_llama.plots import plot_comparison
+from lit_llama.report import markdown
+
+ROOT = Path(__file__).parent.parent
+CODE = [path for folder in ("lit_llama", "finetune", "generate", "scripts") for path in (ROOT / folder).rglob("*.py")]
+
+
+def test_apples_gpu_is_picked_up(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr("lightning.fabric.accelerators.mps.MPSAccelerator.is_available", lambda: True)
+    assert devices.default_device() == torch.device("mps")
+    fabric = Fabric(devices=1, precision="32-true")  # as launch makes it
+    assert fabric.device.type == "mps"
+    assert devices.base_dtype("auto", fabric.device) == torch.float32
+    assert devices.base_dtype("bf16-true", fabric.device) == torch.bfloat16
+
+
+def test_without_the_resource_module_memory_is_unknown(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "resource", None)  # importing it fails
+    assert devices.peak_memory(torch.device("cpu")) is None
+
+
+def test_macos_counts_memory_in_bytes(monkeypatch):
+    here = devices.peak_memory(torch.device("cpu"))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert 1000 < here / devices.peak_memory(torch.device("cpu")) < 1050  # Linux counts in units of 1,024
+
+
+def test_a_comparison_does_without_the_memory(tmp_path):
+    pytest.importorskip("matplotlib")
+    row = dict(trained_numbers=3, trained_share=0.1, gflop_per_token=1.0, seconds=60, peak_memory=None, kept_bytes=12)
+    row |= dict(right=0.5, right_interval=(0.4, 0.6), loss=1.0, loss_interval=(0.9, 1.1), n_test=10, answers={})
+    assert "| 1.0 |  | 0.00 |" in markdown({"lora": row})
+    plot_comparison(tmp_path, {"lora": row})
+    assert (tmp_path / "quality_by_peak_memory.png").exists()
+
+
+def test_a_code_page_does_not_stop_an_answer(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252"))
+    with pytest.raises(UnicodeEncodeError):
+        print("三", flush=True)
+    cli.write_utf8()
+    print("三 \udce9", flush=True)
+    assert raw.getvalue().decode("utf-8").rstrip("\r\n") == "三 \\udce9"
+
+
+def test_a_trained_folder_names_its_base_for_every_system(monkeypatch):
+    monkeypatch.setattr(checkpoint, "Path", PureWindowsPath)
+    monkeypatch.setattr(checkpoint, "load_config", lambda folder: type("config", (), {"name": "tiny"}))
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda folder: "0")
+    assert checkpoint.describe_base("checkpoints\\my\\base")["checkpoint_dir"] == "checkpoints/my/base"
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_no_file_is_replaced_while_it_is_mapped(tmp_path, monkeypatch):
+    """Windows refuses that. Base and state are read through maps; a resumed run writes its state again."""
+
+    replaced, replace = [], os.replace
+
+    def checked(source, target):
+        assert str(target) not in Path("/proc/self/maps").read_text(), f"{target} is mapped"
+        replaced.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", checked)
+    write_rows(tmp_path / "data/train.json", sums(20))
+    write_rows(tmp_path / "data/validation.json", sums(25)[20:])
+    flags = ["--checkpoint_dir", make_base(tmp_path / "base"), "--data", tmp_path / "data", "--precision", "32-true"]
+    flags += ["--eval_samples", 0, "--train.max_steps", 4, "--train.save_every", 2, "--out_dir", tmp_path / "out"]
+    for method in ("full", "lora"):
+        with monkeypatch.context() as patch:
+            patch.setattr("lit_llama.runs.Interrupt.seen", lambda self, fabric: True)  # Ctrl-C in the first step
+            assert run(f"finetune/{method}.py", *flags, "--overwrite").returncode == 130
+        written = len(replaced)
+        succeed(f"finetune/{method}.py", *flags, "--resume")
+        assert replaced[written:].count("state.safetensors") == 2
+
+
+def test_files_are_opened_as_utf8():
+    """Elsewhere the default is the system's code page."""
+    for path in CODE:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            opens = any(call in line for call in (".read_text(", ".write_text(", " open(")) and "def " not in line
+            binary = any(mode in line for mode in ('"rb', '"wb', "archive.open"))
+            assert not opens or binary or "encoding=" in line, f"{path.name}:{number}: {line}"
+
+
+def test_nothing_is_imported_that_only_posix_has():
+    for path in CODE:
+        text = path.read_text(encoding="utf-8")
+        for module in ("fcntl", "pwd", "grp", "termios", "resource"):
+            unguarded = f"\nimport {module}\n" in text  # at the top; within a function it is guarded
+            assert not unguarded, (path.name, module)
+        assert "os.fork" not in text and "signal.SIGALRM" not in text and "signal.pause" not in text, path.name
