@@ -111,8 +111,9 @@ def download_hub(repo_id: str, folder: Path, revision: str | None = None) -> Non
     weights = "*.safetensors" if any(name.endswith(".safetensors") for name in files) else "*.bin"
     print(f"{repo_id} at commit {info.sha}")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = dict(dir=folder.parent, prefix=f".{folder.name}.")
-    with tempfile.TemporaryDirectory(**beside, ignore_cleanup_errors=True) as temporary:
+    with tempfile.TemporaryDirectory(
+        dir=folder.parent, prefix=f".{folder.name}.", ignore_cleanup_errors=True
+    ) as temporary:
         for patterns in (["*.json", "tokenizer.model"], [weights]):
             fetch = dict(revision=info.sha, local_dir=temporary, allow_patterns=patterns, ignore_patterns=["*/*"])
             ask_hub(snapshot_download, repo_id, **fetch)

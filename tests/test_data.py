@@ -247,3 +247,16 @@ def test_collate_pads_at_the_right():
     ids, targets = collate([Encoded([1, 2, 3], [IGNORE, 5, 6]), Encoded([4], [7])])
     assert ids.tolist() == [[1, 2, 3], [4, 0, 0]]
     assert targets.tolist() == [[IGNORE, 5, 6], [7, IGNORE, IGNORE]]
+
+
+def test_rows_from_python_are_split_as_those_of_a_file(tmp_path):
+    rows = sums(60)
+    from_file = load_splits(write_rows(tmp_path / "rows.json", rows))
+    from_list = load_splits(rows)
+    for one, other in zip(from_file, from_list, strict=True):
+        assert [sample.key() for sample in one] == [sample.key() for sample in other]
+        assert [sample.row for sample in one] == [sample.row for sample in other]
+    with pytest.raises(UserError, match="row 2: a row needs instruction and output"):
+        load_splits([rows[0], {"question": "?"}])
+    with pytest.raises(UserError, match="data: 1 rows are too few"):
+        load_splits(rows[:1])
