@@ -86,7 +86,7 @@ class Chat:
         try:
             ids, room = self.fit_history()
             cached = self.reuse_cache(ids, len(ids) + room)
-        except UserError:
+        except BaseException:  # Ctrl-C, too
             self.turns.pop()
             raise
         answer: list[int] = []
@@ -108,10 +108,10 @@ class Chat:
             else:
                 self.turns.pop()
 
-    def encode(self) -> list[int]:
-        """The ids of the conversation up to where the next answer begins."""
+    def encode(self, turns: list[Message]) -> list[int]:
+        """The ids of a conversation up to where the next answer begins."""
         ids = list(self.model.virtual_ids)
-        for piece, _ in STYLES[self.style](self.system + self.turns):
+        for piece, _ in STYLES[self.style](self.system + turns):
             if isinstance(piece, Answer):
                 ids += piece.ids
             elif isinstance(piece, Control):
@@ -126,17 +126,17 @@ class Chat:
         Where there is no room for a whole answer the oldest turns go, down to half of the context: every time they do,
         what is left must be read again, so it should not be every turn. UserError where the last message is too long.
         """
-        context, dropped = self.model.context, 0
-        ids = self.encode()
+        context, turns = self.model.context, self.turns
+        ids = self.encode(turns)
         if len(ids) + self.max_new_tokens > context:
-            while len(ids) > context // 2 and len(self.turns) > 1:
-                del self.turns[:2]
-                dropped += 1
-                ids = self.encode()
-        if dropped:
-            self.notify(f"the context of {context} tokens is full: the oldest {dropped} turns are forgotten")
+            while len(ids) > context // 2 and len(turns) > 1:
+                turns = turns[2:]  # a question and its answer
+                ids = self.encode(turns)
         if len(ids) >= context:
             raise UserError(f"this message makes {len(ids)} tokens, and the context has {context}; shorten it")
+        if dropped := (len(self.turns) - len(turns)) // 2:
+            self.notify(f"the context of {context} tokens is full: the oldest {dropped} turns are forgotten")
+            self.turns = turns
         return ids, min(self.max_new_tokens, context - len(ids))
 
     def reuse_cache(self, ids: list[int], slots: int) -> int:

@@ -83,7 +83,7 @@ def fresh_ids(chat: Chat, text: str) -> list[int]:
     asked = copy.copy(chat)
     asked.turns = [*chat.turns, {"role": "user", "content": text}]
     model = copy.deepcopy(chat.model)
-    prompt = asked.encode()[len(model.virtual_ids) :]
+    prompt = asked.encode(asked.turns)[len(model.virtual_ids) :]
     return list(generate(model, prompt, chat.max_new_tokens, stop_ids(chat.style, chat.tokenizer)))
 
 
@@ -124,7 +124,7 @@ def test_an_answer_keeps_its_own_ids(chat):
     chat.turns = []
     say(chat, "a")
     ids = chat.turns[1]["content"].ids
-    encoded = chat.encode()
+    encoded = chat.encode(chat.turns)
     assert any(encoded[i : i + len(ids)] == ids for i in range(len(encoded)))
 
 
@@ -142,10 +142,11 @@ def test_the_oldest_turns_go_when_the_context_is_full(tmp_path, monkeypatch):
             assert "context of 160 tokens is full: the oldest" in notes[-1]
             assert chat.turns[-2]["content"] == f"{i} and {i}" and len(chat.turns) < 2 * (i + 1)
     assert 1 < len(notes) < 8  # half of the context is made free, so that most turns are cheap
-    assert chat.encode()[: len(chat.tokenizer.encode("system\nBe brief."))]
+    assert "system\nBe brief." in chat.tokenizer.decode(chat.encode(chat.turns))
+    turns = list(chat.turns)
     with pytest.raises(UserError, match="the context has 160; shorten it"):
         say(chat, "x" * 200)
-    assert "x" * 200 not in [turn["content"] for turn in chat.turns]
+    assert chat.turns == turns  # a message that is too long costs nothing of the history
     assert say(chat, "still here?")
 
 
