@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
+from lit_llama.classify import label_shares
 from lit_llama.cli import UserError
 from lit_llama.data import Sample, Task
 from lit_llama.generate import generate_batch
@@ -45,20 +46,6 @@ def answer_samples(
     return answers
 
 
-@torch.inference_mode()
-def choose_labels(model: LLaMA, prompts: list[list[int]], labels: list[str], batch_size: int = 32) -> list[str]:
-    """The likeliest label of each prompt (ids), by a model whose head is a classifier."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    chosen = [""] * len(prompts)
-    model.eval()
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        logits = model.lm_head(model.last_vectors([prompts[i] for i in rows]))  # (rows, labels)
-        for i, label in zip(rows, logits.argmax(-1).tolist(), strict=True):
-            chosen[i] = labels[label]
-    return chosen
-
-
 def count_correct(answers: list[str], samples: list[Sample]) -> int:
     """How many answers are the expected text to the letter, blanks around it aside."""
     return sum(answer.strip() == sample.answer.strip() for answer, sample in zip(answers, samples, strict=True))
@@ -79,7 +66,8 @@ class Comparison:
         task, samples = self.task, self.samples
         if task.labels is not None:
             encoded = task.validation[: self.n_samples][self.fabric.global_rank :: self.fabric.world_size]
-            self.answers[when] = choose_labels(model, [sample.ids for sample in encoded], task.labels)
+            chosen = label_shares(model, [sample.ids for sample in encoded]).argmax(1)
+            self.answers[when] = [task.labels[i] for i in chosen]
         else:
             self.answers[when] = answer_samples(model, task.tokenizer, task.prompt_style, samples, name=when)
 

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from lit_llama import cli
-from lit_llama.batches import IGNORE, Encoded, collate
+from lit_llama.batches import IGNORE, Encoded, collate, micro_batches
 from lit_llama.checkpoint import load_model, load_trained_folder, read_method, tokenizer_dir
 from lit_llama.classify import Classifier, is_classifier, load_classifier
 from lit_llama.data import can_be_asked, encode_labels, encode_samples, split_file
@@ -33,7 +34,7 @@ from lit_llama.model import LLaMA
 from lit_llama.prompts import choose_style, encode_prompt
 from lit_llama.samples import Sample, read_samples
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.train import target_loss
+from lit_llama.train import target_vectors
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -147,11 +148,20 @@ def count_last_answers(
     return [sample for sample, _ in kept], [ids for _, ids in kept]
 
 
+@torch.inference_mode()
 def sample_losses(fabric: Fabric, model: LLaMA, encoded: list[Encoded]) -> list[float]:
     """The cross-entropy of each sample, summed over its target tokens."""
-    bar = tqdm(encoded, desc="loss", unit="sample", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-    with torch.inference_mode():
-        return [target_loss(model.eval(), *collate([ids], fabric.device)).item() for ids in bar]
+    model.eval()
+    losses: dict[int, float] = {}
+    bar = tqdm(total=len(encoded), desc="loss", unit="sample", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    with bar:
+        for batch in micro_batches(encoded, max_tokens=1024):
+            vectors, targets, rows = target_vectors(model, *collate(batch, fabric.device))
+            of_tokens = F.cross_entropy(model.lm_head(vectors).float(), targets, reduction="none")  # (n,)
+            of_rows = torch.zeros(len(batch), device=of_tokens.device).index_add_(0, rows, of_tokens)
+            losses |= zip(map(id, batch), of_rows.tolist(), strict=True)
+            bar.update(len(batch))
+    return [losses[id(ids)] for ids in encoded]
 
 
 def write_results(path: str | None, rows: list[tuple]) -> None:
