@@ -72,15 +72,26 @@ def save_checkpoint(
 
     ``tensors`` is consumed once, so it may be a generator that reads and converts as it goes.
     """
-    folder, found, files = Path(folder), {}, []
+    folder = Path(folder)
+    found = write_shards(folder, tensors, max_shard_bytes)
+    check_tensors(found, tensor_shapes(config), folder)
+    write_json(folder / CONFIG_FILE, asdict(config))
+
+
+def write_shards(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = 4 * 2**30
+) -> dict[str, tuple[int, ...]]:
+    """Write tensors as they come, to one file or to numbered shards with an index; returns their shapes."""
+    found, files = {}, []
     shard, shard_bytes = {}, 0
 
     def flush() -> None:
         nonlocal shard, shard_bytes
         files.append((folder / f"part-{len(files)}", list(shard)))
-        save_tensors(files[-1][0], shard)
+        save_tensors(files[-1][0], shard, {"format": "pt"})  # transformers asks whose tensors they are
         shard, shard_bytes = {}, 0
 
+    total_bytes = 0
     for name, tensor in tensors:
         if name in found:
             raise UserError(f"tensor {name} comes twice")
@@ -89,13 +100,13 @@ def save_checkpoint(
         found[name] = tuple(tensor.shape)
         shard[name] = tensor
         shard_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
     flush()
-    check_tensors(found, tensor_shapes(config), folder)
-    name_shards(folder, files)
-    write_json(folder / CONFIG_FILE, asdict(config))
+    name_shards(folder, files, total_bytes)
+    return found
 
 
-def name_shards(folder: Path, files: list[tuple[Path, list[str]]]) -> None:
+def name_shards(folder: Path, files: list[tuple[Path, list[str]]], total_bytes: int) -> None:
     """Give the parts their final names: one model.safetensors, or numbered shards with an index."""
     if len(files) == 1:
         os.replace(files[0][0], folder / MODEL_FILE)
@@ -105,7 +116,7 @@ def name_shards(folder: Path, files: list[tuple[Path, list[str]]]) -> None:
         shard_name = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
         os.replace(part, folder / shard_name)
         weight_map.update(dict.fromkeys(names, shard_name))
-    write_json(folder / INDEX_FILE, {"weight_map": weight_map})
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
 def shard_files(folder: Path) -> list[Path]:

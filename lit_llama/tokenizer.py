@@ -77,6 +77,10 @@ class Tokenizer:
         """The id of a control token such as "<|im_end|>", None if there is none of that name."""
         return self.backend.controls.get(token)
 
+    def token(self, token_id: int) -> str:
+        """The name of one token in the vocabulary."""
+        return self.backend.token(token_id)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The inverse of encode. Control tokens become their names, a model's padding rows nothing.
 
@@ -121,6 +125,9 @@ class JSONBackend:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def token(self, token_id: int) -> str:
+        return self.tokenizer.id_to_token(token_id)
+
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
@@ -147,6 +154,9 @@ class SentencePieceBackend:
 
     def encode(self, text: str) -> list[int]:
         return self.processor.encode(text)
+
+    def token(self, token_id: int) -> str:
+        return self.processor.id_to_piece(token_id)
 
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids)

@@ -14,15 +14,14 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
-from test_methods import logits_of, shake
+from test_methods import logits_of
 from test_model import SCALING, transformers_model
 from test_scripts import refuse, succeed
-from tools import make_base
+from tools import make_base, save_trained
 
-from lit_llama.checkpoint import describe_base, kept_tensors, load_model, load_trained_folder
+from lit_llama.checkpoint import load_model, load_trained_folder
 from lit_llama.cli import UserError
-from lit_llama.files import read_json, save_tensors, write_json
-from lit_llama.methods import METHODS
+from lit_llama.files import read_json, write_json
 from lit_llama.methods.lora import TARGETS
 from lit_llama.peft_format import export_peft, import_peft
 
@@ -56,15 +55,8 @@ def ids(seed: int = 1) -> torch.Tensor:
 
 
 def train_ours(base: Path, folder: Path, case: str) -> Path:
-    """A trained folder with random values in all that trains."""
     method, arguments = OURS[case]
-    model = load_model(base).requires_grad_(False)
-    METHODS[method](model, **arguments)
-    shake(model)
-    save_tensors(folder / "trained.safetensors", kept_tensors(model))
-    about = {"base": describe_base(base), "prompt_style": "chatml", "train": {"max_seq_length": 64}}
-    write_json(folder / "method.json", {"method": method, "arguments": arguments, **about})
-    return folder
+    return save_trained(base, folder, method, **arguments)
 
 
 def train_theirs(base: Path, folder: Path, case: str) -> PeftModel:
