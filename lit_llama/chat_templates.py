@@ -6,7 +6,7 @@ only at control tokens: where there is none beside an earlier answer, that answe
 
 from __future__ import annotations
 
-from lit_llama.prompts import ALPACA_INTRO
+from lit_llama.prompts import ALPACA_INTRO, choose_style
 from lit_llama.tokenizer import Tokenizer
 
 # "{{-" and "{%-" drop the blanks in front, so the layout here is no part of the text.
@@ -70,7 +70,9 @@ PLAIN = r"""
 TEMPLATES = {"alpaca": ALPACA, "chatml": CHATML, "llama2": LLAMA2, "llama3": LLAMA3, "plain": PLAIN}
 
 
-def style_template(style: str, tokenizer: Tokenizer) -> str:
-    """The template of a style, without the beginning of sequence where the tokenizer uses none."""
-    lines = TEMPLATES[style].strip().splitlines()
+def chat_template(tokenizer: Tokenizer, style: str | None) -> str | None:
+    """The template of a style, or the tokenizer's own (None if it has none) where the style is None."""
+    if style is None:
+        return tokenizer.chat_template
+    lines = TEMPLATES[choose_style(style, tokenizer)].strip().splitlines()
     return "\n".join(line for line in lines if tokenizer.bos_id is not None or line.strip() != "{{- bos_token }}")

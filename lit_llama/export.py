@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_llama.chat_templates import style_template
+from lit_llama.chat_templates import chat_template
 from lit_llama.checkpoint import (
     CONFIG_FILE,
     METHOD_FILE,
@@ -91,9 +91,7 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None, pro
     other folders the tokenizer's own is kept.
     """
     source, config = Path(checkpoint_dir), whole_model(checkpoint_dir)
-    if (source / METHOD_FILE).exists():
-        prompt_style = prompt_style or read_method(source)["prompt_style"]
-    tokenizer, written = Tokenizer(source), set()
+    tokenizer, style, written = Tokenizer(source), trained_style(source, prompt_style), set()
 
     def cast() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in exported_tensors(source, config, "hf", interleaved=False):
@@ -104,9 +102,16 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None, pro
     with whole_folder(Path(out_dir)) as folder:
         write_shards(folder, cast())
         copy_tokenizer(source, folder)
-        special = complete_tokenizer(folder, config, tokenizer, prompt_style)
+        special = complete_tokenizer(folder, config, tokenizer, style)
         stored = str(max(written, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
         write_json(folder / CONFIG_FILE, {**llama_config(config), **special, "torch_dtype": stored, "dtype": stored})
+
+
+def trained_style(folder: Path, prompt_style: str | None) -> str | None:
+    """``prompt_style`` or, where it is None, what a folder's method.json says; None where nothing says it."""
+    if prompt_style is None and (Path(folder) / METHOD_FILE).exists():
+        return read_method(folder)["prompt_style"]
+    return prompt_style
 
 
 def llama_config(config: LLaMAConfig) -> dict:
@@ -134,7 +139,7 @@ def llama_config(config: LLaMAConfig) -> dict:
     }
 
 
-def complete_tokenizer(folder: Path, config: LLaMAConfig, tokenizer: Tokenizer, prompt_style: str | None) -> dict:
+def complete_tokenizer(folder: Path, config: LLaMAConfig, tokenizer: Tokenizer, style: str | None) -> dict:
     """Write what transformers wants to know beside the tokenizer's own file; returns the special ids of config.json."""
     path = folder / SETTINGS_FILE
     settings = read_json(path) if path.exists() else {}
@@ -146,7 +151,7 @@ def complete_tokenizer(folder: Path, config: LLaMAConfig, tokenizer: Tokenizer, 
     if tokenizer.bos_id is not None:
         defaults["bos_token"] = tokenizer.token(tokenizer.bos_id)
     settings = defaults | settings
-    template = style_template(prompt_style, tokenizer) if prompt_style else tokenizer.chat_template
+    template = chat_template(tokenizer, style)
     if template is not None:
         settings["chat_template"] = template
         (folder / TEMPLATE_FILE).unlink(missing_ok=True)  # it would go before this one
@@ -154,7 +159,7 @@ def complete_tokenizer(folder: Path, config: LLaMAConfig, tokenizer: Tokenizer, 
 
     path = folder / GENERATION_FILE
     generation = read_json(path) if path.exists() else {}
-    ends = stop_ids(choose_style(prompt_style, tokenizer), tokenizer)
+    ends = stop_ids(choose_style(style, tokenizer), tokenizer)
     said = generation.get("eos_token_id", [])
     ends |= set(said if isinstance(said, list) else [said])
     bos_id = tokenizer.control_id(token_text(settings.get("bos_token")))

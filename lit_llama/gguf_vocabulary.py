@@ -1,4 +1,4 @@
-"""tokenizer.model or tokenizer.json -> the fields ``tokenizer.ggml.*`` of a GGUF: gguf_tokenizer.py the other way round.
+"""tokenizer.model or tokenizer.json -> the fields ``tokenizer.ggml.*`` of a GGUF: the inverse of gguf_tokenizer.py.
 
 The fields are named here as there, without their "tokenizer.".
 """
@@ -6,12 +6,15 @@ The fields are named here as there, without their "tokenizer.".
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import tokenizers
 from gguf import TokenType
 from sentencepiece import SentencePieceProcessor
+from tokenizers import models, pre_tokenizers
 
+from lit_llama.chat_templates import chat_template
 from lit_llama.cli import UserError
 from lit_llama.files import read_json
 from lit_llama.gguf_tokenizer import LLAMA3_NAMES, PRE_TOKENIZERS
@@ -41,8 +44,10 @@ def piece_type(processor: SentencePieceProcessor, i: int) -> TokenType:
     return next((kind for question, kind in kinds.items() if getattr(processor, question)(i)), TokenType.NORMAL)
 
 
-def vocabulary_fields(folder: Path, rows: int) -> dict:
+def vocabulary_fields(folder: Path, rows: int, style: str | None = None) -> dict:
     """The fields of a checkpoint folder's tokenizer, one token for each of the embedding's ``rows``.
+
+    The chat template is that of ``style``, or the tokenizer's own.
 
     Raises UserError for a tokenizer that llama.cpp has no equal of.
     """
@@ -62,8 +67,8 @@ def vocabulary_fields(folder: Path, rows: int) -> dict:
             fields[f"ggml.{key}_token_id"] = token_id
     if tokenizer.bos_id is not None:
         fields["ggml.bos_token_id"] = tokenizer.bos_id
-    if tokenizer.chat_template is not None:
-        fields["chat_template"] = tokenizer.chat_template
+    if (template := chat_template(tokenizer, style)) is not None:
+        fields["chat_template"] = template
     return fields
 
 
@@ -75,20 +80,51 @@ def json_fields(path: Path, tokenizer: Tokenizer) -> dict:
         raise UserError(f"{path} is of the kind {model.get('type')!r}; a GGUF of a LLaMA has byte-pair encodings")
     names = {i: name for name, i in model["vocab"].items()} | {i: token["content"] for i, token in added.items()}
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    count = tokenizer.vocab_size
-    types = [token_type(i, names, added, byte_fallback=bool(model.get("byte_fallback"))) for i in range(count)]
-    fields = {"ggml.tokens": [names.get(i, f"[PAD{i}]") for i in range(count)], "ggml.token_type": types}
-    if model.get("byte_fallback"):
-        return {"ggml.model": "llama", "ggml.pre": "default", **fields, **sentencepiece_scores(fields, merges, content)}
-    return {"ggml.model": "gpt2", "ggml.pre": pre_tokenizer(content, path), **fields, "ggml.merges": merges}
+    is_sentencepiece = bool(model.get("byte_fallback"))  # a byte is a token named <0x0A>, not a character of its own
+
+    def kind(i: int) -> TokenType:
+        if i not in names:
+            return TokenType.UNUSED
+        if names[i] == model.get("unk_token"):
+            return TokenType.UNKNOWN
+        if i in added:
+            return TokenType.CONTROL if added[i]["special"] else TokenType.USER_DEFINED
+        return TokenType.BYTE if is_sentencepiece and re.fullmatch("<0x[0-9A-F]{2}>", names[i]) else TokenType.NORMAL
+
+    ids = range(tokenizer.vocab_size)
+    tokens = [names.get(i, f"[PAD{i}]") for i in ids]
+    fields = {"ggml.tokens": tokens, "ggml.token_type": [int(kind(i)) for i in ids]}
+    if not is_sentencepiece:
+        return {"ggml.model": "gpt2", "ggml.pre": pre_tokenizer(content, path), **fields, "ggml.merges": merges}
+    fields["ggml.scores"] = scores_by_merge(tokens, merges)
+    fields["ggml.add_space_prefix"] = tokens[tokenizer.encode("a")[0]].startswith("▁")
+    return {"ggml.model": "llama", "ggml.pre": "default", **fields}
 
 
-def token_type(i: int, names: dict[int, str], added: dict[int, dict], byte_fallback: bool) -> int:
-    if i not in names:
-        return int(TokenType.UNUSED)
-    if i in added:
-        is_unknown = byte_fallback and names[i] == "<unk>"
-        special = TokenType.UNKNOWN if is_unknown else TokenType.CONTROL
-        return int(special if added[i]["special"] else TokenType.USER_DEFINED)
-    is_byte = byte_fallback and len(names[i]) == 6 and names[i].startswith("<0x")
-    return int(TokenType.BYTE if is_byte else TokenType.NORMAL)
+def scores_by_merge(tokens: list[str], merges: list[str]) -> list[float]:
+    """Scores that order the tokens as the merges do: a token's is minus the rank of the first one that makes it."""
+    rank: dict[str, int] = {}
+    for i, merge in enumerate(merges):
+        rank.setdefault(merge.replace(" ", "", 1), i)
+    return [-float(rank.get(token, len(merges))) for token in tokens]
+
+
+def pre_tokenizer(content: dict, path: Path) -> str:
+    """llama.cpp's name for what splits the text before the merges of a byte-level tokenizer.json."""
+
+    def rule(content: dict) -> tuple:
+        steps = content["pre_tokenizer"] or {}
+        steps = steps.get("pretokenizers", [steps])
+        steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
+        return steps, content["normalizer"], bool(content["model"].get("ignore_merges"))
+
+    for name, steps in PRE_TOKENIZERS.items():
+        known = tokenizers.Tokenizer(models.BPE(ignore_merges=name in LLAMA3_NAMES))
+        known.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        if rule(content) == rule(json.loads(known.to_str())):
+            return name
+    raise UserError(
+        f"{path} splits texts in a way that has none of the names known here, {', '.join(PRE_TOKENIZERS)}: "
+        "under a wrong one llama.cpp would read most texts differently. Export with scripts/export_hf.py and try "
+        "llama.cpp's own converter"
+    )
