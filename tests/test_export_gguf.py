@@ -1,5 +1,6 @@
 """Exported GGUF files: converted back, dequantized, and run by llama.cpp where its Python package is installed."""
 
+import itertools
 import json
 
 import gguf
@@ -22,8 +23,10 @@ from lit_llama.convert_gguf import convert_gguf
 from lit_llama.export import export_hf
 from lit_llama.export_gguf import export_gguf
 from lit_llama.files import write_json
+from lit_llama.generate import generate
 from lit_llama.gguf_tokenizer import LLAMA3_SPLIT, write_tokenizer
 from lit_llama.gguf_vocabulary import sentencepiece_fields
+from lit_llama.prompts import encode_prompt, stop_ids
 from lit_llama.tokenizer import Tokenizer
 
 LLAMA3 = dict(SCALING, original_max_position_embeddings=8192)
@@ -190,4 +193,18 @@ def test_llama_cpp_computes_the_same(tmp_path, shape):
     found = torch.from_numpy(llm.scores[: len(ids)].copy())
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=0)  # it keeps keys and values in float16
     assert expected.std() > 0.2
+    llm.close()
+
+
+@pytest.mark.slow
+def test_llama_cpp_says_the_same_with_the_default_base(tmp_path, smollm2_dir):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    export_gguf(smollm2_dir, tmp_path / "base.gguf", "f16")
+    llm = llama_cpp.Llama(str(tmp_path / "base.gguf"), n_ctx=256, verbose=False)
+    tokenizer, model = Tokenizer(smollm2_dir), load_model(smollm2_dir)
+    stop = stop_ids("chatml", tokenizer)
+    for question in ("What is the capital of France?", "Count from 1 to 12."):
+        ids = encode_prompt([{"role": "user", "content": question}], "chatml", tokenizer)
+        said = itertools.takewhile(lambda token: token not in stop, llm.generate(ids, temp=0.0, repeat_penalty=1.0))
+        assert list(itertools.islice(said, 40)) == list(generate(model, ids, 40, stop))
     llm.close()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import (
     AdaptionPromptConfig,
+    AutoPeftModelForCausalLM,
     LoraConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -21,6 +22,7 @@ from tools import make_base, save_trained
 
 from lit_llama.checkpoint import load_model, load_trained_folder
 from lit_llama.cli import UserError
+from lit_llama.export import export_hf
 from lit_llama.files import read_json, write_json
 from lit_llama.methods.lora import TARGETS
 from lit_llama.peft_format import export_peft, import_peft
@@ -104,6 +106,14 @@ def test_import(tmp_path, case, shape):
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "again"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert read_json(tmp_path / "again/adapter_config.json")["base_model_name_or_path"] == "owner/name"
+
+
+def test_peft_finds_the_exported_base_by_itself(tmp_path):
+    base = make_base(tmp_path / "base")
+    trained = train_ours(base, tmp_path / "trained", "lora on all")
+    export_hf(base, tmp_path / "hf")
+    export_peft(trained, tmp_path / "peft", base=str(tmp_path / "hf"))
+    same_logits(load_trained_folder(trained)[0], AutoPeftModelForCausalLM.from_pretrained(tmp_path / "peft"), base)
 
 
 def test_equal_gates_of_heads_are_pefts_gate(tmp_path):
