@@ -63,25 +63,28 @@ def exported_tensors(
     names = layer_names("ours", target_format, config.n_layer)
     with torch.device("meta"):
         slices = CausalSelfAttention(config).qkv_slices
+    for name, tensor in stored_tensors(checkpoint_dir):
+        layer, _, kind = name.rpartition(".")
+        if name == "lm_head.bias":
+            if tensor.any():
+                raise UserError(
+                    f"{checkpoint_dir} has a bias on its head, which no other project's LLaMA has; train with "
+                    "finetune/adapter_v2.py --scale_head false"
+                )
+        elif not layer.endswith("attn.c_attn"):
+            yield f"{names[layer]}.{kind}", tensor
+        else:
+            for part, rows in slices.items():
+                piece = tensor[rows]
+                if interleaved and part != "v":
+                    piece = to_interleaved(piece, len(piece) // config.head_size)
+                yield f"{names[layer.replace('c_attn', part)]}.{kind}", piece
+
+
+def stored_tensors(checkpoint_dir: Path) -> Iterator[tuple[str, Tensor]]:
     for path in shard_files(checkpoint_dir):
         with open_tensors(path) as file:
-            for name in file.keys():
-                layer, _, kind = name.rpartition(".")
-                tensor = file.get_tensor(name)
-                if name == "lm_head.bias":
-                    if tensor.any():
-                        raise UserError(
-                            f"{checkpoint_dir} has a bias on its head, which no other project's LLaMA has; train with "
-                            "finetune/adapter_v2.py --scale_head false"
-                        )
-                elif not layer.endswith("attn.c_attn"):
-                    yield f"{names[layer]}.{kind}", tensor
-                else:
-                    for part, rows in slices.items():
-                        piece = tensor[rows]
-                        if interleaved and part != "v":
-                            piece = to_interleaved(piece, len(piece) // config.head_size)
-                        yield f"{names[layer.replace('c_attn', part)]}.{kind}", piece
+            yield from ((name, file.get_tensor(name)) for name in file.keys())
 
 
 def export_hf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None, prompt_style: str | None = None) -> None:

@@ -103,9 +103,10 @@ class HarnessModel(TemplateLM):
         for rows in self.batches(texts, "log-probabilities", disable_tqdm):
             hidden = self.hidden_states([texts[i][:-1] for i in rows])
             for vectors, i in zip(hidden, rows, strict=True):
-                count, end = min(len(requests[i][2]), len(texts[i]) - 1), len(texts[i]) - 1
-                target = torch.tensor(texts[i][-count:], device=self.device)
-                logits = self.model.lm_head(vectors[end - count : end]).float().log_softmax(-1)  # (count, V)
+                end = len(texts[i]) - 1  # a vector is about the token after its own
+                start = max(0, end - len(requests[i][2]))
+                target = torch.tensor(texts[i][start + 1 :], dtype=torch.long, device=self.device)
+                logits = self.model.lm_head(vectors[start:end]).float().log_softmax(-1)  # (tokens, V)
                 greedy = bool((logits.argmax(-1) == target).all())
                 results[i] = logits.gather(1, target[:, None]).sum().item(), greedy
                 if requests[i][0] is not None:
@@ -114,7 +115,7 @@ class HarnessModel(TemplateLM):
 
     def hidden_states(self, texts: list[list[int]]) -> Tensor:
         """-> (B, T, C), padded at the right, without what the method puts in front."""
-        width, virtual = max(map(len, texts)), self.model.virtual_ids
+        width, virtual = max(1, *map(len, texts)), self.model.virtual_ids
         idx = torch.tensor([virtual + ids + [0] * (width - len(ids)) for ids in texts], device=self.device)
         return self.model.hidden_states(idx)[:, len(virtual) :]
 
@@ -159,8 +160,11 @@ class HarnessModel(TemplateLM):
         return answers
 
     def ends_with(self, until: list[str]) -> Callable[[list[int]], bool]:
-        """Whether the last token of an answer completes a stop string: a token is a byte at least."""
-        longest = max((len(stop.encode()) for stop in until), default=0)
+        """Whether the last token of an answer completes a stop string: a token is a byte at least.
+
+        One token more is looked at, for decoding may drop a space at the start.
+        """
+        longest = max((len(stop.encode()) for stop in until), default=0) + 1
         return lambda ids: any(stop in self.plain_text(ids[-longest:]) for stop in until)
 
     def plain_text(self, ids: list[int]) -> str:

@@ -112,6 +112,11 @@ def test_log_probabilities_are_those_of_the_logits(tmp_path, method):
         assert greedy == (logits.argmax(-1).tolist() == ids[len(start) :])
 
 
+def test_a_continuation_without_a_token_is_certain(tmp_path):
+    model = make(tmp_path, "base")
+    assert model._loglikelihood_tokens([(None, [5], []), (None, [5, 6], [])], disable_tqdm=True) == [(0.0, True)] * 2
+
+
 @pytest.mark.parametrize("block_size", [512, 32])
 def test_equals_the_harness_own_class_on_the_exported_folder(tmp_path, block_size):
     """Long contexts and texts are cut in the same way too."""
