@@ -31,7 +31,7 @@ from lit_llama.gguf_vocabulary import sentencepiece_fields
 from lit_llama.layouts import layer_names, to_interleaved
 from lit_llama.model import CausalSelfAttention, LLaMAConfig
 from lit_llama.prompts import choose_style, stop_ids
-from lit_llama.tokenizer import JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE, Tokenizer, token_text
+from lit_llama.tokenizer import JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE, Tokenizer
 
 GENERATION_FILE, TEMPLATE_FILE = "generation_config.json", "chat_template.jinja"
 
@@ -165,6 +165,6 @@ def complete_tokenizer(folder: Path, config: LLaMAConfig, tokenizer: Tokenizer, 
     ends = stop_ids(choose_style(style, tokenizer), tokenizer)
     said = generation.get("eos_token_id", [])
     ends |= set(said if isinstance(said, list) else [said])
-    bos_id = tokenizer.control_id(token_text(settings.get("bos_token")))
+    bos_id = tokenizer.named_id("bos") if tokenizer.bos_id is None else tokenizer.bos_id
     write_json(path, generation | {"bos_token_id": bos_id, "eos_token_id": sorted(ends)})
     return {"bos_token_id": bos_id, "eos_token_id": tokenizer.eos_id}

@@ -6,6 +6,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, type: str = "f16", prompt_
         block, block_bytes = gguf.GGML_QUANT_SIZES[stored]
         nbytes = tensor.numel() // block * block_bytes
         writer.add_tensor_info(name, tuple(tensor.shape), np.dtype(np.float32), nbytes, stored)
-    with whole_file(out_file) as temporary:
+    with whole_file(out_file) as temporary, closing(writer):
         writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -58,7 +59,6 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, type: str = "f16", prompt_
             if stored == GGMLQuantizationType.F16 and tensor.abs().max() > np.finfo(np.float16).max:
                 raise UserError(f"{name} holds {tensor.abs().max():.3g}, more than float16 can; pass --type f32")
             writer.write_tensor_data(gguf.quantize(tensor.float().numpy(), stored))
-        writer.close()
 
 
 def stored_type(tensor: Tensor, quantization: GGMLQuantizationType) -> GGMLQuantizationType:

@@ -16,9 +16,8 @@ from tokenizers import models, pre_tokenizers
 
 from lit_llama.chat_templates import chat_template
 from lit_llama.cli import UserError
-from lit_llama.files import read_json
 from lit_llama.gguf_tokenizer import LLAMA3_NAMES, PRE_TOKENIZERS
-from lit_llama.tokenizer import JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE, Tokenizer, token_text
+from lit_llama.tokenizer import JSON_FILE, SENTENCEPIECE_FILE, Tokenizer
 
 
 def sentencepiece_fields(path: Path) -> dict:
@@ -47,9 +46,7 @@ def piece_type(processor: SentencePieceProcessor, i: int) -> TokenType:
 def vocabulary_fields(folder: Path, rows: int, style: str | None = None) -> dict:
     """The fields of a checkpoint folder's tokenizer, one token for each of the embedding's ``rows``.
 
-    The chat template is that of ``style``, or the tokenizer's own.
-
-    Raises UserError for a tokenizer that llama.cpp has no equal of.
+    The chat template is that of ``style``, or the tokenizer's own. Raises UserError for what llama.cpp has no equal of.
     """
     folder, tokenizer = Path(folder), Tokenizer(folder)
     path = folder / JSON_FILE
@@ -60,13 +57,9 @@ def vocabulary_fields(folder: Path, rows: int, style: str | None = None) -> dict
     if "ggml.scores" in fields:
         fields["ggml.scores"] += [-1e9] * missing
     fields |= {"ggml.eos_token_id": tokenizer.eos_id, "ggml.add_bos_token": tokenizer.bos_id is not None}
-    settings = read_json(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).exists() else {}
-    for name, key in {"bos": "bos", "unk": "unknown", "pad": "padding"}.items():
-        token_id = tokenizer.control_id(token_text(settings.get(f"{name}_token")))
-        if token_id is not None:
-            fields[f"ggml.{key}_token_id"] = token_id
-    if tokenizer.bos_id is not None:
-        fields["ggml.bos_token_id"] = tokenizer.bos_id
+    named = {"bos": tokenizer.named_id("bos") if tokenizer.bos_id is None else tokenizer.bos_id}
+    named |= {"unknown": tokenizer.named_id("unk"), "padding": tokenizer.named_id("pad")}
+    fields |= {f"ggml.{name}_token_id": token_id for name, token_id in named.items() if token_id is not None}
     if (template := chat_template(tokenizer, style)) is not None:
         fields["chat_template"] = template
     return fields

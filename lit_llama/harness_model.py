@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from lm_eval.api.instance import Instance
@@ -25,25 +24,21 @@ from lit_llama.classify import is_classifier
 from lit_llama.cli import UserError
 from lit_llama.devices import base_dtype, default_device
 from lit_llama.download import DEFAULT_BASE, ensure_base
-from lit_llama.files import read_json
 from lit_llama.generate import Sampling, generate_batch
 from lit_llama.model import LLaMA
 from lit_llama.prompts import STYLES, Control, choose_style, encode_control, stop_ids
-from lit_llama.tokenizer import SETTINGS_FILE, Tokenizer, token_text
+from lit_llama.tokenizer import Tokenizer
 
 MARK = "\0"  # around the name of a control token in a chat's text; without it such a name is text like any other
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")  # what tasks call the longest answer
 
 
 class HarnessModel(TemplateLM):
-    """``style`` is the prompt style of chats, ``first_id`` the token in front of a text that has nothing before it."""
+    """``style`` is the prompt style of chats; ``batch_size`` texts are evaluated together."""
 
-    def __init__(
-        self, model: LLaMA, tokenizer: Tokenizer, style: str, first_id: int | None = None, batch_size: int = 16
-    ) -> None:
+    def __init__(self, model: LLaMA, tokenizer: Tokenizer, style: str, batch_size: int = 16) -> None:
         super().__init__()
         self.model, self.tokenizer, self.style, self.batch_size = model.eval(), tokenizer, style, batch_size
-        self.first_id = tokenizer.eos_id if first_id is None else first_id
         self.controls = set(tokenizer.backend.controls.values())
         self._device = model.transformer.wte.weight.device
 
@@ -53,7 +48,9 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self.first_id
+        """What stands in front of a text that has nothing before it."""
+        named = (self.tokenizer.bos_id, self.tokenizer.named_id("bos"), self.tokenizer.eos_id)
+        return next(token_id for token_id in named if token_id is not None)
 
     @property
     def max_length(self) -> int:
@@ -219,7 +216,4 @@ def load_harness_model(
         ensure_base(checkpoint_dir, yes=False)
         model = load_model(checkpoint_dir, dtype, device)
     tokenizer = Tokenizer(checkpoint_dir)
-    path = Path(checkpoint_dir) / SETTINGS_FILE
-    bos_token = token_text(read_json(path).get("bos_token")) if path.exists() else None
-    first_id = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.control_id(bos_token)
-    return HarnessModel(model, tokenizer, choose_style(prompt_style, tokenizer), first_id, batch_size)
+    return HarnessModel(model, tokenizer, choose_style(prompt_style, tokenizer), batch_size)

@@ -38,7 +38,7 @@ class Tokenizer:
 
     def __init__(self, checkpoint_dir: Path | str):
         folder = Path(checkpoint_dir)
-        settings = read_json(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).exists() else {}
+        self.settings = settings = read_json(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).exists() else {}
         if (folder / JSON_FILE).exists():
             self.backend = JSONBackend(folder, settings)
         elif (folder / SENTENCEPIECE_FILE).exists():
@@ -73,9 +73,13 @@ class Tokenizer:
             warnings.warn(f"the vocabulary has no token for {len(unknown)} bytes ({names}): dropped", stacklevel=2)
         return self.backend.encode(text)
 
-    def control_id(self, token: str) -> int | None:
+    def control_id(self, token: str | None) -> int | None:
         """The id of a control token such as "<|im_end|>", None if there is none of that name."""
         return self.backend.controls.get(token)
+
+    def named_id(self, role: str) -> int | None:
+        """The id of what tokenizer_config.json names as its "bos", "unk" or "pad" token, part of a text or not."""
+        return self.control_id(token_text(self.settings.get(f"{role}_token")))
 
     def token(self, token_id: int) -> str:
         """The name of one token in the vocabulary."""
