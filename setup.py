@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 HUB = ["huggingface_hub>=0.24"]
 PLOT = ["matplotlib>=3.8"]
 EVAL = ["lm_eval>=0.4.9"]
-TEST = [*PLOT, *EVAL, "pytest>=8", "ruff>=0.6", "hypothesis>=6.100", "transformers>=4.46", "peft>=0.13"]
+TEST = [*PLOT, "pytest>=8", "ruff>=0.6", "hypothesis>=6.100", "transformers>=4.46", "peft>=0.13"]
 
 setup(
     name="lit-llama",
