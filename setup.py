@@ -3,6 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HUB = ["huggingface_hub>=0.24"]
+QUANTIZE = ["bitsandbytes>=0.43"]
 PLOT = ["matplotlib>=3.8"]
 EVAL = ["lm_eval>=0.4.9"]
 TEST = [*PLOT, "pytest>=8", "ruff>=0.6", "hypothesis>=6.100", "transformers>=4.46", "peft>=0.13"]
@@ -29,5 +30,5 @@ setup(
         "scipy>=1.11",
         "numpy",
     ],
-    extras_require={"hub": HUB, "plot": PLOT, "eval": EVAL, "test": TEST},
+    extras_require={"hub": HUB, "plot": PLOT, "quantize": QUANTIZE, "eval": EVAL, "test": TEST},
 )

@@ -12,6 +12,7 @@ from lit_llama.devices import base_dtype, default_device
 from lit_llama.download import DEFAULT_BASE, ensure_base
 from lit_llama.generate import Sampling, stream_answer
 from lit_llama.prompts import choose_style
+from lit_llama.quantize import pack, quantize_base
 from lit_llama.tokenizer import Tokenizer
 
 
@@ -23,6 +24,7 @@ def main(
     max_new_tokens: int = 256,
     sampling: Sampling = Sampling(),
     precision: str = "auto",
+    quantize: str = "none",
 ) -> None:
     """Answer a prompt with a base model.
 
@@ -34,6 +36,7 @@ def main(
         max_new_tokens: The longest answer.
         sampling: How the next token is chosen.
         precision: Width of the weights: bf16-true, 32-true, or auto for the faster one.
+        quantize: What the blocks' weights are kept in: none, int8, or on CUDA nf4.
     """
     ensure_base(checkpoint_dir, yes=False)
     tokenizer = Tokenizer(checkpoint_dir)
@@ -42,6 +45,8 @@ def main(
     style = choose_style(prompt_style, tokenizer)
     device = default_device()
     model = load_model(checkpoint_dir, base_dtype(precision, device), device)
+    quantize_base(model, quantize)
+    pack(model)
     stream_answer(model, tokenizer, style, prompt, input, max_new_tokens, sampling)
 
 

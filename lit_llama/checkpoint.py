@@ -20,6 +20,7 @@ from torch import Tensor
 from lit_llama.cli import UserError
 from lit_llama.files import open_tensors, read_json, save_tensors, write_json
 from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.quantize import quantize_base
 
 # ---------------------------------------------------------------------------------------------- checkpoint folders
 
@@ -218,22 +219,31 @@ def load_trained(model: LLaMA, path: Path, prefix: str = "") -> None:
 
 
 def load_trained_folder(
-    trained_dir: Path, checkpoint_dir: Path | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    trained_dir: Path,
+    checkpoint_dir: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    quantize: str | None = "none",
 ) -> tuple[LLaMA, dict]:
     """The base with a finished method on it, and its method.json.
 
     ``checkpoint_dir`` overrides where the base lies; that it is the same base is checked. A folder that holds a whole
-    model needs no base.
+    model needs no base. ``quantize`` says what its weights are kept in, None as in training: what was trained over a
+    narrow base fits the wide one too, but has learned to make up for the narrow one's errors.
     """
     from lit_llama.methods import METHODS
 
     method, path = read_method(trained_dir), Path(trained_dir) / METHOD_FILE
+    quantize = quantize or method.get("quantize", "none")
     if (Path(trained_dir) / MODEL_FILE).exists():  # a checkpoint folder: nothing of the base is left
-        return load_model(trained_dir, dtype, device).requires_grad_(False), method
+        model = load_model(trained_dir, dtype, device)
+        quantize_base(model, quantize)
+        return model.requires_grad_(False), method
     if method["method"] not in METHODS:
         raise UserError(f"{path} names the method {method['method']!r}, not one of {', '.join(METHODS)}")
     checkpoint_dir = check_base(method["base"], checkpoint_dir, path)
     model = load_model(checkpoint_dir, dtype, device)
+    quantize_base(model, quantize)
     model.requires_grad_(False)
     try:
         METHODS[method["method"]](model, **method["arguments"])

@@ -36,7 +36,7 @@ def load_classifier(
         with open_tensors(Path(trained_dir) / TRAINED_FILE):  # a clear error where the file is not whole
             arrays = load_file(Path(trained_dir) / TRAINED_FILE)
         return lambda prompts: probabilities(arrays, text_vectors(model, prompts)), method
-    model, _ = load_trained_folder(trained_dir, checkpoint_dir, dtype, device)
+    model, _ = load_trained_folder(trained_dir, checkpoint_dir, dtype, device, quantize=None)
     return lambda prompts: label_shares(model, prompts), method
 
 

@@ -13,6 +13,7 @@ from lit_llama.data import load_task
 from lit_llama.devices import base_dtype, launch
 from lit_llama.download import DEFAULT_BASE, ensure_base
 from lit_llama.evaluate import Comparison
+from lit_llama.quantize import quantize_base
 from lit_llama.runs import Run, read_metrics
 from lit_llama.train import TrainArgs, fit
 
@@ -38,6 +39,7 @@ class Job:
         precision: str = "auto",
         compile: bool = False,
         checkpointing: bool = False,
+        quantize: str = "none",
         resume: bool = False,
         overwrite: bool = False,
         yes: bool = False,
@@ -59,6 +61,7 @@ class Job:
             precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
             compile: Compile the blocks by torch.compile: a minute once, then about a tenth faster.
             checkpointing: Compute activations again in the backward pass: less memory, a third more work.
+            quantize: Keep the frozen base's weights in "int8", or on CUDA in "nf4".
             resume: Go on with the run that out_dir holds.
             overwrite: Start anew in an out_dir that holds a run.
             yes: Do not ask before a download.
@@ -67,7 +70,7 @@ class Job:
             raise UserError(f"--head {head!r} is none of {', '.join(HEADS)}")
         ensure_base(checkpoint_dir, yes)
         self.method, self.train, self.checkpoint_dir = method, train, checkpoint_dir
-        self.block_options = dict(compile=compile, checkpointing=checkpointing)
+        self.quantize, self.block_options = quantize, dict(compile=compile, checkpointing=checkpointing)
         self.fabric = launch(devices, num_nodes, strategy)
         self.run = Run(self.fabric, out_dir or f"out/{method}/{Path(data).stem}", checkpoint_dir, resume, overwrite)
         self.task = load_task(data, checkpoint_dir, prompt_style, train.max_seq_length, head == "classifier")
@@ -75,6 +78,7 @@ class Job:
         self.comparison = Comparison(self.fabric, self.task, eval_samples)
         torch.manual_seed(train.seed)
         self.model = load_model(checkpoint_dir, base_dtype(precision, self.fabric.device), self.fabric.device)
+        quantize_base(self.model, quantize)
         self.model.requires_grad_(False)
 
     def finetune(self, optimizer: torch.optim.Optimizer, arguments: dict, whole_model: bool = False) -> None:
@@ -83,6 +87,8 @@ class Job:
         ``arguments`` are those that the method's function was called with: method.json keeps them. ``whole_model``
         writes a checkpoint folder, for a method that leaves nothing of the base.
         """
+        if whole_model and self.quantize != "none":
+            raise UserError(f"{self.method} trains every weight: none stays as it is to be kept in fewer bits")
         longest = max(len(sample.ids) for sample in self.task.train + self.task.validation)
         room = self.model.context - len(self.model.virtual_ids)
         if longest > room:

@@ -63,6 +63,9 @@ ROPE_SCALING_FIELDS = {"factor", "low_freq_factor", "high_freq_factor", "origina
 
 def unfreeze(module: nn.Module) -> None:
     """Let a module's weights train: in float32, for in bfloat16 an optimizer step of 1e-3 on 0.5 is lost."""
+    for layer in module.modules():
+        if hasattr(layer, "widen"):  # a narrow one, lit_llama/quantize.py
+            layer.widen()
     module.float().requires_grad_(True)
 
 

@@ -32,6 +32,7 @@ from lit_llama.evaluate import answer_samples
 from lit_llama.files import write_json
 from lit_llama.model import LLaMA
 from lit_llama.prompts import choose_style, encode_prompt
+from lit_llama.quantize import pack, quantize_base
 from lit_llama.samples import Sample, read_samples
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import target_vectors
@@ -52,6 +53,7 @@ def main(
     shots: int = 0,
     shots_seed: int = 1337,
     precision: str = "auto",
+    quantize: str | None = None,
     results: str | None = None,
 ) -> None:
     """Evaluate a base or a trained folder.
@@ -68,6 +70,7 @@ def main(
         shots: Examples of the data folder's train file in front of every prompt: in-context learning.
         shots_seed: Of the choice of these examples.
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
+        quantize: What the base's weights are kept in: none, int8, or on CUDA nf4; by default as in training.
         results: A .json file to write each sample's loss and answer to.
     """
     for name, value in (("max_samples", max_samples), ("batch_size", batch_size), ("max_seq_length", max_seq_length)):
@@ -82,13 +85,15 @@ def main(
     fabric = launch()
     dtype = base_dtype(precision, fabric.device)
     if trained_dir and is_classifier(read_method(trained_dir)):
-        if shots or prompt_style or max_seq_length:
-            raise cli.UserError(f"{trained_dir} answers with labels: no --shots, --prompt_style, --max_seq_length")
+        if shots or prompt_style or max_seq_length or quantize:
+            raise cli.UserError(
+                f"{trained_dir} answers with labels: no --shots, --prompt_style, --max_seq_length, --quantize"
+            )
         classify, method = load_classifier(trained_dir, checkpoint_dir, dtype, fabric.device)
         write_results(results, evaluate_labels(samples, classify, method, checkpoint_dir))
         return
     if trained_dir:
-        model, method = load_trained_folder(trained_dir, checkpoint_dir, dtype, fabric.device)
+        model, method = load_trained_folder(trained_dir, checkpoint_dir, dtype, fabric.device, quantize)
         checkpoint_dir = tokenizer_dir(trained_dir, checkpoint_dir, method)
         prompt_style = prompt_style or method["prompt_style"]
         max_seq_length = max_seq_length or method["train"]["max_seq_length"]
@@ -97,7 +102,9 @@ def main(
         checkpoint_dir = checkpoint_dir or DEFAULT_BASE
         ensure_base(checkpoint_dir, yes=False)
         model = load_model(checkpoint_dir, dtype, fabric.device)
+        quantize_base(model, quantize or "none")
         print(f"{model.config.name} on {data}")
+    pack(model)
     tokenizer = Tokenizer(checkpoint_dir)
     style = choose_style(prompt_style, tokenizer)
     room = model.context - len(model.virtual_ids)
