@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 
+from lit_llama.batches import Encoded
 from lit_llama.blocks import block_forwards
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
@@ -16,6 +18,7 @@ from lit_llama.evaluate import Comparison
 from lit_llama.quantize import quantize_base
 from lit_llama.runs import Run, read_metrics
 from lit_llama.train import TrainArgs, fit
+from lit_llama.trunk import cached_trunk, check_reuse
 
 HEADS = ("language", "classifier")
 
@@ -40,6 +43,7 @@ class Job:
         compile: bool = False,
         checkpointing: bool = False,
         quantize: str = "none",
+        cache_trunk: bool = False,
         resume: bool = False,
         overwrite: bool = False,
         yes: bool = False,
@@ -62,15 +66,19 @@ class Job:
             compile: Compile the blocks by torch.compile: a minute once, then about a tenth faster.
             checkpointing: Compute activations again in the backward pass: less memory, a third more work.
             quantize: Keep the frozen base's weights in "int8", or on CUDA in "nf4".
+            cache_trunk: Compute what lies below the first changed block once for each sample, not in every epoch.
             resume: Go on with the run that out_dir holds.
             overwrite: Start anew in an out_dir that holds a run.
             yes: Do not ask before a download.
         """
         if head not in HEADS:
             raise UserError(f"--head {head!r} is none of {', '.join(HEADS)}")
+        if cache_trunk and num_nodes > 1:
+            raise UserError(f"--cache_trunk needs one machine, whose ranks share a file: got --num_nodes {num_nodes}")
         ensure_base(checkpoint_dir, yes)
         self.method, self.train, self.checkpoint_dir = method, train, checkpoint_dir
-        self.quantize, self.block_options = quantize, dict(compile=compile, checkpointing=checkpointing)
+        self.quantize, self.cache_trunk = quantize, cache_trunk
+        self.block_options = dict(compile=compile, checkpointing=checkpointing)
         self.fabric = launch(devices, num_nodes, strategy)
         self.run = Run(self.fabric, out_dir or f"out/{method}/{Path(data).stem}", checkpoint_dir, resume, overwrite)
         self.task = load_task(data, checkpoint_dir, prompt_style, train.max_seq_length, head == "classifier")
@@ -89,6 +97,8 @@ class Job:
         """
         if whole_model and self.quantize != "none":
             raise UserError(f"{self.method} trains every weight: none stays as it is to be kept in fewer bits")
+        if self.cache_trunk:
+            check_reuse(self.model, self.train, len(self.task.train))
         longest = max(len(sample.ids) for sample in self.task.train + self.task.validation)
         room = self.model.context - len(self.model.virtual_ids)
         if longest > room:
@@ -100,8 +110,8 @@ class Job:
         self.run.begin(
             self.method, arguments, self.checkpoint_dir, self.task, self.train, self.model, optimizer, whole_model
         )
-        with block_forwards(self.model, **self.block_options):
-            fit(self.fabric, self.model, optimizer, self.task.train, self.task.validation, self.train, self.run)
+        with self.samples() as (train_data, val_data), block_forwards(self.model, **self.block_options):
+            fit(self.fabric, self.model, optimizer, train_data, val_data, self.train, self.run)
         self.run.save_costs(seconds=sum(float(row["seconds"]) for row in read_metrics(self.run.out_dir)))
         self.comparison.answer("after", self.model)
         self.comparison.show()
@@ -112,3 +122,10 @@ class Job:
         elif whole_model:
             script = f"generate/base.py --checkpoint_dir {out_dir}"
         self.fabric.print(f'\nsaved in {out_dir}; try: python {script} --prompt "..."')
+
+    def samples(self) -> AbstractContextManager[list[list[Encoded]]]:
+        """The samples to train on and to validate with; with ``cache_trunk`` for the time of the context."""
+        splits = [self.task.train, self.task.validation]
+        if not self.cache_trunk:
+            return nullcontext(splits)
+        return cached_trunk(self.fabric, self.model, splits, self.train.micro_batch_tokens, self.run.out_dir)
