@@ -1,7 +1,7 @@
 """Narrow weights for the frozen base: int8 on every device, nf4 on CUDA; and weights packed for decoding on a CPU.
 
-        y = s * (x W8^T)        W8 (out, in) in int8, s (out,) one scale per row: |W - s W8| <= s / 2
-        dx = (dy * s) W8        the weight itself gets no gradient
+        y = x (s W8)^T          W8 (out, in) in int8, s (out,) one scale per row: |W - s W8| <= s / 2
+        dx = dy (s W8)          the weight itself gets no gradient
 
 A narrow layer takes the place of a linear one under the same key, with ``in_features``, ``out_features``, ``weight``
 and ``bias``: a method's hooks and modules go on it as on a wide one. The embedding and the head stay wide: of the
@@ -59,11 +59,13 @@ class Int8Linear(NarrowLinear):
         super().__init__(layer)
         weight = layer.weight.detach().float()
         scales = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)  # (out,)
-        self.weight = nn.Parameter((weight / scales[:, None]).round().to(torch.int8), requires_grad=False)
+        scales = scales.to(layer.weight.dtype)  # rounded before what they divide: no error is added, none cast per call
+        rounded = (weight / scales[:, None].float()).round().clamp(-127, 127)
+        self.weight = nn.Parameter(rounded.to(torch.int8), requires_grad=False)
         self.register_buffer("scales", scales, persistent=False)  # the keys stay the base's
 
     def wide_weight(self) -> Tensor:
-        return self.weight.float() * self.scales[:, None]
+        return self.weight.float() * self.scales[:, None].float()
 
     def forward(self, x: Tensor) -> Tensor:
         y = Int8Matmul.apply(x, self.weight, self.scales)
@@ -78,12 +80,17 @@ class Int8Matmul(torch.autograd.Function):
         ctx.save_for_backward(weight, scales)
         if kernel_fits(x, weight):
             return torch._weight_int8pack_mm(x.flatten(0, -2), weight, scales.to(x.dtype)).unflatten(0, x.shape[:-1])
-        return F.linear(x, weight.to(x.dtype)) * scales.to(x.dtype)
+        return F.linear(x, widened(weight, scales, x.dtype))
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
         weight, scales = ctx.saved_tensors
-        return (dy * scales.to(dy.dtype)) @ weight.to(dy.dtype), None, None
+        return dy @ widened(weight, scales, dy.dtype), None, None
+
+
+def widened(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    # The scales go onto the weight, not onto the product: that inductor would turn into the kernel for few rows.
+    return weight.to(dtype) * scales.to(dtype)[:, None]
 
 
 def kernel_fits(x: Tensor, weight: Tensor) -> bool:

@@ -94,6 +94,28 @@ def test_the_input_gets_the_gradient_of_the_rounded_weight(dtype):
     torch.testing.assert_close(x.grad.double(), dy.double() @ layer.wide_weight().double(), **tolerance)
 
 
+def test_scales_in_bfloat16_add_no_error():
+    wide = linear(64, 96, dtype=torch.bfloat16)
+    narrow = Int8Linear(wide)
+    assert narrow.scales.dtype == torch.bfloat16
+    assert ((narrow.wide_weight() - wide.weight.float()).abs() <= narrow.scales.float()[:, None] / 2 * 1.001).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 40])
+def test_compiled_and_eager_agree(rows):
+    layer = Int8Linear(linear(64, 96, dtype=torch.bfloat16))
+    x, dy = torch.randn(rows, 96, dtype=torch.bfloat16), torch.randn(rows, 64, dtype=torch.bfloat16)
+    results = []
+    for forward in (layer, torch.compile(layer, dynamic=True)):
+        leaf = x.clone().requires_grad_()
+        y = forward(leaf)
+        y.backward(dy)
+        results.append((y.detach(), leaf.grad))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
+
+
 # ---------------------------------------------------------------------------------------------- the model
 
 
