@@ -104,7 +104,6 @@ def main(
         model = load_model(checkpoint_dir, dtype, fabric.device)
         quantize_base(model, quantize or "none")
         print(f"{model.config.name} on {data}")
-    pack(model)
     tokenizer = Tokenizer(checkpoint_dir)
     style = choose_style(prompt_style, tokenizer)
     room = model.context - len(model.virtual_ids)
@@ -114,6 +113,7 @@ def main(
     if shots:
         kept, encoded = count_last_answers(kept, encoded, style, tokenizer)
     losses = sample_losses(fabric, model, encoded)
+    pack(model)  # only now: the loss is then the one that training validates with, to the last digit
     loss = sum(losses) / sum(ids.n_targets for ids in encoded)
     print(f"{len(kept)} samples; {len(samples) - len(kept)} dropped: no answer begins within {max_seq_length} tokens")
     print(f"loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
