@@ -113,7 +113,7 @@ def main(
     if shots:
         kept, encoded = count_last_answers(kept, encoded, style, tokenizer)
     losses = sample_losses(fabric, model, encoded)
-    pack(model)  # only now: the loss is then the one that training validates with, to the last digit
+    pack(model)  # for decoding: the many rows of the loss gain nothing by it
     loss = sum(losses) / sum(ids.n_targets for ids in encoded)
     print(f"{len(kept)} samples; {len(samples) - len(kept)} dropped: no answer begins within {max_seq_length} tokens")
     print(f"loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
