@@ -63,9 +63,8 @@ ROPE_SCALING_FIELDS = {"factor", "low_freq_factor", "high_freq_factor", "origina
 
 def unfreeze(module: nn.Module) -> None:
     """Let a module's weights train: in float32, for in bfloat16 an optimizer step of 1e-3 on 0.5 is lost."""
-    for layer in module.modules():
-        if hasattr(layer, "widen"):  # a narrow one, lit_llama/quantize.py
-            layer.widen()
+    for layer in [layer for layer in module.modules() if hasattr(layer, "widen")]:  # narrow: lit_llama/quantize.py
+        layer.widen()
     module.float().requires_grad_(True)
 
 
@@ -276,8 +275,8 @@ class LLaMA(nn.Module):
                 steps = torch.arange(length, device=positions.device, dtype=torch.float32)
                 angles = torch.outer(steps, rope_frequencies(self.config, positions.device))
                 self._rope = angles.cos(), angles.sin()
-        positions = positions + self.first_position
-        return self._rope[0][positions], self._rope[1][positions]
+        cos, sin = (table[positions + self.first_position] for table in self._rope)
+        return cos, sin
 
     def hidden_states(self, idx: Tensor, input_pos: Tensor | None = None, pad: Tensor | None = None) -> Tensor:
         """idx (B, T) -> the vectors after the final norm (B, T, C).
@@ -287,12 +286,11 @@ class LLaMA(nn.Module):
         ``pad`` (B,) counts the padding slots at the left of each row, which nothing sees.
         """
         self.check_length(idx, input_pos)
-        if input_pos is None:
-            positions, mask = torch.arange(idx.size(1), device=idx.device), None
-        else:
+        positions, mask = torch.arange(idx.size(1), device=idx.device), None
+        if input_pos is not None:
             positions, mask = input_pos, self.decode_mask(input_pos, pad)
-            if pad is not None:  # (B, 1, T): the distance from the row's first real token
-                positions = (input_pos - pad[:, None, None]).clamp(min=0)
+        if pad is not None:  # (B, 1, T): the distance from the row's first real token
+            positions = (input_pos - pad[:, None, None]).clamp(min=0)
         cos, sin = self.rope(positions)
         x = self.transformer.wte(idx).to(self.dtype)  # (B, T, C)
         for block in self.transformer.h:
