@@ -3,7 +3,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HUB = ["huggingface_hub>=0.24"]
+QUANTIZE = ["bitsandbytes>=0.43"]
 PLOT = ["matplotlib>=3.8"]
+EVAL = ["lm_eval>=0.4.9"]
 TENSORBOARD = ["tensorboard>=2.14"]
 TEST = [
     *PLOT,
@@ -39,5 +41,12 @@ setup(
         "scipy>=1.11",
         "numpy",
     ],
-    extras_require={"hub": HUB, "plot": PLOT, "tensorboard": TENSORBOARD, "test": TEST},
+    extras_require={
+        "hub": HUB,
+        "plot": PLOT,
+        "tensorboard": TENSORBOARD,
+        "quantize": QUANTIZE,
+        "eval": EVAL,
+        "test": TEST,
+    },
 )

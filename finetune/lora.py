@@ -16,6 +16,7 @@ def main(
     alpha: float = 16,
     dropout: float = 0.05,
     targets: tuple[str, ...] = ("q", "v"),
+    start_layer: int = 0,
     # A small model trained for a few hundred steps takes ten times the 3e-4 that is common for 7B.
     train: TrainArgs = TrainArgs(max_steps=450, batch_size=4, learning_rate=3e-3, eval_every=150),
     **shared,
@@ -27,6 +28,7 @@ def main(
         alpha: The product is scaled by alpha / r.
         dropout: On what goes into A, while training.
         targets: Matrices with a pair (A, B): some of q, k, v, proj, fc1, fc2, mlp_proj.
+        start_layer: The first block that gets pairs; the ones below stay as they are.
         train: The settings that every finetune script shares.
     """
     import torch
@@ -35,7 +37,7 @@ def main(
     from lit_llama.methods.lora import add_lora
 
     job = Job("lora", train, head="language", **shared)
-    arguments = dict(r=r, alpha=alpha, dropout=dropout, targets=list(targets))
+    arguments = dict(r=r, alpha=alpha, dropout=dropout, targets=list(targets), start_layer=start_layer)
     add_lora(job.model, **arguments)
 
     optimizer = torch.optim.AdamW(

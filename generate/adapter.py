@@ -20,6 +20,7 @@ def main(
     max_new_tokens: int = 256,
     sampling: Sampling = Sampling(),
     precision: str = "auto",
+    quantize: str | None = None,
 ) -> None:
     """Answer a prompt with a finetuned model.
 
@@ -31,17 +32,20 @@ def main(
         max_new_tokens: The longest answer.
         sampling: How the next token is chosen.
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
+        quantize: What the base's weights are kept in: none, int8, or on CUDA nf4; by default as in training.
     """
     from lit_llama.checkpoint import load_trained_folder, read_method, tokenizer_dir
     from lit_llama.classify import is_classifier
     from lit_llama.devices import base_dtype, default_device
     from lit_llama.generate import stream_answer
+    from lit_llama.quantize import pack
     from lit_llama.tokenizer import Tokenizer
 
     if is_classifier(read_method(trained_dir)):
         raise cli.UserError(f"{trained_dir} answers with a label, not with text: see generate/classify.py")
     device = default_device()
-    model, method = load_trained_folder(trained_dir, checkpoint_dir, base_dtype(precision, device), device)
+    model, method = load_trained_folder(trained_dir, checkpoint_dir, base_dtype(precision, device), device, quantize)
+    pack(model)
     print(f"{method['method']} over {method['base']['name']}", file=sys.stderr)
     tokenizer = Tokenizer(tokenizer_dir(trained_dir, checkpoint_dir, method))
     stream_answer(model, tokenizer, method["prompt_style"], prompt, input, max_new_tokens, sampling)

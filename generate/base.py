@@ -18,6 +18,7 @@ def main(
     max_new_tokens: int = 256,
     sampling: Sampling = Sampling(),
     precision: str = "auto",
+    quantize: str = "none",
 ) -> None:
     """Answer a prompt with a base model.
 
@@ -29,12 +30,14 @@ def main(
         max_new_tokens: The longest answer.
         sampling: How the next token is chosen.
         precision: Width of the weights: bf16-true, 32-true, or auto for the faster one.
+        quantize: What the blocks' weights are kept in: none, int8, or on CUDA nf4.
     """
     from lit_llama.checkpoint import METHOD_FILE, load_model, read_method
     from lit_llama.devices import base_dtype, default_device
     from lit_llama.download import ensure_base
     from lit_llama.generate import stream_answer
     from lit_llama.prompts import choose_style
+    from lit_llama.quantize import pack, quantize_base
     from lit_llama.tokenizer import Tokenizer
 
     ensure_base(checkpoint_dir, yes=False)
@@ -44,6 +47,8 @@ def main(
     style = choose_style(prompt_style, tokenizer)
     device = default_device()
     model = load_model(checkpoint_dir, base_dtype(precision, device), device)
+    quantize_base(model, quantize)
+    pack(model)
     stream_answer(model, tokenizer, style, prompt, input, max_new_tokens, sampling)
 
 

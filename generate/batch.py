@@ -21,6 +21,7 @@ def main(
     max_new_tokens: int = 256,
     sampling: Sampling = Sampling(),
     precision: str = "auto",
+    quantize: str = "none",
 ) -> None:
     """Answer requests to several trained folders together.
 
@@ -30,6 +31,7 @@ def main(
         max_new_tokens: The longest answer.
         sampling: How the next token is chosen.
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
+        quantize: What the base's weights are kept in: none, int8, or on CUDA nf4.
     """
     from lit_llama.checkpoint import load_model, read_method
     from lit_llama.devices import base_dtype, default_device
@@ -37,6 +39,7 @@ def main(
     from lit_llama.generate import generate_batch
     from lit_llama.mixed import Mixer
     from lit_llama.prompts import choose_style, encode_prompt, stop_ids
+    from lit_llama.quantize import pack, quantize_base
     from lit_llama.tokenizer import Tokenizer
 
     rows = read_requests(Path(requests))
@@ -48,9 +51,12 @@ def main(
         (checkpoint_dir,) = bases
     ensure_base(checkpoint_dir, yes=False)
     device = default_device()
-    mixer = Mixer(load_model(checkpoint_dir, base_dtype(precision, device), device))
+    model = load_model(checkpoint_dir, base_dtype(precision, device), device)
+    quantize_base(model, quantize)
+    mixer = Mixer(model)
     tokenizer = Tokenizer(checkpoint_dir)
     styles = {folder: mixer.add(folder, checkpoint_dir)["prompt_style"] for folder in sorted(folders)}
+    pack(model)
     styles[None] = choose_style(None, tokenizer)
 
     tasks = [Path(row["trained_dir"]) if "trained_dir" in row else None for row in rows]

@@ -20,6 +20,7 @@ from torch import Tensor
 from lit_llama.cli import UserError
 from lit_llama.files import open_tensors, read_json, save_tensors, write_json
 from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.quantize import quantize_base
 
 # ---------------------------------------------------------------------------------------------- checkpoint folders
 
@@ -72,7 +73,17 @@ def save_checkpoint(
 
     ``tensors`` is consumed once, so it may be a generator that reads and converts as it goes.
     """
-    folder, shard_bytes = Path(folder), 0
+    folder = Path(folder)
+    found = write_shards(folder, tensors, max_shard_bytes)
+    check_tensors(found, tensor_shapes(config), folder)
+    write_json(folder / CONFIG_FILE, asdict(config))
+
+
+def write_shards(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = 4 * 2**30
+) -> dict[str, tuple[int, ...]]:
+    """Write tensors as they come, to one file or to numbered shards with an index; returns their shapes."""
+    shard_bytes = 0
     found: dict[str, tuple[int, ...]] = {}
     files: list[tuple[Path, list[str]]] = []
     shard: dict[str, Tensor] = {}
@@ -80,9 +91,10 @@ def save_checkpoint(
     def flush() -> None:
         nonlocal shard, shard_bytes
         files.append((folder / f"part-{len(files)}", list(shard)))
-        save_tensors(files[-1][0], shard)
+        save_tensors(files[-1][0], shard, {"format": "pt"})  # transformers asks whose tensors they are
         shard, shard_bytes = {}, 0
 
+    total_bytes = 0
     for name, tensor in tensors:
         if name in found:
             raise UserError(f"tensor {name} comes twice")
@@ -91,13 +103,13 @@ def save_checkpoint(
         found[name] = tuple(tensor.shape)
         shard[name] = tensor
         shard_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
     flush()
-    check_tensors(found, tensor_shapes(config), folder)
-    name_shards(folder, files)
-    write_json(folder / CONFIG_FILE, asdict(config))
+    name_shards(folder, files, total_bytes)
+    return found
 
 
-def name_shards(folder: Path, files: list[tuple[Path, list[str]]]) -> None:
+def name_shards(folder: Path, files: list[tuple[Path, list[str]]], total_bytes: int) -> None:
     """Give the parts their final names: one model.safetensors, or numbered shards with an index."""
     if len(files) == 1:
         os.replace(files[0][0], folder / MODEL_FILE)
@@ -107,7 +119,7 @@ def name_shards(folder: Path, files: list[tuple[Path, list[str]]]) -> None:
         shard_name = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
         os.replace(part, folder / shard_name)
         weight_map.update(dict.fromkeys(names, shard_name))
-    write_json(folder / INDEX_FILE, {"weight_map": weight_map})
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
 def shard_files(folder: Path | str) -> list[Path]:
@@ -215,16 +227,22 @@ def load_trained_folder(
     checkpoint_dir: Path | str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    quantize: str | None = "none",
 ) -> tuple[LLaMA, dict]:
     """The base with a finished method on it, and its method.json.
 
     ``checkpoint_dir`` overrides where the base lies; that it is the same base is checked. A folder that holds a whole
-    model needs no base.
+    model needs no base. ``quantize`` says what its weights are kept in, None as in training: what was trained over a
+    narrow base fits the wide one too, but has learned to make up for the narrow one's errors.
     """
     method, path = read_method(trained_dir), Path(trained_dir) / METHOD_FILE
+    quantize = quantize or method.get("quantize", "none")
     if (Path(trained_dir) / MODEL_FILE).exists():  # a checkpoint folder: nothing of the base is left
-        return load_model(trained_dir, dtype, device).requires_grad_(False), method
+        model = load_model(trained_dir, dtype, device)
+        quantize_base(model, quantize)
+        return model.requires_grad_(False), method
     model = load_model(check_base(method["base"], checkpoint_dir, path), dtype, device)
+    quantize_base(model, quantize)
     add_trained(model, trained_dir, method)
     return model, method
 

@@ -13,6 +13,7 @@ from lit_llama.checkpoint import METHOD_FILE, TRAINED_FILE, check_base, load_mod
 from lit_llama.cli import UserError
 from lit_llama.files import open_tensors
 from lit_llama.methods.features import probabilities, text_vectors
+from lit_llama.model import LLaMA
 
 # prompts as ids -> the probability of each label, (n, labels)
 Classifier = Callable[[list[list[int]]], np.ndarray]
@@ -35,11 +36,14 @@ def load_classifier(
         with open_tensors(Path(trained_dir) / TRAINED_FILE):  # a clear error where the file is not whole
             arrays = load_file(Path(trained_dir) / TRAINED_FILE)
         return lambda prompts: probabilities(arrays, text_vectors(model, prompts)), method
-    model, _ = load_trained_folder(trained_dir, checkpoint_dir, dtype, device)
+    model, _ = load_trained_folder(trained_dir, checkpoint_dir, dtype, device, quantize=None)
+    return lambda prompts: label_shares(model, prompts), method
 
-    @torch.inference_mode()
-    def classify(prompts: list[list[int]]) -> np.ndarray:
-        vectors = torch.from_numpy(text_vectors(model, prompts)).to(device)
-        return model.lm_head(vectors).softmax(-1).cpu().numpy()
 
-    return classify, method
+@torch.inference_mode()
+def label_shares(model: LLaMA, prompts: list[list[int]]) -> np.ndarray:
+    """The probability of each label, (n, labels), by a model whose head is a classifier."""
+    training = model.training
+    vectors = torch.from_numpy(text_vectors(model.eval(), prompts)).to(model.lm_head.weight.device)
+    model.train(training)
+    return model.lm_head(vectors).softmax(-1).cpu().numpy()

@@ -1,11 +1,8 @@
 """Other projects' checkpoints -> this project's: Hugging Face, Meta and the original Lit-LLaMA (GGUF: convert_gguf.py).
 
-Each format is a column of names and a generator of (name, tensor); from there one pipeline renames, casts, joins
-q, k, v into the fused projection, and writes as it goes. ``save_checkpoint`` holds the result against the config:
+Each format is a column of names (layouts.py) and a generator of (name, tensor); from there one pipeline renames, casts,
+joins q, k, v into the fused projection, and writes as it goes. ``save_checkpoint`` holds the result against the config:
 no tensor missing, none left over, every shape right. Pickles are read by ``torch.load(weights_only=True)`` alone.
-
-Rotary layout: this project's q and k rows are half-split as Hugging Face's, pair i of a head being its rows i and
-i + hs/2. Meta, GGUF and Lit-LLaMA interleave them, rows 2i and 2i + 1: see ``to_half_split``.
 """
 
 from __future__ import annotations
@@ -26,33 +23,13 @@ from lit_llama.checkpoint import save_checkpoint, tensor_shapes
 from lit_llama.cli import UserError
 from lit_llama.configs import CONFIGS, LLAMA_31_SCALING
 from lit_llama.files import open_tensors, read_json, whole_folder
+from lit_llama.layouts import layer_names, to_half_split
 from lit_llama.model import CausalSelfAttention, LLaMAConfig
 
 Tensors = Iterable[tuple[str, Tensor]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model"]
 SETTINGS_FILES = ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja"]
-
-# fmt: off
-FORMATS = ("ours",           "hf",                       "meta",            "gguf")
-BLOCKS = ("transformer.h",   "model.layers",             "layers",          "blk")
-BLOCK_NAMES = [
-    ("rms_1",                "input_layernorm",          "attention_norm",  "attn_norm"),
-    ("attn.q",               "self_attn.q_proj",         "attention.wq",    "attn_q"),  # fuse_qkv joins q, k and v
-    ("attn.k",               "self_attn.k_proj",         "attention.wk",    "attn_k"),
-    ("attn.v",               "self_attn.v_proj",         "attention.wv",    "attn_v"),
-    ("attn.c_proj",          "self_attn.o_proj",         "attention.wo",    "attn_output"),
-    ("rms_2",                "post_attention_layernorm", "ffn_norm",        "ffn_norm"),
-    ("mlp.c_fc1",            "mlp.gate_proj",            "feed_forward.w1", "ffn_gate"),
-    ("mlp.c_fc2",            "mlp.up_proj",              "feed_forward.w3", "ffn_up"),
-    ("mlp.c_proj",           "mlp.down_proj",            "feed_forward.w2", "ffn_down"),
-]
-TOP_NAMES = [
-    ("transformer.wte",      "model.embed_tokens",       "tok_embeddings",  "token_embd"),
-    ("transformer.ln_f",     "model.norm",               "norm",            "output_norm"),
-    ("lm_head",              "lm_head",                  "output",          "output"),
-]
-# fmt: on
 COMPUTED = ("rotary_emb.inv_freq", "rope.freqs", "rope_freqs.weight")  # tables that the model makes itself
 
 
@@ -68,11 +45,8 @@ def write_model(
 
 
 def rename(tensors: Tensors, source_format: str, n_layer: int, dtype: str | None) -> Iterator[tuple[str, Tensor]]:
-    column = FORMATS.index(source_format)
-    table = {f"{row[column]}.weight": f"{row[0]}.weight" for row in TOP_NAMES}
-    for i in range(n_layer):
-        for row in BLOCK_NAMES:
-            table[f"{BLOCKS[column]}.{i}.{row[column]}.weight"] = f"{BLOCKS[0]}.{i}.{row[0]}.weight"
+    names = layer_names(source_format, "ours", n_layer)
+    table = {f"{theirs}.weight": f"{ours}.weight" for theirs, ours in names.items()}
     for name, tensor in tensors:
         if name.endswith(COMPUTED):
             continue
@@ -105,12 +79,6 @@ def fuse_qkv(tensors: Tensors, config: LLaMAConfig, interleaved: bool) -> Iterat
             del waiting[attn]
     for attn, parts in waiting.items():
         raise UserError(f"{attn}.{min(set(slices) - set(parts))} is missing: the checkpoint is not complete")
-
-
-def to_half_split(weight: Tensor, n_head: int) -> Tensor:
-    """Reorder q or k rows from rotary pairs (2i, 2i + 1) to pairs (i, i + hs/2); (nh * hs, C) stays its shape."""
-    weight = weight.unflatten(0, (n_head, -1, 2))  # (nh * hs, C) -> (nh, hs/2, 2, C)
-    return weight.transpose(1, 2).flatten(0, 2)  # -> (nh, 2, hs/2, C) -> (nh * hs, C)
 
 
 def drop_tied_head(tensors: Tensors, config: LLaMAConfig) -> Iterator[tuple[str, Tensor]]:

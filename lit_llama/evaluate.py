@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from lit_llama.bars import Bar
+from lit_llama.batches import IGNORE, Encoded, collate, micro_batches
+from lit_llama.classify import label_shares
 from lit_llama.cli import UserError
-from lit_llama.data import Sample, Task
+from lit_llama.data import Task, split_file
 from lit_llama.generate import generate_batch
 from lit_llama.model import LLaMA
 from lit_llama.prompts import encode_prompt, stop_ids, user_text
+from lit_llama.samples import Sample, read_samples
 from lit_llama.tokenizer import Tokenizer
+from lit_llama.train import target_vectors
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -44,18 +52,46 @@ def answer_samples(
     return answers
 
 
+def add_shots(samples: list[Sample], folder: Path, shots: int, seed: int) -> list[Sample]:
+    """The samples with the same ``shots`` examples in front, drawn from the folder's train file."""
+    file = split_file(folder, "train") if folder.is_dir() else None
+    if file is None:
+        raise UserError(f"--shots takes its examples from a train file: {folder} must be a folder with one")
+    examples = [sample for sample in read_samples(file) if sample.messages]
+    if len(examples) < shots:
+        raise UserError(f"--shots {shots}, but {file} holds {len(examples)} rows with an answer")
+    given = [message for sample in random.Random(seed).sample(examples, shots) for message in sample.messages]
+    return [replace(sample, messages=given + sample.messages) for sample in samples if sample.messages]
+
+
+def count_last_answers(
+    samples: list[Sample], encoded: list[Encoded], style: str, tokenizer: Tokenizer
+) -> tuple[list[Sample], list[Encoded]]:
+    """Take the examples' answers off the targets, for they are given; drop what has no room for its own answer."""
+    kept = []
+    for sample, ids in zip(samples, encoded, strict=True):
+        given = len(encode_prompt(sample.prompt, style, tokenizer)) - 1
+        if given < len(ids.ids):
+            ids.targets[:given] = [IGNORE] * given
+            kept.append((sample, ids))
+    if not kept:
+        raise UserError(f"none of {len(samples)} samples fits the context with its examples; pass fewer --shots")
+    return [sample for sample, _ in kept], [ids for _, ids in kept]
+
+
 @torch.inference_mode()
-def choose_labels(model: LLaMA, prompts: list[list[int]], labels: list[str], batch_size: int = 32) -> list[str]:
-    """The likeliest label of each prompt (ids), by a model whose head is a classifier."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    chosen = [""] * len(prompts)
+def sample_losses(model: LLaMA, encoded: list[Encoded], device: torch.device) -> list[float]:
+    """The cross-entropy of each sample, summed over its target tokens."""
     model.eval()
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        logits = model.lm_head(model.last_vectors([prompts[i] for i in rows]))  # (rows, labels)
-        for i, label in zip(rows, logits.argmax(-1).tolist(), strict=True):
-            chosen[i] = labels[label]
-    return chosen
+    losses: dict[int, float] = {}
+    with Bar(len(encoded), "loss", "sample") as bar:
+        for batch in micro_batches(encoded, max_tokens=1024):
+            vectors, targets, rows = target_vectors(model, *collate(batch, device))
+            of_tokens = F.cross_entropy(model.lm_head(vectors).float(), targets, reduction="none")  # (n,)
+            of_rows = torch.zeros(len(batch), device=device).index_add_(0, rows, of_tokens)
+            losses |= zip(map(id, batch), of_rows.tolist(), strict=True)
+            bar.update(len(batch))
+    return [losses[id(ids)] for ids in encoded]
 
 
 def count_correct(answers: list[str], samples: list[Sample]) -> int:
@@ -78,7 +114,8 @@ class Comparison:
         task, samples = self.task, self.samples
         if task.labels is not None:
             encoded = task.validation[: self.n_samples][self.fabric.global_rank :: self.fabric.world_size]
-            self.answers[when] = choose_labels(model, [sample.ids for sample in encoded], task.labels)
+            chosen = label_shares(model, [sample.ids for sample in encoded]).argmax(1)
+            self.answers[when] = [task.labels[i] for i in chosen]
         else:
             self.answers[when] = answer_samples(model, task.tokenizer, task.prompt_style, samples, name=when)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -99,11 +99,12 @@ def generate_batch(
     max_new_tokens: int,
     stop: set[int] | list[set[int]],
     sampling: Sampling | None = None,
+    ended: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """The answers to several prompts, decoded together; greedy ones equal those of ``generate``.
 
     Prompts are padded at the left, so that all rows write the same slot of the cache. Rows that have ended are dropped
-    once they are half of the batch.
+    once they are half of the batch. ``ended`` tells of an answer so far whether it is whole.
     """
     for length in {max(map(len, prompts)), min(map(len, prompts))}:
         check_length(model, length, max_new_tokens)
@@ -128,6 +129,8 @@ def generate_batch(
                     open_rows.discard(row)
                 elif row in open_rows:
                     answers[row].append(token)
+                    if ended is not None and ended(answers[row]):
+                        open_rows.discard(row)
             if not open_rows:
                 break
             idx, input_pos = tokens[:, None], input_pos[-1:] + 1

@@ -33,12 +33,17 @@ LLAMA_IDS = {"unknown": 0, "bos": 1, "eos": 2}  # llama.cpp's for a sentencepiec
 
 
 def write_gguf_tokenizer(reader: GGUFReader, folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json of an opened GGUF into ``folder``.
+    """Write tokenizer.json and tokenizer_config.json of an opened GGUF into ``folder``."""
+    prefix = "tokenizer."
+    fields = {key[len(prefix) :]: field.contents() for key, field in reader.fields.items() if key.startswith(prefix)}
+    write_tokenizer(fields, folder)
+
+
+def write_tokenizer(meta: dict, folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json for the fields ``meta``, named without their "tokenizer.".
 
     Raises UserError for a kind of tokenizer or of pre-tokenizer that is not known here, or when metadata is missing.
     """
-    prefix = "tokenizer."
-    meta = {key[len(prefix) :]: field.contents() for key, field in reader.fields.items() if key.startswith(prefix)}
     model, tokens = meta.get("ggml.model"), meta.get("ggml.tokens", [])
     if model not in ("gpt2", "llama"):
         raise UserError(f"the GGUF's tokenizer is of the kind {model!r}; known kinds: gpt2, llama")

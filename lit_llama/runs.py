@@ -39,6 +39,7 @@ from lit_llama.convert import copy_tokenizer
 from lit_llama.devices import peak_memory
 from lit_llama.files import open_tensors, read_json, save_tensors, whole_file, write_json
 from lit_llama.model import LLaMA
+from lit_llama.quantize import quantization
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -127,6 +128,7 @@ class Run:
             "trained_numbers": numbers,
             "base": describe_base(checkpoint_dir),
             "base_dtype": str(model.dtype).removeprefix("torch."),
+            "quantize": quantization(model),
             "prompt_style": task.prompt_style,
             "data": task.data,
             "data_fingerprint": task.fingerprint,
@@ -138,7 +140,8 @@ class Run:
             "version": __version__,
         }
         if self.resume:
-            changes = differences(read_json(self.out_dir / METHOD_FILE), description)
+            before = {"quantize": "none", **read_json(self.out_dir / METHOD_FILE)}  # older runs do not say it
+            changes = differences(before, description)
             changes = [change for change in changes if not change.startswith(MAY_CHANGE)]
             if changes:
                 raise UserError(f"--resume of {self.out_dir} with other settings: {'; '.join(changes)}")

@@ -39,7 +39,7 @@ class Tokenizer:
 
     def __init__(self, checkpoint_dir: Path | str):
         folder = Path(checkpoint_dir)
-        settings = read_json(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).exists() else {}
+        self.settings = settings = read_json(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).exists() else {}
         if (folder / JSON_FILE).exists():
             self.backend: JSONBackend | SentencePieceBackend = JSONBackend(folder, settings)
         elif (folder / SENTENCEPIECE_FILE).exists():
@@ -74,9 +74,17 @@ class Tokenizer:
             warnings.warn(f"the vocabulary has no token for {len(unknown)} bytes ({names}): dropped", stacklevel=2)
         return self.backend.encode(text)
 
-    def control_id(self, token: str) -> int | None:
+    def control_id(self, token: str | None) -> int | None:
         """The id of a control token such as "<|im_end|>", None if there is none of that name."""
-        return self.backend.controls.get(token)
+        return None if token is None else self.backend.controls.get(token)
+
+    def named_id(self, role: str) -> int | None:
+        """The id of what tokenizer_config.json names as its "bos", "unk" or "pad" token, part of a text or not."""
+        return self.control_id(token_text(self.settings.get(f"{role}_token")))
+
+    def token(self, token_id: int) -> str:
+        """The name of one token in the vocabulary."""
+        return self.backend.token(token_id)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The inverse of encode. Control tokens become their names, a model's padding rows nothing.
@@ -122,6 +130,9 @@ class JSONBackend:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def token(self, token_id: int) -> str:
+        return self.tokenizer.id_to_token(token_id) or ""
+
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
@@ -148,6 +159,9 @@ class SentencePieceBackend:
 
     def encode(self, text: str) -> list[int]:
         return self.processor.encode(text)
+
+    def token(self, token_id: int) -> str:
+        return self.processor.id_to_piece(token_id)
 
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids)

@@ -46,16 +46,21 @@ def target_loss(model: LLaMA, ids: Tensor, targets: Tensor, chunk_size: int = 38
     Only positions with a target reach the head. More than ``chunk_size`` of them do so in chunks, and again in the
     backward pass: the float32 logits of a whole batch, its largest tensor by far, never exist.
     """
-    if model.virtual_ids:
-        virtual = torch.tensor([model.virtual_ids], device=ids.device).expand(len(ids), -1)
-        ids, targets = torch.cat((virtual, ids), 1), F.pad(targets, (virtual.size(1), 0), value=IGNORE)
-    where = targets != IGNORE
-    hidden, targets = model.hidden_states(ids)[where], targets[where]  # (n, C) and (n,)
+    hidden, targets, _ = target_vectors(model, ids, targets)
     if len(targets) <= chunk_size:
         return head_loss(model.lm_head, hidden, targets)
     chunks = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
     losses = [checkpoint(head_loss, model.lm_head, *chunk, use_reentrant=False) for chunk in chunks]
     return torch.stack(losses).sum()
+
+
+def target_vectors(model: LLaMA, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the n positions of ids (B, T) that have a target: vectors (n, C), targets (n,) and row of the batch (n,)."""
+    if model.virtual_ids:
+        virtual = torch.tensor([model.virtual_ids], device=ids.device).expand(len(ids), -1)
+        ids, targets = torch.cat((virtual, ids), 1), F.pad(targets, (virtual.size(1), 0), value=IGNORE)
+    where = targets != IGNORE
+    return model.hidden_states(ids)[where], targets[where], where.nonzero()[:, 0]
 
 
 def head_loss(lm_head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

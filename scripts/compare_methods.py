@@ -46,6 +46,7 @@ class Job:
     steps: int
     flags: list[str] = field(default_factory=list)
     evaluated: bool = True  # on the held-out split; a pilot and a curve need none
+    validations: int = 4
 
     @property
     def trained(self) -> bool:
@@ -181,11 +182,11 @@ def keep_settings(path: Path, settings: dict) -> None:
 
 
 def pilot_jobs(folder: Path, methods: tuple[str, ...], steps: int) -> list[Job]:
-    rates = [(name, f"{rate:g}") for name in methods for rate in PILOT_RATES.get(name, ())]
-    return [
-        Job(f"{name} at {rate}", name, folder / "pilot" / f"{name}-{rate}", steps, ["--train.learning_rate", rate])
-        for name, rate in rates
-    ]
+    def job(name: str, rate: str) -> Job:
+        flags = ["--train.learning_rate", rate]
+        return Job(f"{name} at {rate}", name, folder / "pilot" / f"{name}-{rate}", steps, flags, validations=1)
+
+    return [job(name, f"{rate:g}") for name in methods for rate in PILOT_RATES.get(name, ())]
 
 
 def ablation_jobs(folder: Path, n_layer: int, steps: int, gate_steps: int) -> list[Job]:
@@ -214,7 +215,8 @@ def train(job: Job, flags: list[str], failed: dict[str, str], bar: Bar) -> bool:
         command = [sys.executable, str(ROOT / "finetune" / f"{job.method}.py"), *flags, *job.flags]
         command += ["--out_dir", str(job.out_dir), "--yes"]
         if job.method != "features":
-            command += ["--train.max_steps", str(job.steps), "--train.eval_every", str(max(1, -(-job.steps // 4)))]
+            eval_every = -(-job.steps // job.validations)
+            command += ["--train.max_steps", str(job.steps), "--train.eval_every", str(eval_every)]
         resumable = (job.out_dir / STATE_FILE).exists()
         command += ["--resume"] if resumable else ["--overwrite"]
         log = run_process(command, job.out_dir, lambda: bar.update(before + len(read_metrics(job.out_dir)) - bar.n))

@@ -8,8 +8,6 @@ Of a folder the validation file is evaluated, of a file all of it. Folders that 
 """
 
 import math
-import random
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,13 +15,8 @@ from lit_llama import cli
 from lit_llama.settings import DEFAULT_BASE
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
-
-    from lit_llama.batches import Encoded
     from lit_llama.classify import Classifier
-    from lit_llama.model import LLaMA
     from lit_llama.samples import Sample
-    from lit_llama.tokenizer import Tokenizer
 
 
 def main(
@@ -38,6 +31,7 @@ def main(
     shots: int = 0,
     shots_seed: int = 1337,
     precision: str = "auto",
+    quantize: str | None = None,
     results: str | None = None,
 ) -> None:
     """Evaluate a base or a trained folder.
@@ -54,6 +48,7 @@ def main(
         shots: Examples of the data folder's train file in front of every prompt: in-context learning.
         shots_seed: Of the choice of these examples.
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
+        quantize: What the base's weights are kept in: none, int8, or on CUDA nf4; by default as in training.
         results: A .json file to write each sample's loss and answer to.
     """
     from lit_llama.checkpoint import load_model, load_trained_folder, read_method, tokenizer_dir
@@ -61,8 +56,9 @@ def main(
     from lit_llama.data import can_be_asked, encode_samples, split_file
     from lit_llama.devices import base_dtype, launch
     from lit_llama.download import ensure_base
-    from lit_llama.evaluate import answer_samples
+    from lit_llama.evaluate import add_shots, answer_samples, count_last_answers, sample_losses
     from lit_llama.prompts import choose_style
+    from lit_llama.quantize import pack, quantize_base
     from lit_llama.samples import read_samples
     from lit_llama.tokenizer import Tokenizer
 
@@ -78,13 +74,15 @@ def main(
     fabric = launch()
     dtype = base_dtype(precision, fabric.device)
     if trained_dir and is_classifier(read_method(trained_dir)):
-        if shots or prompt_style or max_seq_length:
-            raise cli.UserError(f"{trained_dir} answers with labels: no --shots, --prompt_style, --max_seq_length")
+        if shots or prompt_style or max_seq_length or quantize:
+            raise cli.UserError(
+                f"{trained_dir} answers with labels: no --shots, --prompt_style, --max_seq_length, --quantize"
+            )
         classify, method = load_classifier(trained_dir, checkpoint_dir, dtype, fabric.device)
         write_results(results, evaluate_labels(samples, classify, method, checkpoint_dir))
         return
     if trained_dir:
-        model, method = load_trained_folder(trained_dir, checkpoint_dir, dtype, fabric.device)
+        model, method = load_trained_folder(trained_dir, checkpoint_dir, dtype, fabric.device, quantize)
         checkpoint_dir = tokenizer_dir(trained_dir, checkpoint_dir, method)
         prompt_style = prompt_style or method["prompt_style"]
         max_seq_length = max_seq_length or method["train"]["max_seq_length"]
@@ -93,6 +91,7 @@ def main(
         checkpoint_dir = checkpoint_dir or DEFAULT_BASE
         ensure_base(checkpoint_dir, yes=False)
         model = load_model(checkpoint_dir, dtype, fabric.device)
+        quantize_base(model, quantize or "none")
         print(f"{model.config.name} on {data}")
     tokenizer = Tokenizer(checkpoint_dir)
     style = choose_style(prompt_style, tokenizer)
@@ -102,7 +101,8 @@ def main(
     kept, encoded = encode_samples(asked, style, tokenizer, max_seq_length)
     if shots:
         kept, encoded = count_last_answers(kept, encoded, style, tokenizer)
-    losses = sample_losses(fabric, model, encoded)
+    losses = sample_losses(model, encoded, fabric.device)
+    pack(model)  # for decoding: the many rows of the loss gain nothing by it
     loss = sum(losses) / sum(ids.n_targets for ids in encoded)
     print(f"{len(kept)} samples; {len(samples) - len(kept)} dropped: no answer begins within {max_seq_length} tokens")
     print(f"loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
@@ -115,52 +115,6 @@ def main(
         print(f"exact match: {correct / len(asked):.1%} ({correct} of {len(asked)})".replace("%", " %"))
     figures = [(losses[i], ids.n_targets, right.get(i), answers.get(i)) for i, ids in enumerate(encoded)]
     write_results(results, [(sample.row, *row) for sample, row in zip(kept, figures, strict=True)])
-
-
-def add_shots(samples: "list[Sample]", folder: Path, shots: int, seed: int) -> "list[Sample]":
-    """The samples with the same ``shots`` examples in front, drawn from the folder's train file."""
-    from lit_llama.data import split_file
-    from lit_llama.samples import read_samples
-
-    file = split_file(folder, "train") if folder.is_dir() else None
-    if file is None:
-        raise cli.UserError(f"--shots takes its examples from a train file: {folder} must be a folder with one")
-    examples = [sample for sample in read_samples(file) if sample.messages]
-    if len(examples) < shots:
-        raise cli.UserError(f"--shots {shots}, but {file} holds {len(examples)} rows with an answer")
-    given = [message for sample in random.Random(seed).sample(examples, shots) for message in sample.messages]
-    return [replace(sample, messages=given + sample.messages) for sample in samples if sample.messages]
-
-
-def count_last_answers(
-    samples: "list[Sample]", encoded: "list[Encoded]", style: str, tokenizer: "Tokenizer"
-) -> "tuple[list[Sample], list[Encoded]]":
-    """Take the examples' answers off the targets, for they are given; drop what has no room for its own answer."""
-    from lit_llama.batches import IGNORE
-    from lit_llama.prompts import encode_prompt
-
-    kept = []
-    for sample, ids in zip(samples, encoded, strict=True):
-        given = len(encode_prompt(sample.prompt, style, tokenizer)) - 1
-        if given < len(ids.ids):
-            ids.targets[:given] = [IGNORE] * given
-            kept.append((sample, ids))
-    if not kept:
-        raise cli.UserError(f"none of {len(samples)} samples fits the context with its examples; pass fewer --shots")
-    return [sample for sample, _ in kept], [ids for _, ids in kept]
-
-
-def sample_losses(fabric: "Fabric", model: "LLaMA", encoded: "list[Encoded]") -> list[float]:
-    """The cross-entropy of each sample, summed over its target tokens."""
-    import torch
-
-    from lit_llama.bars import track
-    from lit_llama.batches import collate
-    from lit_llama.train import target_loss
-
-    counted = track(encoded, len(encoded), "loss", "sample")
-    with torch.inference_mode():
-        return [target_loss(model.eval(), *collate([ids], fabric.device)).item() for ids in counted]
 
 
 def write_results(path: str | None, rows: list[tuple]) -> None:

@@ -26,7 +26,7 @@ SHA256 = {
     "negative": "a35e6bf99f4da4bd5780ca60b061e80d9c1d2076395d4cec79e85f25d62b3f83",
 }
 FILES = {"positive": "rt-polarity.pos", "negative": "rt-polarity.neg"}
-HELD_OUT = 1066  # sentences of validation, and of test
+VALIDATION, TEST = 400, 1066  # sentences
 INSTRUCTION = "Is this movie review positive or negative?"
 
 
@@ -51,7 +51,8 @@ def main(out_dir: str = "data/reviews", source: str = URL, seed: int = 1337) -> 
                 seen.add(text)
                 rows.append({"instruction": INSTRUCTION, "input": text, "output": label, "text": text, "label": label})
     random.Random(seed).shuffle(rows)
-    splits = {"test": rows[:HELD_OUT], "validation": rows[HELD_OUT : 2 * HELD_OUT], "train": rows[2 * HELD_OUT :]}
+    held_out = TEST + VALIDATION
+    splits = {"test": rows[:TEST], "validation": rows[TEST:held_out], "train": rows[held_out:]}
     for name, part in splits.items():
         with whole_file(Path(out_dir) / f"{name}.json") as temporary:
             lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in part)

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from test_model import SCALING, TINY, tiny_model, transformers_model
 
 from lit_llama.checkpoint import kept_tensors, load_trained, trained_tensors
+from lit_llama.classify import label_shares
 from lit_llama.files import save_tensors
 from lit_llama.generate import generate, generate_batch
 from lit_llama.methods import METHODS
+from lit_llama.methods.features import text_vectors
 from lit_llama.methods.lora import TARGETS, places
 from lit_llama.model import LLaMA, LLaMAConfig, apply_rope
 from lit_llama.train import target_loss
@@ -380,16 +382,15 @@ def test_a_classifiers_head_learns_labels_from_the_last_token(method):
         target_loss(model, tokens(), targets).backward()
         optimizer.step()
         optimizer.zero_grad()
-    last = model.lm_head(model.last_vectors([tokens()[0].tolist(), tokens()[1].tolist()]))
-    assert last.argmax(-1).tolist() == [2, 0]
+    assert label_shares(model, tokens().tolist()).argmax(-1).tolist() == [2, 0]
     assert torch.equal(model.transformer.wte.weight, embedding) == (method == "output_layers")
 
 
-def test_last_vectors_are_those_of_each_text_alone():
+def test_the_vectors_of_texts_are_those_of_each_text_alone():
     model, texts = tiny_model(), [[1, 2, 3, 4], [5], [6, 7]]
-    together = model.last_vectors(texts)
+    together = torch.from_numpy(text_vectors(model, texts))
     for vector, text in zip(together, texts, strict=True):
-        torch.testing.assert_close(vector, model.hidden_states(torch.tensor([text]))[0, -1])
+        torch.testing.assert_close(vector, model.hidden_states(torch.tensor([text]))[0, -1].detach())
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ from jsonargparse import ArgumentParser
 from tokenizers import Tokenizer as TokenizersTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from lit_llama.checkpoint import save_checkpoint
+from lit_llama.checkpoint import describe_base, kept_tensors, load_model, save_checkpoint, trained_tensors
 from lit_llama.cli import parser_of
+from lit_llama.files import save_tensors, write_json
+from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -41,6 +43,20 @@ def make_base(folder: Path, seed: int = 1, **changes) -> Path:
     state = {k: v for k, v in model.state_dict().items() if not (k == "lm_head.weight" and model.config.tie_embeddings)}
     save_checkpoint(folder, model.config, state.items())
     write_tokenizer(folder)
+    return folder
+
+
+def save_trained(base: Path, folder: Path, method: str, **arguments) -> Path:
+    """A trained folder over ``base``, with random values in all that trains."""
+    model = load_model(base).requires_grad_(False)
+    METHODS[method](model, **arguments)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for tensor in trained_tensors(model).values():
+            tensor += 0.2 * torch.randn(tensor.shape, generator=generator)
+    save_tensors(folder / "trained.safetensors", kept_tensors(model))
+    about = {"base": describe_base(base), "prompt_style": "chatml", "train": {"max_seq_length": 64}}
+    write_json(folder / "method.json", {"method": method, "arguments": arguments, **about})
     return folder
 
 

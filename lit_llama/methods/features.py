@@ -31,7 +31,10 @@ def text_vectors(model: LLaMA, texts: list[list[int]], max_tokens: int = 4096, t
     while order:
         rows = order[-max(1, max_tokens // len(texts[order[-1]])) :]
         del order[-len(rows) :]
-        vectors[rows] = model.last_vectors([texts[i] for i in rows]).float().cpu().numpy()
+        last = torch.tensor([len(texts[i]) - 1 for i in rows])
+        idx = torch.tensor([texts[i] + [0] * (int(last.max()) + 1 - len(texts[i])) for i in rows])
+        hidden = model.hidden_states(idx.to(model.transformer.wte.weight.device))  # causal: padding is never seen
+        vectors[rows] = hidden[torch.arange(len(rows)), last].float().cpu().numpy()
         tick(len(rows))
     return vectors
 

@@ -61,15 +61,22 @@ def places(block: Block) -> dict[str, tuple[nn.Linear, slice]]:
 
 
 def add_lora(
-    model: LLaMA, r: int = 8, alpha: float = 16, dropout: float = 0.05, targets: tuple[str, ...] = ("q", "v")
+    model: LLaMA,
+    r: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.05,
+    targets: tuple[str, ...] = ("q", "v"),
+    start_layer: int = 0,
 ) -> None:
-    """Put a pair (A, B) of rank ``r`` beside each of the matrices ``targets`` of every block."""
-    unknown = set(targets) - set(TARGETS)
+    """Put a pair (A, B) of rank ``r`` beside each of the matrices ``targets`` of the blocks from ``start_layer`` on."""
+    unknown, n_layer = set(targets) - set(TARGETS), model.config.n_layer
     if r < 1 or not 0 <= dropout < 1 or not targets or unknown:
         raise UserError(
             f"r {r} must be at least 1, dropout {dropout} within 0 and 1, and targets {list(targets)} some of {TARGETS}"
         )
-    for block in model.transformer.h:
+    if not 0 <= start_layer < n_layer:
+        raise UserError(f"start_layer {start_layer} must lie within 0 and {n_layer - 1}")
+    for block in model.transformer.h[start_layer:]:
         for name in targets:
             layer, rows = places(block)[name]
             if not hasattr(layer, "lora"):

@@ -1,0 +1,45 @@
+"""How the blocks run while a model trains: compiled, or recomputed in the backward pass to save memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from lit_llama.model import LLaMA
+
+
+@contextmanager
+def block_forwards(model: LLaMA, compile: bool = False, checkpointing: bool = False) -> Iterator[None]:
+    """Replace the forward pass of every block, and put the plain one back afterwards.
+
+    ``compile``: by torch.compile, each block alone and for all lengths: 30 to 60 s once, then fewer and larger kernels.
+    ``checkpointing``: keep a block's input alone and compute the rest again in the backward pass
+    (https://arxiv.org/abs/1604.06174). Blocks below the first one that trains build no graph, and are left out.
+    """
+    blocks = model.transformer.h
+    for i, block in enumerate(blocks):
+        forward = block.forward
+        if compile:
+            forward = torch.compile(forward, dynamic=True)
+        if checkpointing and i >= first_trained(model):
+            forward = partial(checkpoint, forward, use_reentrant=False)
+        block.forward = forward
+    try:
+        # By default a compiled block is taken for another one that differs in its hooks alone, as LoRA's do.
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            yield
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own is left
+
+
+def first_trained(model: LLaMA) -> int:
+    """The first block that builds a graph: where something trains, be it the embedding in front of all."""
+    if any(p.requires_grad for p in model.transformer.wte.parameters()) or model.reparametrization is not None:
+        return 0
+    trains = [any(p.requires_grad for p in block.parameters()) for block in model.transformer.h]
+    return trains.index(True) if True in trains else len(trains)

@@ -1,0 +1,51 @@
+"""What other projects call a LLaMA's tensors, and how they order the rows of q and k: both ways, in one table.
+
+Rotary layout: this project's q and k rows are half-split as Hugging Face's, pair i of a head being its rows i and
+i + hs/2. Meta, GGUF and Lit-LLaMA interleave them, rows 2i and 2i + 1.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+# fmt: off
+FORMATS = ("ours",           "hf",                       "meta",            "gguf")
+BLOCKS = ("transformer.h",   "model.layers",             "layers",          "blk")
+BLOCK_NAMES = [
+    ("rms_1",                "input_layernorm",          "attention_norm",  "attn_norm"),
+    ("attn.q",               "self_attn.q_proj",         "attention.wq",    "attn_q"),  # parts of attn.c_attn
+    ("attn.k",               "self_attn.k_proj",         "attention.wk",    "attn_k"),
+    ("attn.v",               "self_attn.v_proj",         "attention.wv",    "attn_v"),
+    ("attn.c_proj",          "self_attn.o_proj",         "attention.wo",    "attn_output"),
+    ("rms_2",                "post_attention_layernorm", "ffn_norm",        "ffn_norm"),
+    ("mlp.c_fc1",            "mlp.gate_proj",            "feed_forward.w1", "ffn_gate"),
+    ("mlp.c_fc2",            "mlp.up_proj",              "feed_forward.w3", "ffn_up"),
+    ("mlp.c_proj",           "mlp.down_proj",            "feed_forward.w2", "ffn_down"),
+]
+TOP_NAMES = [
+    ("transformer.wte",      "model.embed_tokens",       "tok_embeddings",  "token_embd"),
+    ("transformer.ln_f",     "model.norm",               "norm",            "output_norm"),
+    ("lm_head",              "lm_head",                  "output",          "output"),
+]
+# fmt: on
+
+
+def layer_names(source: str, target: str, n_layer: int) -> dict[str, str]:
+    """The name of every layer in one of FORMATS -> its name in another, without ".weight" or ".bias"."""
+    a, b = FORMATS.index(source), FORMATS.index(target)
+    names = {row[a]: row[b] for row in TOP_NAMES}
+    for i in range(n_layer):
+        names.update({f"{BLOCKS[a]}.{i}.{row[a]}": f"{BLOCKS[b]}.{i}.{row[b]}" for row in BLOCK_NAMES})
+    return names
+
+
+def to_half_split(weight: Tensor, n_head: int) -> Tensor:
+    """Reorder q or k rows from rotary pairs (2i, 2i + 1) to pairs (i, i + hs/2); (nh * hs, ...) stays its shape."""
+    weight = weight.unflatten(0, (n_head, -1, 2))  # (nh * hs, C) -> (nh, hs/2, 2, C)
+    return weight.transpose(1, 2).flatten(0, 2)  # -> (nh, 2, hs/2, C) -> (nh * hs, C)
+
+
+def to_interleaved(weight: Tensor, n_head: int) -> Tensor:
+    """The inverse of ``to_half_split``."""
+    weight = weight.unflatten(0, (n_head, 2, -1))  # (nh * hs, C) -> (nh, 2, hs/2, C)
+    return weight.transpose(1, 2).flatten(0, 2)  # -> (nh, hs/2, 2, C) -> (nh * hs, C)

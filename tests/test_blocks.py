@@ -1,0 +1,122 @@
+"""The two bodies of attention, and blocks that are compiled or recomputed: faster or smaller, and the same numbers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lit_llama.blocks import block_forwards, first_trained
+from lit_llama.checkpoint import trained_tensors
+from lit_llama.methods import METHODS
+from lit_llama.model import LLaMA, LLaMAConfig, attention, plain_attention
+from lit_llama.train import target_loss
+
+TINY = dict(
+    block_size=64, vocab_size=97, n_layer=4, n_head=6, n_kv_head=2, n_embd=48, head_size=8, intermediate_size=80
+)
+
+
+def trained_model(method: str, dtype: torch.dtype = torch.float32, **arguments) -> LLaMA:
+    """A tiny random model with a method that is switched on."""
+    torch.manual_seed(3)
+    model = LLaMA(LLaMAConfig(**TINY)).init_weights(0.2).to(dtype).requires_grad_(False)
+    METHODS[method](model, **arguments)
+    for param in trained_tensors(model).values():
+        torch.nn.init.normal_(param, std=0.3)
+    return model
+
+
+def gradients(model: LLaMA, lengths: tuple[int, ...] = (11,)) -> list[torch.Tensor]:
+    """The loss and every gradient, summed over batches of several lengths."""
+    losses = []
+    for length in lengths:
+        ids = torch.arange(3 * length).view(3, length) % 89
+        losses.append(target_loss(model, ids, ids.roll(-1, 1)))
+        losses[-1].backward()
+    found = [p.grad for p in trained_tensors(model).values()]
+    model.zero_grad()
+    return [torch.stack(losses).detach(), *found]
+
+
+@pytest.mark.parametrize(("n_head", "n_kv_head"), [(6, 6), (6, 2), (6, 1)])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_plain_attention_equals_the_fused_one_in_values_and_gradients(n_head, n_kv_head, is_causal):
+    torch.manual_seed(1)
+    T, S = 13, 13 if is_causal else 5
+    q = torch.randn(2, n_head, T, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, n_kv_head, S, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weights = torch.randn_like(q)
+    results = []
+    for y in (
+        plain_attention(q, k, v, is_causal),
+        F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True),
+    ):
+        results.append([y, *torch.autograd.grad((y * weights).sum(), (q, k, v))])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_bfloat16_on_a_cpu_takes_the_plain_body_and_stays_close_to_float32():
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(2, heads, 40, 8).bfloat16() for heads in (6, 2, 2))
+    y = attention(q, k, v, is_causal=True)
+    assert torch.equal(y, plain_attention(q, k, v, True))
+    exact = attention(q.float(), k.float(), v.float(), is_causal=True)
+    torch.testing.assert_close(y.float(), exact, atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("method", ["adapter", "lora", "prefix", "soft_prompt", "output_layers", "full"])
+def test_checkpointed_blocks_have_the_same_gradients(method):
+    arguments = {"lora": dict(dropout=0.0), "prefix": dict(mlp_size=16)}.get(method, {})
+    model = trained_model(method, **arguments)
+    plain = gradients(model)
+    with block_forwards(model, checkpointing=True):
+        recomputed = gradients(model)
+    assert all("forward" not in vars(block) for block in model.transformer.h)
+    for one, other in zip(plain, recomputed, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_checkpointing_draws_the_same_dropout_again():
+    model = trained_model("lora", dropout=0.5).train()
+    torch.manual_seed(5)
+    plain = gradients(model)
+    torch.manual_seed(5)
+    with block_forwards(model, checkpointing=True):
+        recomputed = gradients(model)
+    for one, other in zip(plain, recomputed, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_checkpointing_saves_memory_only_where_a_graph_is_built():
+    def kept_bytes(model: LLaMA) -> int:
+        count = 0
+
+        def pack(tensor):
+            nonlocal count
+            count += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            ids = torch.arange(60).view(2, 30)
+            target_loss(model, ids, ids.roll(-1, 1))
+        return count
+
+    model = trained_model("adapter")
+    assert first_trained(model) == 2
+    plain = kept_bytes(model)
+    with block_forwards(model, checkpointing=True):
+        assert sum("checkpoint" in repr(block.forward) for block in model.transformer.h) == 2
+        assert kept_bytes(model) < plain / 2
+
+
+@pytest.mark.slow
+def test_compiled_blocks_have_the_same_gradients_for_all_lengths():
+    """Also where blocks, or two models, differ in their hooks alone: torch.compile must not take one for the other."""
+    lengths = (11, 17, 23)
+    for method, arguments in (("adapter", {}), ("lora", dict(dropout=0.0))):
+        model = trained_model(method, torch.float64, **arguments)
+        plain = gradients(model, lengths)
+        with block_forwards(model, compile=True):
+            compiled = gradients(model, lengths)
+        for one, other in zip(plain, compiled, strict=True):
+            torch.testing.assert_close(one, other)

@@ -1,0 +1,216 @@
+"""Exported folders as transformers' Auto classes load them: logits, ids, chat templates, and back again."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_model import SCALING
+from test_scripts import refuse, succeed
+from test_tokenizer import train_sentencepiece, varied_strings
+from tools import CONTROLS, make_base, save_trained
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from lit_llama import export
+from lit_llama.chat_templates import TEMPLATES
+from lit_llama.checkpoint import load_config, load_model
+from lit_llama.cli import UserError
+from lit_llama.convert import convert_hf
+from lit_llama.export import export_hf
+from lit_llama.files import read_json, write_json
+from lit_llama.prompts import encode_prompt, stop_ids
+from lit_llama.tokenizer import Tokenizer
+
+SHAPES = {
+    "grouped": dict(),
+    "tied, scaled": dict(tie_embeddings=True, rope_scaling=SCALING, rope_base=500000.0),
+    "odd sizes": dict(n_embd=39, n_head=3, n_kv_head=1, head_size=10, norm_eps=1e-2),
+    "biases": dict(bias=True),
+}
+
+
+def set_biases(folder) -> None:
+    """Random biases, but for the head."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(".bias"):
+            tensor.normal_() if name != "lm_head.bias" else tensor.zero_()
+    save_file(tensors, folder / "model.safetensors")
+
+
+@torch.no_grad()
+def same_logits(folder, exported, tolerance: float = 1e-5):
+    theirs, info = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours = load_model(folder)
+    ids = torch.randint(0, 200, (2, 40), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(ours(ids), theirs.eval()(ids).logits, atol=tolerance, rtol=tolerance)
+    return theirs
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits(tmp_path, shape, monkeypatch):
+    base = make_base(tmp_path / "base", **SHAPES[shape])
+    if shape == "biases":
+        set_biases(base)
+    if shape == "grouped":
+        write = export.write_shards
+        monkeypatch.setattr(export, "write_shards", lambda folder, tensors: write(folder, tensors, 20_000))
+    export_hf(base, tmp_path / "hf")
+    assert (len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1) == (shape == "grouped")
+    theirs = same_logits(base, tmp_path / "hf")
+    assert theirs.config.max_position_embeddings == 512 and theirs.config.tie_word_embeddings == ("tied" in shape)
+
+    config = read_json(
+        tmp_path / "hf/config.json"
+    )  # versions before 5 know the first two of these, later ones the last
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == load_config(base).rope_base
+    assert (config["rope_scaling"] or {"rope_type": "default"}).items() <= config["rope_parameters"].items()
+    del config["rope_parameters"]
+    write_json(tmp_path / "hf/config.json", config)
+    same_logits(base, tmp_path / "hf")
+
+
+@pytest.mark.parametrize("shape", ["grouped", "tied, scaled", "odd sizes"])
+def test_there_and_back(tmp_path, shape):
+    base = make_base(tmp_path / "base", **SHAPES[shape])
+    export_hf(base, tmp_path / "hf")
+    assert convert_hf(tmp_path / "hf", tmp_path / "again", name="tiny") == load_config(base)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "again"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_dtype(tmp_path):
+    base = make_base(tmp_path / "base")
+    export_hf(base, tmp_path / "hf", dtype="bfloat16")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").dtype == torch.bfloat16
+    assert all(t.dtype == torch.bfloat16 for t in load_file(tmp_path / "hf/model.safetensors").values())
+
+
+def check_ids(folder, exported, texts) -> None:
+    ours, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(exported)
+    assert theirs.eos_token_id == ours.eos_id
+    in_front = [] if ours.bos_id is None else [ours.bos_id]
+    for text in texts:
+        assert theirs(text, add_special_tokens=False).input_ids == ours.encode(text), repr(text)
+        assert theirs(text).input_ids == in_front + ours.encode(text)
+        assert theirs.decode(ours.encode(text), clean_up_tokenization_spaces=False) == text
+
+
+def test_ids(tmp_path):
+    export_hf(make_base(tmp_path / "base"), tmp_path / "hf")
+    check_ids(tmp_path / "base", tmp_path / "hf", varied_strings(100))
+
+
+def test_ids_of_a_sentencepiece_model(tmp_path):
+    base = make_base(tmp_path / "base", vocab_size=1200)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).unlink()
+    train_sentencepiece(base)
+    export_hf(base, tmp_path / "hf")
+    check_ids(base, tmp_path / "hf", [text for text in varied_strings(300) if "▁" not in text])
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").bos_token == "<s>"
+
+
+def base_with_controls(folder, controls: list[str], bos: str | None, eos: str):
+    """A base whose tokenizer has further control tokens, and one in front of every text if ``bos``."""
+    from tokenizers import Tokenizer as TokenizersTokenizer
+    from tokenizers import processors
+
+    base = make_base(folder, vocab_size=259 + len(controls))
+    tokenizer = TokenizersTokenizer.from_file(str(base / "tokenizer.json"))
+    tokenizer.add_special_tokens(controls)
+    if bos:
+        special = [(bos, tokenizer.token_to_id(bos))]
+        tokenizer.post_processor = processors.TemplateProcessing([bos, "$A"], None, special)
+    tokenizer.save(str(base / "tokenizer.json"))
+    write_json(base / "tokenizer_config.json", {"eos_token": eos, **({"bos_token": bos} if bos else {})})
+    return base
+
+
+HEADERS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>", "</s>"]
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Two and two?"},
+    {"role": "assistant", "content": "Four."},
+    {"role": "user", "content": "  And 'three'?\n"},
+]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("style", TEMPLATES)
+def test_chat_template_of_a_style(tmp_path, style, bos):
+    bos_token, eos = ("<|begin_of_text|>", "<|eot_id|>") if style == "llama3" else ("<s>", "</s>")
+    base = base_with_controls(tmp_path / "base", HEADERS, bos_token if bos else None, eos)
+    export_hf(base, tmp_path / "hf", prompt_style=style)
+    ours, theirs = Tokenizer(base), AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for messages in (TALK[1:2], TALK[:2], TALK):
+        found = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert found == encode_prompt(messages, style, ours), messages
+    ends = GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id
+    assert set(ends) == stop_ids(style, ours)
+
+
+def test_the_tokenizers_own_template_stays(tmp_path):
+    base = make_base(tmp_path / "base")
+    (base / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    write_json(base / "generation_config.json", {"eos_token_id": 0, "temperature": 0.5})
+    export_hf(base, tmp_path / "hf")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs.apply_chat_template(TALK[1:2], tokenize=False) == "Two and two?!"
+    generation = GenerationConfig.from_pretrained(tmp_path / "hf")
+    assert (generation.eos_token_id, generation.temperature) == ([0, CONTROLS.index("<|im_end|>")], 0.5)
+
+
+def test_a_fully_finetuned_folder_has_the_template_it_was_trained_with(tmp_path):
+    base = make_base(tmp_path / "base")
+    (base / "chat_template.jinja").write_text("another")
+    write_json(base / "method.json", {"method": "full", "arguments": {}, "base": {}, "prompt_style": "chatml"})
+    export_hf(base, tmp_path / "hf")
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), Tokenizer(base)
+    found = theirs.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
+    assert found == encode_prompt(TALK, "chatml", ours)
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter_v2"])
+def test_a_trained_folder_is_merged_first(tmp_path, method):
+    base = make_base(tmp_path / "base", tie_embeddings=True)
+    arguments = dict(prompt_length=4, start_layer=1, scale_head=False) if method == "adapter_v2" else {}
+    trained = save_trained(base, tmp_path / "trained", method, **arguments)
+    flags = ["--checkpoint_dir", trained, "--out_dir", tmp_path / "hf"]
+    refuse("scripts/export_hf.py", *flags, message=f"holds what {method} learned")
+    succeed("scripts/merge_lora.py", "--trained_dir", trained, "--out_dir", tmp_path / "merged")
+    flags = ["--checkpoint_dir", tmp_path / "merged", "--out_dir", tmp_path / "hf"]
+    assert succeed("scripts/export_hf.py", *flags) == f"wrote {tmp_path / 'hf'}\n"
+    theirs = same_logits(tmp_path / "merged", tmp_path / "hf")
+    assert theirs.config.attention_bias == theirs.config.mlp_bias == (method == "adapter_v2")
+    refuse("scripts/export_hf.py", *flags, message="exists already")
+
+
+def test_a_bias_of_the_head_is_refused(tmp_path):
+    arguments = dict(prompt_length=4, start_layer=1)
+    trained = save_trained(make_base(tmp_path / "base"), tmp_path / "trained", "adapter_v2", **arguments)
+    succeed("scripts/merge_lora.py", "--trained_dir", trained, "--out_dir", tmp_path / "merged")
+    with pytest.raises(UserError, match="bias on its head.*--scale_head false"):
+        export_hf(tmp_path / "merged", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_folder_with_a_tensor_too_few_is_refused(tmp_path):
+    base = make_base(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    del tensors["transformer.ln_f.weight"]
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(UserError, match="ln_f.weight is missing"):
+        export_hf(base, tmp_path / "hf")
+
+
+def test_the_default_base(smollm2_dir, tmp_path):
+    export_hf(smollm2_dir, tmp_path / "hf")
+    same_logits(smollm2_dir, tmp_path / "hf", tolerance=1e-4)
+    texts = varied_strings(300)
+    check_ids(smollm2_dir, tmp_path / "hf", texts)
+    template = AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template
+    assert template == json.loads((smollm2_dir / "tokenizer_config.json").read_text())["chat_template"]
+    shutil.rmtree(tmp_path / "hf")

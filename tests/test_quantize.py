@@ -1,0 +1,225 @@
+"""Narrow and packed linear layers: their error, their gradient, and every method over an int8 base."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_methods import CASES, logits_of, shake, tokens, train
+from test_model import tiny_model
+from test_scripts import refuse, succeed
+from tools import make_base, sums, write_rows
+
+from lit_llama import quantize
+from lit_llama.checkpoint import load_trained_folder, trained_tensors
+from lit_llama.cli import UserError
+from lit_llama.generate import generate, generate_batch
+from lit_llama.methods import METHODS
+from lit_llama.model import Linear
+from lit_llama.quantize import Int8Linear, NarrowLinear, kernel_fits, pack, quantization, quantize_base
+
+OVER_INT8 = ["adapter", *(case for case in CASES if case != "full")]  # full keeps nothing of the base
+every_case = pytest.mark.parametrize("case", OVER_INT8)
+
+
+def over_int8(case: str, dtype=torch.float32, on: bool = True, **changes):
+    """A tiny int8 base with the method; with ``on`` all that trains is away from where it starts."""
+    method, arguments = {**CASES, "adapter": ("adapter", dict(start_layer=1))}[case]
+    model = tiny_model(**changes).to(dtype)
+    quantize_base(model, "int8")
+    model.requires_grad_(False)
+    METHODS[method](model, **arguments)
+    if on:
+        shake(model)
+    return model
+
+
+def linear(n_out: int, n_in: int, bias: bool = False, dtype=torch.float32) -> Linear:
+    torch.manual_seed(n_out + n_in)
+    return Linear(n_in, n_out, bias=bias).to(dtype).requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------- one layer
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("n_out", "n_in"), [(64, 96), (5, 7), (33, 64)])
+def test_each_weight_is_within_half_a_scale(n_out, n_in, bias):
+    wide = linear(n_out, n_in, bias)
+    narrow = Int8Linear(wide)
+    scales = wide.weight.abs().amax(1, keepdim=True) / 127
+    assert ((narrow.wide_weight() - wide.weight).abs() <= scales / 2 * 1.0001).all()
+    x = torch.randn(3, 4, n_in)
+    bound = (x.abs().sum(-1, keepdim=True) * scales[:, 0] / 2) * 1.001 + 1e-5
+    assert ((narrow(x) - wide(x)).abs() <= bound).all()
+    torch.testing.assert_close(narrow(x), F.linear(x, narrow.wide_weight(), wide.bias))
+
+
+def test_a_row_of_zeros_stays_zero():
+    wide = linear(4, 8)
+    wide.weight[2] = 0
+    assert Int8Linear(wide)(torch.randn(1, 8))[0, 2] == 0
+
+
+@pytest.mark.parametrize("rows", [1, 4, quantize.FEW_ROWS])
+@pytest.mark.parametrize(("n_out", "n_in"), [(32, 32), (96, 64), (64, 160)])
+def test_the_kernel_and_the_plain_path_agree(n_out, n_in, rows, monkeypatch):
+    layer = Int8Linear(linear(n_out, n_in, bias=True, dtype=torch.bfloat16))
+    x = torch.randn(1, rows, n_in, dtype=torch.bfloat16)
+    assert kernel_fits(x, layer.weight) == hasattr(torch, "_weight_int8pack_mm")
+    by_kernel = layer(x)
+    monkeypatch.setattr(quantize, "FEW_ROWS", 0)
+    assert not kernel_fits(x, layer.weight)
+    plain = layer(x)
+    exact = F.linear(x.double(), layer.wide_weight().double(), layer.bias.double())
+    for y in (by_kernel, plain):
+        assert y.shape == (1, rows, n_out) and y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.double(), exact, atol=0.02, rtol=0.02)
+
+
+def test_shapes_and_types_that_the_kernel_does_not_take():
+    weight = Int8Linear(linear(32, 32)).weight
+    assert not kernel_fits(torch.randn(1, 32), weight)  # float32: slow there
+    assert not kernel_fits(torch.randn(99, 32, dtype=torch.bfloat16), weight)
+    assert not kernel_fits(torch.randn(1, 7, dtype=torch.bfloat16), Int8Linear(linear(32, 7)).weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_input_gets_the_gradient_of_the_rounded_weight(dtype):
+    layer = Int8Linear(linear(32, 64, bias=True))
+    x = torch.randn(3, 5, 64, dtype=dtype, requires_grad=True)
+    dy = torch.randn(3, 5, 32, dtype=dtype)
+    layer(x).backward(dy)
+    tolerance = dict(atol=1e-6, rtol=1e-6) if dtype == torch.float64 else dict(atol=0.05, rtol=0.02)
+    torch.testing.assert_close(x.grad.double(), dy.double() @ layer.wide_weight().double(), **tolerance)
+
+
+def test_scales_in_bfloat16_add_no_error():
+    wide = linear(64, 96, dtype=torch.bfloat16)
+    narrow = Int8Linear(wide)
+    assert narrow.scales.dtype == torch.bfloat16
+    assert ((narrow.wide_weight() - wide.weight.float()).abs() <= narrow.scales.float()[:, None] / 2 * 1.001).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 40])
+def test_compiled_and_eager_agree(rows):
+    layer = Int8Linear(linear(64, 96, dtype=torch.bfloat16))
+    x, dy = torch.randn(rows, 96, dtype=torch.bfloat16), torch.randn(rows, 64, dtype=torch.bfloat16)
+    results = []
+    for forward in (layer, torch.compile(layer, dynamic=True)):
+        leaf = x.clone().requires_grad_()
+        y = forward(leaf)
+        y.backward(dy)
+        results.append((y.detach(), leaf.grad))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
+
+
+# ---------------------------------------------------------------------------------------------- the model
+
+
+def test_the_blocks_are_narrow_under_the_same_keys_and_the_rest_is_as_it_was():
+    base, model = tiny_model(tie_embeddings=True), tiny_model(tie_embeddings=True)
+    quantize_base(model, "int8")
+    assert quantization(model) == "int8" and quantization(base) == "none"
+    assert list(model.state_dict()) == list(base.state_dict())
+    narrow = {name for name, layer in model.named_modules() if isinstance(layer, NarrowLinear)}
+    assert len(narrow) == 5 * model.config.n_layer and all(name.startswith("transformer.h.") for name in narrow)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    with torch.no_grad():
+        difference = (model(tokens()) - base(tokens())).abs().mean() / base(tokens()).abs().mean()
+    assert 0 < difference < 0.05
+
+
+def test_kinds_that_cannot_be_are_refused():
+    quantize_base(tiny_model(), "none")
+    with pytest.raises(UserError, match="'int3' is none of none, int8, nf4"):
+        quantize_base(tiny_model(), "int3")
+    with pytest.raises(UserError, match="needs CUDA, and this runs on cpu"):
+        quantize_base(tiny_model(), "nf4")
+
+
+@every_case
+def test_every_method_trains_over_int8_and_leaves_the_base_alone(case):
+    model = over_int8(case, on=False)
+    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    trained = set(trained_tensors(model))
+    losses = train(model, steps=3)
+    assert losses[-1] < losses[0]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) != (name in trained), name
+
+
+@every_case
+def test_what_trains_is_what_trains_over_a_wide_base(case):
+    method, arguments = {**CASES, "adapter": ("adapter", dict(start_layer=1))}[case]
+    wide = tiny_model().requires_grad_(False)
+    METHODS[method](wide, **arguments)
+    narrow = over_int8(case, on=False)
+    shapes = [{name: t.shape for name, t in trained_tensors(model).items()} for model in (wide, narrow)]
+    assert shapes[0] == shapes[1] and all(t.dtype == torch.float32 for t in trained_tensors(narrow).values())
+
+
+@every_case
+def test_cached_decoding_equals_uncached_over_int8(case):
+    model = over_int8(case).eval().double()
+    ids = torch.cat((torch.tensor([model.virtual_ids] * 2, dtype=torch.long), tokens()), 1)
+    with torch.no_grad():
+        full = model(ids)
+        model.set_kv_cache(2, 20)
+        cuts = (0, 4, 5, ids.size(1))
+        parts = [model(ids[:, a:b], torch.arange(a, b)) for a, b in zip(cuts, cuts[1:], strict=False)]
+    torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-9, rtol=1e-9)
+
+
+@every_case
+def test_a_method_over_int8_decodes_in_bfloat16_packed_or_not(case):
+    sizes = dict(n_embd=64, head_size=16, n_head=4, intermediate_size=96)  # what the kernel takes
+    model, packed = (over_int8(case, torch.bfloat16, **sizes).eval() for _ in range(2))
+    pack(packed)
+    plain, same = (list(generate(m, [1, 2, 3], 8, stop=set())) for m in (model, packed))
+    assert len(plain) == 8 and plain[0] == same[0]
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(packed, tokens()), logits_of(model, tokens()), atol=0.1, rtol=0.05)
+
+
+def test_packed_layers_keep_a_methods_hooks():
+    model = tiny_model().to(torch.bfloat16).requires_grad_(False)
+    METHODS["lora"](model, dropout=0.0)
+    METHODS["adapter_v2"](model, start_layer=1)
+    shake(model)
+    model.eval()
+    with torch.inference_mode():
+        expected = model(tokens())
+        pack(model)
+        torch.testing.assert_close(model(tokens()), expected, atol=0.05, rtol=0.02)
+    assert len(generate_batch(model, [[1, 2, 3], [4]], 4, stop=set())[0]) == 4
+
+
+# ---------------------------------------------------------------------------------------------- the scripts
+
+
+@pytest.mark.parametrize("method", ["lora", "output_layers"])
+def test_a_run_over_int8_says_so_and_is_loaded_over_int8(method, tmp_path):
+    write_rows(tmp_path / "data" / "train.json", sums(20))
+    write_rows(tmp_path / "data" / "validation.json", sums(30)[20:])
+    base, out = make_base(tmp_path / "base"), tmp_path / "out"
+    flags = ["--checkpoint_dir", base, "--data", tmp_path / "data", "--out_dir", out, "--quantize", "int8"]
+    flags += ["--train.max_steps", 4, "--train.eval_every", 4, "--eval_samples", 0, "--precision", "32-true"]
+    succeed(f"finetune/{method}.py", *flags)
+    assert json.loads((out / "method.json").read_text())["quantize"] == "int8"
+    best = next(row.split(",")[-1] for row in (out / "metrics.csv").read_text().splitlines()[::-1])
+    evaluate = ["scripts/evaluate.py", "--trained_dir", out, "--data", tmp_path / "data", "--precision", "32-true"]
+    assert f"loss {float(best):.4f}" in succeed(*evaluate)
+    assert f"loss {float(best):.4f}" not in succeed(*evaluate, "--quantize", "none")
+    assert quantization(load_trained_folder(out, quantize=None)[0]) == "int8"
+    answer = ["generate/adapter.py", "--trained_dir", out, "--prompt", "add 1 and 1", "--max_new_tokens", 3]
+    assert succeed(*answer) and succeed(*answer, "--quantize", "none")
+    refuse(f"finetune/{method}.py", *flags[:-2], "--resume", "--quantize", "none", message="quantize was 'int8'")
+
+
+def test_full_has_nothing_to_quantize(tmp_path):
+    write_rows(tmp_path / "sums.json", sums(20))
+    flags = ["--checkpoint_dir", make_base(tmp_path / "base"), "--data", tmp_path / "sums.json", "--quantize", "int8"]
+    refuse("finetune/full.py", *flags, "--out_dir", tmp_path / "out", message="trains every weight")
