@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lit_llama.cli import UserError
-from lit_llama.files import open_tensors, read_json, save_tensors, write_json
+from lit_llama.files import open_tensors, read_json, read_tensors, save_tensors, tensor_headers, write_json
 from lit_llama.model import LLaMA, LLaMAConfig
 
 # ---------------------------------------------------------------------------------------------- checkpoint folders
@@ -38,15 +39,31 @@ def load_config(folder: Path) -> LLaMAConfig:
             "convert the checkpoint with one of scripts/convert_*.py"
         )
     try:
-        return LLaMAConfig(**content)
-    except ValueError as error:
+        config = LLaMAConfig(**content)
+        check_types(config)
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
+    return config
+
+
+def check_types(config: LLaMAConfig) -> None:
+    """ValueError for what JSON can say in a field and LLaMAConfig cannot mean."""
+    numbers = {"norm_eps": config.norm_eps, "rope_base": config.rope_base, **(config.rope_scaling or {})}
+    for field, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{field} must be a number above 0, got {value!r}")
+    for field, kind in (("tie_embeddings", bool), ("bias", bool), ("name", str)):
+        if not isinstance(getattr(config, field), kind):
+            raise ValueError(f"{field} must be a {kind.__name__}, got {getattr(config, field)!r}")
 
 
 def tensor_shapes(config: LLaMAConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a checkpoint; a tied head is stored once, as the embedding."""
-    with torch.device("meta"):
-        state = LLaMA(config).state_dict()
+    try:
+        with torch.device("meta"):
+            state = LLaMA(config).state_dict()
+    except RuntimeError as error:  # the number of bytes does not fit 64 bits
+        raise UserError(f"{config.name}: no model has the sizes of this config: {str(error)[:100]}") from None
     if config.tie_embeddings:
         del state["lm_head.weight"]
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -108,30 +125,53 @@ def name_shards(folder: Path, files: list[tuple[Path, list[str]]]) -> None:
     write_json(folder / INDEX_FILE, {"weight_map": weight_map})
 
 
-def shard_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint folder."""
-    folder = Path(folder)
-    if not (folder / INDEX_FILE).exists():
-        return [folder / MODEL_FILE]
-    weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise UserError(f"{folder / INDEX_FILE} must map tensors to file names of its own folder")
-    return [folder / name for name in names]
+    index = Path(folder) / INDEX_FILE
+    return shard_files(index) if index.exists() else [Path(folder) / MODEL_FILE]
+
+
+def shard_files(index: Path) -> list[Path]:
+    """The files that an index names. UserError for one outside of the index's own folder."""
+    weight_map = read_json(index).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or any(not isinstance(name, str) or name == ".." or Path(name).name != name for name in names):
+        raise UserError(f"{index} must map tensors to file names of its own folder")
+    return [index.parent / name for name in sorted(set(names))]
+
+
+def check_headers(config: LLaMAConfig, files: list[Path], folder: Path) -> None:
+    """UserError unless names, shapes and dtypes in the files' headers are the config's; no tensor is read."""
+    headers: dict[str, tuple[tuple[int, ...], str]] = {}
+    for path in files:
+        found = tensor_headers(path)
+        if twice := set(found) & set(headers):
+            raise UserError(f"{path}: tensor {min(twice)} comes twice, it is in another file of the folder too")
+        headers.update(found)
+    if config.n_layer > len(headers):  # before a model of so many layers is made, if only on the meta device
+        raise UserError(f"{folder}: {CONFIG_FILE} has n_layer {config.n_layer}, but the files {len(headers)} tensors")
+    check_tensors({name: shape for name, (shape, _) in headers.items()}, tensor_shapes(config), folder)
+    check_dtypes(headers, ("F32", "BF16", "F16"), folder)
+
+
+def check_dtypes(headers: dict[str, tuple[tuple[int, ...], str]], known: tuple[str, ...], where: Path) -> None:
+    """UserError for a tensor of another dtype than those ``known`` (safetensors' names)."""
+    for name, (_, dtype) in headers.items():
+        if dtype not in known:
+            raise UserError(f"{where}: {name} has dtype {dtype}, not {' or '.join(known)}; convert the weights again")
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LLaMA:
-    """The model of a checkpoint folder, in ``dtype`` on ``device``.
+    """The model of a checkpoint folder, in ``dtype`` on ``device``. UserError where the weights do not fit the config.
 
     It is made on the meta device and takes each tensor as it is read: at most one tensor exists twice. On the CPU a
     tensor that is stored in ``dtype`` already stays memory-mapped and is not copied at all.
     """
-    config = load_config(folder)
+    config, files = load_config(folder), weight_files(folder)
+    check_headers(config, files, Path(folder))
     state: dict[str, Tensor] = {}
-    for path in shard_files(folder):
-        with open_tensors(path, device) as file:
-            state.update({name: file.get_tensor(name).to(dtype) for name in file.keys()})
-    check_tensors({name: tuple(t.shape) for name, t in state.items()}, tensor_shapes(config), Path(folder))
+    for path in files:
+        state.update({name: tensor.to(device).to(dtype) for name, tensor in read_tensors(path)[0].items()})
     if config.tie_embeddings:
         state["lm_head.weight"] = state["transformer.wte.weight"]
     with torch.device("meta"):
@@ -152,7 +192,7 @@ def fingerprint(folder: Path, pieces: int = 16, piece_numbers: int = 32) -> str:
         del config["bias"]  # so that what was trained before the field existed still finds its base
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     with ExitStack() as stack:
-        files = [stack.enter_context(open_tensors(path)) for path in shard_files(folder)]
+        files = [stack.enter_context(open_tensors(path)) for path in weight_files(folder)]
         where = {name: file for file in files for name in file.keys()}
         for name in sorted(where):
             tensor = where[name].get_tensor(name)  # memory-mapped: only what is sampled below is read
@@ -191,19 +231,22 @@ def describe_base(checkpoint_dir: Path) -> dict:
 def load_trained(model: LLaMA, path: Path, prefix: str = "") -> None:
     """Copy the tensors of a safetensors file, those named with ``prefix``, into the trained ones of ``model``.
 
-    UserError, and nothing copied, unless names and shapes are the same.
+    UserError, and nothing copied, unless names, shapes and dtypes are the same.
     """
     tensors = trained_tensors(model)
-    with open_tensors(path) as file:
-        loaded = {name[len(prefix) :]: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
-    check_tensors(
-        {name: tuple(t.shape) for name, t in loaded.items()},
-        {name: tuple(t.shape) for name, t in tensors.items()},
-        path,
-    )
+    check_trained(tensors, path, prefix)
+    loaded, _ = read_tensors(path)
     with torch.no_grad():
         for name, tensor in tensors.items():
-            tensor.copy_(loaded[name])
+            tensor.copy_(loaded[prefix + name])
+
+
+def check_trained(tensors: dict[str, Tensor], path: Path, prefix: str = "") -> None:
+    """UserError unless the header of a safetensors file has ``tensors``, on any device, and no others."""
+    headers = {name[len(prefix) :]: it for name, it in tensor_headers(path).items() if name.startswith(prefix)}
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    check_tensors({name: shape for name, (shape, _) in headers.items()}, expected, path)
+    check_dtypes(headers, ("F32",), path)
 
 
 def load_trained_folder(
@@ -222,14 +265,21 @@ def load_trained_folder(
     if method["method"] not in METHODS:
         raise UserError(f"{path} names the method {method['method']!r}, not one of {', '.join(METHODS)}")
     checkpoint_dir = check_base(method["base"], checkpoint_dir, path)
-    model = load_model(checkpoint_dir, dtype, device)
-    model.requires_grad_(False)
-    try:
-        METHODS[method["method"]](model, **method["arguments"])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: the arguments do not fit {method['method']}: {error}") from None
-    if model.reparametrization is not None:
-        model.reparametrization.flatten(model)
+
+    def add_method(model: LLaMA) -> LLaMA:
+        model.requires_grad_(False)
+        try:
+            METHODS[method["method"]](model, **method["arguments"])
+        except Exception as error:  # whatever arguments raise that no script wrote
+            raise UserError(f"{path}: the arguments do not fit {method['method']}: {error}") from None
+        if model.reparametrization is not None:
+            model.reparametrization.flatten(model)
+        return model
+
+    with torch.device("meta"):  # arguments that the tensors do not bear out cost no memory
+        plan = add_method(LLaMA(load_config(checkpoint_dir)))
+    check_trained(trained_tensors(plan), Path(trained_dir) / TRAINED_FILE)
+    model = add_method(load_model(checkpoint_dir, dtype, device))
     load_trained(model, Path(trained_dir) / TRAINED_FILE)
     return model, method
 
@@ -246,9 +296,22 @@ def read_method(trained_dir: Path) -> dict:
     if not path.exists():
         raise UserError(f"{path} is missing: {trained_dir} is not what a finetune script wrote")
     method = read_json(path)
-    if missing := {"method", "arguments", "base", "prompt_style"} - set(method):
-        raise UserError(f"{path} lacks {sorted(missing)}")
+    check_fields(method, {"method": str, "arguments": dict, "base": dict, "prompt_style": str}, path)
+    check_fields(method["base"], {"checkpoint_dir": str, "name": str, "fingerprint": str}, path)
+    check_fields(method.setdefault("train", {"max_seq_length": 512}), {"max_seq_length": int}, path)
+    labels = method["arguments"].get("labels")
+    if labels is not None and not (isinstance(labels, list) and labels and all(isinstance(it, str) for it in labels)):
+        raise UserError(f"{path}: labels must be a list of texts, got {str(labels)[:60]}")
     return method
+
+
+def check_fields(content: dict, kinds: dict[str, type], path: Path) -> None:
+    """UserError unless ``content`` has each field, and of its type."""
+    for field, kind in kinds.items():
+        if field not in content:
+            raise UserError(f"{path} lacks {field}; copy the trained folder again")
+        if not isinstance(content[field], kind):
+            raise UserError(f"{path}: {field} must be a {kind.__name__}, got {str(content[field])[:60]}")
 
 
 def check_base(base: dict, checkpoint_dir: Path | None, path: Path) -> Path:

@@ -19,7 +19,8 @@ class Interrupted(Exception):
 def run(main: Callable) -> None:
     """Call ``main`` with the command line's flags.
 
-    A UserError ends the program with one line and exit code 2, Ctrl-C with 130.
+    A UserError, and a file that cannot be read or written, end the program with one line and exit code 2, Ctrl-C with
+    130.
     """
     from jsonargparse import Namespace, auto_parser
 
@@ -33,13 +34,15 @@ def run(main: Callable) -> None:
         main(**arguments)
     except UserError as error:
         leave(f"error: {error}", 2)
+    except OSError as error:
+        leave(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", 2)
     except Interrupted as stopped:
         leave(str(stopped) if os.environ.get("LOCAL_RANK", "0") == "0" else "", 130)
     except KeyboardInterrupt:
         leave("interrupted", 130)
 
 
-ONE_OFF = ("config", "resume", "overwrite", "yes")  # answers to a situation, not settings of a run
+ONE_OFF = ("config", "resume", "overwrite", "allow_changes", "yes")  # answers to a situation, not settings of a run
 command_line: str | None = None  # the resolved settings as YAML, for a run to save beside its output
 
 

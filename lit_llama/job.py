@@ -37,6 +37,7 @@ class Job:
         precision: str = "auto",
         resume: bool = False,
         overwrite: bool = False,
+        allow_changes: bool = False,
         yes: bool = False,
     ) -> None:
         """Load the base and the data.
@@ -56,6 +57,7 @@ class Job:
             precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
             resume: Go on with the run that out_dir holds.
             overwrite: Start anew in an out_dir that holds a run.
+            allow_changes: With resume, go on although data, base or settings are others than the run began with.
             yes: Do not ask before a download.
         """
         if head not in HEADS:
@@ -63,7 +65,8 @@ class Job:
         ensure_base(checkpoint_dir, yes)
         self.method, self.train, self.checkpoint_dir = method, train, checkpoint_dir
         self.fabric = launch(devices, num_nodes, strategy)
-        self.run = Run(self.fabric, out_dir or f"out/{method}/{Path(data).stem}", checkpoint_dir, resume, overwrite)
+        out_dir = out_dir or f"out/{method}/{Path(data).stem}"
+        self.run = Run(self.fabric, out_dir, checkpoint_dir, resume, overwrite, allow_changes)
         self.task = load_task(data, checkpoint_dir, prompt_style, train.max_seq_length, head == "classifier")
         self.fabric.print(self.task.summary)
         self.comparison = Comparison(self.fabric, self.task, eval_samples)

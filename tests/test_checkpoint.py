@@ -17,9 +17,9 @@ from lit_llama.checkpoint import (
     load_model,
     load_trained_folder,
     save_checkpoint,
-    shard_files,
     tensor_shapes,
     trained_tensors,
+    weight_files,
 )
 from lit_llama.cli import UserError
 from lit_llama.files import save_tensors, whole_file, whole_folder, write_json
@@ -84,7 +84,7 @@ def test_round_trip_in_one_file_or_in_shards(tmp_path, tied, shard_bytes):
     assert ("lm_head.weight" in state) is not tied
     (tmp_path / "copy").mkdir()
     save_checkpoint(tmp_path / "copy", model.config, state.items(), shard_bytes)
-    assert (len(shard_files(tmp_path / "copy")) > 1) is (shard_bytes == 10_000)
+    assert (len(weight_files(tmp_path / "copy")) > 1) is (shard_bytes == 10_000)
     copy = load_model(tmp_path / "copy")
     assert asdict(copy.config) == asdict(model.config)
     for name, tensor in model.state_dict().items():

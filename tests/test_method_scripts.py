@@ -175,7 +175,8 @@ def test_adapter_v2_merges_but_for_its_prompts(folder, tmp_path):
 def test_what_cannot_merge_says_why(folder, tmp_path):
     for method, why in (("adapter", "further keys and values"), ("houlsby", "not linear"), ("soft_prompt", "input")):
         (tmp_path / method).mkdir()
-        content = {"method": method, "arguments": {}, "base": {}, "prompt_style": "chatml"}
+        base = {"checkpoint_dir": "base", "name": "tiny", "fingerprint": ""}
+        content = {"method": method, "arguments": {}, "base": base, "prompt_style": "chatml"}
         (tmp_path / method / "method.json").write_text(json.dumps(content))
         flags = ["--trained_dir", tmp_path / method, "--out_dir", tmp_path / "merged"]
         refuse("scripts/merge_lora.py", *flags, message=f"{method}, which cannot be merged.*{why}")

@@ -92,7 +92,7 @@ def test_finetune_says_what_it_did_and_what_to_do_next(places):
     assert printed.count("expected  ") == 3
     assert f"python generate/adapter.py --trained_dir {folder / 'out'}" in printed
     written = {str(path.relative_to(folder / "out")) for path in (folder / "out").rglob("*") if path.is_file()}
-    run = {"method.json", "metrics.csv", "config.yaml", "costs.json", "state/state.safetensors"}
+    run = {".lock", "method.json", "metrics.csv", "config.yaml", "costs.json", "state/state.safetensors"}
     assert written == run | {"trained.safetensors"}
     costs = json.loads((folder / "out" / "costs.json").read_text())
     assert costs["seconds"] > 0 and costs["peak_memory"] > 50e6
