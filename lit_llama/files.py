@@ -88,7 +88,7 @@ def flush_folder(folder: Path) -> None:
 
 def write_error(path: Path, error: OSError) -> UserError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    way_out = "make room" if full else "choose a place that you may write to"
+    way_out = "make room and try again" if full else "choose a place that you may write to"
     return UserError(f"{path} cannot be written ({error.strerror or error}): {way_out}; what was there is untouched")
 
 

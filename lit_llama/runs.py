@@ -276,9 +276,12 @@ class Run:
         self.seconds += seconds
         if not self.fabric.is_global_zero:
             return
-        with open(self.out_dir / METRICS_FILE, "a", newline="", encoding="utf-8") as file:
-            row = [step, repr(loss), repr(lr), tokens, f"{seconds:.3f}", "" if val_loss is None else repr(val_loss)]
-            csv.writer(file, lineterminator="\n").writerow(row)
+        row = [step, repr(loss), repr(lr), tokens, f"{seconds:.3f}", "" if val_loss is None else repr(val_loss)]
+        try:
+            with open(self.out_dir / METRICS_FILE, "a", newline="", encoding="utf-8") as file:
+                csv.writer(file, lineterminator="\n").writerow(row)
+        except OSError as error:
+            raise write_error(self.out_dir / METRICS_FILE, error) from None
         figures = f"loss {loss:.3f}, lr {lr:.1e}, {self.tokens / self.seconds:.0f} tokens/s"
         bar.set_postfix_str(figures, refresh=False)
         bar.update()
