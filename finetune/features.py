@@ -54,6 +54,8 @@ def main(
         raise cli.UserError(f"--classifier {classifier!r} is none of {', '.join(CLASSIFIERS)}")
     if max_samples is not None and max_samples < 1:
         raise cli.UserError(f"--max_samples {max_samples} must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise cli.UserError(f"--seed {seed} must lie within 0 and {2**32 - 1}")
     ensure_base(checkpoint_dir, yes)
     fabric = launch()
     run = Run(fabric, out_dir or f"out/features/{Path(data).stem}", checkpoint_dir, overwrite=overwrite)

@@ -13,6 +13,7 @@ from lit_llama.checkpoint import load_trained_folder, read_method, tokenizer_dir
 from lit_llama.classify import is_classifier
 from lit_llama.devices import base_dtype, default_device
 from lit_llama.generate import Sampling, stream_answer
+from lit_llama.prompts import choose_style
 from lit_llama.tokenizer import Tokenizer
 
 
@@ -42,7 +43,8 @@ def main(
     model, method = load_trained_folder(trained_dir, checkpoint_dir, base_dtype(precision, device), device)
     print(f"{method['method']} over {method['base']['name']}", file=sys.stderr)
     tokenizer = Tokenizer(tokenizer_dir(trained_dir, checkpoint_dir, method))
-    stream_answer(model, tokenizer, method["prompt_style"], prompt, input, max_new_tokens, sampling)
+    style = choose_style(method["prompt_style"], tokenizer)
+    stream_answer(model, tokenizer, style, prompt, input, max_new_tokens, sampling)
 
 
 if __name__ == "__main__":

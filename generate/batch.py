@@ -18,7 +18,7 @@ from lit_llama.download import DEFAULT_BASE, ensure_base
 from lit_llama.generate import Sampling, generate_batch
 from lit_llama.mixed import Mixer
 from lit_llama.prompts import choose_style, encode_prompt, stop_ids
-from lit_llama.samples import jsonl_rows
+from lit_llama.samples import jsonl_rows, read_text
 from lit_llama.tokenizer import Tokenizer
 
 
@@ -49,8 +49,8 @@ def main(
     device = default_device()
     mixer = Mixer(load_model(checkpoint_dir, base_dtype(precision, device), device))
     tokenizer = Tokenizer(checkpoint_dir)
-    styles = {folder: mixer.add(folder, checkpoint_dir)["prompt_style"] for folder in sorted(folders)}
-    styles[None] = choose_style(None, tokenizer)
+    styles = {folder: mixer.add(folder, checkpoint_dir)["prompt_style"] for folder in sorted(folders)} | {None: None}
+    styles = {folder: choose_style(style, tokenizer) for folder, style in styles.items()}
 
     tasks = [Path(row["trained_dir"]) if "trained_dir" in row else None for row in rows]
     messages = [[{"role": "user", "content": row["prompt"], "input": row.get("input", "")}] for row in rows]
@@ -66,7 +66,7 @@ def read_requests(path: Path) -> list[dict]:
     if not path.is_file():
         raise cli.UserError(f"--requests {path} is missing")
     rows = []
-    for line, row in jsonl_rows(path.read_text(encoding="utf-8-sig"), path):
+    for line, row in jsonl_rows(read_text(path), path):
         fields = ("prompt", "input", "trained_dir")
         texts = isinstance(row, dict) and all(isinstance(row[field], str) for field in fields if field in row)
         if not texts or "prompt" not in row:

@@ -271,7 +271,8 @@ def load_trained_folder(
         try:
             METHODS[method["method"]](model, **method["arguments"])
         except Exception as error:  # whatever arguments raise that no script wrote
-            raise UserError(f"{path}: the arguments do not fit {method['method']}: {error}") from None
+            reason = str(error).split("\n")[0]
+            raise UserError(f"{path}: the arguments do not fit {method['method']}: {reason}") from None
         if model.reparametrization is not None:
             model.reparametrization.flatten(model)
         return model

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentError, ArgumentParser
 from collections.abc import Callable
 
 
@@ -26,12 +27,15 @@ def run(main: Callable) -> None:
 
     global command_line
     parser = auto_parser(main, as_positional=False)
+    parser.exit_on_error = False  # it would print a page of usage before the error
     try:
         config = parser.parse_args(bare_switches(parser, sys.argv[1:]))
         command_line = parser.dump(Namespace({k: v for k, v in vars(config).items() if k not in ONE_OFF}))
         arguments = parser.instantiate(config)
         arguments.pop("config", None)
         main(**arguments)
+    except ArgumentError as error:
+        leave(f"error: {flag_error(str(error))}; --help explains each flag", 2)
     except UserError as error:
         leave(f"error: {error}", 2)
     except OSError as error:
@@ -50,6 +54,12 @@ def leave(message: str, code: int) -> None:
     if message:
         print(message, file=sys.stderr)
     sys.exit(code)
+
+
+def flag_error(message: str) -> str:
+    """jsonargparse's message in one line, in the words of the command line."""
+    message = re.sub(r'Parser key "([^"]*)":', r"--\1:", " ".join(message.split()))
+    return re.sub(r"<class '(\w+)'>", r"\1", message).rstrip(".")[:300]
 
 
 def bare_switches(parser: ArgumentParser, args: list[str]) -> list[str]:

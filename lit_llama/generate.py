@@ -43,6 +43,8 @@ class Sampling:
             )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k {self.top_k} must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed {self.seed} must lie within 0 and {2**32 - 1}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p} must lie above 0 and at most at 1")
 

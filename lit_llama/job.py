@@ -68,6 +68,7 @@ class Job:
         out_dir = out_dir or f"out/{method}/{Path(data).stem}"
         self.run = Run(self.fabric, out_dir, checkpoint_dir, resume, overwrite, allow_changes)
         self.task = load_task(data, checkpoint_dir, prompt_style, train.max_seq_length, head == "classifier")
+        train.total_steps(len(self.task.train))  # an impossible warm-up is refused before anything is written
         self.fabric.print(self.task.summary)
         self.comparison = Comparison(self.fabric, self.task, eval_samples)
         torch.manual_seed(train.seed)

@@ -152,9 +152,10 @@ class SentencePieceBackend:
         return self.processor.decode(ids)
 
 
-def token_text(entry: str | dict | None) -> str | None:
+def token_text(entry: object) -> str | None:
     """tokenizer_config.json has a token as its text, or as an object with the text in it."""
-    return entry.get("content") if isinstance(entry, dict) else entry
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    return text if isinstance(text, str) else None
 
 
 def chat_template(folder: Path, settings: dict) -> str | None:

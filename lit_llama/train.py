@@ -73,9 +73,15 @@ class TrainArgs:
                 raise UserError(f"--train.{name} must not be negative, got {getattr(self, name)}")
         if self.max_seq_length < 3:
             raise UserError(f"--train.max_seq_length must be at least 3, got {self.max_seq_length}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--train.seed must lie within 0 and {2**32 - 1}, got {self.seed}")
 
     def total_steps(self, n_samples: int) -> int:
-        return self.max_steps if self.epochs is None else math.ceil(self.epochs * n_samples / self.batch_size)
+        """Optimizer steps in all; UserError where the warm-up leaves none of them."""
+        steps = self.max_steps if self.epochs is None else math.ceil(self.epochs * n_samples / self.batch_size)
+        if (self.warmup_steps or 0) >= steps:
+            raise UserError(f"--train.warmup_steps {self.warmup_steps} must be less than the {steps} steps in all")
+        return steps
 
 
 def learning_rate_at(step: int, total_steps: int, args: TrainArgs) -> float:
@@ -176,8 +182,6 @@ def fit(
     ``run`` was opened to resume. Ctrl-C finishes the step, saves, and raises Interrupted.
     """
     total_steps = args.total_steps(len(train_data))
-    if (args.warmup_steps or 0) >= total_steps:
-        raise UserError(f"--train.warmup_steps {args.warmup_steps} must be less than the {total_steps} steps in all")
     step = run.load_state(model, optimizer)
     look_at = 40 + 2 * warmup_steps(total_steps, args)  # enough steps to tell whether the loss moves
     model.train()

@@ -166,7 +166,8 @@ def evaluate_labels(
 ) -> list[tuple]:
     """Print the accuracy of a classifier, and its loss: the mean of -log of the right label's probability."""
     tokenizer, labels = Tokenizer(checkpoint_dir or method["base"]["checkpoint_dir"]), method["arguments"]["labels"]
-    encoded = encode_labels(samples, method["prompt_style"], tokenizer, method["train"]["max_seq_length"], labels)
+    style = choose_style(method["prompt_style"], tokenizer)
+    encoded = encode_labels(samples, style, tokenizer, method["train"]["max_seq_length"], labels)
     shares = classify([sample.ids for sample in encoded])
     answers = [sample.targets[-1] for sample in encoded]
     chosen = shares.argmax(1).tolist()
