@@ -63,7 +63,8 @@ def read_samples(path: Path) -> list[Sample]:
 def read_text(path: Path) -> str:
     """The content of a file that a user wrote. UserError names the line that is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8-sig")  # a byte-order mark, as spreadsheets write it, is not content
+        # A byte-order mark, as spreadsheets write it, is not content; line ends inside a quoted field are.
+        return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except UnicodeDecodeError as error:
