@@ -207,6 +207,7 @@ def fingerprint(folder: Path, pieces: int = 16, piece_numbers: int = 32) -> str:
 # ---------------------------------------------------------------------------------------------- trained folders
 
 TRAINED_FILE, METHOD_FILE = "trained.safetensors", "method.json"
+RECIPE = ("method", "arguments", "prompt_style")  # of method.json, repeated in the tensors' header: both must agree
 
 
 def trained_tensors(model: LLaMA) -> dict[str, Tensor]:
@@ -228,17 +229,19 @@ def describe_base(checkpoint_dir: Path) -> dict:
     }
 
 
-def load_trained(model: LLaMA, path: Path, prefix: str = "") -> None:
+def load_trained(model: LLaMA, path: Path, prefix: str = "") -> dict:
     """Copy the tensors of a safetensors file, those named with ``prefix``, into the trained ones of ``model``.
 
-    UserError, and nothing copied, unless names, shapes and dtypes are the same.
+    Returns what ``save_tensors`` was told about them. UserError, and nothing copied, unless names, shapes and dtypes
+    are the same.
     """
     tensors = trained_tensors(model)
     check_trained(tensors, path, prefix)
-    loaded, _ = read_tensors(path)
+    loaded, about = read_tensors(path)
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(loaded[prefix + name])
+    return about
 
 
 def check_trained(tensors: dict[str, Tensor], path: Path, prefix: str = "") -> None:
@@ -281,7 +284,10 @@ def load_trained_folder(
         plan = add_method(LLaMA(load_config(checkpoint_dir)))
     check_trained(trained_tensors(plan), Path(trained_dir) / TRAINED_FILE)
     model = add_method(load_model(checkpoint_dir, dtype, device))
-    load_trained(model, Path(trained_dir) / TRAINED_FILE)
+    about = load_trained(model, Path(trained_dir) / TRAINED_FILE)
+    for key in RECIPE:
+        if about.get(key, method[key]) != method[key]:
+            raise UserError(f"{path}: {key} is {method[key]}, but {TRAINED_FILE} was trained with {about[key]}")
     return model, method
 
 

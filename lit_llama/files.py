@@ -123,7 +123,8 @@ def read_json(path: Path) -> dict:
 def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict | None = None) -> None:
     """Write a safetensors file with a checksum, and ``about`` (as JSON) in its header."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = json.dumps({**(about or {}), "crc32": checksum(tensors)})  # one entry: of several the order is random
+    # One entry in the header: safetensors writes several of them in any order, and equal runs give equal bytes.
+    header = json.dumps({**(about or {}), "crc32": checksum(tensors, about or {})}, sort_keys=True)
     with whole_file(path) as temporary:
         try:
             save_file(tensors, temporary, {ABOUT: header})
@@ -140,9 +141,9 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     save_tensors(path, {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()})
 
 
-def checksum(tensors: dict[str, Tensor]) -> int:
-    """CRC-32 over names and bytes (2 to 3 GB/s). It finds what a disk or a network spoiled, not what someone forged."""
-    crc = 0
+def checksum(tensors: dict[str, Tensor], about: dict) -> int:
+    """CRC-32 over all that a file says (2 to 3 GB/s): it finds what a disk or network spoiled, not what was forged."""
+    crc = zlib.crc32(json.dumps(about, sort_keys=True).encode())
     for name in sorted(tensors):
         crc = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
     return crc
@@ -168,8 +169,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
         header = (file.metadata() or {}).get(ABOUT, "{}")
     try:
         about = json.loads(header)
-        damaged = "crc32" in about and about["crc32"] != checksum(tensors)
-    except (ValueError, TypeError, RecursionError):
+        damaged = "crc32" in about and about.pop("crc32") != checksum(tensors, about)
+    except (AttributeError, TypeError, ValueError, RecursionError):  # no JSON, or no object
         damaged = True
     if damaged:
         raise UserError(f"{path} is damaged: its checksum is another; copy or make it again")

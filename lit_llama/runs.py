@@ -25,6 +25,7 @@ from lit_llama.checkpoint import (
     INDEX_FILE,
     METHOD_FILE,
     MODEL_FILE,
+    RECIPE,
     TRAINED_FILE,
     describe_base,
     kept_tensors,
@@ -165,6 +166,7 @@ class Run:
             ],
             "version": __version__,
         }
+        self.recipe = {key: description[key] for key in RECIPE}
         if self.resume and not self.accept_changes(description):
             return
         if self.fabric.is_global_zero:
@@ -248,7 +250,7 @@ class Run:
             return
         self.best_loss, self.best_step = val_loss, self.last_step
         if self.fabric.is_global_zero:
-            save_tensors(self.out_dir / self.trained_file, kept_tensors(model))
+            save_tensors(self.out_dir / self.trained_file, kept_tensors(model), self.recipe)
 
     def load_best(self, model: LLaMA) -> None:
         self.fabric.barrier()
