@@ -31,8 +31,8 @@ def main(
     """
     import torch
 
-    from lit_llama.checkpoint import trained_tensors
     from lit_llama.methods.adapter_v2 import add_adapter_v2
+    from lit_llama.trained import trained_tensors
 
     job = Job("adapter_v2", train, head="language", **shared)
     arguments = dict(prompt_length=prompt_length, start_layer=start_layer, scale_head=scale_head)

@@ -42,18 +42,21 @@ def main(
         yes: Do not ask before a download.
     """
     from lit_llama.bars import Bar
-    from lit_llama.checkpoint import METHOD_FILE, TRAINED_FILE, describe_base, load_model
+    from lit_llama.checkpoint import load_model
     from lit_llama.data import load_task
     from lit_llama.devices import base_dtype, launch
     from lit_llama.download import ensure_base
     from lit_llama.files import save_arrays, write_json
     from lit_llama.methods.features import CLASSIFIERS, fit_classifier, probabilities, text_vectors
     from lit_llama.runs import Run, save_command_line
+    from lit_llama.trained import METHOD_FILE, TRAINED_FILE, describe_base
 
     if classifier not in CLASSIFIERS:
         raise cli.UserError(f"--classifier {classifier!r} is none of {', '.join(CLASSIFIERS)}")
     if max_samples is not None and max_samples < 1:
         raise cli.UserError(f"--max_samples {max_samples} must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise cli.UserError(f"--seed {seed} must lie within 0 and {2**32 - 1}")
     ensure_base(checkpoint_dir, yes)
     fabric = launch()
     run = Run(fabric, out_dir or f"out/features/{Path(data).stem}", checkpoint_dir, overwrite=overwrite)

@@ -27,8 +27,8 @@ def main(
     """
     import torch
 
-    from lit_llama.checkpoint import trained_tensors
     from lit_llama.methods.full import add_full
+    from lit_llama.trained import trained_tensors
 
     job = Job("full", train, head=head, **shared)
     arguments = dict(labels=job.task.labels)

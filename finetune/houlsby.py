@@ -25,8 +25,8 @@ def main(
     """
     import torch
 
-    from lit_llama.checkpoint import trained_tensors
     from lit_llama.methods.houlsby import add_houlsby
+    from lit_llama.trained import trained_tensors
 
     job = Job("houlsby", train, head="language", **shared)
     arguments = dict(bottleneck_size=bottleneck_size)

@@ -33,8 +33,8 @@ def main(
     """
     import torch
 
-    from lit_llama.checkpoint import trained_tensors
     from lit_llama.methods.lora import add_lora
+    from lit_llama.trained import trained_tensors
 
     job = Job("lora", train, head="language", **shared)
     arguments = dict(r=r, alpha=alpha, dropout=dropout, targets=list(targets), start_layer=start_layer)

@@ -26,8 +26,8 @@ def main(
     """
     import torch
 
-    from lit_llama.checkpoint import trained_tensors
     from lit_llama.methods.output_layers import add_output_layers
+    from lit_llama.trained import trained_tensors
 
     job = Job("output_layers", train, head=head, **shared)
     arguments = dict(n_blocks=n_blocks, labels=job.task.labels)

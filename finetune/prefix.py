@@ -26,8 +26,8 @@ def main(
     """
     import torch
 
-    from lit_llama.checkpoint import trained_tensors
     from lit_llama.methods.prefix import add_prefix
+    from lit_llama.trained import trained_tensors
 
     job = Job("prefix", train, head="language", **shared)
     arguments = dict(prompt_length=prompt_length, mlp_size=mlp_size)

@@ -26,8 +26,8 @@ def main(
     """
     import torch
 
-    from lit_llama.checkpoint import trained_tensors
     from lit_llama.methods.soft_prompt import add_soft_prompt
+    from lit_llama.trained import trained_tensors
 
     job = Job("soft_prompt", train, head="language", **shared)
     arguments = dict(prompt_length=prompt_length)

@@ -34,12 +34,13 @@ def main(
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
         quantize: What the base's weights are kept in: none, int8, or on CUDA nf4; by default as in training.
     """
-    from lit_llama.checkpoint import load_trained_folder, read_method, tokenizer_dir
     from lit_llama.classify import is_classifier
     from lit_llama.devices import base_dtype, default_device
     from lit_llama.generate import stream_answer
+    from lit_llama.prompts import choose_style
     from lit_llama.quantize import pack
     from lit_llama.tokenizer import Tokenizer
+    from lit_llama.trained import load_trained_folder, read_method, tokenizer_dir
 
     if is_classifier(read_method(trained_dir)):
         raise cli.UserError(f"{trained_dir} answers with a label, not with text: see generate/classify.py")
@@ -48,7 +49,8 @@ def main(
     pack(model)
     print(f"{method['method']} over {method['base']['name']}", file=sys.stderr)
     tokenizer = Tokenizer(tokenizer_dir(trained_dir, checkpoint_dir, method))
-    stream_answer(model, tokenizer, method["prompt_style"], prompt, input, max_new_tokens, sampling)
+    style = choose_style(method["prompt_style"], tokenizer)
+    stream_answer(model, tokenizer, style, prompt, input, max_new_tokens, sampling)
 
 
 if __name__ == "__main__":

@@ -32,13 +32,14 @@ def main(
         precision: Width of the weights: bf16-true, 32-true, or auto for the faster one.
         quantize: What the blocks' weights are kept in: none, int8, or on CUDA nf4.
     """
-    from lit_llama.checkpoint import METHOD_FILE, load_model, read_method
+    from lit_llama.checkpoint import load_model
     from lit_llama.devices import base_dtype, default_device
     from lit_llama.download import ensure_base
     from lit_llama.generate import stream_answer
     from lit_llama.prompts import choose_style
     from lit_llama.quantize import pack, quantize_base
     from lit_llama.tokenizer import Tokenizer
+    from lit_llama.trained import METHOD_FILE, read_method
 
     ensure_base(checkpoint_dir, yes=False)
     tokenizer = Tokenizer(checkpoint_dir)

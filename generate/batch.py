@@ -33,7 +33,7 @@ def main(
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
         quantize: What the base's weights are kept in: none, int8, or on CUDA nf4.
     """
-    from lit_llama.checkpoint import load_model, read_method
+    from lit_llama.checkpoint import load_model
     from lit_llama.devices import base_dtype, default_device
     from lit_llama.download import ensure_base
     from lit_llama.generate import generate_batch
@@ -41,6 +41,7 @@ def main(
     from lit_llama.prompts import choose_style, encode_prompt, stop_ids
     from lit_llama.quantize import pack, quantize_base
     from lit_llama.tokenizer import Tokenizer
+    from lit_llama.trained import read_method
 
     rows = read_requests(Path(requests))
     folders = {Path(row["trained_dir"]) for row in rows if "trained_dir" in row}
@@ -55,9 +56,9 @@ def main(
     quantize_base(model, quantize)
     mixer = Mixer(model)
     tokenizer = Tokenizer(checkpoint_dir)
-    styles = {folder: mixer.add(folder, checkpoint_dir)["prompt_style"] for folder in sorted(folders)}
+    styles = {folder: mixer.add(folder, checkpoint_dir)["prompt_style"] for folder in sorted(folders)} | {None: None}
+    styles = {folder: choose_style(style, tokenizer) for folder, style in styles.items()}
     pack(model)
-    styles[None] = choose_style(None, tokenizer)
 
     tasks = [Path(row["trained_dir"]) if "trained_dir" in row else None for row in rows]
     messages = [[{"role": "user", "content": row["prompt"], "input": row.get("input", "")}] for row in rows]
@@ -70,12 +71,12 @@ def main(
 
 
 def read_requests(path: Path) -> list[dict]:
-    from lit_llama.samples import jsonl_rows
+    from lit_llama.samples import jsonl_rows, read_text
 
     if not path.is_file():
         raise cli.UserError(f"--requests {path} is missing")
     rows = []
-    for line, row in jsonl_rows(path.read_text(encoding="utf-8-sig"), path):
+    for line, row in jsonl_rows(read_text(path), path):
         fields = ("prompt", "input", "trained_dir")
         texts = isinstance(row, dict) and all(isinstance(row[field], str) for field in fields if field in row)
         if not texts or "prompt" not in row:

@@ -36,11 +36,12 @@ def main(
         yes: Do not ask before a download.
     """
     from lit_llama.chat import Chat, converse
-    from lit_llama.checkpoint import load_model, read_method
+    from lit_llama.checkpoint import load_model
     from lit_llama.devices import base_dtype, default_device
     from lit_llama.download import ensure_base
     from lit_llama.prompts import choose_style
     from lit_llama.tokenizer import Tokenizer
+    from lit_llama.trained import read_method
 
     if max_new_tokens < 1:
         raise cli.UserError(f"--max_new_tokens {max_new_tokens} must be at least 1")

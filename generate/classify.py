@@ -27,7 +27,7 @@ def main(
     """
     from lit_llama.classify import load_classifier
     from lit_llama.devices import base_dtype, default_device
-    from lit_llama.prompts import encode_prompt
+    from lit_llama.prompts import choose_style, encode_prompt
     from lit_llama.tokenizer import Tokenizer
 
     device = default_device()
@@ -35,7 +35,8 @@ def main(
     print(f"{method['method']} over {method['base']['name']}", file=sys.stderr)
     tokenizer = Tokenizer(checkpoint_dir or method["base"]["checkpoint_dir"])
     messages = [{"role": "user", "content": prompt, "input": input}]
-    ids = encode_prompt(messages, method["prompt_style"], tokenizer)[-method["train"]["max_seq_length"] :]
+    style = choose_style(method["prompt_style"], tokenizer)
+    ids = encode_prompt(messages, style, tokenizer)[-method["train"]["max_seq_length"] :]
     labels, (shares,) = method["arguments"]["labels"], classify([ids])
     for share, label in sorted(zip(shares.tolist(), labels, strict=True), reverse=True):
         print(f"{label} {share:.1%}")

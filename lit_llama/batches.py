@@ -13,11 +13,15 @@ IGNORE = -100  # the target of a position that is not trained on
 
 @dataclass
 class Encoded:
-    """ids (T,) as fed to the model and targets (T,), the next token or IGNORE; ``cut``: it lost its end."""
+    """ids (T,) as fed to the model and targets (T,), the next token or IGNORE.
+
+    ``cut``: it lost its end; ``where``: file and line, for messages to the user.
+    """
 
     ids: list[int]
     targets: list[int]
     cut: bool = False
+    where: str = ""
 
     @property
     def n_targets(self) -> int:

@@ -18,13 +18,14 @@ from pathlib import Path
 
 import torch
 
-from lit_llama.checkpoint import MODEL_FILE, add_trained, fingerprint, load_model, read_method
+from lit_llama.checkpoint import MODEL_FILE, fingerprint, load_model
 from lit_llama.cli import UserError
 from lit_llama.generate import decode, stream_text
 from lit_llama.model import LLaMA
 from lit_llama.prompts import STYLES, Control, Message, encode_control, stop_ids
 from lit_llama.settings import Sampling
 from lit_llama.tokenizer import Tokenizer
+from lit_llama.trained import add_trained, read_method
 
 CACHE_STEP = 1024  # the cache grows by these many slots: the whole context of a long one may not fit in memory
 

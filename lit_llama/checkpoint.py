@@ -1,13 +1,10 @@
-"""Checkpoint folders (a whole model) and trained folders (what a method learned over a base).
-
-A checkpoint folder holds ``model.safetensors`` (or shards with an index), ``config.json`` and the tokenizer's files;
-a trained folder ``trained.safetensors`` and ``method.json``.
-"""
+"""Checkpoint folders: a whole model in ``model.safetensors`` or shards, its ``config.json`` and its tokenizer."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -18,9 +15,8 @@ import torch
 from torch import Tensor
 
 from lit_llama.cli import UserError
-from lit_llama.files import open_tensors, read_json, save_tensors, write_json
+from lit_llama.files import open_tensors, read_json, read_tensors, save_tensors, tensor_headers, write_json
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.quantize import quantize_base
 
 # ---------------------------------------------------------------------------------------------- checkpoint folders
 
@@ -39,15 +35,31 @@ def load_config(folder: Path | str) -> LLaMAConfig:
             "convert the checkpoint with one of scripts/convert_*.py"
         )
     try:
-        return LLaMAConfig(**content)
-    except ValueError as error:
+        config = LLaMAConfig(**content)
+        check_types(config)
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
+    return config
+
+
+def check_types(config: LLaMAConfig) -> None:
+    """ValueError for what JSON can say in a field and LLaMAConfig cannot mean."""
+    numbers = {"norm_eps": config.norm_eps, "rope_base": config.rope_base, **(config.rope_scaling or {})}
+    for field, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{field} must be a number above 0, got {value!r}")
+    for field, kind in (("tie_embeddings", bool), ("bias", bool), ("name", str)):
+        if not isinstance(getattr(config, field), kind):
+            raise ValueError(f"{field} must be a {kind.__name__}, got {getattr(config, field)!r}")
 
 
 def tensor_shapes(config: LLaMAConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a checkpoint; a tied head is stored once, as the embedding."""
-    with torch.device("meta"):
-        state = LLaMA(config).state_dict()
+    try:
+        with torch.device("meta"):
+            state = LLaMA(config).state_dict()
+    except RuntimeError as error:  # the number of bytes does not fit 64 bits
+        raise UserError(f"{config.name}: no model has the sizes of this config: {str(error)[:100]}") from None
     if config.tie_embeddings:
         del state["lm_head.weight"]
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -80,9 +92,12 @@ def save_checkpoint(
 
 
 def write_shards(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = 4 * 2**30
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = 4 * 2**30, foreign: bool = False
 ) -> dict[str, tuple[int, ...]]:
-    """Write tensors as they come, to one file or to numbered shards with an index; returns their shapes."""
+    """Write tensors as they come, to one file or to numbered shards with an index; returns their shapes.
+
+    ``foreign``: for other programs, see ``save_tensors``.
+    """
     shard_bytes = 0
     found: dict[str, tuple[int, ...]] = {}
     files: list[tuple[Path, list[str]]] = []
@@ -91,7 +106,7 @@ def write_shards(
     def flush() -> None:
         nonlocal shard, shard_bytes
         files.append((folder / f"part-{len(files)}", list(shard)))
-        save_tensors(files[-1][0], shard, {"format": "pt"})  # transformers asks whose tensors they are
+        save_tensors(files[-1][0], shard, foreign=foreign)
         shard, shard_bytes = {}, 0
 
     total_bytes = 0
@@ -122,32 +137,55 @@ def name_shards(folder: Path, files: list[tuple[Path, list[str]]], total_bytes: 
     write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
-def shard_files(folder: Path | str) -> list[Path]:
+def weight_files(folder: Path | str) -> list[Path]:
     """The safetensors files of a checkpoint folder."""
-    folder = Path(folder)
-    if not (folder / INDEX_FILE).exists():
-        return [folder / MODEL_FILE]
-    weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise UserError(f"{folder / INDEX_FILE} must map tensors to file names of its own folder")
-    return [folder / name for name in names]
+    index = Path(folder) / INDEX_FILE
+    return shard_files(index) if index.exists() else [Path(folder) / MODEL_FILE]
+
+
+def shard_files(index: Path) -> list[Path]:
+    """The files that an index names. UserError for one outside of the index's own folder."""
+    weight_map = read_json(index).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or any(not isinstance(name, str) or name == ".." or Path(name).name != name for name in names):
+        raise UserError(f"{index} must map tensors to file names of its own folder")
+    return [index.parent / name for name in sorted(set(names))]
+
+
+def check_headers(config: LLaMAConfig, files: list[Path], folder: Path) -> None:
+    """UserError unless names, shapes and dtypes in the files' headers are the config's; no tensor is read."""
+    headers: dict[str, tuple[tuple[int, ...], str]] = {}
+    for path in files:
+        found = tensor_headers(path)
+        if twice := set(found) & set(headers):
+            raise UserError(f"{path}: tensor {min(twice)} comes twice, it is in another file of the folder too")
+        headers.update(found)
+    if config.n_layer > len(headers):  # before a model of so many layers is made, if only on the meta device
+        raise UserError(f"{folder}: {CONFIG_FILE} has n_layer {config.n_layer}, but the files {len(headers)} tensors")
+    check_tensors({name: shape for name, (shape, _) in headers.items()}, tensor_shapes(config), folder)
+    check_dtypes(headers, ("F32", "BF16", "F16"), folder)
+
+
+def check_dtypes(headers: dict[str, tuple[tuple[int, ...], str]], known: tuple[str, ...], where: Path) -> None:
+    """UserError for a tensor of another dtype than those ``known`` (safetensors' names)."""
+    for name, (_, dtype) in headers.items():
+        if dtype not in known:
+            raise UserError(f"{where}: {name} has dtype {dtype}, not {' or '.join(known)}; convert the weights again")
 
 
 def load_model(
     folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> LLaMA:
-    """The model of a checkpoint folder, in ``dtype`` on ``device``.
+    """The model of a checkpoint folder, in ``dtype`` on ``device``. UserError where the weights do not fit the config.
 
     It is made on the meta device and takes each tensor as it is read: at most one tensor exists twice. On the CPU a
     tensor that is stored in ``dtype`` already stays memory-mapped and is not copied at all.
     """
-    config = load_config(folder)
+    config, files = load_config(folder), weight_files(folder)
+    check_headers(config, files, Path(folder))
     state: dict[str, Tensor] = {}
-    for path in shard_files(folder):
-        with open_tensors(path, device) as file:
-            state.update({name: file.get_tensor(name).to(dtype) for name in file.keys()})
-    check_tensors({name: tuple(t.shape) for name, t in state.items()}, tensor_shapes(config), Path(folder))
+    for path in files:
+        state.update({name: tensor.to(device).to(dtype) for name, tensor in read_tensors(path)[0].items()})
     if config.tie_embeddings:
         state["lm_head.weight"] = state["transformer.wte.weight"]
     with torch.device("meta"):
@@ -168,7 +206,7 @@ def fingerprint(folder: Path | str, pieces: int = 16, piece_numbers: int = 32) -
         del config["bias"]  # so that what was trained before the field existed still finds its base
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     with ExitStack() as stack:
-        files = [stack.enter_context(open_tensors(path)) for path in shard_files(folder)]
+        files = [stack.enter_context(open_tensors(path)) for path in weight_files(folder)]
         where = {name: file for file in files for name in file.keys()}
         for name in sorted(where):
             tensor = where[name].get_tensor(name)  # memory-mapped: only what is sampled below is read
@@ -178,119 +216,3 @@ def fingerprint(folder: Path | str, pieces: int = 16, piece_numbers: int = 32) -
                 start = i * max(0, flat.numel() - piece_numbers) // max(1, pieces - 1)
                 digest.update(flat[start : start + piece_numbers].float().numpy().tobytes())
     return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------- trained folders
-
-TRAINED_FILE, METHOD_FILE = "trained.safetensors", "method.json"
-
-
-def trained_tensors(model: LLaMA) -> dict[str, Tensor]:
-    """What trains, by name: freeze first, then add, and nothing else is left."""
-    return {name: param for name, param in model.named_parameters() if param.requires_grad}
-
-
-def kept_tensors(model: LLaMA) -> dict[str, Tensor]:
-    """What a trained folder holds, by name: what trains, or what is made of it (methods/prefix.py)."""
-    return trained_tensors(model) if model.reparametrization is None else model.reparametrization.kept_tensors()
-
-
-def describe_base(checkpoint_dir: Path | str) -> dict:
-    """What method.json says of the base a method was trained on."""
-    return {
-        "checkpoint_dir": Path(checkpoint_dir).as_posix(),  # read on Windows and elsewhere
-        "name": load_config(checkpoint_dir).name,
-        "fingerprint": fingerprint(checkpoint_dir),
-    }
-
-
-def load_trained(model: LLaMA, path: Path, prefix: str = "") -> None:
-    """Copy the tensors of a safetensors file, those named with ``prefix``, into the trained ones of ``model``.
-
-    UserError, and nothing copied, unless names and shapes are the same.
-    """
-    tensors = trained_tensors(model)
-    with open_tensors(path) as file:
-        loaded = {name[len(prefix) :]: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
-    check_tensors(
-        {name: tuple(t.shape) for name, t in loaded.items()},
-        {name: tuple(t.shape) for name, t in tensors.items()},
-        path,
-    )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(loaded[name])
-
-
-def load_trained_folder(
-    trained_dir: Path | str,
-    checkpoint_dir: Path | str | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    quantize: str | None = "none",
-) -> tuple[LLaMA, dict]:
-    """The base with a finished method on it, and its method.json.
-
-    ``checkpoint_dir`` overrides where the base lies; that it is the same base is checked. A folder that holds a whole
-    model needs no base. ``quantize`` says what its weights are kept in, None as in training: what was trained over a
-    narrow base fits the wide one too, but has learned to make up for the narrow one's errors.
-    """
-    method, path = read_method(trained_dir), Path(trained_dir) / METHOD_FILE
-    quantize = quantize or method.get("quantize", "none")
-    if (Path(trained_dir) / MODEL_FILE).exists():  # a checkpoint folder: nothing of the base is left
-        model = load_model(trained_dir, dtype, device)
-        quantize_base(model, quantize)
-        return model.requires_grad_(False), method
-    model = load_model(check_base(method["base"], checkpoint_dir, path), dtype, device)
-    quantize_base(model, quantize)
-    add_trained(model, trained_dir, method)
-    return model, method
-
-
-def add_trained(model: LLaMA, trained_dir: Path | str, method: dict) -> None:
-    """Freeze ``model``, a base, and put on it what a trained folder with this method.json learned."""
-    from lit_llama.methods import METHODS
-
-    path = Path(trained_dir) / METHOD_FILE
-    if method["method"] not in METHODS:
-        raise UserError(f"{path} names the method {method['method']!r}, not one of {', '.join(METHODS)}")
-    model.requires_grad_(False)
-    try:
-        METHODS[method["method"]](model, **method["arguments"])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: the arguments do not fit {method['method']}: {error}") from None
-    if model.reparametrization is not None:
-        model.reparametrization.flatten(model)
-    for tensor in trained_tensors(model).values():
-        tensor.data = tensor.data.clone()  # it may be the base's own, which another model goes on using (chat.py)
-    load_trained(model, Path(trained_dir) / TRAINED_FILE)
-
-
-def tokenizer_dir(trained_dir: Path | str, checkpoint_dir: Path | str | None, method: dict) -> Path:
-    """Where the tokenizer of a trained folder lies: in its base, or in itself where it holds a whole model."""
-    whole = (Path(trained_dir) / MODEL_FILE).exists()
-    return Path(trained_dir if whole else checkpoint_dir or method["base"]["checkpoint_dir"])
-
-
-def read_method(trained_dir: Path | str) -> dict:
-    """The method.json of a trained folder."""
-    path = Path(trained_dir) / METHOD_FILE
-    if not path.exists():
-        raise UserError(f"{path} is missing: {trained_dir} is not what a finetune script wrote")
-    method = read_json(path)
-    if missing := {"method", "arguments", "base", "prompt_style"} - set(method):
-        raise UserError(f"{path} lacks {sorted(missing)}")
-    return method
-
-
-def check_base(base: dict, checkpoint_dir: Path | str | None, path: Path) -> Path:
-    """The folder of the base that ``path`` (a method.json) was trained on; UserError when it is another model."""
-    folder = Path(checkpoint_dir or base["checkpoint_dir"])
-    if not folder.exists():
-        raise UserError(f"{path} was trained on {base['name']} in {folder}, which is missing; pass --checkpoint_dir")
-    if fingerprint(folder) != base["fingerprint"]:
-        raise UserError(
-            f"{path} was trained on {base['name']} (fingerprint {base['fingerprint'][:12]}), but {folder} holds "
-            f"{load_config(folder).name} ({fingerprint(folder)[:12]}); pass the right --checkpoint_dir"
-        )
-    return folder

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file
 
-from lit_llama.checkpoint import METHOD_FILE, TRAINED_FILE, check_base, load_model, load_trained_folder, read_method
+from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
-from lit_llama.files import open_tensors
+from lit_llama.files import read_tensors
 from lit_llama.methods.features import probabilities, text_vectors
 from lit_llama.model import LLaMA
+from lit_llama.trained import METHOD_FILE, TRAINED_FILE, check_base, load_trained_folder, read_method
 
 # prompts as ids -> the probability of each label, (n, labels)
 Classifier = Callable[[list[list[int]]], np.ndarray]
@@ -33,8 +33,8 @@ def load_classifier(
         raise UserError(f"{path} is of {method['method']} with a language head: it answers with text, not with labels")
     if method["method"] == "features":
         model = load_model(check_base(method["base"], checkpoint_dir, path), dtype, device)
-        with open_tensors(Path(trained_dir) / TRAINED_FILE):  # a clear error where the file is not whole
-            arrays = load_file(Path(trained_dir) / TRAINED_FILE)
+        tensors, _ = read_tensors(Path(trained_dir) / TRAINED_FILE)
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         return lambda prompts: probabilities(arrays, text_vectors(model, prompts)), method
     model, _ = load_trained_folder(trained_dir, checkpoint_dir, dtype, device, quantize=None)
     return lambda prompts: label_shares(model, prompts), method

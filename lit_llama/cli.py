@@ -28,7 +28,8 @@ class Interrupted(Exception):
 def run(main: Callable, leading: str | None = None) -> None:
     """Call ``main`` with the command line's flags; what stands before the first one is the list ``leading``.
 
-    A UserError ends the program with one line and exit code 2, Ctrl-C with 130.
+    A UserError, and a file that cannot be read or written, end the program with one line and exit code 2, Ctrl-C with
+    130.
     """
     from jsonargparse import Namespace
 
@@ -43,6 +44,8 @@ def run(main: Callable, leading: str | None = None) -> None:
         main(**arguments)
     except UserError as error:
         leave(f"error: {error}", 2)
+    except OSError as error:
+        leave(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", 2)
     except Interrupted as stopped:
         leave(str(stopped) if os.environ.get("LOCAL_RANK", "0") == "0" else "", 130)
     except KeyboardInterrupt:
@@ -56,7 +59,7 @@ def write_utf8() -> None:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
-ONE_OFF = ("config", "resume", "overwrite", "yes")  # answers to a situation, not settings of a run
+ONE_OFF = ("config", "resume", "overwrite", "allow_changes", "yes")  # answers to a situation, not settings of a run
 command_line: str | None = None  # the resolved settings as YAML, for a run to save beside its output
 
 

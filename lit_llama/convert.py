@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from lit_llama.bars import track
-from lit_llama.checkpoint import save_checkpoint, tensor_shapes
+from lit_llama.checkpoint import save_checkpoint, shard_files, tensor_shapes
 from lit_llama.cli import UserError
 from lit_llama.configs import CONFIGS, LLAMA_31_SCALING
-from lit_llama.files import open_tensors, read_json, whole_folder
+from lit_llama.files import read_json, read_tensors, whole_file, whole_folder
 from lit_llama.layouts import layer_names, to_half_split
 from lit_llama.model import CausalSelfAttention, LLaMAConfig
 
@@ -125,7 +125,8 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     if not found:
         print(f"note: {source} has no tokenizer.json or tokenizer.model; text will need one", file=sys.stderr)
     for name in found + [name for name in SETTINGS_FILES if (source / name).exists()]:
-        shutil.copyfile(source / name, folder / name)
+        with whole_file(folder / name) as temporary:
+            shutil.copyfile(source / name, temporary)
 
 
 def is_tiktoken(path: Path) -> bool:
@@ -200,11 +201,7 @@ def hf_files(folder: Path) -> list[Path]:
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
         if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            names = set(weight_map.values()) if isinstance(weight_map, dict) else {""}
-            if any(not isinstance(name, str) or not name or Path(name).name != name for name in names):
-                raise UserError(f"{index} must map tensors to file names of its own folder")
-            return [folder / name for name in sorted(names)]
+            return shard_files(index)
         if (folder / single).exists():
             return [folder / single]
     raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin, whole or with an index")
@@ -212,11 +209,8 @@ def hf_files(folder: Path) -> list[Path]:
 
 def hf_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for path in hf_files(folder):
-        if path.suffix == ".safetensors":
-            with open_tensors(path) as file:
-                yield from ((name, file.get_tensor(name)) for name in file.keys())
-        else:
-            yield from load_pth(path).items()
+        tensors = read_tensors(path)[0] if path.suffix == ".safetensors" else load_pth(path)
+        yield from tensors.items()
 
 
 # ---------------------------------------------------------------------------------------------- Meta

@@ -98,7 +98,8 @@ def encode_sample(sample: Sample, style: str, tokenizer: Tokenizer, max_seq_leng
     ids, trains = ids[:max_seq_length], trains[:max_seq_length]
     drop_untrained_end(ids, trains)
     targets = [token if train else IGNORE for token, train in zip(ids[1:], trains[1:], strict=True)]
-    return Encoded(ids[:-1], targets, cut) if sum(trains[1:]) > 1 else None  # an end alone is an empty answer
+    has_answer = sum(trains[1:]) > 1  # an end alone is an empty answer
+    return Encoded(ids[:-1], targets, cut, sample.where) if has_answer else None
 
 
 def drop_untrained_end(ids: list[int], trains: list[bool]) -> None:
@@ -136,7 +137,7 @@ def encode_labels(
         ids = encode_prompt(sample.prompt, style, tokenizer)[-max_seq_length:]
         if not ids:
             raise UserError(f"{sample.where}: the text is empty, there is nothing to classify")
-        encoded.append(Encoded(ids, [IGNORE] * (len(ids) - 1) + [labels.index(sample.label)]))
+        encoded.append(Encoded(ids, [IGNORE] * (len(ids) - 1) + [labels.index(sample.label)], where=sample.where))
     return encoded
 
 

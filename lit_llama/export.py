@@ -14,13 +14,11 @@ from torch import Tensor
 from lit_llama.chat_templates import chat_template
 from lit_llama.checkpoint import (
     CONFIG_FILE,
-    METHOD_FILE,
     MODEL_FILE,
     check_tensors,
     load_config,
-    read_method,
-    shard_files,
     tensor_shapes,
+    weight_files,
     write_shards,
 )
 from lit_llama.cli import UserError
@@ -32,6 +30,7 @@ from lit_llama.layouts import layer_names, to_interleaved
 from lit_llama.model import CausalSelfAttention, LLaMAConfig
 from lit_llama.prompts import choose_style, stop_ids
 from lit_llama.tokenizer import JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE, Tokenizer
+from lit_llama.trained import METHOD_FILE, read_method
 
 GENERATION_FILE, TEMPLATE_FILE = "generation_config.json", "chat_template.jinja"
 
@@ -45,7 +44,7 @@ def whole_model(checkpoint_dir: Path) -> LLaMAConfig:
             "merges lora and adapter_v2 into their base; scripts/export_peft.py writes an adapter over it"
         )
     config, found = load_config(folder), {}
-    for path in shard_files(folder):
+    for path in weight_files(folder):
         with open_tensors(path) as file:
             found.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})
     check_tensors(found, tensor_shapes(config), folder)
@@ -82,7 +81,7 @@ def exported_tensors(
 
 
 def stored_tensors(checkpoint_dir: Path) -> Iterator[tuple[str, Tensor]]:
-    for path in shard_files(checkpoint_dir):
+    for path in weight_files(checkpoint_dir):
         with open_tensors(path) as file:
             yield from ((name, file.get_tensor(name)) for name in file.keys())
 
@@ -103,7 +102,7 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None, pro
             yield name, tensor
 
     with whole_folder(Path(out_dir)) as folder:
-        write_shards(folder, cast())
+        write_shards(folder, cast(), foreign=True)
         copy_tokenizer(source, folder)
         special = complete_tokenizer(folder, config, tokenizer, style)
         stored = str(max(written, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")

@@ -1,15 +1,18 @@
-"""Reading and writing files: whole or absent, and never unpickled.
+"""Reading and writing files: whole or absent, checked when read, and never unpickled.
 
 Every file is written under a temporary name, flushed to disk and renamed: under its final name it is whole.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,20 +26,26 @@ from lit_llama.cli import UserError
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; on success flush it to disk and rename it, on failure remove it."""
+    """Yield a temporary name beside ``path``; on success flush it to disk and rename it, on failure remove it.
+
+    UserError, and the file of that name as it was, when the disk is full or the folder may not be written to.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.touch()
-    mode = temporary.stat().st_mode
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # safetensors makes files that their owner alone can read
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
         os.replace(temporary, path)
+        flush_folder(path.parent)
+    except OSError as error:
+        raise write_error(path, error) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 @contextmanager
@@ -46,15 +55,48 @@ def whole_folder(path: Path) -> Iterator[Path]:
     if path.exists():
         raise UserError(f"{path} exists already; remove it or choose another folder")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.iterdir():
-            with open(file, "rb+") as opened:
-                os.fsync(opened.fileno())
+            flush(file)
+        flush_folder(temporary)
         os.replace(temporary, path)
+        flush_folder(path.parent)
+    except OSError as error:
+        raise write_error(path, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's content is on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until a folder's names are on the disk: without it a power cut may undo a rename."""
+    if os.name == "nt":  # where a folder cannot be opened
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def write_error(path: Path, error: OSError) -> UserError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    way_out = "make room and try again" if full else "choose a place that you may write to"
+    return UserError(f"{path} cannot be written ({error.strerror or error}): {way_out}; what was there is untouched")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete the temporary files that a process left in ``folder`` when it was killed in the middle of a write."""
+    for pattern in (".*.tmp", ".tmp*"):  # ours, and those that safetensors writes under
+        for file in folder.glob(pattern):
+            file.unlink()
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -67,6 +109,10 @@ def read_json(path: Path) -> dict:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise UserError(f"{path} is not valid JSON: nested too deeply") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
@@ -74,9 +120,25 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def save_tensors(
+    path: Path, tensors: dict[str, Tensor], about: dict | None = None, foreign: bool = False
+) -> None:
+    """Write a safetensors file with a checksum, and ``about`` (as JSON) in its header.
+
+    A ``foreign`` file has neither: transformers and PEFT ask the header for the one thing they write themselves.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # One entry in the header: safetensors writes several of them in any order, and equal runs give equal bytes.
+    header = json.dumps({**(about or {}), "crc32": checksum(tensors, about or {})}, sort_keys=True)
     with whole_file(path) as temporary:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
+        try:
+            save_file(tensors, temporary, {"format": "pt"} if foreign else {ABOUT: header})
+        except SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) if code else error from None
+
+
+ABOUT = "lit_llama"  # our entry in the header
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -84,11 +146,44 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     save_tensors(path, {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()})
 
 
-def open_tensors(path: Path, device: torch.device | str = "cpu"):
+def checksum(tensors: dict[str, Tensor], about: dict) -> int:
+    """CRC-32 over all that a file says (2 to 3 GB/s): it finds what a disk or network spoiled, not what was forged."""
+    crc = zlib.crc32(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy().data, zlib.crc32(name.encode(), crc))
+    return crc
+
+
+def open_tensors(path: Path):
     """safetensors' ``safe_open`` for torch, with a UserError when the file is missing or not whole."""
     try:
-        return safe_open(path, framework="pt", device=str(device))
+        return safe_open(path, framework="pt")
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a file, mapped into memory, and what ``save_tensors`` was told about them.
+
+    UserError when the file is damaged. Files of other programs have no checksum, and nothing about them.
+    """
+    with open_tensors(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        header = (file.metadata() or {}).get(ABOUT, "{}")
+    try:
+        about = json.loads(header)
+        damaged = "crc32" in about and about.pop("crc32") != checksum(tensors, about)
+    except (AttributeError, TypeError, ValueError, RecursionError):  # no JSON, or no object
+        damaged = True
+    if damaged:
+        raise UserError(f"{path} is damaged: its checksum is another; copy or make it again")
+    return tensors, about
+
+
+def tensor_headers(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and safetensors' name of the dtype of each tensor, by name; no tensor is read."""
+    with open_tensors(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}

@@ -47,6 +47,7 @@ class Job:
         cache_trunk: bool = False,
         resume: bool = False,
         overwrite: bool = False,
+        allow_changes: bool = False,
         yes: bool = False,
     ) -> None:
         """Load the base and the data.
@@ -71,6 +72,7 @@ class Job:
             cache_trunk: Compute what lies below the first changed block once for each sample, not in every epoch.
             resume: Go on with the run that out_dir holds.
             overwrite: Start anew in an out_dir that holds a run.
+            allow_changes: With resume, go on although data, base or settings are others than the run began with.
             yes: Do not ask before a download.
         """
         import torch
@@ -94,8 +96,9 @@ class Job:
         name = "rows" if isinstance(data, list) else Path(data).stem
         folder = Path(out_dir or f"out/{method}/{name}")
         self.fabric = launch(devices, num_nodes, strategy, named_loggers(logger, folder))
-        self.run = Run(self.fabric, folder, checkpoint_dir, resume, overwrite)
+        self.run = Run(self.fabric, folder, checkpoint_dir, resume, overwrite, allow_changes)
         self.task = load_task(data, checkpoint_dir, prompt_style, train.max_seq_length, head == "classifier")
+        train.total_steps(len(self.task.train))  # an impossible warm-up is refused before anything is written
         self.fabric.print(self.task.summary)
         self.comparison = Comparison(self.fabric, self.task, eval_samples)
         torch.manual_seed(train.seed)

@@ -19,13 +19,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lit_llama.checkpoint import load_trained_folder
 from lit_llama.cli import UserError
 from lit_llama.methods.adapter import AdapterAttention
 from lit_llama.methods.lora import places
 from lit_llama.methods.prefix import PrefixAttention
 from lit_llama.methods.soft_prompt import SoftPromptEmbedding
 from lit_llama.model import CausalSelfAttention, KVCache, LLaMA, attention
+from lit_llama.trained import load_trained_folder
 
 MIXABLE = ("adapter", "prefix", "soft_prompt", "lora")
 

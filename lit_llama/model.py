@@ -41,8 +41,8 @@ class LLaMAConfig:
     def __post_init__(self):
         sizes = "block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_size", "intermediate_size"
         for field, value in ((field, getattr(self, field)) for field in sizes):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{field} must be a positive whole number, got {value!r}")
+            if type(value) is not int or not 1 <= value <= (4096 if field == "n_layer" else 2**24):
+                raise ValueError(f"{field} must be a positive whole number of a plausible size, got {value!r}")
         if self.head_size % 2:
             raise ValueError(f"head_size must be even (rotary pairs), got {self.head_size}")
         if self.n_head % self.n_kv_head:

@@ -20,16 +20,7 @@ import torch
 from torch import Tensor
 
 from lit_llama import __version__
-from lit_llama.checkpoint import (
-    METHOD_FILE,
-    TRAINED_FILE,
-    check_base,
-    check_tensors,
-    describe_base,
-    kept_tensors,
-    load_config,
-    read_method,
-)
+from lit_llama.checkpoint import check_tensors, load_config
 from lit_llama.cli import UserError
 from lit_llama.files import open_tensors, read_json, save_tensors, whole_folder, write_json
 from lit_llama.layouts import layer_names
@@ -39,6 +30,7 @@ from lit_llama.methods.lora import TARGETS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prompts import choose_style
 from lit_llama.tokenizer import Tokenizer
+from lit_llama.trained import METHOD_FILE, TRAINED_FILE, check_base, describe_base, kept_tensors, read_method
 
 Tensors = dict[str, Tensor]
 SETTINGS_FILE, WEIGHTS_FILE, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -69,7 +61,7 @@ def export_peft(trained_dir: Path, out_dir: Path, checkpoint_dir: Path | None = 
     settings, tensors = TO_PEFT[name](config, arguments, tensors)
     about = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True}
     with whole_folder(Path(out_dir)) as folder:
-        save_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
+        save_tensors(folder / WEIGHTS_FILE, tensors, foreign=True)
         write_json(folder / SETTINGS_FILE, {**settings, **about})
 
 

@@ -7,12 +7,9 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import shutil
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -24,22 +21,31 @@ import torch
 from lit_llama import __version__, cli
 from lit_llama.bars import Bar
 from lit_llama.checkpoint import CONFIG_FILE as MODEL_CONFIG_FILE
-from lit_llama.checkpoint import (
-    INDEX_FILE,
+from lit_llama.checkpoint import INDEX_FILE, MODEL_FILE
+from lit_llama.cli import UserError
+from lit_llama.convert import copy_tokenizer
+from lit_llama.devices import peak_memory
+from lit_llama.files import (
+    read_json,
+    read_tensors,
+    remove_unfinished,
+    save_tensors,
+    whole_file,
+    write_error,
+    write_json,
+)
+from lit_llama.lock import lock_folder
+from lit_llama.model import LLaMA
+from lit_llama.quantize import quantization
+from lit_llama.trained import (
     METHOD_FILE,
-    MODEL_FILE,
+    RECIPE,
     TRAINED_FILE,
     describe_base,
     kept_tensors,
     load_trained,
     trained_tensors,
 )
-from lit_llama.cli import UserError
-from lit_llama.convert import copy_tokenizer
-from lit_llama.devices import peak_memory
-from lit_llama.files import open_tensors, read_json, save_tensors, whole_file, write_json
-from lit_llama.model import LLaMA
-from lit_llama.quantize import quantization
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -63,7 +69,10 @@ COSTS_FILE = "costs.json"
 
 
 class Run:
-    """The folder ``out_dir`` of one run. A folder that holds a run needs ``resume`` or ``overwrite``."""
+    """The folder ``out_dir`` of one run, locked for as long as the process lives.
+
+    A folder that holds a run needs ``resume`` or ``overwrite``. ``allow_changes`` resumes with other settings, too.
+    """
 
     def __init__(
         self,
@@ -72,12 +81,16 @@ class Run:
         checkpoint_dir: Path | str,
         resume: bool = False,
         overwrite: bool = False,
+        allow_changes: bool = False,
     ) -> None:
-        self.fabric, self.out_dir, self.resume = fabric, Path(out_dir), resume
+        self.fabric, self.out_dir, self.resume, self.allow_changes = fabric, Path(out_dir), resume, allow_changes
         self.best_loss, self.best_step = math.inf, 0
+        self.new_goal = False  # resumed with other data or another base: old losses say nothing about the best step
         self.trained_file = TRAINED_FILE
         if resume and overwrite:
             raise UserError("--resume goes on with a run and --overwrite starts it anew: give one of them")
+        if allow_changes and not resume:
+            raise UserError("--allow_changes is for --resume, which goes on with a run: give both or neither")
         if self.out_dir.exists() and not self.out_dir.is_dir():
             raise UserError(f"--out_dir {out_dir} is a file")
         if self.out_dir.resolve() == Path(checkpoint_dir).resolve():
@@ -85,15 +98,31 @@ class Run:
         holds_model = (self.out_dir / MODEL_FILE).exists() or (self.out_dir / INDEX_FILE).exists()
         if holds_model and not (self.out_dir / METHOD_FILE).exists():
             raise UserError(f"--out_dir {out_dir} holds a checkpoint that no run wrote; choose another --out_dir")
+        if resume and not (self.out_dir / STATE_FILE).exists():
+            raise UserError(f"nothing to resume: {self.out_dir / STATE_FILE} is missing; start anew with --overwrite")
+        self.lock()  # before looking what is there: it stays that way
         held = [name for name in (METHOD_FILE, MODEL_FILE, METRICS_FILE, STATE_FILE) if (self.out_dir / name).exists()]
         if held and not (resume or overwrite):
             raise UserError(
                 f"{out_dir} holds a run already ({', '.join(held)}); pass --resume to go on with it, "
                 "--overwrite to start anew, or another --out_dir"
             )
-        if resume and not (self.out_dir / STATE_FILE).exists():
-            raise UserError(f"nothing to resume: {self.out_dir / STATE_FILE} is missing; start anew with --overwrite")
         self.fabric.barrier()  # nobody writes before everybody has looked
+
+    def lock(self) -> None:
+        """UserError on every rank where another process is writing into the folder."""
+        owner = None
+        if self.fabric.is_global_zero:
+            try:
+                owner = lock_folder(self.out_dir)
+                for folder in (self.out_dir, self.out_dir / "state"):
+                    remove_unfinished(folder)
+            except OSError as error:
+                raise write_error(self.out_dir, error) from None
+        if owner := self.fabric.broadcast(owner):
+            raise UserError(
+                f"{self.out_dir} is being written by {owner}; wait until it ends, stop it, or choose another --out_dir"
+            )
 
     def remove(self) -> None:
         """Delete what a run writes, and nothing else that may lie in the folder."""
@@ -139,20 +168,32 @@ class Run:
             ],
             "version": __version__,
         }
-        if self.resume:
-            before = {"quantize": "none", **read_json(self.out_dir / METHOD_FILE)}  # older runs do not say it
-            changes = differences(before, description)
-            changes = [change for change in changes if not change.startswith(MAY_CHANGE)]
-            if changes:
-                raise UserError(f"--resume of {self.out_dir} with other settings: {'; '.join(changes)}")
-        elif self.fabric.is_global_zero:
-            self.remove()  # only now: an --overwrite that fails before here loses nothing
+        self.recipe = {key: description[key] for key in RECIPE}
+        if self.resume and not self.accept_changes(description):
+            return
+        if self.fabric.is_global_zero:
+            if not self.resume:
+                self.remove()  # only now: an --overwrite that fails before here loses nothing
             write_json(self.out_dir / METHOD_FILE, description)
             if whole_model:
                 write_json(self.out_dir / MODEL_CONFIG_FILE, asdict(model.config))
                 copy_tokenizer(Path(checkpoint_dir), self.out_dir)
-            (self.out_dir / METRICS_FILE).write_text(",".join(METRICS) + "\n", encoding="utf-8")
             save_command_line(self.out_dir)
+
+    def accept_changes(self, description: dict) -> bool:
+        """Whether a resumed run has other settings than it began with: UserError, unless they were allowed."""
+        before = {"quantize": "none", **read_json(self.out_dir / METHOD_FILE)}  # older runs do not say it
+        changes = differences(before, description)
+        changes = [change for change in changes if not change.startswith(MAY_CHANGE)]
+        if changes and not self.allow_changes:
+            raise UserError(
+                f"--resume of {self.out_dir} with other settings: {'; '.join(changes)}. Give those that the run began "
+                f"with ({CONFIG_FILE} has them), or --allow_changes to go on with these"
+            )
+        for change in changes:
+            self.fabric.print(f"note: going on with other settings: {change}")
+        self.new_goal = any(change.startswith(("base.fingerprint ", "data_fingerprint ")) for change in changes)
+        return bool(changes)
 
     # the state to go on from
 
@@ -163,26 +204,27 @@ class Run:
             for i, values in optimizer.state_dict()["state"].items():
                 tensors.update({f"optimizer.{i}.{key}": value for key, value in values.items()})
             numbers = {"step": step, "best_loss": self.best_loss, "best_step": self.best_step}
-            save_tensors(self.out_dir / STATE_FILE, tensors, {"state": json.dumps(numbers)})
+            save_tensors(self.out_dir / STATE_FILE, tensors, numbers)
         self.fabric.barrier()  # no rank may leave, and so end the job, before the file is whole
 
     def load_state(self, model: LLaMA, optimizer: torch.optim.Optimizer) -> int:
         """The step to go on from: 0 for a new run, which is saved as such so that any stop can be resumed."""
         if not self.resume:
+            if self.fabric.is_global_zero:
+                self.cut_metrics(0)
             self.save_state(model, optimizer, step=0)
             return 0
         path = self.out_dir / STATE_FILE
-        with open_tensors(path) as file:
-            numbers = json.loads(file.metadata()["state"])
-            state: dict[int, dict] = {}
-            for name in file.keys():
-                if name.startswith("optimizer."):
-                    _, i, key = name.split(".")
-                    # A copy: Windows replaces no file that is mapped into memory, and this one is written again.
-                    state.setdefault(int(i), {})[key] = file.get_tensor(name).clone()
         load_trained(model, path, prefix="trained.")
+        tensors, numbers = read_tensors(path)
+        state: dict[int, dict] = {}
+        for name in tensors:
+            if name.startswith("optimizer."):
+                _, i, key = name.split(".")
+                state.setdefault(int(i), {})[key] = tensors[name].clone()  # not mapped: the file will be replaced
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        self.best_loss, self.best_step = numbers["best_loss"], numbers["best_step"]
+        if not self.new_goal:
+            self.best_loss, self.best_step = numbers["best_loss"], numbers["best_step"]
         if self.fabric.is_global_zero:
             self.cut_metrics(numbers["step"])
         return numbers["step"]
@@ -209,7 +251,7 @@ class Run:
             return
         self.best_loss, self.best_step = val_loss, self.last_step
         if self.fabric.is_global_zero:
-            save_tensors(self.out_dir / self.trained_file, kept_tensors(model))
+            save_tensors(self.out_dir / self.trained_file, kept_tensors(model), self.recipe)
 
     def load_best(self, model: LLaMA) -> None:
         self.fabric.barrier()
@@ -238,9 +280,12 @@ class Run:
         self.seconds += seconds
         if not self.fabric.is_global_zero:
             return
-        with open(self.out_dir / METRICS_FILE, "a", newline="", encoding="utf-8") as file:
-            row = [step, repr(loss), repr(lr), tokens, f"{seconds:.3f}", "" if val_loss is None else repr(val_loss)]
-            csv.writer(file, lineterminator="\n").writerow(row)
+        row = [step, repr(loss), repr(lr), tokens, f"{seconds:.3f}", "" if val_loss is None else repr(val_loss)]
+        try:
+            with open(self.out_dir / METRICS_FILE, "a", newline="", encoding="utf-8") as file:
+                csv.writer(file, lineterminator="\n").writerow(row)
+        except OSError as error:
+            raise write_error(self.out_dir / METRICS_FILE, error) from None
         known = {"loss": loss, "lr": lr, "tokens_per_second": tokens / seconds, "val_loss": val_loss}
         self.fabric.log_dict({name: value for name, value in known.items() if value is not None}, step)
         figures = f"loss {loss:.3f}, lr {lr:.1e}, {self.tokens / self.seconds:.0f} tokens/s"
@@ -248,6 +293,20 @@ class Run:
         bar.update()
         if val_loss is not None:
             bar.write(f"step {step}: validation loss {val_loss:.4f}", file=sys.stderr)
+
+    def warn_if_stuck(self) -> None:
+        """Say so when the training loss is where it was: the mean of the last quarter of steps beside the first's."""
+        if not self.fabric.is_global_zero:
+            return
+        losses = [float(row["loss"]) for row in read_metrics(self.out_dir)]
+        n = max(1, len(losses) // 4)
+        before, now = sum(losses[:n]) / n, sum(losses[-n:]) / n
+        if now > 0.99 * before:
+            print(
+                f"warning: after {len(losses)} steps the loss has not moved: {now:.4f}, at first {before:.4f}. Is "
+                "--train.learning_rate too low, or so high that it jumps about? Are the answers where they should be?",
+                file=sys.stderr,
+            )
 
 
 def save_command_line(folder: Path) -> None:
@@ -276,37 +335,3 @@ def differences(before: dict, now: dict, prefix: str = "") -> list[str]:
         elif before.get(key) != now[key]:
             changes.append(f"{name} was {before.get(key)!r}, now {now[key]!r}")
     return changes
-
-
-class Interrupt:
-    """Whether Ctrl-C or SIGTERM came."""
-
-    def __init__(self) -> None:
-        self.came = False
-
-    def __call__(self, signum: int, frame: object) -> None:
-        if self.came and signum == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait
-        self.came = True
-        print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
-
-    def seen(self, fabric: Fabric) -> bool:
-        """The same answer on every rank, so that none waits for one that has stopped."""
-        if fabric.world_size == 1:
-            return self.came
-        return bool(fabric.all_reduce(torch.tensor(float(self.came), device=fabric.device), reduce_op="sum"))
-
-
-@contextmanager
-def catch_interrupt() -> Iterator[Interrupt]:
-    """Turn Ctrl-C and SIGTERM into a question to ask between steps."""
-    interrupt = Interrupt()
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
-        yield interrupt
-        return
-    handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield interrupt
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

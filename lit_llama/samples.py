@@ -50,13 +50,7 @@ def read_samples(path: Path) -> list[Sample]:
     readers = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows, ".txt": txt_rows}
     if path.suffix not in readers:
         raise UserError(f"{path}: data files end in {', '.join(SUFFIXES)}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark, as spreadsheets write it, is not content
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    text = read_text(path)
     one_line = path.suffix == ".json" and "\n" not in text.strip()  # where the line tells nothing
     samples = []
     for i, (line, row) in enumerate(readers[path.suffix](text, path)):
@@ -65,6 +59,18 @@ def read_samples(path: Path) -> list[Sample]:
     if not samples:
         raise UserError(f"{path} holds no rows")
     return samples
+
+
+def read_text(path: Path) -> str:
+    """The content of a file that a user wrote. UserError names the line that is not UTF-8."""
+    try:
+        # A byte-order mark, as spreadsheets write it, is not content; line ends inside a quoted field are.
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
 
 
 def json_rows(text: str, path: Path) -> Iterator[tuple[int, object]]:

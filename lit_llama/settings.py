@@ -54,11 +54,15 @@ class TrainArgs:
                 raise UserError(f"--train.{name} must not be negative, got {getattr(self, name)}")
         if self.max_seq_length < 3:
             raise UserError(f"--train.max_seq_length must be at least 3, got {self.max_seq_length}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--train.seed must lie within 0 and {2**32 - 1}, got {self.seed}")
 
     def total_steps(self, n_samples: int) -> int:
-        if self.epochs is not None:
-            return math.ceil(self.epochs * n_samples / self.batch_size)
-        return self.max_steps or 0
+        """Optimizer steps in all; UserError where the warm-up leaves none of them."""
+        steps = (self.max_steps or 0) if self.epochs is None else math.ceil(self.epochs * n_samples / self.batch_size)
+        if (self.warmup_steps or 0) >= steps:
+            raise UserError(f"--train.warmup_steps {self.warmup_steps} must be less than the {steps} steps in all")
+        return steps
 
 
 @dataclass
@@ -86,5 +90,7 @@ class Sampling:
             )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k {self.top_k} must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed {self.seed} must lie within 0 and {2**32 - 1}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p} must lie above 0 and at most at 1")

@@ -118,9 +118,9 @@ class JSONBackend:
         self.vocab_size = max(vocab.values()) + 1
         is_byte_level = isinstance(self.tokenizer.decoder, decoders.ByteLevel)
         self.known_bytes = byte_level_bytes(vocab) if is_byte_level else bytes(range(256))
-        eos = vocab.get(token_text(settings.get("eos_token")))
+        eos = vocab.get(token_text(settings.get("eos_token")) or "")
         self.eos_id = generation_eos(folder) if eos is None else eos
-        bos = vocab.get(token_text(settings.get("bos_token")))
+        bos = vocab.get(token_text(settings.get("bos_token")) or "")
         in_front = self.tokenizer.encode("", add_special_tokens=True).ids[:1]  # what the post-processor adds
         if bos is None and in_front != [self.eos_id]:
             bos = next(iter(in_front), None)
@@ -167,9 +167,10 @@ class SentencePieceBackend:
         return self.processor.decode(ids)
 
 
-def token_text(entry: str | dict | None) -> Any:
+def token_text(entry: object) -> str | None:
     """tokenizer_config.json has a token as its text, or as an object with the text in it."""
-    return entry.get("content") if isinstance(entry, dict) else entry
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    return text if isinstance(text, str) else None
 
 
 def chat_template(folder: Path, settings: dict) -> str | None:

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lit_llama.batches import IGNORE, Encoded, collate, micro_batches, step_indices
-from lit_llama.checkpoint import trained_tensors
 from lit_llama.cli import Interrupted, UserError
 from lit_llama.model import LLaMA
-from lit_llama.runs import Run, catch_interrupt
+from lit_llama.runs import Run
 from lit_llama.settings import TrainArgs
+from lit_llama.signals import catch_interrupt
+from lit_llama.trained import trained_tensors
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -30,11 +31,15 @@ if TYPE_CHECKING:
 
 def learning_rate_at(step: int, total_steps: int, args: TrainArgs) -> float:
     """Of optimizer step ``step`` (from 0): a line up to ``learning_rate``, then a cosine that ends at 0."""
-    warmup_steps = total_steps // 10 if args.warmup_steps is None else args.warmup_steps
-    if step < warmup_steps:
-        return args.learning_rate * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    warmup = warmup_steps(total_steps, args)
+    if step < warmup:
+        return args.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
     return args.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def warmup_steps(total_steps: int, args: TrainArgs) -> int:
+    return total_steps // 10 if args.warmup_steps is None else args.warmup_steps
 
 
 # ---------------------------------------------------------------------------------------------- loss
@@ -129,9 +134,8 @@ def fit(
     ``run`` was opened to resume. Ctrl-C finishes the step, saves, and raises Interrupted.
     """
     total_steps = args.total_steps(len(train_data))
-    if (args.warmup_steps or 0) >= total_steps:
-        raise UserError(f"--train.warmup_steps {args.warmup_steps} must be less than the {total_steps} steps in all")
     step = run.load_state(model, optimizer)
+    look_at = 40 + 2 * warmup_steps(total_steps, args)  # enough steps to tell whether the loss moves
     model.train()
     with catch_interrupt() as interrupt, run.progress(step, total_steps) as bar:
         while step < total_steps:
@@ -144,13 +148,16 @@ def fit(
                 loss = train_step(fabric, model, optimizer, batch, lr, args)
             except NotFinite as error:
                 run.save_state(model, optimizer, step)
-                raise UserError(f"step {step + 1}, samples {samples}: {error}; {LOWER_THE_RATE}") from None
+                where = ", ".join(sample.where or str(i) for i, sample in zip(samples, batch, strict=True))
+                raise UserError(f"step {step + 1}, samples {where}: {error}; {LOWER_THE_RATE}") from None
             step += 1
             seconds = time.perf_counter() - started
             due = step % args.eval_every == 0 or step == total_steps
             val_loss = validate(fabric, model, val_data, args.micro_batch_tokens) if due else None
             stopping = interrupt.seen(fabric)
             run.log(bar, step, loss, lr, sum(len(sample.ids) for sample in batch), seconds, val_loss)
+            if step == look_at:
+                run.warn_if_stuck()
             if val_loss is not None:
                 if not math.isfinite(val_loss):
                     raise UserError(f"step {step}: the validation loss is {val_loss}; {LOWER_THE_RATE}")

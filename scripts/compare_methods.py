@@ -264,17 +264,18 @@ def lowest_loss(out_dir: Path) -> float:
 
 
 def final_rate(job: Job) -> float:
-    from lit_llama.checkpoint import read_method
+    from lit_llama.trained import read_method
 
     return read_method(job.out_dir)["train"]["learning_rate"]
 
 
 def measure(job: Job, samples: list, file: Path) -> dict:
     """All figures of one finished run."""
-    from lit_llama.checkpoint import load_model, load_trained_folder, read_method
+    from lit_llama.checkpoint import load_model
     from lit_llama.files import read_json
     from lit_llama.report import flops_per_token, quality
     from lit_llama.runs import COSTS_FILE, read_metrics
+    from lit_llama.trained import load_trained_folder, read_method
 
     method = read_method(job.out_dir)
     if method["method"] == "full":

@@ -51,7 +51,7 @@ def main(
         quantize: What the base's weights are kept in: none, int8, or on CUDA nf4; by default as in training.
         results: A .json file to write each sample's loss and answer to.
     """
-    from lit_llama.checkpoint import load_model, load_trained_folder, read_method, tokenizer_dir
+    from lit_llama.checkpoint import load_model
     from lit_llama.classify import is_classifier, load_classifier
     from lit_llama.data import can_be_asked, encode_samples, split_file
     from lit_llama.devices import base_dtype, launch
@@ -61,6 +61,7 @@ def main(
     from lit_llama.quantize import pack, quantize_base
     from lit_llama.samples import read_samples
     from lit_llama.tokenizer import Tokenizer
+    from lit_llama.trained import load_trained_folder, read_method, tokenizer_dir
 
     for name, value in (("max_samples", max_samples), ("batch_size", batch_size), ("max_seq_length", max_seq_length)):
         if value is not None and value < 1:
@@ -133,10 +134,12 @@ def evaluate_labels(
     import numpy as np
 
     from lit_llama.data import encode_labels
+    from lit_llama.prompts import choose_style
     from lit_llama.tokenizer import Tokenizer
 
     tokenizer, labels = Tokenizer(checkpoint_dir or method["base"]["checkpoint_dir"]), method["arguments"]["labels"]
-    encoded = encode_labels(samples, method["prompt_style"], tokenizer, method["train"]["max_seq_length"], labels)
+    style = choose_style(method["prompt_style"], tokenizer)
+    encoded = encode_labels(samples, style, tokenizer, method["train"]["max_seq_length"], labels)
     shares = classify([sample.ids for sample in encoded])
     answers = [sample.targets[-1] for sample in encoded]
     chosen = shares.argmax(1).tolist()

@@ -43,10 +43,11 @@ def main(trained_dir: str, out_dir: str, checkpoint_dir: str | None = None, dtyp
     """
     import torch
 
-    from lit_llama.checkpoint import load_trained_folder, read_method, save_checkpoint
+    from lit_llama.checkpoint import save_checkpoint
     from lit_llama.convert import copy_tokenizer
     from lit_llama.files import whole_folder
     from lit_llama.runs import save_command_line
+    from lit_llama.trained import load_trained_folder, read_method
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise cli.UserError(f"--dtype {dtype!r} is none of float32, bfloat16, float16")
@@ -105,8 +106,8 @@ def merge_scales(model: "LLaMA") -> "tuple[LLaMAConfig, dict[str, Tensor]]":
 
 def save_prompts(model: "LLaMA", method: dict, base: Path) -> None:
     """Write what of adapter_v2 cannot be merged as a trained folder of adapter, over the merged base."""
-    from lit_llama.checkpoint import METHOD_FILE, TRAINED_FILE, describe_base, trained_tensors
     from lit_llama.files import save_tensors, write_json
+    from lit_llama.trained import METHOD_FILE, TRAINED_FILE, describe_base, trained_tensors
 
     names = ("adapter_wte", "gating_factor")
     prompts = {name: t for name, t in trained_tensors(model).items() if any(part in name for part in names)}

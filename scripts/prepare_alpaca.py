@@ -15,18 +15,24 @@ from pathlib import Path
 from lit_llama import cli
 from lit_llama.cli import UserError
 
-URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
+URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/761dc5bfbdeeffa89b8bff5d038781a4055f796a/alpaca_data.json"
+SHA256 = "2eddafc6b977608d778aaab8dfc7e50e547b3af9826dfb9e909d9fc362e4a419"
 N_RECORDS = 52_002
 
 
 def main(
-    out_dir: str = "data/alpaca", source: str = URL, n_records: int = N_RECORDS, val_fraction: float = 0.01
+    out_dir: str = "data/alpaca",
+    source: str = URL,
+    sha256: str = SHA256,
+    n_records: int = N_RECORDS,
+    val_fraction: float = 0.01,
 ) -> None:
     """Write train.json and validation.json.
 
     Args:
         out_dir: Where to write them.
         source: Address or path of alpaca_data.json.
+        sha256: Of what is fetched; another content is refused. A file that lies here may be an edited one.
         n_records: How many records it must hold; another number is refused.
         val_fraction: The part held out, chosen by a hash of each record.
     """
@@ -37,7 +43,10 @@ def main(
     if not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction {val_fraction} must lie between 0 and 1")
     content = fetch(source)
-    print(f"{source}: {len(content):,} bytes, sha256 {hashlib.sha256(content).hexdigest()}")
+    found = hashlib.sha256(content).hexdigest()
+    print(f"{source}: {len(content):,} bytes, sha256 {found}")
+    if source.startswith("https://") and found != sha256:
+        raise UserError(f"{source} has sha256 {found} instead of {sha256}; pass what you expect by --sha256")
     try:
         records = [row for line, row in json_rows(content.decode("utf-8"), Path(source).name)]
     except UnicodeDecodeError as error:

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from lit_llama.blocks import block_forwards, first_trained
-from lit_llama.checkpoint import trained_tensors
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig, attention, plain_attention
 from lit_llama.train import target_loss
+from lit_llama.trained import trained_tensors
 
 TINY = dict(
     block_size=64, vocab_size=97, n_layer=4, n_head=6, n_kv_head=2, n_embd=48, head_size=8, intermediate_size=80

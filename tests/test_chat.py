@@ -9,7 +9,7 @@ from test_methods import shake
 from tools import make_base
 
 from lit_llama.chat import CACHE_STEP, Chat, converse, same_weights
-from lit_llama.checkpoint import METHOD_FILE, TRAINED_FILE, describe_base, kept_tensors, load_model
+from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
 from lit_llama.files import save_tensors, write_json
 from lit_llama.generate import generate
@@ -17,6 +17,7 @@ from lit_llama.methods import METHODS
 from lit_llama.prompts import encode_prompt, stop_ids
 from lit_llama.settings import Sampling
 from lit_llama.tokenizer import Tokenizer
+from lit_llama.trained import METHOD_FILE, TRAINED_FILE, describe_base, kept_tensors
 
 METHODS_OVER_A_BASE = {
     "adapter": dict(prompt_length=3, start_layer=1),

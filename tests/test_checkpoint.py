@@ -10,20 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tools import make_base
 
-from lit_llama.checkpoint import (
-    describe_base,
-    fingerprint,
-    load_config,
-    load_model,
-    load_trained_folder,
-    save_checkpoint,
-    shard_files,
-    tensor_shapes,
-    trained_tensors,
-)
+from lit_llama.checkpoint import fingerprint, load_config, load_model, save_checkpoint, tensor_shapes, weight_files
 from lit_llama.cli import UserError
 from lit_llama.files import save_tensors, whole_file, whole_folder, write_json
 from lit_llama.methods.adapter import add_adapter
+from lit_llama.trained import describe_base, load_trained_folder, trained_tensors
 
 
 @pytest.fixture
@@ -84,7 +75,7 @@ def test_round_trip_in_one_file_or_in_shards(tmp_path, tied, shard_bytes):
     assert ("lm_head.weight" in state) is not tied
     (tmp_path / "copy").mkdir()
     save_checkpoint(tmp_path / "copy", model.config, state.items(), shard_bytes)
-    assert (len(shard_files(tmp_path / "copy")) > 1) is (shard_bytes == 10_000)
+    assert (len(weight_files(tmp_path / "copy")) > 1) is (shard_bytes == 10_000)
     copy = load_model(tmp_path / "copy")
     assert asdict(copy.config) == asdict(model.config)
     for name, tensor in model.state_dict().items():

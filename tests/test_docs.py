@@ -14,11 +14,11 @@ from test_model import tiny_model, transformers_model
 from tools import make_base, script_parser
 
 from lit_llama import cli
-from lit_llama.checkpoint import load_trained_folder, trained_tensors
 from lit_llama.generate import generate, reply
 from lit_llama.methods import METHODS
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import target_loss
+from lit_llama.trained import load_trained_folder, trained_tensors
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", ROOT / "finetune/README.md", ROOT / "data/README.md"]
@@ -147,8 +147,9 @@ def test_ia3_equals_peft(add_ia3, changes):
 
 def test_ia3_is_found_by_a_trained_folder(add_ia3, tmp_path, monkeypatch):
     """What the page says of METHODS."""
-    from lit_llama.checkpoint import METHOD_FILE, TRAINED_FILE, describe_base, kept_tensors, load_model
+    from lit_llama.checkpoint import load_model
     from lit_llama.files import save_tensors, write_json
+    from lit_llama.trained import METHOD_FILE, TRAINED_FILE, describe_base, kept_tensors
 
     base = make_base(tmp_path / "base")
     model = load_model(base).requires_grad_(False)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_model import SCALING
 from test_scripts import refuse, succeed
 from test_tokenizer import train_sentencepiece, varied_strings
-from tools import CONTROLS, make_base, save_trained
+from tools import CONTROLS, SOME_BASE, make_base, save_trained
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lit_llama import export
@@ -56,7 +56,7 @@ def test_logits(tmp_path, shape, monkeypatch):
         set_biases(base)
     if shape == "grouped":
         write = export.write_shards
-        monkeypatch.setattr(export, "write_shards", lambda folder, tensors: write(folder, tensors, 20_000))
+        monkeypatch.setattr(export, "write_shards", lambda folder, tensors, foreign: write(folder, tensors, 20_000, foreign))
     export_hf(base, tmp_path / "hf")
     assert (len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1) == (shape == "grouped")
     theirs = same_logits(base, tmp_path / "hf")
@@ -166,7 +166,7 @@ def test_the_tokenizers_own_template_stays(tmp_path):
 def test_a_fully_finetuned_folder_has_the_template_it_was_trained_with(tmp_path):
     base = make_base(tmp_path / "base")
     (base / "chat_template.jinja").write_text("another")
-    write_json(base / "method.json", {"method": "full", "arguments": {}, "base": {}, "prompt_style": "chatml"})
+    write_json(base / "method.json", {"method": "full", "arguments": {}, "base": SOME_BASE, "prompt_style": "chatml"})
     export_hf(base, tmp_path / "hf")
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), Tokenizer(base)
     found = theirs.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)

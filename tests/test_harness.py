@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_methods import logits_of
 from test_tokenizer import varied_strings
-from tools import make_base, save_trained
+from tools import SOME_BASE, make_base, save_trained
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -220,7 +220,7 @@ def test_without_the_harness_the_way_out_is_named(monkeypatch):
 
 
 def test_classifiers_are_refused(tmp_path):
-    about = {"base": {}, "prompt_style": "chatml"}
+    about = {"base": SOME_BASE, "prompt_style": "chatml"}
     (tmp_path / "method.json").write_text(json.dumps({"method": "full", "arguments": {"labels": ["a", "b"]}, **about}))
     with pytest.raises(UserError, match="answers with labels"):
         load_harness_model(str(tmp_path), None, None, 4, "32-true")

@@ -46,8 +46,8 @@ def test_methods_import_the_model_and_no_other_part():
 def test_no_part_knows_a_method_by_name():
     for stem in NEEDS_NO_METHOD:
         assert not any("methods" in name for name in imports(ROOT / "lit_llama" / f"{stem}.py")), stem
-    assert not any("methods" in name for name in imports(ROOT / "lit_llama" / "checkpoint.py", top_level_only=True))
-    assert "lit_llama.methods.adapter" not in imports(ROOT / "lit_llama" / "checkpoint.py")
+    assert not any("methods" in name for name in imports(ROOT / "lit_llama" / "trained.py", top_level_only=True))
+    assert "lit_llama.methods.adapter" not in imports(ROOT / "lit_llama" / "trained.py")
 
 
 def test_scripts_and_the_package_never_import_scripts():

@@ -10,8 +10,9 @@ from safetensors import safe_open
 from test_scripts import metrics, refuse, succeed
 from tools import make_base, sums, write_rows
 
-from lit_llama.checkpoint import load_model, load_trained_folder
+from lit_llama.checkpoint import load_model
 from lit_llama.methods.features import fit_classifier, probabilities
+from lit_llama.trained import load_trained_folder
 
 SCRIPTS = {
     "adapter": ["--start_layer", 1],
@@ -177,7 +178,8 @@ def test_adapter_v2_merges_but_for_its_prompts(folder, tmp_path):
 def test_what_cannot_merge_says_why(folder, tmp_path):
     for method, why in (("adapter", "further keys and values"), ("houlsby", "not linear"), ("soft_prompt", "input")):
         (tmp_path / method).mkdir()
-        content = {"method": method, "arguments": {}, "base": {}, "prompt_style": "chatml"}
+        base = {"checkpoint_dir": "base", "name": "tiny", "fingerprint": ""}
+        content = {"method": method, "arguments": {}, "base": base, "prompt_style": "chatml"}
         (tmp_path / method / "method.json").write_text(json.dumps(content))
         flags = ["--trained_dir", tmp_path / method, "--out_dir", tmp_path / "merged"]
         refuse("scripts/merge_lora.py", *flags, message=f"{method}, which cannot be merged.*{why}")

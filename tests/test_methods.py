@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from test_model import SCALING, TINY, tiny_model, transformers_model
 
-from lit_llama.checkpoint import kept_tensors, load_trained, trained_tensors
 from lit_llama.classify import label_shares
 from lit_llama.files import save_tensors
 from lit_llama.generate import generate, generate_batch
@@ -17,6 +16,7 @@ from lit_llama.methods.features import text_vectors
 from lit_llama.methods.lora import TARGETS, places
 from lit_llama.model import LLaMA, LLaMAConfig, apply_rope
 from lit_llama.train import target_loss
+from lit_llama.trained import kept_tensors, load_trained, trained_tensors
 
 CASES = {
     "full": ("full", dict()),

@@ -7,19 +7,19 @@ import pytest
 import torch
 from tools import make_base
 
-from lit_llama.checkpoint import (
-    METHOD_FILE,
-    TRAINED_FILE,
-    describe_base,
-    kept_tensors,
-    load_model,
-    load_trained_folder,
-    trained_tensors,
-)
+from lit_llama.checkpoint import load_model
 from lit_llama.files import save_tensors, write_json
 from lit_llama.generate import generate, generate_batch
 from lit_llama.methods import METHODS
 from lit_llama.mixed import Mixer
+from lit_llama.trained import (
+    METHOD_FILE,
+    TRAINED_FILE,
+    describe_base,
+    kept_tensors,
+    load_trained_folder,
+    trained_tensors,
+)
 
 FOLDERS = {
     "adapter-5": ("adapter", dict(prompt_length=5, start_layer=1)),

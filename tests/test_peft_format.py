@@ -18,14 +18,15 @@ from safetensors.torch import load_file, save_file
 from test_methods import logits_of
 from test_model import SCALING, transformers_model
 from test_scripts import refuse, succeed
-from tools import make_base, save_trained
+from tools import SOME_BASE, make_base, save_trained
 
-from lit_llama.checkpoint import load_model, load_trained_folder
+from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
 from lit_llama.export import export_hf
 from lit_llama.files import read_json, write_json
 from lit_llama.methods.lora import TARGETS
 from lit_llama.peft_format import export_peft, import_peft
+from lit_llama.trained import load_trained_folder
 
 SHAPES = {"tied, scaled": dict(tie_embeddings=True, rope_scaling=SCALING), "untied": dict()}
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -138,7 +139,7 @@ def test_equal_gates_of_heads_are_pefts_gate(tmp_path):
 
 @pytest.mark.parametrize("method", ["houlsby", "adapter_v2", "output_layers", "full", "features"])
 def test_methods_without_a_counterpart_are_not_exported(tmp_path, method):
-    about = {"base": {}, "prompt_style": "chatml"}
+    about = {"base": SOME_BASE, "prompt_style": "chatml"}
     write_json(tmp_path / "trained/method.json", {"method": method, "arguments": {}, **about})
     with pytest.raises(UserError, match=f"was trained with {method}: .{{10}}"):
         export_peft(tmp_path / "trained", tmp_path / "peft")

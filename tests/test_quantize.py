@@ -11,12 +11,12 @@ from test_scripts import refuse, succeed
 from tools import make_base, sums, write_rows
 
 from lit_llama import quantize
-from lit_llama.checkpoint import load_trained_folder, trained_tensors
 from lit_llama.cli import UserError
 from lit_llama.generate import generate, generate_batch
 from lit_llama.methods import METHODS
 from lit_llama.model import Linear
 from lit_llama.quantize import Int8Linear, NarrowLinear, kernel_fits, pack, quantization, quantize_base
+from lit_llama.trained import load_trained_folder, trained_tensors
 
 OVER_INT8 = ["adapter", *(case for case in CASES if case != "full")]  # full keeps nothing of the base
 every_case = pytest.mark.parametrize("case", OVER_INT8)

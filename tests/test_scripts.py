@@ -1,10 +1,12 @@
 """The commands as a user types them: on a tiny base, and on the real one."""
 
 import csv
+import hashlib
 import io
 import json
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,18 +25,18 @@ def command(script: str, *flags: object) -> list[str]:
     return [sys.executable, str(ROOT / script), *map(str, flags)]
 
 
-def run_process(script: str, *flags: object) -> subprocess.CompletedProcess:
-    return subprocess.run(command(script, *flags), cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+def run_process(script: str, *flags: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(command(script, *flags), cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
-def run(script: str, *flags: object) -> subprocess.CompletedProcess:
+def run(script: str, *flags: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """The script as ``__main__``, but in this process: importing torch a hundred times takes minutes."""
     stdout, stderr = io.StringIO(), io.StringIO()
     code = 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
         patch.setattr(sys, "argv", command(script, *flags)[1:])
         patch.setattr(sys, "stdin", io.StringIO())
-        patch.chdir(ROOT)
+        patch.chdir(cwd)
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as stop:
@@ -88,7 +90,7 @@ def test_finetune_says_what_it_did_and_what_to_do_next(places):
     assert printed.count("expected  ") == 3
     assert f"python generate/adapter.py --trained_dir {folder / 'out'}" in printed
     written = {str(path.relative_to(folder / "out")) for path in (folder / "out").rglob("*") if path.is_file()}
-    run = {"method.json", "metrics.csv", "config.yaml", "costs.json", "state/state.safetensors"}
+    run = {".lock", "method.json", "metrics.csv", "config.yaml", "costs.json", "state/state.safetensors"}
     assert written == run | {"trained.safetensors"}
     costs = json.loads((folder / "out" / "costs.json").read_text())
     assert costs["seconds"] > 0 and costs["peak_memory"] > 50e6
@@ -209,7 +211,7 @@ def test_mistakes_on_the_command_line_are_answered_in_one_line(places, tmp_path)
     assert not (tmp_path / "new" / "trained.safetensors").exists()
 
 
-def test_prepare_alpaca_checks_what_it_is_given(tmp_path):
+def test_prepare_alpaca_checks_what_it_is_given(tmp_path, monkeypatch):
     source = write_rows(tmp_path / "alpaca_data.json", [{**row, "input": ""} for row in sums(300)])
     flags = ["--source", source, "--out_dir", tmp_path / "alpaca", "--val_fraction", 0.1]
     refuse("scripts/prepare_alpaca.py", *flags, message="holds 300 records instead of 52,002")
@@ -217,6 +219,15 @@ def test_prepare_alpaca_checks_what_it_is_given(tmp_path):
     succeed("scripts/prepare_alpaca.py", *flags, "--n_records", 300)
     parts = [json.loads((tmp_path / "alpaca" / f"{name}.json").read_text()) for name in ("train", "validation")]
     assert len(parts[0]) + len(parts[1]) == 300 and 10 < len(parts[1]) < 60
+    fetched = lambda url, timeout: io.BytesIO(source.read_bytes())  # noqa: E731
+    monkeypatch.setattr("urllib.request.urlopen", fetched)
+    flags[1] = "https://example.org/alpaca_data.json"
+    shutil.rmtree(tmp_path / "alpaca")
+    refuse("scripts/prepare_alpaca.py", *flags, "--n_records", 300, message="has sha256 .* instead of 2eddafc6")
+    assert not (tmp_path / "alpaca").exists()
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    succeed("scripts/prepare_alpaca.py", *flags, "--n_records", 300, "--sha256", digest)
+    flags[1] = source
     source.write_text('[{"instruction": "a"}]')
     refuse("scripts/prepare_alpaca.py", *flags, message="alpaca_data.json, record 1: a row needs instruction")
 

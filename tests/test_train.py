@@ -13,13 +13,15 @@ from lightning.fabric import Fabric
 from tools import make_base, sums, write_rows
 
 from lit_llama.batches import IGNORE, collate, micro_batches
-from lit_llama.checkpoint import load_model, trained_tensors
+from lit_llama.checkpoint import load_model
 from lit_llama.cli import Interrupted, UserError
 from lit_llama.data import load_task
-from lit_llama.files import open_tensors, read_json
+from lit_llama.files import open_tensors, read_json, read_tensors
 from lit_llama.methods.adapter import add_adapter
+from lit_llama.methods.lora import add_lora
 from lit_llama.runs import STATE_FILE, Run
 from lit_llama.train import TrainArgs, fit, learning_rate_at, share, step_gradient, target_loss, train_step, validate
+from lit_llama.trained import trained_tensors
 
 ARGS = dict(max_steps=6, batch_size=5, learning_rate=0.02, warmup_steps=2, eval_every=3, save_every=2)
 
@@ -48,11 +50,11 @@ def build(base, dtype=torch.float32, on=False):
     return model
 
 
-def start(fabric, places, out_dir, resume=False, overwrite=False, model=None, **changes):
+def start(fabric, places, out_dir, resume=False, overwrite=False, allow_changes=False, model=None, **changes):
     """What a finetune script does, on the tiny base."""
     base, data = places
     args = TrainArgs(**{**ARGS, **changes})
-    run = Run(fabric, out_dir, "base", resume, overwrite)
+    run = Run(fabric, out_dir, "base", resume, overwrite, allow_changes)
     task = load_task(data, base, None, args.max_seq_length)
     model = model or build(base)
     optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=args.learning_rate)
@@ -201,8 +203,9 @@ def test_best_validation_wins_over_the_last_step(fabric, places, tmp_path, monke
     losses = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr("lit_llama.train.validate", lambda *_: next(losses))
     model = start(fabric, places, tmp_path, max_steps=9)
+    _, about = read_tensors(tmp_path / STATE_FILE)
+    assert about["best_step"] == 6 and about["step"] == 9
     with open_tensors(tmp_path / "trained.safetensors") as best, open_tensors(tmp_path / STATE_FILE) as last:
-        assert '"best_step": 6' in last.metadata()["state"] and '"step": 9' in last.metadata()["state"]
         for name in best.keys():
             assert not torch.equal(best.get_tensor(name), last.get_tensor(f"trained.{name}"))
             assert torch.equal(best.get_tensor(name), model.state_dict()[name])  # fit leaves the model at its best
@@ -272,7 +275,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(fabric, places, tmp_pat
     model.lm_head.register_forward_hook(
         lambda _, __, logits: passes.append(1) or (logits * math.nan if len(passes) > 1 else None)
     )
-    with pytest.raises(UserError, match=r"step \d, samples \[.*loss is nan.*the last good step is saved"):
+    with pytest.raises(UserError, match=r"step \d, .*train.json, row \d+.*loss is nan.*the last good step is saved"):
         start(fabric, places, tmp_path, model=model)
     with open_tensors(tmp_path / STATE_FILE) as file:
         assert all(file.get_tensor(name).isfinite().all() for name in file.keys())
@@ -296,6 +299,62 @@ def test_a_run_killed_before_its_first_save_can_be_resumed(fabric, places, tmp_p
     start(fabric, places, tmp_path / "whole")
     parts, whole = ((tmp_path / name / "trained.safetensors").read_bytes() for name in ("parts", "whole"))
     assert parts == whole
+
+
+def test_dropout_too_resumes_to_the_same_bytes(fabric, places, tmp_path):
+    base, data = places
+    task, args = load_task(data, base, None, 512), TrainArgs(**ARGS)
+
+    def run_lora(out_dir, stop_after=None, resume=False):
+        model = load_model(base).requires_grad_(False)
+        torch.manual_seed(5)
+        add_lora(model, dropout=0.3)
+        run = Run(fabric, out_dir, "base", resume)
+        optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=args.learning_rate)
+        run.begin("lora", {}, base, task, args, model, optimizer)
+        if stop_after:
+            StopAt(model, stop_after)
+        fit(fabric, model, optimizer, task.train, task.validation, args, run)
+
+    run_lora(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run_lora(tmp_path / "parts", stop_after=5)
+    torch.rand(7)  # whatever else draws random numbers in between
+    run_lora(tmp_path / "parts", resume=True)
+    for name in ("trained.safetensors", STATE_FILE):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_run_goes_on_with_other_settings_where_that_is_allowed(fabric, places, tmp_path, capsys):
+    start(fabric, places, tmp_path / "out")
+    more = dict(resume=True, max_steps=9, batch_size=3)
+    with pytest.raises(UserError, match="train.max_steps was 6, now 9; train.batch_size was 5, now 3.*--allow_changes"):
+        start(fabric, places, tmp_path / "out", **more)
+    start(fabric, places, tmp_path / "out", allow_changes=True, **more)
+    assert "note: going on with other settings: train.max_steps was 6, now 9" in capsys.readouterr().out
+    assert [int(row["step"]) for row in metrics(tmp_path / "out")] == list(range(1, 10))
+    assert read_json(tmp_path / "out" / "method.json")["train"]["batch_size"] == 3
+    start(fabric, places, tmp_path / "out", **more)  # they are the run's own now
+    with pytest.raises(UserError, match="--allow_changes is for --resume"):
+        start(fabric, places, tmp_path / "out", allow_changes=True)
+
+
+def test_a_best_step_counts_for_its_own_validation_data_alone(fabric, places, tmp_path, monkeypatch):
+    monkeypatch.setattr("lit_llama.train.validate", lambda *_: 1.0)
+    start(fabric, places, tmp_path / "out")
+    write_rows(tmp_path / "data" / "train.json", sums(23))
+    write_rows(tmp_path / "data" / "validation.json", sums(60)[51:])
+    monkeypatch.setattr("lit_llama.train.validate", lambda *_: 2.0)
+    other = (places[0], tmp_path / "data")
+    start(fabric, other, tmp_path / "out", resume=True, allow_changes=True, max_steps=9)
+    assert read_tensors(tmp_path / "out" / STATE_FILE)[1]["best_step"] == 9
+
+
+def test_a_loss_that_does_not_move_is_worth_a_warning(fabric, places, tmp_path, capsys):
+    start(fabric, places, tmp_path / "stuck", max_steps=46, warmup_steps=2, learning_rate=0.0)
+    assert "warning: after 44 steps the loss has not moved: 5." in capsys.readouterr().err
+    start(fabric, places, tmp_path / "moving", max_steps=46, warmup_steps=2, learning_rate=0.05)
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_memory_and_place_may_change_on_resume(fabric, places, tmp_path):

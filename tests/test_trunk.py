@@ -9,10 +9,10 @@ from test_scripts import metrics, refuse, run_process, succeed
 from tools import make_base, sums, write_rows
 
 from lit_llama.batches import Encoded
-from lit_llama.checkpoint import trained_tensors
 from lit_llama.cli import UserError
 from lit_llama.methods import METHODS
 from lit_llama.train import TrainArgs, step_gradient, validate
+from lit_llama.trained import trained_tensors
 from lit_llama.trunk import TRUNK_FILE, cached_trunk, check_reuse, trunk_size
 
 TOP = {

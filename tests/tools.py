@@ -10,12 +10,14 @@ from jsonargparse import ArgumentParser
 from tokenizers import Tokenizer as TokenizersTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from lit_llama.checkpoint import describe_base, kept_tensors, load_model, save_checkpoint, trained_tensors
+from lit_llama.checkpoint import load_model, save_checkpoint
 from lit_llama.cli import parser_of
 from lit_llama.files import save_tensors, write_json
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.trained import describe_base, kept_tensors, trained_tensors
 
+SOME_BASE = {"checkpoint_dir": "base", "name": "tiny", "fingerprint": ""}  # of a method.json whose base is not read
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 

@@ -1,0 +1,164 @@
+"""Trained folders: what a method learned over a base, in ``trained.safetensors`` and ``method.json``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lit_llama.checkpoint import (
+    MODEL_FILE,
+    check_dtypes,
+    check_tensors,
+    fingerprint,
+    load_config,
+    load_model,
+)
+from lit_llama.cli import UserError
+from lit_llama.files import read_json, read_tensors, tensor_headers
+from lit_llama.model import LLaMA
+from lit_llama.quantize import quantize_base
+
+TRAINED_FILE, METHOD_FILE = "trained.safetensors", "method.json"
+RECIPE = ("method", "arguments", "prompt_style")  # of method.json, repeated in the tensors' header: both must agree
+
+
+def trained_tensors(model: LLaMA) -> dict[str, Tensor]:
+    """What trains, by name: freeze first, then add, and nothing else is left."""
+    return {name: param for name, param in model.named_parameters() if param.requires_grad}
+
+
+def kept_tensors(model: LLaMA) -> dict[str, Tensor]:
+    """What a trained folder holds, by name: what trains, or what is made of it (methods/prefix.py)."""
+    return trained_tensors(model) if model.reparametrization is None else model.reparametrization.kept_tensors()
+
+
+def describe_base(checkpoint_dir: Path | str) -> dict:
+    """What method.json says of the base a method was trained on."""
+    return {
+        "checkpoint_dir": Path(checkpoint_dir).as_posix(),  # read on Windows and elsewhere
+        "name": load_config(checkpoint_dir).name,
+        "fingerprint": fingerprint(checkpoint_dir),
+    }
+
+
+def load_trained(model: LLaMA, path: Path, prefix: str = "") -> dict:
+    """Copy the tensors of a safetensors file, those named with ``prefix``, into the trained ones of ``model``.
+
+    Returns what ``save_tensors`` was told about them. UserError, and nothing copied, unless names, shapes and dtypes
+    are the same.
+    """
+    tensors = trained_tensors(model)
+    check_trained(tensors, path, prefix)
+    loaded, about = read_tensors(path)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(loaded[prefix + name])
+    return about
+
+
+def check_trained(tensors: dict[str, Tensor], path: Path, prefix: str = "") -> None:
+    """UserError unless the header of a safetensors file has ``tensors``, on any device, and no others."""
+    headers = {name[len(prefix) :]: it for name, it in tensor_headers(path).items() if name.startswith(prefix)}
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    check_tensors({name: shape for name, (shape, _) in headers.items()}, expected, path)
+    check_dtypes(headers, ("F32",), path)
+
+
+def load_trained_folder(
+    trained_dir: Path | str,
+    checkpoint_dir: Path | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantize: str | None = "none",
+) -> tuple[LLaMA, dict]:
+    """The base with a finished method on it, and its method.json.
+
+    ``checkpoint_dir`` overrides where the base lies; that it is the same base is checked. A folder that holds a whole
+    model needs no base. ``quantize`` says what its weights are kept in, None as in training: what was trained over a
+    narrow base fits the wide one too, but has learned to make up for the narrow one's errors.
+    """
+    method, path = read_method(trained_dir), Path(trained_dir) / METHOD_FILE
+    quantize = quantize or method.get("quantize", "none")
+    if (Path(trained_dir) / MODEL_FILE).exists():  # a checkpoint folder: nothing of the base is left
+        model = load_model(trained_dir, dtype, device)
+        quantize_base(model, quantize)
+        return model.requires_grad_(False), method
+    model = load_model(check_base(method["base"], checkpoint_dir, path), dtype, device)
+    quantize_base(model, quantize)
+    add_trained(model, trained_dir, method)
+    return model, method
+
+
+def add_trained(model: LLaMA, trained_dir: Path | str, method: dict) -> None:
+    """Freeze ``model``, a base, and put on it what a trained folder with this method.json learned."""
+    from lit_llama.methods import METHODS
+
+    path = Path(trained_dir) / METHOD_FILE
+    if method["method"] not in METHODS:
+        raise UserError(f"{path} names the method {method['method']!r}, not one of {', '.join(METHODS)}")
+
+    def add_method(model: LLaMA) -> LLaMA:
+        model.requires_grad_(False)
+        try:
+            METHODS[method["method"]](model, **method["arguments"])
+        except Exception as error:  # whatever arguments raise that no script wrote
+            reason = str(error).split("\n")[0]
+            raise UserError(f"{path}: the arguments do not fit {method['method']}: {reason}") from None
+        if model.reparametrization is not None:
+            model.reparametrization.flatten(model)
+        return model
+
+    with torch.device("meta"):  # arguments that the tensors do not bear out cost no memory
+        plan = add_method(LLaMA(model.config))
+    check_trained(trained_tensors(plan), Path(trained_dir) / TRAINED_FILE)
+    for tensor in trained_tensors(add_method(model)).values():
+        tensor.data = tensor.data.clone()  # it may be the base's own, which another model goes on using (chat.py)
+    about = load_trained(model, Path(trained_dir) / TRAINED_FILE)
+    for key in RECIPE:
+        if about.get(key, method[key]) != method[key]:
+            raise UserError(f"{path}: {key} is {method[key]}, but {TRAINED_FILE} was trained with {about[key]}")
+
+
+def tokenizer_dir(trained_dir: Path | str, checkpoint_dir: Path | str | None, method: dict) -> Path:
+    """Where the tokenizer of a trained folder lies: in its base, or in itself where it holds a whole model."""
+    whole = (Path(trained_dir) / MODEL_FILE).exists()
+    return Path(trained_dir if whole else checkpoint_dir or method["base"]["checkpoint_dir"])
+
+
+def read_method(trained_dir: Path | str) -> dict:
+    """The method.json of a trained folder."""
+    path = Path(trained_dir) / METHOD_FILE
+    if not path.exists():
+        raise UserError(f"{path} is missing: {trained_dir} is not what a finetune script wrote")
+    method = read_json(path)
+    check_fields(method, {"method": str, "arguments": dict, "base": dict, "prompt_style": str}, path)
+    check_fields(method["base"], {"checkpoint_dir": str, "name": str, "fingerprint": str}, path)
+    check_fields(method.setdefault("train", {"max_seq_length": 512}), {"max_seq_length": int}, path)
+    labels = method["arguments"].get("labels")
+    if labels is not None and not (isinstance(labels, list) and labels and all(isinstance(it, str) for it in labels)):
+        raise UserError(f"{path}: labels must be a list of texts, got {str(labels)[:60]}")
+    return method
+
+
+def check_fields(content: dict, kinds: dict[str, type], path: Path) -> None:
+    """UserError unless ``content`` has each field, and of its type."""
+    for field, kind in kinds.items():
+        if field not in content:
+            raise UserError(f"{path} lacks {field}; copy the trained folder again")
+        if not isinstance(content[field], kind):
+            raise UserError(f"{path}: {field} must be a {kind.__name__}, got {str(content[field])[:60]}")
+
+
+def check_base(base: dict, checkpoint_dir: Path | str | None, path: Path) -> Path:
+    """The folder of the base that ``path`` (a method.json) was trained on; UserError when it is another model."""
+    folder = Path(checkpoint_dir or base["checkpoint_dir"])
+    if not folder.exists():
+        raise UserError(f"{path} was trained on {base['name']} in {folder}, which is missing; pass --checkpoint_dir")
+    if fingerprint(folder) != base["fingerprint"]:
+        raise UserError(
+            f"{path} was trained on {base['name']} (fingerprint {base['fingerprint'][:12]}), but {folder} holds "
+            f"{load_config(folder).name} ({fingerprint(folder)[:12]}); pass the right --checkpoint_dir"
+        )
+    return folder

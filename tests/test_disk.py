@@ -1,0 +1,182 @@
+"""Disks that are full or locked: a clear error, and the last good state as it was."""
+
+import errno
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from test_train import ARGS, places, start  # noqa: F401  (places is a fixture)
+
+import lit_llama.files
+from lit_llama.cli import UserError
+from lit_llama.files import open_tensors, read_tensors, save_tensors, whole_file, whole_folder
+from lit_llama.lock import held, lock_folder
+from lit_llama.runs import STATE_FILE, Run
+
+posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
+
+
+@pytest.fixture
+def fabric():
+    return Fabric(accelerator="cpu", devices=1)
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def fail_after_step(monkeypatch, step: int, begin_to_fail) -> None:
+    """Call ``begin_to_fail`` once a run has taken ``step`` steps."""
+    taken, train_step = [], lit_llama.train.train_step
+
+    def count(*args):
+        taken.append(1)
+        if len(taken) == step + 1:
+            begin_to_fail()
+        return train_step(*args)
+
+    monkeypatch.setattr("lit_llama.train.train_step", count)
+
+
+def check_that_it_goes_on(fabric, places, tmp_path, monkeypatch, message) -> None:  # noqa: F811
+    """``tmp_path / "out"`` is a run that fails with ``message`` after step 3; its state is that of step 2."""
+    with pytest.raises(UserError, match=message):
+        start(fabric, places, tmp_path / "out")
+    monkeypatch.undo()
+    assert read_tensors(tmp_path / "out" / STATE_FILE)[1]["step"] == 2
+    assert not list((tmp_path / "out").rglob(".*tmp*"))
+    start(fabric, places, tmp_path / "whole")
+    start(fabric, places, tmp_path / "out", resume=True)
+    for name in ("trained.safetensors", STATE_FILE):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@posix
+def test_a_file_that_may_not_grow(fabric, places, tmp_path, monkeypatch):  # noqa: F811
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        fail_after_step(monkeypatch, 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (900, limits[1])))
+        with pytest.raises(UserError, match="state.safetensors cannot be written .File too large.: make room"):
+            start(fabric, places, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.undo()
+    assert read_tensors(tmp_path / "out" / STATE_FILE)[1]["step"] == 2
+    start(fabric, places, tmp_path / "out", resume=True)
+
+
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("function", ["os.fsync", "os.replace", "lit_llama.files.save_file"])
+def test_a_full_disk(fabric, places, tmp_path, monkeypatch, function):  # noqa: F811
+    fail_after_step(monkeypatch, 3, lambda: monkeypatch.setattr(function, no_space))
+    message = "cannot be written .No space left on device.: make room and try again; what was there is untouched"
+    check_that_it_goes_on(fabric, places, tmp_path, monkeypatch, message)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_the_metrics(fabric, places, tmp_path, monkeypatch):  # noqa: F811
+    fail_after_step(monkeypatch, 3, lambda: monkeypatch.setattr("lit_llama.runs.METRICS_FILE", "/dev/full"))
+    check_that_it_goes_on(fabric, places, tmp_path, monkeypatch, "full cannot be written .No space left on device")
+
+
+def without_permission(folder: Path, pipe) -> None:
+    """In a child, which is root no longer: what comes of each kind of write into ``folder``."""
+    if os.getuid() == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+    held.clear()  # the lock of the process it was forked from
+    said = []
+    for write in (
+        lambda: Run(Fabric(accelerator="cpu", devices=1), folder, "base", resume=True),
+        lambda: Run(Fabric(accelerator="cpu", devices=1), folder / "new", "base"),
+        lambda: save_tensors(folder / "trained.safetensors", {"a": torch.zeros(1)}),
+        lambda: whole_folder(folder / "new").__enter__(),
+    ):
+        try:
+            write()
+            said.append("written")
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+    pipe.send((os.getuid(), said))
+
+
+@posix
+def test_a_folder_without_write_permission(fabric, places, tmp_path):  # noqa: F811
+    start(fabric, places, tmp_path / "out")
+    before = files(tmp_path / "out")
+    for folder in (tmp_path, *tmp_path.parents[:2]):  # pytest's own, closed to others
+        folder.chmod(0o755)
+    (tmp_path / "out").chmod(0o555)
+    here, there = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=without_permission, args=(tmp_path / "out", there))
+    child.start()
+    child.join()
+    (tmp_path / "out").chmod(0o755)
+    uid, said = here.recv()
+    assert uid != 0
+    for message in said:
+        assert message.startswith("UserError: ")
+        assert "(Permission denied): choose a place that you may write to" in message
+    assert files(tmp_path / "out") == before
+
+
+HOLD = "import sys; from lit_llama.lock import lock_folder; print(lock_folder(sys.argv[1]), flush=True); input()"
+
+
+def test_two_runs_into_one_folder(fabric, tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "None\n"
+    with pytest.raises(UserError, match=f"is being written by process {holder.pid} on .*wait until it ends"):
+        Run(fabric, tmp_path, "base")
+    holder.kill()
+    holder.wait()
+    Run(fabric, tmp_path, "base")  # a dead run keeps no lock
+    assert lock_folder(tmp_path) is None  # this process has it already
+    code = HOLD.replace("; input()", "")
+    second = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert second.stdout.startswith(f"process {os.getpid()} on ")
+
+
+def test_a_file_system_without_locks_is_a_note(tmp_path, monkeypatch, capsys):
+    def no_locks(file):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("lit_llama.lock.lock_file", no_locks)
+    assert lock_folder(tmp_path) is None
+    assert "No locks available" in capsys.readouterr().err
+
+
+def test_a_rename_is_flushed_with_its_folder(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (events.append(os.path.isdir(f"/proc/self/fd/{file}")), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *names: (events.append("rename"), replace(*names)))
+    with whole_file(tmp_path / "a") as temporary:
+        temporary.write_text("x")
+    assert events == [False, "rename", True] or sys.platform != "linux"
+
+
+@pytest.mark.parametrize("place", ["header", "number", "checksum"])
+def test_a_spoiled_byte_is_noticed(tmp_path, place):
+    path = tmp_path / "t.safetensors"
+    save_tensors(path, {"a": torch.arange(5.0), "b": torch.zeros((), dtype=torch.int64)}, {"step": 3})
+    tensors, about = read_tensors(path)
+    assert about["step"] == 3 and torch.equal(tensors["a"], torch.arange(5.0)) and set(tensors) == {"a", "b"}
+    content = bytearray(path.read_bytes())
+    content[{"header": content.index(b'"a"') + 1, "number": -1, "checksum": content.index(b"crc32") + 10}[place]] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged"):
+        read_tensors(path)
+    with open_tensors(path):  # it is a safetensors file all the same
+        pass
