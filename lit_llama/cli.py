@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable
@@ -19,9 +18,11 @@ class Interrupted(Exception):
 def run(main: Callable) -> None:
     """Call ``main`` with the command line's flags.
 
-    A UserError ends the program with one line and exit code 2, Ctrl-C with 130.
+    A UserError ends the program with one line and exit code 2, Ctrl-C with 130; of several processes one says so.
     """
     from jsonargparse import Namespace, auto_parser
+
+    from lit_llama.ranks import leave
 
     global command_line
     parser = auto_parser(main, as_positional=False)
@@ -32,21 +33,15 @@ def run(main: Callable) -> None:
         arguments.pop("config", None)
         main(**arguments)
     except UserError as error:
-        leave(f"error: {error}", 2)
+        leave(f"error: {error}", 2, failed=True)
     except Interrupted as stopped:
-        leave(str(stopped) if os.environ.get("LOCAL_RANK", "0") == "0" else "", 130)
+        leave(str(stopped), 130, failed=False)
     except KeyboardInterrupt:
-        leave("interrupted", 130)
+        leave("interrupted", 130, failed=True)
 
 
 ONE_OFF = ("config", "resume", "overwrite", "yes")  # answers to a situation, not settings of a run
 command_line: str | None = None  # the resolved settings as YAML, for a run to save beside its output
-
-
-def leave(message: str, code: int) -> None:
-    if message:
-        print(message, file=sys.stderr)
-    sys.exit(code)
 
 
 def bare_switches(parser: ArgumentParser, args: list[str]) -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
 import torch
 
+from lit_llama import ranks
 from lit_llama.cli import UserError
 
 if TYPE_CHECKING:
@@ -16,7 +18,8 @@ PRECISIONS = {"bf16-true": torch.bfloat16, "32-true": torch.float32}
 
 
 def launch(devices: int = 1, num_nodes: int = 1, strategy: str = "auto") -> Fabric:
-    """Start Fabric on the machine's accelerator, with one process for each device.
+    """Start Fabric on the machine's accelerator, with one process for each device; torchrun's or srun's if it was one
+    of them that started this program.
 
     Fabric's own precision stays at float32: its "bf16-true" would cast the trained tensors too, and in bfloat16 an
     optimizer step of 1e-3 on 0.5 is lost. ``--precision`` is the width that the base is loaded in.
@@ -27,12 +30,33 @@ def launch(devices: int = 1, num_nodes: int = 1, strategy: str = "auto") -> Fabr
         raise UserError(
             f"--devices {devices} and --num_nodes {num_nodes} must be at least 1, --strategy {strategy} auto or ddp"
         )
+    check_launcher(devices, num_nodes)
     try:
         fabric = Fabric(devices=devices, num_nodes=num_nodes, strategy=strategy, precision="32-true")
         fabric.launch()
+        ranks.connect(fabric)
     except Exception as error:  # Fabric has no common class for what it finds wrong with a machine
         raise UserError(f"--devices {devices} --num_nodes {num_nodes} --strategy {strategy}: {error}") from None
     return fabric
+
+
+def check_launcher(devices: int, num_nodes: int) -> None:
+    """UserError unless torchrun or srun, where one of them started this process, started as many as the flags say.
+
+    Fabric would go on: with --devices 1, every process would be a run of its own, all into the same folder.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        starter, world, per_node = "torchrun", os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]
+    elif "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        starter, world = "srun", os.environ["SLURM_NTASKS"]
+        per_node = os.environ.get("SLURM_NTASKS_PER_NODE", world)
+    else:
+        return
+    if (int(per_node), int(world)) != (devices, devices * num_nodes):
+        raise UserError(
+            f"{starter} started {per_node} processes on a node and {world} in all, which --devices {devices} "
+            f"--num_nodes {num_nodes} does not; pass --devices {per_node} --num_nodes {int(world) // int(per_node)}"
+        )
 
 
 def default_device() -> torch.device:

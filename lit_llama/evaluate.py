@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
+from lit_llama import ranks
 from lit_llama.cli import UserError
 from lit_llama.data import Sample, Task
 from lit_llama.generate import generate_batch
@@ -32,7 +33,8 @@ def answer_samples(
     longest = max(len(tokenizer.encode(sample.answer)) for sample in samples)
     order = sorted(range(len(samples)), key=lambda i: len(prompts[i]))
     answers = [""] * len(samples)
-    with tqdm(total=len(samples), desc=name, unit="sample", disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
+    hidden = not (sys.stderr.isatty() and ranks.is_first())
+    with tqdm(total=len(samples), desc=name, unit="sample", disable=hidden, dynamic_ncols=True) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             room = model.context - len(model.virtual_ids) - max(len(prompts[i]) for i in rows)
@@ -88,11 +90,11 @@ class Comparison:
         if not self.n_samples:
             return
         for i, sample in enumerate(self.samples[:n_examples]):
-            self.fabric.print(f"\nprompt    {user_text(sample.prompt[-1])}\nexpected  {sample.answer}")
+            ranks.say(f"\nprompt    {user_text(sample.prompt[-1])}\nexpected  {sample.answer}")
             for when, answers in self.answers.items():
-                self.fabric.print(f"{when:8}  {answers[i]}")
-        self.fabric.print()
+                ranks.say(f"{when:8}  {answers[i]}")
+        ranks.say()
         for when, answers in self.answers.items():
             correct = torch.tensor(float(count_correct(answers, self.samples)), device=self.fabric.device)
             share = self.fabric.all_reduce(correct, reduce_op="sum").item() / self.n_samples
-            self.fabric.print(f"exact match {when}: {share:.1%}".replace("%", " %"))
+            ranks.say(f"exact match {when}: {share:.1%}".replace("%", " %"))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from lit_llama import ranks
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
 from lit_llama.data import load_task
@@ -60,12 +61,12 @@ class Job:
         """
         if head not in HEADS:
             raise UserError(f"--head {head!r} is none of {', '.join(HEADS)}")
-        ensure_base(checkpoint_dir, yes)
         self.method, self.train, self.checkpoint_dir = method, train, checkpoint_dir
         self.fabric = launch(devices, num_nodes, strategy)
+        ranks.first(f"fetch {checkpoint_dir}", lambda: ensure_base(checkpoint_dir, yes))
         self.run = Run(self.fabric, out_dir or f"out/{method}/{Path(data).stem}", checkpoint_dir, resume, overwrite)
         self.task = load_task(data, checkpoint_dir, prompt_style, train.max_seq_length, head == "classifier")
-        self.fabric.print(self.task.summary)
+        ranks.say(self.task.summary)
         self.comparison = Comparison(self.fabric, self.task, eval_samples)
         torch.manual_seed(train.seed)
         self.model = load_model(checkpoint_dir, base_dtype(precision, self.fabric.device), self.fabric.device)
@@ -98,4 +99,4 @@ class Job:
             script = f"generate/classify.py --trained_dir {out_dir}"
         elif whole_model:
             script = f"generate/base.py --checkpoint_dir {out_dir}"
-        self.fabric.print(f'\nsaved in {out_dir}; try: python {script} --prompt "..."')
+        ranks.say(f'\nsaved in {out_dir}; try: python {script} --prompt "..."')

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from lit_llama import __version__, cli
+from lit_llama import __version__, cli, ranks
 from lit_llama.checkpoint import CONFIG_FILE as MODEL_CONFIG_FILE
 from lit_llama.checkpoint import (
     INDEX_FILE,
@@ -114,7 +114,7 @@ class Run:
         self.trained_file = MODEL_FILE if whole_model else TRAINED_FILE
         numbers = sum(tensor.numel() for tensor in trained_tensors(model).values())
         whole = sum(tensor.numel() for tensor in model.parameters())
-        self.fabric.print(f"{method} trains {numbers:,} of {whole:,} numbers ({numbers / whole:.2%})")
+        ranks.say(f"{method} trains {numbers:,} of {whole:,} numbers ({numbers / whole:.2%})")
         description = {
             "method": method,
             "arguments": arguments,
@@ -272,7 +272,8 @@ class Interrupt:
         if self.came and signum == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C does not wait
         self.came = True
-        print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
+        if ranks.is_first():
+            print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
 
     def seen(self, fabric: Fabric) -> bool:
         """The same answer on every rank, so that none waits for one that has stopped."""
