@@ -120,8 +120,8 @@ def shard_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LLaMA:
-    """The model of a checkpoint folder, in ``dtype`` on ``device``.
+def load_model(folder: Path, dtype: torch.dtype | None = torch.float32, device: str = "cpu") -> LLaMA:
+    """The model of a checkpoint folder, in ``dtype`` (as it is stored: None) on ``device``.
 
     It is made on the meta device and takes each tensor as it is read: at most one tensor exists twice. On the CPU a
     tensor that is stored in ``dtype`` already stays memory-mapped and is not copied at all.
@@ -130,7 +130,9 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "
     state: dict[str, Tensor] = {}
     for path in shard_files(folder):
         with open_tensors(path, device) as file:
-            state.update({name: file.get_tensor(name).to(dtype) for name in file.keys()})
+            for name in file.keys():
+                tensor = file.get_tensor(name)
+                state[name] = tensor if dtype is None else tensor.to(dtype)
     check_tensors({name: tuple(t.shape) for name, t in state.items()}, tensor_shapes(config), Path(folder))
     if config.tie_embeddings:
         state["lm_head.weight"] = state["transformer.wte.weight"]

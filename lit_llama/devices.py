@@ -10,10 +10,13 @@ import torch
 
 from lit_llama import ranks
 from lit_llama.cli import UserError
+from lit_llama.sharding import check_sharding
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
+# What Fabric starts the processes by: sharding (lit_llama/sharding.py) and the sum of gradients (train.py) are ours.
+STRATEGIES = {"auto": "auto", "ddp": "ddp", "fsdp": "ddp"}
 PRECISIONS = {"bf16-true": torch.bfloat16, "32-true": torch.float32}
 
 
@@ -26,13 +29,16 @@ def launch(devices: int = 1, num_nodes: int = 1, strategy: str = "auto") -> Fabr
     """
     from lightning.fabric import Fabric  # takes seconds to import, which --help need not wait for
 
-    if devices < 1 or num_nodes < 1 or strategy not in ("auto", "ddp"):
+    if devices < 1 or num_nodes < 1 or strategy not in STRATEGIES:
         raise UserError(
-            f"--devices {devices} and --num_nodes {num_nodes} must be at least 1, --strategy {strategy} auto or ddp"
+            f"--devices {devices} and --num_nodes {num_nodes} must be at least 1, "
+            f"--strategy {strategy} one of {', '.join(STRATEGIES)}"
         )
     check_launcher(devices, num_nodes)
+    if strategy == "fsdp":
+        check_sharding(devices * num_nodes)
     try:
-        fabric = Fabric(devices=devices, num_nodes=num_nodes, strategy=strategy, precision="32-true")
+        fabric = Fabric(devices=devices, num_nodes=num_nodes, strategy=STRATEGIES[strategy], precision="32-true")
         fabric.launch()
         ranks.connect(fabric)
     except Exception as error:  # Fabric has no common class for what it finds wrong with a machine

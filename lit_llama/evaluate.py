@@ -14,6 +14,7 @@ from lit_llama.data import Sample, Task
 from lit_llama.generate import generate_batch
 from lit_llama.model import LLaMA
 from lit_llama.prompts import encode_prompt, stop_ids, user_text
+from lit_llama.sharding import keep_in_step
 from lit_llama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -79,11 +80,12 @@ class Comparison:
 
     def answer(self, when: str, model: LLaMA) -> None:
         task, samples = self.task, self.samples
-        if task.labels is not None:
-            encoded = task.validation[: self.n_samples][self.fabric.global_rank :: self.fabric.world_size]
-            self.answers[when] = choose_labels(model, [sample.ids for sample in encoded], task.labels)
-        else:
-            self.answers[when] = answer_samples(model, task.tokenizer, task.prompt_style, samples, name=when)
+        with keep_in_step(self.fabric, model):
+            if task.labels is not None:
+                encoded = task.validation[: self.n_samples][self.fabric.global_rank :: self.fabric.world_size]
+                self.answers[when] = choose_labels(model, [sample.ids for sample in encoded], task.labels)
+            else:
+                self.answers[when] = answer_samples(model, task.tokenizer, task.prompt_style, samples, name=when)
 
     def show(self, n_examples: int = 3) -> None:
         """Print some samples with their answers, then the exact match at each point."""

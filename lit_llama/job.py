@@ -14,6 +14,7 @@ from lit_llama.devices import base_dtype, launch
 from lit_llama.download import DEFAULT_BASE, ensure_base
 from lit_llama.evaluate import Comparison
 from lit_llama.runs import Run, read_metrics
+from lit_llama.sharding import shard
 from lit_llama.train import TrainArgs, fit
 
 HEADS = ("language", "classifier")
@@ -53,7 +54,7 @@ class Job:
             eval_samples: Held-out samples that are answered before and after training; 0 for none.
             devices: Processes, one for each device, on every node.
             num_nodes: Machines.
-            strategy: Fabric's strategy.
+            strategy: ddp, with the base on every device; fsdp, in pieces, where it does not fit one; or auto.
             precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
             resume: Go on with the run that out_dir holds.
             overwrite: Start anew in an out_dir that holds a run.
@@ -69,7 +70,11 @@ class Job:
         ranks.say(self.task.summary)
         self.comparison = Comparison(self.fabric, self.task, eval_samples)
         torch.manual_seed(train.seed)
-        self.model = load_model(checkpoint_dir, base_dtype(precision, self.fabric.device), self.fabric.device)
+        self.dtype, self.sharded = base_dtype(precision, self.fabric.device), strategy == "fsdp"
+        if self.sharded:  # left in its file, memory-mapped, for shard to cast and move block by block
+            self.model = load_model(checkpoint_dir, dtype=None)
+        else:
+            self.model = load_model(checkpoint_dir, self.dtype, self.fabric.device)
         self.model.requires_grad_(False)
 
     def finetune(self, optimizer: torch.optim.Optimizer, arguments: dict, whole_model: bool = False) -> None:
@@ -85,6 +90,8 @@ class Job:
                 f"the longest sample has {longest} tokens, and what {self.method} puts in front leaves {room} of the "
                 f"context of {self.model.config.block_size}; pass --train.max_seq_length {room}"
             )
+        if self.sharded:
+            shard(self.fabric, self.model, self.dtype)
         self.comparison.answer("before", self.model)
         self.run.begin(
             self.method, arguments, self.checkpoint_dir, self.task, self.train, self.model, optimizer, whole_model

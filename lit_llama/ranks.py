@@ -124,8 +124,8 @@ def connect(fabric: Fabric) -> None:
 
 
 def fail_loudly(kind: type, error: BaseException, trace: object) -> None:
-    """As Python's own hook for an exception that nobody caught, and the whole job ends."""
-    time.sleep(GRACE_SECONDS)
+    """As Python's own hook for an exception that nobody caught; the whole job ends. Of several ranks one speaks."""
+    time.sleep(GRACE_SECONDS + line.rank / 10)
     sys.__excepthook__(kind, error, trace)
     why = (str(error).strip().splitlines() or [""])[0]
     line.fail(f"error: rank {line.rank} failed with {kind.__name__}: {why}. {GO_ON}", 1)
