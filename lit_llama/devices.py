@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -105,3 +107,44 @@ def peak_memory(device: torch.device) -> int | None:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be taken: of the GPU, or of main memory as far as the process's cgroup lets it.
+
+    None where neither CUDA nor Linux tells.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return min(int(lines["MemAvailable"].split()[0]) * 1024, *cgroup_rooms())
+    except OSError:
+        return None
+
+
+CGROUP_FILES = {  # of version 2 and 1: where the tree is, the limit, what is used, and what of that can be dropped
+    "": ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def cgroup_rooms() -> list[float]:
+    """What each control group around this process leaves it; infinity at the end, as if there were one without limit.
+
+    The kernel kills without a word whoever goes beyond: https://docs.kernel.org/admin-guide/cgroup-v2.html#memory.
+    """
+    rooms: list[float] = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controller, path = line.split(":", 2)
+        root, limit_file, used_file, cache = CGROUP_FILES.get(controller, ("", "", "", ""))
+        group = Path(root + path)
+        for level in (group, *group.parents) if root else ():
+            try:
+                limit, used = ((level / name).read_text().strip() for name in (limit_file, used_file))
+                stat = dict(entry.split() for entry in (level / "memory.stat").read_text().splitlines())
+            except OSError:  # a group seen from within a container, or the root, which has no limit
+                continue
+            if limit != "max":
+                rooms.append(int(limit) - int(used) + int(stat.get(cache, 0)))
+    return [*rooms, math.inf]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
 
 from lit_llama import ranks
+from lit_llama.batches import micro_batches
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
 from lit_llama.data import load_task
-from lit_llama.devices import base_dtype, launch
+from lit_llama.devices import base_dtype, free_memory, launch
 from lit_llama.download import DEFAULT_BASE, ensure_base
 from lit_llama.evaluate import Comparison
+from lit_llama.memory import check_room, estimate
 from lit_llama.runs import Run, read_metrics
 from lit_llama.sharding import shard
 from lit_llama.train import TrainArgs, fit
@@ -70,6 +73,8 @@ class Job:
         ranks.say(self.task.summary)
         self.comparison = Comparison(self.fabric, self.task, eval_samples)
         torch.manual_seed(train.seed)
+        self.room = free_memory(self.fabric.device)  # before the base is read: it is part of what a run takes
+        self.devices = devices
         self.dtype, self.sharded = base_dtype(precision, self.fabric.device), strategy == "fsdp"
         if self.sharded:  # left in its file, memory-mapped, for shard to cast and move block by block
             self.model = load_model(checkpoint_dir, dtype=None)
@@ -90,6 +95,8 @@ class Job:
                 f"the longest sample has {longest} tokens, and what {self.method} puts in front leaves {room} of the "
                 f"context of {self.model.config.block_size}; pass --train.max_seq_length {room}"
             )
+        if self.room is not None:
+            ranks.first("estimate the memory", lambda: self.check_memory(arguments, longest))
         if self.sharded:
             shard(self.fabric, self.model, self.dtype)
         self.comparison.answer("before", self.model)
@@ -107,3 +114,25 @@ class Job:
         elif whole_model:
             script = f"generate/base.py --checkpoint_dir {out_dir}"
         ranks.say(f'\nsaved in {out_dir}; try: python {script} --prompt "..."')
+
+    def check_memory(self, arguments: dict, longest: int) -> None:
+        """Warn, or raise UserError, where the largest micro-batch of the training data will not fit the device."""
+        samples = sorted(self.task.train, key=lambda sample: len(sample.ids))[-self.train.batch_size :]
+        batches = micro_batches(samples, self.train.micro_batch_tokens)
+        batch = max(batches, key=lambda batch: len(batch) * len(batch[0].ids))
+        rows, tokens = len(batch), len(batch[0].ids)
+        found = estimate(
+            self.model.config,
+            self.method,
+            arguments,
+            self.dtype,
+            rows,
+            tokens,
+            n_targets=sum(sample.n_targets for sample in batch),
+            device_type=self.fabric.device.type,
+            devices=self.fabric.world_size,
+            sharded=self.sharded,
+        )
+        sharing = self.devices if self.fabric.device.type == "cpu" else 1  # processes in the same memory
+        if warning := check_room(found, self.room // sharing, rows * tokens, longest):
+            print(warning, file=sys.stderr)

@@ -141,8 +141,11 @@ def step_gradient(fabric: Fabric, model: LLaMA, samples: list[Encoded], micro_ba
     return loss.item()
 
 
-def sum_over_ranks(fabric: Fabric, params: list[torch.nn.Parameter], bucket_numbers: int = 2**24) -> None:
-    """Make every gradient the sum of all ranks', in place, in pieces of at most ``bucket_numbers`` or one tensor.
+BUCKET_NUMBERS = 2**24  # of gradients that travel together, where no single tensor has more
+
+
+def sum_over_ranks(fabric: Fabric, params: list[torch.nn.Parameter]) -> None:
+    """Make every gradient the sum of all ranks', in place.
 
     DistributedDataParallel would average, and hang where a rank has no work.
     """
@@ -150,7 +153,7 @@ def sum_over_ranks(fabric: Fabric, params: list[torch.nn.Parameter], bucket_numb
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     buckets: list[list[Tensor]] = [[]]
     for p in params:
-        if buckets[-1] and sum(g.numel() for g in buckets[-1]) + p.numel() > bucket_numbers:
+        if buckets[-1] and sum(g.numel() for g in buckets[-1]) + p.numel() > BUCKET_NUMBERS:
             buckets.append([])
         buckets[-1].append(p.grad)
     for gradients in buckets:
