@@ -26,6 +26,7 @@ def main(
     """
     import torch
 
+    from lit_llama import ranks
     from lit_llama.methods.output_layers import add_output_layers
     from lit_llama.trained import trained_tensors
 
@@ -33,7 +34,7 @@ def main(
     arguments = dict(n_blocks=n_blocks, labels=job.task.labels)
     add_output_layers(job.model, **arguments)
     if job.model.config.tie_embeddings and job.task.labels is None:
-        job.fabric.print("the head shared the embedding's weight; it has its own now, so the embedding stays frozen")
+        ranks.say("the head shared the embedding's weight; it has its own now, so the embedding stays frozen")
 
     optimizer = torch.optim.AdamW(
         trained_tensors(job.model).values(), lr=train.learning_rate, weight_decay=train.weight_decay

@@ -174,9 +174,11 @@ def check_dtypes(headers: dict[str, tuple[tuple[int, ...], str]], known: tuple[s
 
 
 def load_model(
-    folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    folder: Path | str, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
 ) -> LLaMA:
-    """The model of a checkpoint folder, in ``dtype`` on ``device``. UserError where the weights do not fit the config.
+    """The model of a checkpoint folder, in ``dtype`` (as it is stored: None) on ``device``.
+
+    UserError where the weights do not fit the config.
 
     It is made on the meta device and takes each tensor as it is read: at most one tensor exists twice. On the CPU a
     tensor that is stored in ``dtype`` already stays memory-mapped and is not copied at all.
@@ -185,7 +187,8 @@ def load_model(
     check_headers(config, files, Path(folder))
     state: dict[str, Tensor] = {}
     for path in files:
-        state.update({name: tensor.to(device).to(dtype) for name, tensor in read_tensors(path)[0].items()})
+        tensors, _ = read_tensors(path)
+        state.update({name: tensor.to(device).to(dtype or tensor.dtype) for name, tensor in tensors.items()})
     if config.tie_embeddings:
         state["lm_head.weight"] = state["transformer.wte.weight"]
     with torch.device("meta"):

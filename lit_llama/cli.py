@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import sys
 from argparse import ArgumentError
@@ -29,9 +28,11 @@ def run(main: Callable, leading: str | None = None) -> None:
     """Call ``main`` with the command line's flags; what stands before the first one is the list ``leading``.
 
     A UserError, and a file that cannot be read or written, end the program with one line and exit code 2, Ctrl-C with
-    130.
+    130; of several processes one says so.
     """
     from jsonargparse import Namespace
+
+    from lit_llama.ranks import leave
 
     global command_line
     write_utf8()
@@ -43,13 +44,13 @@ def run(main: Callable, leading: str | None = None) -> None:
         arguments.pop("config", None)
         main(**arguments)
     except UserError as error:
-        leave(f"error: {error}", 2)
+        leave(f"error: {error}", 2, failed=True)
     except OSError as error:
-        leave(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", 2)
+        leave(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", 2, failed=True)
     except Interrupted as stopped:
-        leave(str(stopped) if os.environ.get("LOCAL_RANK", "0") == "0" else "", 130)
+        leave(str(stopped), 130, failed=False)
     except KeyboardInterrupt:
-        leave("interrupted", 130)
+        leave("interrupted", 130, failed=True)
 
 
 def write_utf8() -> None:
@@ -61,12 +62,6 @@ def write_utf8() -> None:
 
 ONE_OFF = ("config", "resume", "overwrite", "allow_changes", "yes")  # answers to a situation, not settings of a run
 command_line: str | None = None  # the resolved settings as YAML, for a run to save beside its output
-
-
-def leave(message: str, code: int) -> None:
-    if message:
-        print(message, file=sys.stderr)
-    sys.exit(code)
 
 
 def parser_of(main: Callable) -> ArgumentParser:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,32 +11,46 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lit_llama import ranks
 from lit_llama.cli import UserError
+from lit_llama.sharding import check_sharding
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from lightning.fabric.loggers import Logger
 
+# What Fabric starts the processes by: sharding (lit_llama/sharding.py) and the sum of gradients (train.py) are ours.
+STRATEGIES = {"auto": "auto", "ddp": "ddp", "fsdp": "ddp"}
 PRECISIONS = {"bf16-true": torch.bfloat16, "32-true": torch.float32}
 
 
 def launch(devices: int = 1, num_nodes: int = 1, strategy: str = "auto", loggers: Sequence[Logger] = ()) -> Fabric:
-    """Start Fabric on the machine's accelerator, with one process for each device.
+    """Start Fabric on the machine's accelerator, with one process for each device; torchrun's or srun's if it was one
+    of them that started this program.
 
     Fabric's own precision stays at float32: its "bf16-true" would cast the trained tensors too, and in bfloat16 an
     optimizer step of 1e-3 on 0.5 is lost. ``--precision`` is the width that the base is loaded in.
     """
     from lightning.fabric import Fabric  # takes seconds to import, which --help need not wait for
 
-    if devices < 1 or num_nodes < 1 or strategy not in ("auto", "ddp"):
+    if devices < 1 or num_nodes < 1 or strategy not in STRATEGIES:
         raise UserError(
-            f"--devices {devices} and --num_nodes {num_nodes} must be at least 1, --strategy {strategy} auto or ddp"
+            f"--devices {devices} and --num_nodes {num_nodes} must be at least 1, "
+            f"--strategy {strategy} one of {', '.join(STRATEGIES)}"
         )
+    check_launcher(devices, num_nodes)
+    if strategy == "fsdp":
+        check_sharding(devices * num_nodes)
     try:
         fabric = Fabric(
-            devices=devices, num_nodes=num_nodes, strategy=strategy, precision="32-true", loggers=list(loggers)
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy=STRATEGIES[strategy],
+            precision="32-true",
+            loggers=list(loggers),
         )
         fabric.launch()
+        ranks.connect(fabric)
     except Exception as error:  # Fabric has no common class for what it finds wrong with a machine
         raise UserError(f"--devices {devices} --num_nodes {num_nodes} --strategy {strategy}: {error}") from None
     return fabric
@@ -52,6 +68,25 @@ def named_loggers(name: str | None, out_dir: Path) -> list[Logger]:
         return [TensorBoardLogger(root_dir=out_dir, name="tensorboard", version="")]
     except ModuleNotFoundError:
         raise UserError('--logger tensorboard needs the package; run: pip install -e ".[tensorboard]"') from None
+
+
+def check_launcher(devices: int, num_nodes: int) -> None:
+    """UserError unless torchrun or srun, where one of them started this process, started as many as the flags say.
+
+    Fabric would go on: with --devices 1, every process would be a run of its own, all into the same folder.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        starter, world, per_node = "torchrun", os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]
+    elif "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        starter, world = "srun", os.environ["SLURM_NTASKS"]
+        per_node = os.environ.get("SLURM_NTASKS_PER_NODE", world)
+    else:
+        return
+    if (int(per_node), int(world)) != (devices, devices * num_nodes):
+        raise UserError(
+            f"{starter} started {per_node} processes on a node and {world} in all, which --devices {devices} "
+            f"--num_nodes {num_nodes} does not; pass --devices {per_node} --num_nodes {int(world) // int(per_node)}"
+        )
 
 
 def default_device() -> torch.device:
@@ -94,3 +129,44 @@ def peak_memory(device: torch.device) -> int | None:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be taken: of the GPU, or of main memory as far as the process's cgroup lets it.
+
+    None where neither CUDA nor Linux tells.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(min(int(lines["MemAvailable"].split()[0]) * 1024, *cgroup_rooms()))
+    except OSError:
+        return None
+
+
+CGROUP_FILES = {  # of version 2 and 1: where the tree is, the limit, what is used, and what of that can be dropped
+    "": ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def cgroup_rooms() -> list[float]:
+    """What each control group around this process leaves it; infinity at the end, as if there were one without limit.
+
+    The kernel kills without a word whoever goes beyond: https://docs.kernel.org/admin-guide/cgroup-v2.html#memory.
+    """
+    rooms: list[float] = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controller, path = line.split(":", 2)
+        root, limit_file, used_file, cache = CGROUP_FILES.get(controller, ("", "", "", ""))
+        group = Path(root + path)
+        for level in (group, *group.parents) if root else ():
+            try:
+                limit, used = ((level / name).read_text().strip() for name in (limit_file, used_file))
+                stat = dict(entry.split() for entry in (level / "memory.stat").read_text().splitlines())
+            except OSError:  # a group seen from within a container, or the root, which has no limit
+                continue
+            if limit != "max":
+                rooms.append(int(limit) - int(used) + int(stat.get(cache, 0)))
+    return [*rooms, math.inf]

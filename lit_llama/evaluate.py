@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from lit_llama import ranks
 from lit_llama.bars import Bar
 from lit_llama.batches import IGNORE, Encoded, collate, micro_batches
 from lit_llama.classify import label_shares
@@ -19,6 +20,7 @@ from lit_llama.generate import generate_batch
 from lit_llama.model import LLaMA
 from lit_llama.prompts import encode_prompt, stop_ids, user_text
 from lit_llama.samples import Sample, read_samples
+from lit_llama.sharding import keep_in_step
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import target_vectors
 
@@ -39,7 +41,7 @@ def answer_samples(
     longest = max(len(tokenizer.encode(sample.answer)) for sample in samples)
     order = sorted(range(len(samples)), key=lambda i: len(prompts[i]))
     answers = [""] * len(samples)
-    with Bar(len(samples), name, "sample") as bar:
+    with Bar(len(samples), name, "sample", hidden=not ranks.is_first()) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             room = model.context - len(model.virtual_ids) - max(len(prompts[i]) for i in rows)
@@ -86,9 +88,9 @@ def sample_losses(model: LLaMA, encoded: list[Encoded], device: torch.device) ->
     losses: dict[int, float] = {}
     with Bar(len(encoded), "loss", "sample") as bar:
         for batch in micro_batches(encoded, max_tokens=1024):
-            vectors, targets, rows = target_vectors(model, *collate(batch, device))
+            vectors, targets, where = target_vectors(model, *collate(batch, device))
             of_tokens = F.cross_entropy(model.lm_head(vectors).float(), targets, reduction="none")  # (n,)
-            of_rows = torch.zeros(len(batch), device=device).index_add_(0, rows, of_tokens)
+            of_rows = torch.zeros(len(batch), device=device).index_add_(0, where.nonzero()[:, 0], of_tokens)
             losses |= zip(map(id, batch), of_rows.tolist(), strict=True)
             bar.update(len(batch))
     return [losses[id(ids)] for ids in encoded]
@@ -112,23 +114,24 @@ class Comparison:
 
     def answer(self, when: str, model: LLaMA) -> None:
         task, samples = self.task, self.samples
-        if task.labels is not None:
-            encoded = task.validation[: self.n_samples][self.fabric.global_rank :: self.fabric.world_size]
-            chosen = label_shares(model, [sample.ids for sample in encoded]).argmax(1)
-            self.answers[when] = [task.labels[i] for i in chosen]
-        else:
-            self.answers[when] = answer_samples(model, task.tokenizer, task.prompt_style, samples, name=when)
+        with keep_in_step(self.fabric, model):
+            if task.labels is not None:
+                encoded = task.validation[: self.n_samples][self.fabric.global_rank :: self.fabric.world_size]
+                chosen = label_shares(model, [sample.ids for sample in encoded]).argmax(1)
+                self.answers[when] = [task.labels[i] for i in chosen]
+            else:
+                self.answers[when] = answer_samples(model, task.tokenizer, task.prompt_style, samples, name=when)
 
     def show(self, n_examples: int = 3) -> None:
         """Print some samples with their answers, then the exact match at each point."""
         if not self.n_samples:
             return
         for i, sample in enumerate(self.samples[:n_examples]):
-            self.fabric.print(f"\nprompt    {user_text(sample.prompt[-1])}\nexpected  {sample.answer}")
+            ranks.say(f"\nprompt    {user_text(sample.prompt[-1])}\nexpected  {sample.answer}")
             for when, answers in self.answers.items():
-                self.fabric.print(f"{when:8}  {answers[i]}")
-        self.fabric.print()
+                ranks.say(f"{when:8}  {answers[i]}")
+        ranks.say()
         for when, answers in self.answers.items():
             correct = torch.tensor(float(count_correct(answers, self.samples)), device=self.fabric.device)
             summed: Any = self.fabric.all_reduce(correct, reduce_op="sum")
-            self.fabric.print(f"exact match {when}: {summed.item() / self.n_samples:.1%}".replace("%", " %"))
+            ranks.say(f"exact match {when}: {summed.item() / self.n_samples:.1%}".replace("%", " %"))

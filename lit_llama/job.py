@@ -4,6 +4,7 @@
 the signature are no strings, for which jsonargparse would import all that TYPE_CHECKING names.
 """
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,7 +64,7 @@ class Job:
             eval_samples: Held-out samples that are answered before and after training; 0 for none.
             devices: Processes, one for each device, on every node.
             num_nodes: Machines.
-            strategy: Fabric's strategy.
+            strategy: ddp, with the base on every device; fsdp, in pieces, where it does not fit one; or auto.
             precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
             logger: "tensorboard" shows the figures of metrics.csv there, too; it reads them from out_dir.
             compile: Compile the blocks by torch.compile: a minute once, then about a tenth faster.
@@ -77,9 +78,10 @@ class Job:
         """
         import torch
 
+        from lit_llama import ranks
         from lit_llama.checkpoint import load_model
         from lit_llama.data import load_task
-        from lit_llama.devices import base_dtype, launch, named_loggers
+        from lit_llama.devices import base_dtype, free_memory, launch, named_loggers
         from lit_llama.download import ensure_base
         from lit_llama.evaluate import Comparison
         from lit_llama.quantize import quantize_base
@@ -89,20 +91,27 @@ class Job:
             raise UserError(f"--head {head!r} is none of {', '.join(HEADS)}")
         if cache_trunk and num_nodes > 1:
             raise UserError(f"--cache_trunk needs one machine, whose ranks share a file: got --num_nodes {num_nodes}")
-        ensure_base(checkpoint_dir, yes)
-        self.method, self.train, self.checkpoint_dir = method, train, checkpoint_dir
+        if strategy == "fsdp" and (cache_trunk or compile or quantize != "none"):
+            raise UserError("--strategy fsdp goes with none of --cache_trunk, --compile and --quantize; pass ddp")
+        self.method, self.train, self.checkpoint_dir, self.devices = method, train, checkpoint_dir, devices
         self.quantize, self.cache_trunk = quantize, cache_trunk
         self.block_options = dict(compile=compile, checkpointing=checkpointing)
         name = "rows" if isinstance(data, list) else Path(data).stem
         folder = Path(out_dir or f"out/{method}/{name}")
         self.fabric = launch(devices, num_nodes, strategy, named_loggers(logger, folder))
+        ranks.first(f"fetch {checkpoint_dir}", lambda: ensure_base(checkpoint_dir, yes))
         self.run = Run(self.fabric, folder, checkpoint_dir, resume, overwrite, allow_changes)
         self.task = load_task(data, checkpoint_dir, prompt_style, train.max_seq_length, head == "classifier")
         train.total_steps(len(self.task.train))  # an impossible warm-up is refused before anything is written
-        self.fabric.print(self.task.summary)
+        ranks.say(self.task.summary)
         self.comparison = Comparison(self.fabric, self.task, eval_samples)
         torch.manual_seed(train.seed)
-        self.model = load_model(checkpoint_dir, base_dtype(precision, self.fabric.device), self.fabric.device)
+        self.room = free_memory(self.fabric.device)  # before the base is read: it is part of what a run takes
+        self.dtype, self.sharded = base_dtype(precision, self.fabric.device), strategy == "fsdp"
+        if self.sharded:  # left in its file, memory-mapped, for shard to cast and move block by block
+            self.model = load_model(checkpoint_dir, dtype=None)
+        else:
+            self.model = load_model(checkpoint_dir, self.dtype, self.fabric.device)
         quantize_base(self.model, quantize)
         self.model.requires_grad_(False)
 
@@ -112,8 +121,10 @@ class Job:
         ``arguments`` are those that the method's function was called with: method.json keeps them. ``whole_model``
         writes a checkpoint folder, for a method that leaves nothing of the base.
         """
+        from lit_llama import ranks
         from lit_llama.blocks import block_forwards
         from lit_llama.runs import read_metrics
+        from lit_llama.sharding import shard
         from lit_llama.train import fit
         from lit_llama.trunk import check_reuse
 
@@ -128,6 +139,9 @@ class Job:
                 f"the longest sample has {longest} tokens, and what {self.method} puts in front leaves {room} of the "
                 f"context of {self.model.config.block_size}; pass --train.max_seq_length {room}"
             )
+        ranks.first("estimate the memory", lambda: self.check_memory(arguments, longest))
+        if self.sharded:
+            shard(self.fabric, self.model, self.dtype)
         self.comparison.answer("before", self.model)
         self.run.begin(
             self.method, arguments, self.checkpoint_dir, self.task, self.train, self.model, optimizer, whole_model
@@ -143,7 +157,7 @@ class Job:
             script = f"generate/classify.py --trained_dir {out_dir}"
         elif whole_model:
             script = f"generate/base.py --checkpoint_dir {out_dir}"
-        self.fabric.print(f'\nsaved in {out_dir}; try: python {script} --prompt "..."')
+        ranks.say(f'\nsaved in {out_dir}; try: python {script} --prompt "..."')
 
     def samples(self) -> "AbstractContextManager[list[list[Encoded]]]":
         """The samples to train on and to validate with; with ``cache_trunk`` for the time of the context."""
@@ -153,3 +167,31 @@ class Job:
         if not self.cache_trunk:
             return nullcontext(splits)
         return cached_trunk(self.fabric, self.model, splits, self.train.micro_batch_tokens, self.run.out_dir)
+
+    def check_memory(self, arguments: dict, longest: int) -> None:
+        """Warn, or raise UserError, where the largest micro-batch of the training data will not fit the device."""
+        from lit_llama.batches import micro_batches
+        from lit_llama.memory import check_room, estimate
+
+        if self.room is None:
+            return
+        samples = sorted(self.task.train, key=lambda sample: len(sample.ids))[-self.train.batch_size :]
+        batches = micro_batches(samples, self.train.micro_batch_tokens)
+        batch = max(batches, key=lambda batch: len(batch) * len(batch[0].ids))
+        rows, tokens = len(batch), len(batch[0].ids)
+        found = estimate(
+            self.model.config,
+            self.method,
+            arguments,
+            self.dtype,
+            rows,
+            tokens,
+            n_targets=sum(sample.n_targets for sample in batch),
+            device_type=self.fabric.device.type,
+            devices=self.fabric.world_size,
+            sharded=self.sharded,
+            checkpointing=self.block_options["checkpointing"],
+        )
+        sharing = self.devices if self.fabric.device.type == "cpu" else 1  # processes in the same memory
+        if warning := check_room(found, self.room // sharing, rows * tokens, longest):
+            print(warning, file=sys.stderr)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lit_llama import __version__, cli
+from lit_llama import __version__, cli, ranks
 from lit_llama.bars import Bar
 from lit_llama.checkpoint import CONFIG_FILE as MODEL_CONFIG_FILE
 from lit_llama.checkpoint import INDEX_FILE, MODEL_FILE
@@ -150,7 +150,7 @@ class Run:
         self.trained_file = MODEL_FILE if whole_model else TRAINED_FILE
         numbers = sum(tensor.numel() for tensor in trained_tensors(model).values())
         whole = sum(tensor.numel() for tensor in model.parameters())
-        self.fabric.print(f"{method} trains {numbers:,} of {whole:,} numbers ({numbers / whole:.2%})")
+        ranks.say(f"{method} trains {numbers:,} of {whole:,} numbers ({numbers / whole:.2%})")
         description = {
             "method": method,
             "arguments": arguments,

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lit_llama import ranks
+
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
@@ -25,7 +27,8 @@ class Interrupt:
         if self.came and signum == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C does not wait
         self.came = True
-        print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
+        if ranks.is_first():
+            print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
 
     def seen(self, fabric: Fabric) -> bool:
         """The same answer on every rank, so that none waits for one that has stopped."""

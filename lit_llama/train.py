@@ -22,6 +22,7 @@ from lit_llama.cli import Interrupted, UserError
 from lit_llama.model import LLaMA
 from lit_llama.runs import Run
 from lit_llama.settings import TrainArgs
+from lit_llama.sharding import idle_passes, keep_in_step
 from lit_llama.signals import catch_interrupt
 from lit_llama.trained import trained_tensors
 
@@ -60,12 +61,12 @@ def target_loss(model: LLaMA, ids: Tensor, targets: Tensor, chunk_size: int = 38
 
 
 def target_vectors(model: LLaMA, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the n positions of ids (B, T) that have a target: vectors (n, C), targets (n,) and row of the batch (n,)."""
+    """Of the n positions of ids (B, T) that have a target: vectors (n, C), targets (n,), and where they are (B, T')."""
     if model.virtual_ids:
         virtual = torch.tensor([model.virtual_ids], device=ids.device).expand(len(ids), -1)
         ids, targets = torch.cat((virtual, ids), 1), F.pad(targets, (virtual.size(1), 0), value=IGNORE)
     where = targets != IGNORE
-    return model.hidden_states(ids)[where], targets[where], where.nonzero()[:, 0]
+    return model.hidden_states(ids)[where], targets[where], where
 
 
 def head_loss(lm_head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -73,34 +74,52 @@ def head_loss(lm_head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tens
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
 
 
-def share(batches: list[list[Encoded]], rank: int, world_size: int) -> list[list[Encoded]]:
-    """The micro-batches of one rank: each goes to the rank that has the fewest tokens so far."""
+def share(batches: list[list[Encoded]], world_size: int) -> list[list[list[Encoded]]]:
+    """The micro-batches of every rank: each goes to the rank that has the fewest tokens so far."""
     tokens = [0] * world_size
     shares: list[list[list[Encoded]]] = [[] for _ in range(world_size)]
     for batch in sorted(batches, key=lambda batch: len(batch) * len(batch[0].ids), reverse=True):
         least = tokens.index(min(tokens))
         tokens[least] += len(batch) * len(batch[0].ids)
         shares[least].append(batch)
-    return shares[rank]
+    return shares
 
 
 def step_gradient(fabric: Fabric, model: LLaMA, samples: list[Encoded], micro_batch_tokens: int) -> float:
     """Leave the gradient of one step in ``.grad`` on every rank, and return the step's loss per target token."""
-    params = list(trained_tensors(model).values())
     n_targets = sum(sample.n_targets for sample in samples)
-    loss = torch.zeros(1, device=fabric.device)
-    for batch in share(micro_batches(samples, micro_batch_tokens), fabric.global_rank, fabric.world_size):
+    loss: Any = torch.zeros(1, device=fabric.device)
+    shares = share(micro_batches(samples, micro_batch_tokens), fabric.world_size)
+    for batch in shares[fabric.global_rank]:
         batch_loss = target_loss(model, *collate(batch, fabric.device)) / n_targets
         fabric.backward(batch_loss)
         loss += batch_loss.detach()
+    for _ in range(idle_passes(model, [len(batches) for batches in shares], fabric.global_rank)):
+        fabric.backward(0 * target_loss(model, *collate(samples[:1], fabric.device)))
     if fabric.world_size > 1:
-        # One sum over all ranks by hand: DistributedDataParallel would average, and hang where a rank has no work.
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        flat: Any = fabric.all_reduce(torch.cat([loss, *(g.flatten() for g in gradients)]), reduce_op="sum")
-        loss, *parts = flat.split([1, *(g.numel() for g in gradients)])
-        for p, part in zip(params, parts, strict=True):
-            p.grad = part.view_as(p).clone()
+        sum_over_ranks(fabric, list(trained_tensors(model).values()))
+        loss = fabric.all_reduce(loss, reduce_op="sum")
     return loss.item()
+
+
+BUCKET_NUMBERS = 2**24  # of gradients that travel together, where no single tensor has more
+
+
+def sum_over_ranks(fabric: Fabric, params: list[Tensor]) -> None:
+    """Make every gradient the sum of all ranks', in place.
+
+    DistributedDataParallel would average, and hang where a rank has no work.
+    """
+    buckets: list[list[Tensor]] = [[]]
+    for p in params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if buckets[-1] and sum(g.numel() for g in buckets[-1]) + p.numel() > BUCKET_NUMBERS:
+            buckets.append([])
+        buckets[-1].append(p.grad)
+    for gradients in buckets:
+        flat: Any = fabric.all_reduce(torch.cat([g.flatten() for g in gradients]), reduce_op="sum")
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 @torch.no_grad()
@@ -109,8 +128,9 @@ def validate(fabric: Fabric, model: LLaMA, data: list[Encoded], micro_batch_toke
     training = model.training
     model.eval()
     loss = torch.zeros(1, device=fabric.device)
-    for batch in share(micro_batches(data, micro_batch_tokens), fabric.global_rank, fabric.world_size):
-        loss += target_loss(model, *collate(batch, fabric.device))
+    with keep_in_step(fabric, model):
+        for batch in share(micro_batches(data, micro_batch_tokens), fabric.world_size)[fabric.global_rank]:
+            loss += target_loss(model, *collate(batch, fabric.device))
     model.train(training)
     summed: Any = fabric.all_reduce(loss, reduce_op="sum")
     return (summed / sum(sample.n_targets for sample in data)).item()

@@ -63,7 +63,7 @@ def check_trained(tensors: dict[str, Tensor], path: Path, prefix: str = "") -> N
     headers = {name[len(prefix) :]: it for name, it in tensor_headers(path).items() if name.startswith(prefix)}
     expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     check_tensors({name: shape for name, (shape, _) in headers.items()}, expected, path)
-    check_dtypes(headers, ("F32",), path)
+    check_dtypes(headers, ("F32", "F64"), path)  # F64: a float64 model's, as the tests have it
 
 
 def load_trained_folder(

@@ -121,7 +121,7 @@ def cached_trunk(
         fabric.print(f"computing {n} of {len(transformer.h)} blocks once: {rows.nbytes / 2**20:,.0f} MiB in {path}")
         top = {f"transformer.h.{i}": PassOn(block) for i, block in enumerate(transformer.h) if i >= n}
         with torch.no_grad(), stand_ins(model, {**top, "transformer.ln_f": nn.Identity()}):
-            for batch in share(micro_batches(samples, micro_batch_tokens), fabric.global_rank, fabric.world_size):
+            for batch in share(micro_batches(samples, micro_batch_tokens), fabric.world_size)[fabric.global_rank]:
                 hidden = model.hidden_states(collate(batch, fabric.device)[0]).cpu()  # (B, T, C)
                 for sample, x in zip(batch, hidden, strict=True):
                     start = first_rows[id(sample)]

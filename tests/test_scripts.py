@@ -121,20 +121,6 @@ def test_a_run_resumes_with_its_own_settings_alone(places):
     refuse("finetune/adapter.py", *flags, "--prompt_length", 5, message="arguments.prompt_length was 10, now 5")
 
 
-def test_two_devices_take_the_same_steps(places, tmp_path):
-    folder, flags, _ = places
-    result = run_process("finetune/adapter.py", *flags, "--devices", 2, "--out_dir", tmp_path / "two")
-    printed, stderr = result.stdout, result.stderr
-    assert result.returncode == 0, stderr
-    assert printed.count("adapter trains") == 1
-    assert "GLOBAL_RANK: 1, MEMBER: 2/2" in stderr
-    for one, two in zip(metrics(folder / "out"), metrics(tmp_path / "two"), strict=True):
-        assert one["step"] == two["step"] and one["lr"] == two["lr"]
-        assert float(one["loss"]) == pytest.approx(float(two["loss"]), abs=1e-4)
-        if one["val_loss"]:
-            assert float(one["val_loss"]) == pytest.approx(float(two["val_loss"]), abs=1e-4)
-
-
 def test_ctrl_c_saves_and_says_how_to_go_on(places, tmp_path):
     _, flags, _ = places
     flags = [*flags, "--train.max_steps", 400, "--train.eval_every", 400, "--out_dir", tmp_path / "out"]

@@ -1,0 +1,81 @@
+"""How much memory finetuning will take on each device, before anything is rented: no weights are needed.
+
+    python scripts/estimate_memory.py --model 7B --method adapter --precision bf16-true --micro_batch_tokens 4096
+    python scripts/estimate_memory.py --model checkpoints/NAME --method lora --arguments '{r: 16}' --device cpu
+    python scripts/estimate_memory.py --model Llama-2-70b --method lora --devices 8 --strategy fsdp
+
+How it is worked out: lit_llama/memory.py. The finetune scripts do the same for their own data, and say so before they
+run out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lit_llama import cli
+from lit_llama.checkpoint import load_config
+from lit_llama.configs import CONFIGS
+from lit_llama.devices import PRECISIONS, STRATEGIES
+from lit_llama.memory import estimate
+from lit_llama.methods import METHODS
+from lit_llama.model import LLaMAConfig
+
+
+def main(
+    model: str,
+    method: str = "adapter",
+    arguments: dict = {},  # noqa: B006, the command line's default
+    precision: str = "bf16-true",
+    devices: int = 1,
+    strategy: str = "auto",
+    micro_batch_tokens: int = 4096,
+    seq_length: int = 512,
+    checkpointing: bool = False,
+    device: str = "cuda",
+) -> None:
+    """Estimate the memory of a step of finetuning.
+
+    Args:
+        model: A folder with a base, or a released model's name in lit_llama/configs.py.
+        method: A finetune script's name, features aside.
+        arguments: What the method's function gets, as YAML, where it is not the default: see lit_llama/methods.
+        precision: Width of the frozen base's weights: bf16-true or 32-true.
+        devices: Devices in all, on all nodes.
+        strategy: auto or ddp, with the base on every device; or fsdp, with its blocks shared among them.
+        micro_batch_tokens: Tokens of one forward and backward pass.
+        seq_length: Tokens of each sample in it, all of them targets.
+        checkpointing: Whether blocks keep their input alone and compute the rest again in the backward pass.
+        device: Where it will run: cuda, or cpu.
+    """
+    if not (Path(model) / "config.json").exists() and model not in CONFIGS:
+        raise cli.UserError(f"--model {model} is neither a folder with a base nor one of {', '.join(CONFIGS)}")
+    config = LLaMAConfig.from_name(model) if model in CONFIGS else load_config(model)
+    choices = [("method", method, METHODS), ("precision", precision, PRECISIONS), ("strategy", strategy, STRATEGIES)]
+    for name, value, known in [*choices, ("device", device, ("cuda", "cpu"))]:
+        if value not in known:
+            raise cli.UserError(f"--{name} {value!r} is none of {', '.join(known)}")
+    for name, value in dict(devices=devices, micro_batch_tokens=micro_batch_tokens, seq_length=seq_length).items():
+        if value < 1:
+            raise cli.UserError(f"--{name} {value} must be at least 1")
+    tokens = min(seq_length, config.block_size)
+    rows = max(1, micro_batch_tokens // tokens)
+    try:
+        found = estimate(
+            config,
+            method,
+            arguments,
+            PRECISIONS[precision],
+            rows,
+            tokens,
+            device_type=device,
+            devices=devices,
+            sharded=strategy == "fsdp",
+            checkpointing=checkpointing,
+        )
+    except TypeError as error:
+        raise cli.UserError(f"--arguments {arguments} do not fit {method}: {error}") from None
+    print(f"{method} on {config.name}, {precision}, micro-batches of {rows} x {tokens} tokens\n\n{found.table()}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

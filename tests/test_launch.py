@@ -1,0 +1,148 @@
+"""How a job of several processes starts, ends and fails: launchers, mistakes, deaths, and going on afterwards."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from test_scripts import ROOT, command, metrics, run_process, succeed
+from tools import make_base, sums, write_rows
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launch")
+    make_base(folder / "base")
+    write_rows(folder / "data" / "train.json", sums(40))
+    write_rows(folder / "data" / "validation.json", sums(53)[40:])
+    return folder, ["--checkpoint_dir", folder / "base", "--data", folder / "data", "--start_layer", 1]
+
+
+def torchrun(*flags: object) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", *map(str, flags)]
+
+
+def start(arguments: list, **environment: str) -> subprocess.Popen:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    return subprocess.Popen(
+        list(map(str, arguments)), cwd=ROOT, text=True, env=os.environ | environment, start_new_session=True, **pipes
+    )
+
+
+def errors(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line.startswith("error: ")]
+
+
+def test_two_nodes_are_two_devices(places, tmp_path):
+    _, flags = places
+    flags = [*flags, "--train.max_steps", 4, "--train.eval_every", 2, "--eval_samples", 4, "--out_dir"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    agents = []
+    for node in range(2):
+        agent = torchrun("--nnodes", 2, "--node_rank", node, "--nproc_per_node", 1)
+        agent += ["--master_addr", "127.0.0.1", "--master_port", port, "finetune/adapter.py", "--num_nodes", 2]
+        agents.append(start([*agent, *flags, tmp_path / "two"]))
+    printed = []
+    for agent in agents:
+        stdout, stderr = agent.communicate(timeout=300)
+        assert agent.returncode == 0, stderr
+        printed.append(stdout)
+    assert "exact match after" in printed[0] and printed[1] == ""  # rank 0 alone speaks
+    succeed("finetune/adapter.py", *flags, tmp_path / "one")
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert float(one["loss"]) == pytest.approx(float(two["loss"]), abs=1e-4)
+        assert float(one["val_loss"] or 0) == pytest.approx(float(two["val_loss"] or 0), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        (
+            dict(TORCHELASTIC_RUN_ID="1", WORLD_SIZE="4", LOCAL_WORLD_SIZE="2", RANK="0", LOCAL_RANK="0"),
+            "torchrun started 2 processes on a node and 4 in all.*pass --devices 2 --num_nodes 2",
+        ),
+        (
+            dict(SLURM_NTASKS="16", SLURM_NTASKS_PER_NODE="8", SLURM_JOB_NAME="lora", SLURM_PROCID="0"),
+            "srun started 8 processes on a node and 16 in all.*pass --devices 8 --num_nodes 2",
+        ),
+    ],
+)
+def test_flags_that_are_not_the_launchers_are_refused(monkeypatch, environment, message):
+    from lit_llama.cli import UserError
+    from lit_llama.devices import check_launcher
+
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        check_launcher(devices=1, num_nodes=1)
+    world, per_node = (int(value) for name, value in environment.items() if "WORLD" in name or "NTASKS" in name)
+    check_launcher(devices=per_node, num_nodes=world // per_node)
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")  # srun --pty bash, and the script started by hand
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    check_launcher(devices=1, num_nodes=1)
+
+
+def test_a_mistake_is_told_once(places, tmp_path):
+    _, flags = places
+    result = run_process("finetune/adapter.py", *flags, "--devices", 2, "--start_layer", 7, "--out_dir", tmp_path / "o")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert len(errors(result.stderr)) == 1 and "start_layer 7 within 0 to 2" in errors(result.stderr)[0]
+
+
+def test_a_rank_that_is_killed_ends_the_job_which_goes_on_alone(places, tmp_path):
+    _, flags = places
+    flags = [*flags, "--train.max_steps", 300, "--train.eval_every", 300, "--train.save_every", 5, "--eval_samples", 0]
+    several = ["--devices", 2, "--strategy", "fsdp"]
+    process = start(command("finetune/adapter.py", *flags, *several, "--out_dir", tmp_path))
+    deadline = time.time() + 120
+    while not ((tmp_path / "metrics.csv").exists() and len(metrics(tmp_path)) >= 7):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    (child,) = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
+    os.kill(int(child), signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in stderr
+    assert len(errors(stderr)) == 1
+    assert "rank 1 ended without a word" in errors(stderr)[0] and "--resume" in errors(stderr)[0]
+    assert len(metrics(tmp_path)) < 300
+    succeed("finetune/adapter.py", *flags, "--resume", "--out_dir", tmp_path)
+    assert [int(row["step"]) for row in metrics(tmp_path)] == list(range(1, 301))
+
+
+WAITING = """
+import sys, time
+from pathlib import Path
+from lit_llama import cli, ranks
+from lit_llama.devices import launch
+
+def main(seconds: float = 0.0, failing: int = -1):
+    fabric, file = launch(2), Path(__file__).with_suffix(".txt")
+    if fabric.global_rank == failing:
+        raise ZeroDivisionError("one over zero")
+    ranks.first("fetch the base", lambda: time.sleep(seconds) or file.write_text("whole"), timeout_minutes=0.05)
+    assert file.read_text() == "whole"
+    fabric.barrier()
+
+cli.run(main)
+"""
+
+
+@pytest.mark.slow
+def test_the_others_wait_for_rank_0_and_say_what_for(tmp_path):
+    script = tmp_path / "wait.py"
+    script.write_text(WAITING)
+
+    def work(*flags: object) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, script, *map(str, flags)], capture_output=True, text=True, timeout=60)
+
+    late = work("--seconds", 30)
+    assert late.returncode == 2
+    assert errors(late.stderr) == ["error: rank 1 waited 0.05 minutes for rank 0 to fetch the base (rank 1)"]
+    broken = work("--failing", 1)
+    assert broken.returncode == 1 and broken.stderr.count("Traceback") == 1
+    (told,) = errors(broken.stderr)
+    assert told.startswith("error: rank 1 failed with ZeroDivisionError: one over zero. The same command with --resume")

@@ -1,0 +1,85 @@
+"""Several processes, by gloo on the CPU: a step means the same on one, two and three, and over a sharded base."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_scripts import ROOT, metrics, refuse
+from tools import make_base, sums, write_rows
+
+from lit_llama.checkpoint import load_model
+from lit_llama.cli import UserError
+from lit_llama.files import read_json
+from lit_llama.sharding import shard
+from lit_llama.trained import load_trained_folder
+
+WORKER = ROOT / "tests" / "ranks_worker.py"
+METHODS = ("adapter", "lora", "full")
+CASES = [(name, devices, "ddp") for name in METHODS for devices in (2, 3)]
+CASES += [(name, 2, "fsdp") for name in METHODS if name != "full"]
+every_case = pytest.mark.parametrize("method, devices, strategy", CASES)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    write_rows(folder / "data" / "train.json", sums(23))
+    write_rows(folder / "data" / "validation.json", sums(40)[31:])
+    make_base(folder / "base")
+    return folder
+
+
+def work(places: Path, devices: int = 1, strategy: str = "auto") -> Path:
+    """What the worker writes on so many processes."""
+    out_dir = places / f"{strategy}-{devices}"
+    if not out_dir.exists():
+        names = METHODS if strategy != "fsdp" else METHODS[:2]
+        command = [sys.executable, WORKER, places / "base", places / "data", out_dir, devices, strategy, *names]
+        result = subprocess.run([*map(str, command)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert result.returncode == 0, result.stderr
+    return out_dir
+
+
+@every_case
+def test_a_step_has_one_loss_and_gradient(places, method, devices, strategy):
+    for step in ("even", "uneven"):  # 7 micro-batches, and 2: with three ranks one has none
+        one = load_file(work(places) / method / f"{step}-0.safetensors")
+        assert any(gradient.abs().max() > 1e-3 for gradient in one.values())
+        for rank in range(devices):
+            several = load_file(work(places, devices, strategy) / method / f"{step}-{rank}.safetensors")
+            torch.testing.assert_close(several, one, rtol=1e-5, atol=1e-5)
+
+
+@every_case
+def test_a_run_in_float64_ends_in_the_same_place(places, method, devices, strategy):
+    one, several = work(places) / method, work(places, devices, strategy) / method
+    states = [load_file(folder / "run" / "state" / "state.safetensors") for folder in (one, several)]
+    assert all(tensor.dtype == torch.float64 for name, tensor in states[0].items() if name.startswith("trained."))
+    torch.testing.assert_close(states[1], states[0], rtol=1e-6, atol=1e-6)
+    for first, second in zip(metrics(one / "run"), metrics(several / "run"), strict=True):
+        assert float(second["loss"]) == pytest.approx(float(first["loss"]), abs=1e-5)
+        assert float(second["val_loss"] or 0) == pytest.approx(float(first["val_loss"] or 0), abs=1e-5)
+    assert len(metrics(one / "run")) == 4 and metrics(one / "run")[-1]["val_loss"]
+    assert read_json(several / "answers-0.json") == read_json(one / "answers-0.json")
+    assert len(read_json(several / "answers-0.json")["before"]) == 1
+    assert read_json(several / "answers-1.json") == {"before": []}
+
+
+def test_what_a_sharded_run_writes_is_one_file_like_any_other(places):
+    one, sharded = (work(places, *case) / "lora" / "run" for case in ((1, "auto"), (2, "fsdp")))
+    names = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (one, sharded)]
+    assert names[0] == names[1] and "trained.safetensors" in names[0]
+    ids = torch.arange(20)[None]
+    logits = [load_trained_folder(folder, places / "base")[0](ids) for folder in (one, sharded)]
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
+
+
+def test_nobody_shards_alone_or_what_trains_as_a_whole(places, tmp_path):
+    flags = ["--checkpoint_dir", places / "base", "--data", places / "data", "--out_dir", tmp_path / "out"]
+    refuse("finetune/adapter.py", *flags, "--strategy", "fsdp", message="pass --devices 2 or more")
+    refuse("finetune/adapter.py", *flags, "--strategy", "fsdp2", message="--strategy fsdp2 one of auto, ddp, fsdp")
+    with pytest.raises(UserError, match="every block trains; pass --strategy ddp"):
+        shard(None, load_model(places / "base").requires_grad_(True), torch.float32)
