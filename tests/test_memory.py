@@ -126,7 +126,7 @@ def test_a_run_says_what_it_needs_before_it_runs_out(tmp_path, monkeypatch):
     flags += ["--train.max_steps", 1, "--start_layer", 1, "--out_dir", tmp_path / "out"]
     monkeypatch.setattr("lit_llama.devices.free_memory", lambda device: 300_000)
     refuse("finetune/adapter.py", *flags, message="a step takes about .* GB on each device, where .* are free; pass --")
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "method.json").exists()
     monkeypatch.setattr("lit_llama.devices.free_memory", lambda device: 10**9)
     result = run("finetune/adapter.py", *flags)
     assert result.returncode == 0 and "warning" not in result.stderr
