@@ -13,12 +13,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from lit_llama import cli
-from lit_llama.checkpoint import load_config
-from lit_llama.configs import CONFIGS
-from lit_llama.devices import PRECISIONS, STRATEGIES
-from lit_llama.memory import estimate
-from lit_llama.methods import METHODS
-from lit_llama.model import LLaMAConfig
 
 
 def main(
@@ -47,6 +41,13 @@ def main(
         checkpointing: Whether blocks keep their input alone and compute the rest again in the backward pass.
         device: Where it will run: cuda, or cpu.
     """
+    from lit_llama.checkpoint import load_config
+    from lit_llama.configs import CONFIGS
+    from lit_llama.devices import PRECISIONS, STRATEGIES
+    from lit_llama.memory import estimate
+    from lit_llama.methods import METHODS
+    from lit_llama.model import LLaMAConfig
+
     if not (Path(model) / "config.json").exists() and model not in CONFIGS:
         raise cli.UserError(f"--model {model} is neither a folder with a base nor one of {', '.join(CONFIGS)}")
     config = LLaMAConfig.from_name(model) if model in CONFIGS else load_config(model)

@@ -1,0 +1,126 @@
+"""How fast this project trains and decodes here, in how much memory, and how far from the machine's limit.
+
+    python scripts/benchmark.py                                               # LLaMA-Adapter and LoRA, ours alone
+    python scripts/benchmark.py --against '[litgpt, peft]' --data alpaca.json     # beside others, where installed
+    python scripts/benchmark.py --variants '[bf16-true, bf16-true+compile, bf16-true+int8, 32-true]'
+
+Each line of the table is a process of its own. All do the same work in turn, round by round, so that a machine whose
+speed drifts slows all of them; figures are medians over the rounds with the least and the most. A token counts where it
+belongs to a sample: padding is work, but no token. One JSON object per line goes to ``--results``.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lit_llama import cli
+from lit_llama.settings import DEFAULT_BASE
+
+if TYPE_CHECKING:
+    from lit_llama.contenders import Contender
+
+OPTIONS = ("compile", "checkpointing", "int8", "nf4")
+KINDS = ("train", "decode", "load")
+OTHERS = ("litgpt", "peft")
+
+
+def main(
+    kinds: tuple[str, ...] = KINDS,
+    methods: tuple[str, ...] = ("adapter", "lora"),
+    variants: tuple[str, ...] = ("bf16-true",),
+    against: tuple[str, ...] = (),
+    model: str = "smollm2-135m",
+    checkpoint_dir: str = DEFAULT_BASE,
+    data: str = "data/bookings",
+    rounds: int = 5,
+    steps: int = 4,
+    batch_size: int = 8,
+    new_tokens: int = 64,
+    results: str | None = None,
+    yes: bool = False,
+) -> None:
+    """Measure training, decoding and loading.
+
+    Args:
+        kinds: What to measure, of train, decode and load.
+        methods: Finetuning methods; litgpt and peft have adapter and lora.
+        variants: A precision each, bf16-true or 32-true, with options behind it: bf16-true+compile+int8.
+        against: Other projects, litgpt and peft, where they are installed; at the first variant's precision.
+        model: The shapes to measure with: a name in lit_llama/configs.py or a folder with a base; weights are random.
+        checkpoint_dir: A base, for its tokenizer and for the time to load it; the default one is offered for download.
+        data: The samples to train on.
+        rounds: How often everything is measured, after one round that does not count.
+        steps: Optimizer steps of a round.
+        batch_size: Samples of a step.
+        new_tokens: Tokens of a round of decoding, after a prompt of 64.
+        results: A .jsonl file to write the figures to.
+        yes: Do not ask before a download.
+    """
+    import torch
+
+    from lit_llama.batches import step_indices
+    from lit_llama.benchmark import limits, measure, measure_load, table
+    from lit_llama.checkpoint import load_config
+    from lit_llama.data import load_task
+    from lit_llama.devices import base_dtype, default_device
+    from lit_llama.download import ensure_base
+
+    ours, others = choose(kinds, methods, variants, against, model)
+    for name, value in (("rounds", rounds), ("steps", steps), ("batch_size", batch_size), ("new_tokens", new_tokens)):
+        if value < 1:
+            raise cli.UserError(f"--{name} {value} must be at least 1")
+    ensure_base(checkpoint_dir, yes)
+    task = load_task(data, checkpoint_dir, None, min(512, load_config(checkpoint_dir).block_size))
+    precision = ours[0].precision
+    limit = limits(base_dtype(precision, default_device()), ours[0].config)
+    print(f"{torch.get_num_threads()} threads, {limit['matmul'] / 1e9:,.0f} GFLOP/s, {limit['read'] / 1e9:,.1f} GB/s")
+    rows = []
+    for kind in kinds:
+        if kind == "load":
+            rows.append(measure_load(checkpoint_dir, precision, rounds))
+            continue
+        contenders = ours + others
+        if kind == "train":
+            batches = [step_indices(i, batch_size, len(task.train), seed=1) for i in range(steps * (rounds + 1))]
+            jobs = [[task.train[i] for i in batch] for batch in batches]
+            work = [[(step,) for step in jobs[i * steps : (i + 1) * steps]] for i in range(rounds + 1)]
+        else:
+            contenders = [c for c in contenders if "checkpointing" not in c.options]
+            work = [[(list(range(5, 69)), new_tokens)]] * (rounds + 1)
+        rows += measure(kind, contenders, work, limit)
+    if results is not None:
+        Path(results).parent.mkdir(parents=True, exist_ok=True)
+        with open(results, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    print(table(rows))
+
+
+def choose(
+    kinds: tuple[str, ...], methods: tuple[str, ...], variants: tuple[str, ...], against: tuple[str, ...], model: str
+) -> "tuple[list[Contender], list[Contender]]":
+    """Our contenders and the others, from the flags; UserError where one of them is unknown."""
+    from lit_llama.configs import CONFIGS
+    from lit_llama.contenders import Contender
+    from lit_llama.devices import base_dtype, default_device
+    from lit_llama.methods import METHODS
+
+    for name, given, known in (("kinds", kinds, KINDS), ("methods", methods, METHODS), ("against", against, OTHERS)):
+        if not set(given) <= set(known) or not (given or name == "against"):
+            raise cli.UserError(f"--{name} {list(given)}: choose from {', '.join(known)}")
+    if model not in CONFIGS and not (Path(model) / "config.json").exists():
+        raise cli.UserError(f"--model {model} is neither a folder with a base nor one of {', '.join(CONFIGS)}")
+    ours = []
+    for variant in variants:
+        precision, *options = variant.split("+")
+        base_dtype(precision, default_device())
+        if unknown := set(options) - set(OPTIONS):
+            raise cli.UserError(f"--variants {variant}: {sorted(unknown)} are none of {', '.join(OPTIONS)}")
+        ours += [Contender("ours", model, method, precision, tuple(options)) for method in methods]
+    if not ours:
+        raise cli.UserError("--variants names none: give bf16-true or 32-true")
+    compared = [method for method in methods if method in ("adapter", "lora")]
+    return ours, [Contender(project, model, method, ours[0].precision) for method in compared for project in against]
+
+
+if __name__ == "__main__":
+    cli.run(main)

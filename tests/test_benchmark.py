@@ -1,0 +1,71 @@
+"""The benchmark runs all it names on the same work, and counts tokens that belong to samples."""
+
+import json
+
+import pytest
+import torch
+from test_scripts import refuse, run
+from tools import make_base, sums, write_rows
+
+from lit_llama.batches import Encoded
+from lit_llama.benchmark import limit_of, limits, table
+from lit_llama.contenders import Contender
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmark")
+    make_base(folder / "base", tie_embeddings=True)
+    write_rows(folder / "data" / "train.json", sums(40))
+    write_rows(folder / "data" / "validation.json", sums(44)[40:])
+    return folder
+
+
+@pytest.mark.slow
+def test_ours_and_pefts_take_the_same_steps(folder):
+    flags = ["--model", folder / "base", "--checkpoint_dir", folder / "base", "--data", folder / "data"]
+    flags += ["--rounds", 2, "--steps", 2, "--batch_size", 6, "--new_tokens", 5, "--results", folder / "results.jsonl"]
+    flags += ["--variants", "[32-true, 32-true+checkpointing]", "--against", "[peft]"]
+    result = run("scripts/benchmark.py", *flags)
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    trained = {row["name"]: row for row in rows if row["kind"] == "train"}
+    assert set(trained) == {
+        *(f"ours {m} 32-true{o}" for m in ("adapter", "lora") for o in ("", " checkpointing")),
+        *(f"peft {m} 32-true" for m in ("adapter", "lora")),
+    }
+    assert all(len(row["rounds"]) == 2 and min(row["rounds"]) > 0 for row in trained.values())
+    assert trained["ours adapter 32-true"]["padding"] < trained["peft adapter 32-true"]["padding"]
+    assert len([row for row in rows if row["kind"] == "decode"]) == 4  # nothing is checkpointed there
+    assert [row["kind"] for row in rows if "seconds" in row] == ["load"]
+    assert "| decode | peft lora 32-true |" in result.stdout
+
+
+def test_mistakes_are_answered_in_one_line(folder):
+    flags = ["--checkpoint_dir", folder / "base", "--data", folder / "data"]
+    refuse("scripts/benchmark.py", *flags, "--model", "9B", message="--model 9B is neither a folder with a base")
+    refuse("scripts/benchmark.py", *flags, "--variants", "[bf16-true+fast]", message="fast.* none of compile, check")
+    refuse("scripts/benchmark.py", *flags, "--against", "[torchtune]", message="choose from litgpt, peft")
+    refuse("scripts/benchmark.py", *flags, "--rounds", 0, message="--rounds 0 must be at least 1")
+
+
+def test_the_limit_is_that_of_the_work(folder):
+    limit = {"matmul": 1e12, "read": 1e10}
+    ours = Contender("ours", str(folder / "base"), "adapter", "32-true")
+    samples = [Encoded(list(range(20)), [-100] * 10 + [3] * 10)]
+    full = Contender("ours", str(folder / "base"), "full", "32-true")
+    assert limit_of("train", full, limit, samples) < limit_of("train", ours, limit, samples)
+    narrow = Contender("ours", str(folder / "base"), "adapter", "32-true", ("int8",))
+    assert limit_of("decode", ours, limit, []) < limit_of("decode", narrow, limit, []) < 1e10
+    weights = sum(3 * (32 * 64 + 32 * 32 + 3 * 32 * 48 + 2 * 32) for _ in range(1)) + 259 * 32
+    assert limit_of("decode", ours, limit, []) == pytest.approx(1e10 / (4 * weights))
+    assert set(limits(torch.float32, ours.config)) == {"matmul", "read"}
+
+
+def test_the_ratio_is_taken_round_by_round():
+    row = {"kind": "train", "of_limit": 0.5, "peak_mib": 1.0, "padding": 0.1, "least": 1.0, "most": 4.0}
+    rows = [
+        {**row, "name": "ours", "tokens_per_s": 2.0, "rounds": [1.0, 2.0, 4.0]},
+        {**row, "name": "other", "tokens_per_s": 1.0, "rounds": [0.5, 1.0, 2.0]},
+    ]
+    assert "| train | other | 1 (1 to 4) | 0.50 | 50 % | 10 % | 1 |" in table(rows)
