@@ -96,7 +96,7 @@ def in_our_words(message: str, flags: list[str]) -> str:
     if match := re.match(r'Parser key "(.+?)": (.*Expected .*) (?:Got|Given) value: (.*)', message):
         types = re.findall(r"Expected an? (?:<class ')?(?:typing\.)?(\w+\[.*?\]|\w+)", match[2])
         return f"--{match[1]} {match[3]}: expected {' or '.join(name for name in types if name != 'NoneType')}"
-    return re.sub(r'^Parser key "(.+?)": ', r"--\1: ", message)
+    return re.sub(r'^Parser key "(.+?)": ', r"--\1: ", message)[:300]  # it may quote a whole file
 
 
 def nearest_flag(name: str, flags: list[str]) -> str:

@@ -139,7 +139,7 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
         return int(min(int(lines["MemAvailable"].split()[0]) * 1024, *cgroup_rooms()))
     except OSError:
         return None
@@ -157,14 +157,14 @@ def cgroup_rooms() -> list[float]:
     The kernel kills without a word whoever goes beyond: https://docs.kernel.org/admin-guide/cgroup-v2.html#memory.
     """
     rooms: list[float] = []
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         _, controller, path = line.split(":", 2)
         root, limit_file, used_file, cache = CGROUP_FILES.get(controller, ("", "", "", ""))
         group = Path(root + path)
         for level in (group, *group.parents) if root else ():
             try:
-                limit, used = ((level / name).read_text().strip() for name in (limit_file, used_file))
-                stat = dict(entry.split() for entry in (level / "memory.stat").read_text().splitlines())
+                limit, used = ((level / name).read_text(encoding="utf-8").strip() for name in (limit_file, used_file))
+                stat = dict(entry.split() for entry in (level / "memory.stat").read_text(encoding="utf-8").splitlines())
             except OSError:  # a group seen from within a container, or the root, which has no limit
                 continue
             if limit != "max":

@@ -21,6 +21,7 @@ from lit_llama.model import LLaMA
 from lit_llama.quantize import quantize_base
 
 TRAINED_FILE, METHOD_FILE = "trained.safetensors", "method.json"
+DTYPES = {torch.float32: "F32", torch.float64: "F64"}  # what trains is float32; a test's whole model may be float64
 RECIPE = ("method", "arguments", "prompt_style")  # of method.json, repeated in the tensors' header: both must agree
 
 
@@ -63,7 +64,7 @@ def check_trained(tensors: dict[str, Tensor], path: Path, prefix: str = "") -> N
     headers = {name[len(prefix) :]: it for name, it in tensor_headers(path).items() if name.startswith(prefix)}
     expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     check_tensors({name: shape for name, (shape, _) in headers.items()}, expected, path)
-    check_dtypes(headers, ("F32", "F64"), path)  # F64: a float64 model's, as the tests have it
+    check_dtypes(headers, tuple({DTYPES[tensor.dtype] for tensor in tensors.values()}), path)
 
 
 def load_trained_folder(

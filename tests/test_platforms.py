@@ -11,7 +11,7 @@ from lightning.fabric import Fabric
 from test_scripts import run, succeed
 from tools import make_base, sums, write_rows
 
-from lit_llama import checkpoint, cli, devices
+from lit_llama import cli, devices, trained
 from lit_llama.plots import plot_comparison
 from lit_llama.report import markdown
 
@@ -62,10 +62,10 @@ def test_a_code_page_does_not_stop_an_answer(monkeypatch):
 
 
 def test_a_trained_folder_names_its_base_for_every_system(monkeypatch):
-    monkeypatch.setattr(checkpoint, "Path", PureWindowsPath)
-    monkeypatch.setattr(checkpoint, "load_config", lambda folder: type("config", (), {"name": "tiny"}))
-    monkeypatch.setattr(checkpoint, "fingerprint", lambda folder: "0")
-    assert checkpoint.describe_base("checkpoints\\my\\base")["checkpoint_dir"] == "checkpoints/my/base"
+    monkeypatch.setattr(trained, "Path", PureWindowsPath)
+    monkeypatch.setattr(trained, "load_config", lambda folder: type("config", (), {"name": "tiny"}))
+    monkeypatch.setattr(trained, "fingerprint", lambda folder: "0")
+    assert trained.describe_base("checkpoints\\my\\base")["checkpoint_dir"] == "checkpoints/my/base"
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
@@ -86,7 +86,7 @@ def test_no_file_is_replaced_while_it_is_mapped(tmp_path, monkeypatch):
     flags += ["--eval_samples", 0, "--train.max_steps", 4, "--train.save_every", 2, "--out_dir", tmp_path / "out"]
     for method in ("full", "lora"):
         with monkeypatch.context() as patch:
-            patch.setattr("lit_llama.runs.Interrupt.seen", lambda self, fabric: True)  # Ctrl-C in the first step
+            patch.setattr("lit_llama.signals.Interrupt.seen", lambda self, fabric: True)  # Ctrl-C in the first step
             assert run(f"finetune/{method}.py", *flags, "--overwrite").returncode == 130
         written = len(replaced)
         succeed(f"finetune/{method}.py", *flags, "--resume")
