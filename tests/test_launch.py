@@ -25,18 +25,29 @@ def torchrun(*flags: object) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *map(str, flags)]
 
 
-def start(arguments: list, **environment: str) -> subprocess.Popen:
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
-    return subprocess.Popen(
-        list(map(str, arguments)), cwd=ROOT, text=True, env=os.environ | environment, start_new_session=True, **pipes
-    )
+@pytest.fixture
+def start():
+    """Starts a command in the background; what is left of it and its children when the test ends is killed."""
+    started = []
+
+    def begin(arguments: list) -> subprocess.Popen:
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        started.append(subprocess.Popen([*map(str, arguments)], cwd=ROOT, text=True, start_new_session=True, **pipes))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # all have ended
+            pass
 
 
 def errors(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("error: ")]
 
 
-def test_two_nodes_are_two_devices(places, tmp_path):
+def test_two_nodes_are_two_devices(start, places, tmp_path):
     _, flags = places
     flags = [*flags, "--train.max_steps", 4, "--train.eval_every", 2, "--eval_samples", 4, "--out_dir"]
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -93,12 +104,12 @@ def test_a_mistake_is_told_once(places, tmp_path):
     assert len(errors(result.stderr)) == 1 and "start_layer 7 within 0 to 2" in errors(result.stderr)[0]
 
 
-def test_a_rank_that_is_killed_ends_the_job_which_goes_on_alone(places, tmp_path):
+def test_a_rank_that_is_killed_ends_the_job_which_goes_on_alone(start, places, tmp_path):
     _, flags = places
     flags = [*flags, "--train.max_steps", 300, "--train.eval_every", 300, "--train.save_every", 5, "--eval_samples", 0]
     several = ["--devices", 2, "--strategy", "fsdp"]
     process = start(command("finetune/adapter.py", *flags, *several, "--out_dir", tmp_path))
-    deadline = time.time() + 120
+    deadline = time.time() + 300
     while not ((tmp_path / "metrics.csv").exists() and len(metrics(tmp_path)) >= 7):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.05)
