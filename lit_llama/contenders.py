@@ -26,7 +26,7 @@ from lit_llama.generate import generate
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.quantize import pack, quantize_base
-from lit_llama.train import target_loss
+from lit_llama.train import padded_width, target_loss
 from lit_llama.trained import trained_tensors
 
 PADDED_SAMPLES = 4  # of a micro-batch of LitGPT and of PEFT's trainer: four samples, padded to the longest
@@ -99,7 +99,7 @@ def build_ours(contender: Contender, kind: str, device: torch.device, stack: Exi
         computed, n_targets = 0, sum(sample.n_targets for sample in samples)
         for batch in micro_batches(samples, max_tokens=1024):
             ids, targets = collate(batch, device)
-            computed += ids.numel()
+            computed += len(ids) * padded_width(model, ids)
             (target_loss(model, ids, targets) / n_targets).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

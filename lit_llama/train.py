@@ -62,11 +62,25 @@ def target_loss(model: LLaMA, ids: Tensor, targets: Tensor, chunk_size: int = 38
 
 def target_vectors(model: LLaMA, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of the n positions of ids (B, T) that have a target: vectors (n, C), targets (n,), and where they are (B, T')."""
+    more = padded_width(model, ids) - ids.size(1)
+    ids, targets = F.pad(ids, (0, more)), F.pad(targets, (0, more), value=IGNORE)
     if model.virtual_ids:
         virtual = torch.tensor([model.virtual_ids], device=ids.device).expand(len(ids), -1)
         ids, targets = torch.cat((virtual, ids), 1), F.pad(targets, (virtual.size(1), 0), value=IGNORE)
     where = targets != IGNORE
     return model.hidden_states(ids)[where], targets[where], where
+
+
+def padded_width(model: LLaMA, ids: Tensor) -> int:
+    """How wide a batch of ids (B, T) is made: T, but in bfloat16 on a CPU the next multiple of 8 that fits the context.
+
+    oneDNN compiles a kernel for every new shape and keeps a thousand of them: with a length of its own for each step,
+    375 steps on bookings took 2.5 GB and, as kernels were dropped and compiled again, a fifth more time.
+    """
+    T = ids.size(1)
+    if ids.device.type != "cpu" or model.dtype != torch.bfloat16:
+        return T
+    return max(T, min(-(-T // 8) * 8, model.context - len(model.virtual_ids)))
 
 
 def head_loss(lm_head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from lit_llama.blocks import block_forwards, first_trained
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig, attention, plain_attention
-from lit_llama.train import target_loss
+from lit_llama.train import padded_width, target_loss
 from lit_llama.trained import trained_tensors
 
 TINY = dict(
@@ -120,3 +120,15 @@ def test_compiled_blocks_have_the_same_gradients_for_all_lengths():
             compiled = gradients(model, lengths)
         for one, other in zip(plain, compiled, strict=True):
             torch.testing.assert_close(one, other)
+
+
+def test_bfloat16_batches_are_widened_to_few_shapes_and_mean_the_same():
+    model = trained_model("adapter", torch.bfloat16)
+    widths = {padded_width(model, torch.zeros(2, T, dtype=torch.long)) for T in range(1, 65)}
+    assert widths == set(range(8, 65, 8))
+    assert padded_width(trained_model("soft_prompt", torch.bfloat16, prompt_length=3), torch.zeros(2, 60)) == 61
+    assert padded_width(model.float(), torch.zeros(2, 13)) == 13
+    model = trained_model("adapter", torch.bfloat16)
+    ids = torch.arange(33).view(3, 11)
+    padded = F.pad(ids, (0, 5)), F.pad(ids.roll(-1, 1), (0, 5), value=-100)
+    assert torch.equal(target_loss(model, ids, ids.roll(-1, 1)), target_loss(model, *padded))
