@@ -74,8 +74,8 @@ def target_vectors(model: LLaMA, ids: Tensor, targets: Tensor) -> tuple[Tensor, 
 def padded_width(model: LLaMA, ids: Tensor) -> int:
     """How wide a batch of ids (B, T) is made: T, but in bfloat16 on a CPU the next multiple of 8 that fits the context.
 
-    oneDNN compiles a kernel for every new shape and keeps a thousand of them: with a length of its own for each step,
-    375 steps on bookings took 2.5 GB and, as kernels were dropped and compiled again, a fifth more time.
+    oneDNN compiles a kernel for every new shape and keeps a thousand of them: 375 steps on bookings, each with a length
+    of its own, took 2.5 GB of memory, and no less time.
     """
     T = ids.size(1)
     if ids.device.type != "cpu" or model.dtype != torch.bfloat16:
