@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import Any
 
 import torch
 import torch.multiprocessing as multiprocessing
@@ -34,21 +35,24 @@ def best_seconds(work, repeats: int = 7) -> float:
     return min(times[1:])
 
 
-def limits(dtype: torch.dtype, config: LLaMAConfig) -> dict[str, float]:
-    """What this machine can do: floating-point operations a second in products of the model's own shapes with 1,024
-    tokens, and bytes a second that it reads from memory."""
+def limits(precisions: set[str], config: LLaMAConfig) -> dict[str, float]:
+    """What this machine can do: for each precision floating-point operations a second, in products of the model's own
+    shapes with 1,024 tokens; and as "read" the bytes a second that it reads from memory."""
     device = default_device()
-    tokens = torch.randn(1024, config.n_embd, device=device, dtype=dtype)
-    up = torch.randn(config.intermediate_size, config.n_embd, device=device, dtype=dtype)
     large = torch.zeros(2**28, device=device)  # 1 GiB, more than any cache holds
 
     def wait(result: torch.Tensor) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    flops = 10 * 2 * tokens.size(0) * up.numel()
-    seconds = best_seconds(lambda: wait([tokens @ up.T for _ in range(10)][-1]))
-    return {"matmul": flops / seconds, "read": large.nbytes / best_seconds(lambda: wait(large.sum()), 3)}
+    def product_rate(dtype: torch.dtype) -> float:
+        tokens = torch.randn(1024, config.n_embd, device=device, dtype=dtype)
+        up = torch.randn(config.intermediate_size, config.n_embd, device=device, dtype=dtype)
+        seconds = best_seconds(lambda: wait([tokens @ up.T for _ in range(10)][-1]))
+        return 10 * 2 * tokens.size(0) * up.numel() / seconds
+
+    found = {precision: product_rate(base_dtype(precision, device)) for precision in sorted(precisions)}
+    return found | {"read": large.nbytes / best_seconds(lambda: wait(large.sum()), 3)}
 
 
 def limit_of(kind: str, contender: Contender, limit: dict[str, float], samples: list[Encoded]) -> float:
@@ -63,7 +67,7 @@ def limit_of(kind: str, contender: Contender, limit: dict[str, float], samples: 
         return limit["read"] / (blocks + model.lm_head.weight.numel() * wide)
     model = LLaMA(config).requires_grad_(False)
     METHODS[contender.method](model)
-    return limit["matmul"] / flops_per_token(model, samples)
+    return limit[contender.precision] / flops_per_token(model, samples)
 
 
 # ---------------------------------------------------------------------------------------------- measuring
@@ -77,9 +81,10 @@ def measure(kind: str, contenders: list[Contender], work: list[list[tuple]], lim
         end, other = spawn.Pipe()
         process = spawn.Process(target=serve, args=(contender, kind, other, torch.get_num_threads()), daemon=True)
         process.start()
+        other.close()  # so that the end of the process is heard
         ends.append(end)
         processes.append(process)
-        if error := end.recv():  # one after the other: building several at once would need the memory of all
+        if error := hear(end):  # one after the other: building several at once would need the memory of all
             raise UserError(f"{contender.name} cannot be measured: {error}")
     seen: list[list[tuple]] = [[] for _ in contenders]
     with Bar(len(work) * len(contenders), kind, "round") as bar:
@@ -88,7 +93,7 @@ def measure(kind: str, contenders: list[Contender], work: list[list[tuple]], lim
                 answers = []
                 for job in jobs:
                     end.send(job)
-                    answers.append(end.recv())
+                    answers.append(hear(end))
                     if isinstance(answers[-1], str):
                         raise UserError(f"{contender.name} failed: {answers[-1]}")
                 bar.update()
@@ -101,6 +106,14 @@ def measure(kind: str, contenders: list[Contender], work: list[list[tuple]], lim
     return [to_row(kind, *pair, work, limit) for pair in zip(contenders, seen, strict=True)]
 
 
+def hear(end: Any) -> Any:
+    """What a contender says; what to say of one that ended without a word."""
+    try:
+        return end.recv()
+    except EOFError:
+        return "its process ended without a word; perhaps it was killed for want of memory"
+
+
 def count_tokens(kind: str, jobs: list[tuple]) -> int:
     return sum(job[1] if kind == "decode" else sum(len(sample.ids) for sample in job[0]) for job in jobs)
 
@@ -111,7 +124,8 @@ def to_row(kind: str, contender: Contender, found: list[tuple], work: list[list[
     row = {"kind": kind, "name": contender.name, "tokens_per_s": statistics.median(rates)}
     row |= {"least": min(rates), "most": max(rates), "rounds": rates}
     row["of_limit"] = row["tokens_per_s"] / limit_of(kind, contender, limit, samples)
-    row["peak_mib"] = max(peak for _, _, peak, _ in found) / 2**20
+    peaks = [peak for _, _, peak, _ in found if peak is not None]  # Windows does not tell
+    row["peak_mib"] = max(peaks) / 2**20 if peaks else None
     if kind == "train":
         row["padding"] = 1 - sum(tokens for *_, tokens in found) / sum(computed for _, computed, _, _ in found)
     return row
@@ -144,5 +158,6 @@ def table(rows: list[dict]) -> str:
         ratio = statistics.median(a / b for a, b in zip(row["rounds"], first["rounds"], strict=True))
         padding = f"{row['padding']:.0%}" if "padding" in row else ""
         cells = [row["kind"], row["name"], rate, f"{ratio:.2f}", f"{row['of_limit']:.0%}", padding]
-        lines.append("| " + " | ".join([*cells, f"{row['peak_mib']:,.0f}"]) + " |")
+        cells.append("" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines).replace("%", " %")

@@ -127,7 +127,8 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     if sys.platform == "linux":  # where rusage also counts what the process that started this one had held
         status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+        if "VmHWM:" in status:  # a sandbox's kernel may leave it out
+            return int(status.split("VmHWM:")[1].split()[0]) * 1024
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024

@@ -191,6 +191,7 @@ class Job:
             devices=self.fabric.world_size,
             sharded=self.sharded,
             checkpointing=self.block_options["checkpointing"],
+            quantize=self.quantize,
         )
         sharing = self.devices if self.fabric.device.type == "cpu" else 1  # processes in the same memory
         if warning := check_room(found, self.room // sharing, rows * tokens, longest):

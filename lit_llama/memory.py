@@ -152,7 +152,8 @@ def check_room(found: Estimate, room: int, batch_tokens: int, longest: int) -> s
     if fitting >= longest:
         text += f"pass --train.micro_batch_tokens {fitting}"
     else:
-        text += "pass --precision bf16-true, a lower --train.max_seq_length, --strategy fsdp, or take another method"
+        text += "pass --precision bf16-true, --quantize int8, --checkpointing, a lower --train.max_seq_length, or "
+        text += "--strategy fsdp, or take another method"
     if found.total > REFUSE_ABOVE * room:
         raise UserError(text)
     return f"warning: {text}"
@@ -161,6 +162,7 @@ def check_room(found: Estimate, room: int, batch_tokens: int, longest: int) -> s
 # Shares of the free memory. The tensors counted must all be there at one time, so beyond 1 there is no hope; what an
 # allocator loses between them comes on top (measured of glibc's on SmolLM2: 17 % with full, 62 % with adapter).
 WARN_ABOVE, REFUSE_ABOVE = 0.6, 1.0
+NARROW_BYTES = {"int8": 1.0, "nf4": 0.5}  # of each number; the scales of rows or blocks are few
 
 
 def estimate(
@@ -175,16 +177,20 @@ def estimate(
     devices: int = 1,
     sharded: bool = False,
     checkpointing: bool = False,
+    quantize: str = "none",
 ) -> Estimate:
     """The memory of one optimizer step of ``method`` (a key of METHODS) with its ``arguments``.
 
     The largest micro-batch has ``rows`` samples of ``tokens`` tokens and ``n_targets`` targets in all (by default every
     token is one). ``dtype`` is the frozen base's. With ``sharded`` its blocks are spread over all ``devices``; with
-    ``checkpointing`` blocks keep their input alone, and compute the rest again in the backward pass.
+    ``checkpointing`` blocks keep their input alone, and compute the rest again in the backward pass. ``quantize`` is
+    what the frozen matrices of the blocks are kept in.
     """
     model = imagined(config, method, arguments, dtype)
     blocks = [sum(p.nbytes for p in block.parameters() if not p.requires_grad) for block in model.transformer.h]
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2 and not p.requires_grad]
+    frozen -= sum(p.nbytes - int(p.numel() * NARROW_BYTES.get(quantize, p.itemsize)) for p in matrices)
     params = list(trained_tensors(model).values())
     trained = sum(p.nbytes for p in params)
     state, update = optimizer_step(params, foreach=device_type == "cuda")

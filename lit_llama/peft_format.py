@@ -22,7 +22,7 @@ from torch import Tensor
 from lit_llama import __version__
 from lit_llama.checkpoint import check_tensors, load_config
 from lit_llama.cli import UserError
-from lit_llama.files import open_tensors, read_json, save_tensors, whole_folder, write_json
+from lit_llama.files import read_json, read_tensors, save_tensors, whole_folder, write_json
 from lit_llama.layouts import layer_names
 from lit_llama.methods import METHODS
 from lit_llama.methods.adapter import ACTIVATIONS
@@ -30,7 +30,15 @@ from lit_llama.methods.lora import TARGETS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prompts import choose_style
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.trained import METHOD_FILE, TRAINED_FILE, check_base, describe_base, kept_tensors, read_method
+from lit_llama.trained import (
+    METHOD_FILE,
+    TRAINED_FILE,
+    check_base,
+    check_recipe,
+    describe_base,
+    kept_tensors,
+    read_method,
+)
 
 Tensors = dict[str, Tensor]
 SETTINGS_FILE, WEIGHTS_FILE, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -56,7 +64,8 @@ def export_peft(trained_dir: Path, out_dir: Path, checkpoint_dir: Path | None = 
     if name not in TO_PEFT:
         raise UserError(f"{trained_dir} was trained with {name}: {WHY_NOT.get(name, 'unknown here')}")
     config = load_config(check_base(method["base"], checkpoint_dir, path))
-    tensors = read_tensors(Path(trained_dir) / TRAINED_FILE)
+    tensors, written = read_tensors(Path(trained_dir) / TRAINED_FILE)
+    check_recipe(method, written, path)
     check_tensors(shapes(tensors), kept_shapes(config, name, arguments), Path(trained_dir) / TRAINED_FILE)
     settings, tensors = TO_PEFT[name](config, arguments, tensors)
     about = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True}
@@ -82,10 +91,10 @@ def import_peft(
             f"{source / PICKLE} is a pickle, which is not opened here: load it with PEFT where you trust it, and "
             f"save_pretrained writes {WEIGHTS_FILE}"
         )
+    stored, _ = read_tensors(source / WEIGHTS_FILE)
+    given = {name: tensor.float() for name, tensor in stored.items()}
     try:
-        method, arguments, tensors = FROM_PEFT[settings["peft_type"]](
-            config, settings, read_tensors(source / WEIGHTS_FILE)
-        )
+        method, arguments, tensors = FROM_PEFT[settings["peft_type"]](config, settings, given)
     except KeyError as error:
         raise UserError(f"{source} lacks {error}") from None
     check_tensors(shapes(tensors), kept_shapes(config, method, arguments), source / WEIGHTS_FILE)
@@ -102,11 +111,6 @@ def import_peft(
         save_tensors(folder / TRAINED_FILE, tensors)
         write_json(folder / METHOD_FILE, description)
     return method
-
-
-def read_tensors(path: Path) -> Tensors:
-    with open_tensors(path) as file:
-        return {name: file.get_tensor(name).float() for name in file.keys()}
 
 
 def shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:

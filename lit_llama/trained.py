@@ -81,7 +81,7 @@ def load_trained_folder(
     narrow base fits the wide one too, but has learned to make up for the narrow one's errors.
     """
     method, path = read_method(trained_dir), Path(trained_dir) / METHOD_FILE
-    quantize = quantize or method.get("quantize", "none")
+    quantize = quantize or method["quantize"]
     if (Path(trained_dir) / MODEL_FILE).exists():  # a checkpoint folder: nothing of the base is left
         model = load_model(trained_dir, dtype, device)
         quantize_base(model, quantize)
@@ -116,7 +116,11 @@ def add_trained(model: LLaMA, trained_dir: Path | str, method: dict) -> None:
     check_trained(trained_tensors(plan), Path(trained_dir) / TRAINED_FILE)
     for tensor in trained_tensors(add_method(model)).values():
         tensor.data = tensor.data.clone()  # it may be the base's own, which another model goes on using (chat.py)
-    about = load_trained(model, Path(trained_dir) / TRAINED_FILE)
+    check_recipe(method, load_trained(model, Path(trained_dir) / TRAINED_FILE), path)
+
+
+def check_recipe(method: dict, about: dict, path: Path) -> None:
+    """UserError unless method.json (``path``) says what the tensors' header was told in training."""
     for key in RECIPE:
         if about.get(key, method[key]) != method[key]:
             raise UserError(f"{path}: {key} is {method[key]}, but {TRAINED_FILE} was trained with {about[key]}")
@@ -136,6 +140,8 @@ def read_method(trained_dir: Path | str) -> dict:
     method = read_json(path)
     check_fields(method, {"method": str, "arguments": dict, "base": dict, "prompt_style": str}, path)
     check_fields(method["base"], {"checkpoint_dir": str, "name": str, "fingerprint": str}, path)
+    method.setdefault("quantize", "none")  # folders written before the field existed lack it
+    check_fields(method, {"quantize": str}, path)
     check_fields(method.setdefault("train", {"max_seq_length": 512}), {"max_seq_length": int}, path)
     labels = method["arguments"].get("labels")
     if labels is not None and not (isinstance(labels, list) and labels and all(isinstance(it, str) for it in labels)):

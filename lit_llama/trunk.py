@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ from lit_llama.train import TrainArgs, share
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-TRUNK_FILE = "trunk.bin"
+TRUNK_FILE = ".trunk.tmp"  # by that ending the next run in the folder removes what a killed one left
 
 
 def is_changed(module: nn.Module) -> bool:
@@ -57,7 +58,8 @@ def trunk_size(model: LLaMA) -> int:
 def check_reuse(model: LLaMA, args: TrainArgs, n_samples: int) -> None:
     """UserError unless there is a trunk, and its output is read more often than it is computed."""
     trunk_size(model)
-    drawn = args.total_steps(n_samples) * args.batch_size
+    steps = args.total_steps(n_samples)
+    drawn = steps * args.batch_size if args.epochs is None else args.epochs * n_samples
     if drawn <= n_samples:
         raise UserError(
             f"--cache_trunk: {drawn} samples are drawn from {n_samples}, so none comes twice and nothing is saved; "
@@ -136,7 +138,7 @@ def cached_trunk(
 
 
 def as_rows(sample: Encoded, first_row: int) -> Encoded:
-    return Encoded(list(range(first_row, first_row + len(sample.ids))), sample.targets, sample.cut)
+    return replace(sample, ids=list(range(first_row, first_row + len(sample.ids))))
 
 
 def map_rows(fabric: Fabric, path: Path, n_rows: int, model: LLaMA) -> Tensor:

@@ -62,7 +62,6 @@ def main(
     from lit_llama.benchmark import limits, measure, measure_load, table
     from lit_llama.checkpoint import load_config
     from lit_llama.data import load_task
-    from lit_llama.devices import base_dtype, default_device
     from lit_llama.download import ensure_base
 
     ours, others = choose(kinds, methods, variants, against, model)
@@ -72,8 +71,14 @@ def main(
     ensure_base(checkpoint_dir, yes)
     task = load_task(data, checkpoint_dir, None, min(512, load_config(checkpoint_dir).block_size))
     precision = ours[0].precision
-    limit = limits(base_dtype(precision, default_device()), ours[0].config)
-    print(f"{torch.get_num_threads()} threads, {limit['matmul'] / 1e9:,.0f} GFLOP/s, {limit['read'] / 1e9:,.1f} GB/s")
+    if task.tokenizer.vocab_size > ours[0].config.vocab_size:
+        raise cli.UserError(
+            f"the tokenizer of --checkpoint_dir {checkpoint_dir} has {task.tokenizer.vocab_size} ids, --model {model} "
+            f"only {ours[0].config.vocab_size}; pass a --checkpoint_dir whose ids fit"
+        )
+    limit = limits({contender.precision for contender in ours}, ours[0].config)
+    rates = [f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in limit.items() if name != "read"]
+    print(f"{torch.get_num_threads()} threads, {', '.join(rates)}, {limit['read'] / 1e9:,.1f} GB/s")
     rows = []
     for kind in kinds:
         if kind == "load":

@@ -25,6 +25,7 @@ def main(
     micro_batch_tokens: int = 4096,
     seq_length: int = 512,
     checkpointing: bool = False,
+    quantize: str = "none",
     device: str = "cuda",
 ) -> None:
     """Estimate the memory of a step of finetuning.
@@ -39,12 +40,13 @@ def main(
         micro_batch_tokens: Tokens of one forward and backward pass.
         seq_length: Tokens of each sample in it, all of them targets.
         checkpointing: Whether blocks keep their input alone and compute the rest again in the backward pass.
+        quantize: What the frozen matrices of the blocks are kept in: none, int8 or nf4.
         device: Where it will run: cuda, or cpu.
     """
     from lit_llama.checkpoint import load_config
     from lit_llama.configs import CONFIGS
     from lit_llama.devices import PRECISIONS, STRATEGIES
-    from lit_llama.memory import estimate
+    from lit_llama.memory import NARROW_BYTES, estimate
     from lit_llama.methods import METHODS
     from lit_llama.model import LLaMAConfig
 
@@ -52,7 +54,8 @@ def main(
         raise cli.UserError(f"--model {model} is neither a folder with a base nor one of {', '.join(CONFIGS)}")
     config = LLaMAConfig.from_name(model) if model in CONFIGS else load_config(model)
     choices = [("method", method, METHODS), ("precision", precision, PRECISIONS), ("strategy", strategy, STRATEGIES)]
-    for name, value, known in [*choices, ("device", device, ("cuda", "cpu"))]:
+    choices += [("device", device, ("cuda", "cpu")), ("quantize", quantize, ("none", *NARROW_BYTES))]
+    for name, value, known in choices:
         if value not in known:
             raise cli.UserError(f"--{name} {value!r} is none of {', '.join(known)}")
     for name, value in dict(devices=devices, micro_batch_tokens=micro_batch_tokens, seq_length=seq_length).items():
@@ -72,6 +75,7 @@ def main(
             devices=devices,
             sharded=strategy == "fsdp",
             checkpointing=checkpointing,
+            quantize=quantize,
         )
     except TypeError as error:
         raise cli.UserError(f"--arguments {arguments} do not fit {method}: {error}") from None

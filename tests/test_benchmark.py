@@ -1,14 +1,14 @@
 """The benchmark runs all it names on the same work, and counts tokens that belong to samples."""
 
 import json
+import multiprocessing
 
 import pytest
-import torch
 from test_scripts import refuse, run
 from tools import make_base, sums, write_rows
 
 from lit_llama.batches import Encoded
-from lit_llama.benchmark import limit_of, limits, table
+from lit_llama.benchmark import hear, limit_of, limits, table
 from lit_llama.contenders import Contender
 
 
@@ -50,7 +50,7 @@ def test_mistakes_are_answered_in_one_line(folder):
 
 
 def test_the_limit_is_that_of_the_work(folder):
-    limit = {"matmul": 1e12, "read": 1e10}
+    limit = {"32-true": 1e12, "read": 1e10}
     ours = Contender("ours", str(folder / "base"), "adapter", "32-true")
     samples = [Encoded(list(range(20)), [-100] * 10 + [3] * 10)]
     full = Contender("ours", str(folder / "base"), "full", "32-true")
@@ -59,7 +59,13 @@ def test_the_limit_is_that_of_the_work(folder):
     assert limit_of("decode", ours, limit, []) < limit_of("decode", narrow, limit, []) < 1e10
     weights = sum(3 * (32 * 64 + 32 * 32 + 3 * 32 * 48 + 2 * 32) for _ in range(1)) + 259 * 32
     assert limit_of("decode", ours, limit, []) == pytest.approx(1e10 / (4 * weights))
-    assert set(limits(torch.float32, ours.config)) == {"matmul", "read"}
+    assert set(limits({"32-true", "bf16-true"}, ours.config)) == {"32-true", "bf16-true", "read"}
+
+
+def test_a_contender_that_is_killed_is_heard():
+    end, other = multiprocessing.Pipe()
+    other.close()
+    assert "ended without a word" in hear(end)
 
 
 def test_the_ratio_is_taken_round_by_round():

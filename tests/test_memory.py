@@ -139,3 +139,11 @@ def test_the_script_prints_a_table(tmp_path):
     assert "lora on tiny, bf16-true, micro-batches of 4 x 16 tokens" in printed and "in all, on each device" in printed
     refuse("scripts/estimate_memory.py", *flags, "--arguments", "{rank: 4}", message="do not fit lora")
     refuse("scripts/estimate_memory.py", "--model", "8B", message="neither a folder with a base nor one of 7B, 13B")
+
+
+def test_a_narrow_base_counts_as_what_it_is_kept_in():
+    wide, narrow = estimate_tiny("lora"), estimate_tiny("lora", quantize="int8")
+    model = tuned("lora")
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2 and not p.requires_grad]
+    assert wide.frozen - narrow.frozen == 3 * sum(p.numel() for p in matrices) > 0
+    assert narrow.trained == wide.trained

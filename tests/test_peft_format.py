@@ -23,7 +23,7 @@ from tools import SOME_BASE, make_base, save_trained
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
 from lit_llama.export import export_hf
-from lit_llama.files import read_json, write_json
+from lit_llama.files import read_json, read_tensors, save_tensors, write_json
 from lit_llama.methods.lora import TARGETS
 from lit_llama.peft_format import export_peft, import_peft
 from lit_llama.trained import load_trained_folder
@@ -223,3 +223,18 @@ def test_scripts(tmp_path):
         for folder in (trained, tmp_path / "ours")
     ]
     assert answers[0] == answers[1]
+
+
+def test_a_trained_folder_that_was_edited_or_spoiled_is_not_exported(tmp_path):
+    trained = train_ours(make_base(tmp_path / "base"), tmp_path / "trained", "lora")
+    path = trained / "trained.safetensors"
+    tensors, about = read_tensors(path)
+    save_tensors(path, tensors, {**about, "method": "lora", "arguments": {"alpha": 1}})
+    with pytest.raises(UserError, match="was trained with"):
+        export_peft(trained, tmp_path / "peft")
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged"):
+        export_peft(trained, tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
