@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -20,21 +20,25 @@ def block_forwards(model: LLaMA, compile: bool = False, checkpointing: bool = Fa
     ``checkpointing``: keep a block's input alone and compute the rest again in the backward pass
     (https://arxiv.org/abs/1604.06174). Blocks below the first one that trains build no graph, and are left out.
     """
-    blocks = model.transformer.h
+    blocks, first = model.transformer.h, first_trained(model)
     for i, block in enumerate(blocks):
         forward = block.forward
         if compile:
             forward = torch.compile(forward, dynamic=True)
-        if checkpointing and i >= first_trained(model):
+        if checkpointing and i >= first:
             forward = partial(checkpoint, forward, use_reentrant=False)
         block.forward = forward
     try:
-        # By default a compiled block is taken for another one that differs in its hooks alone, as LoRA's do.
-        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        with mind_hooks() if compile else nullcontext():
             yield
     finally:
         for block in blocks:
             del block.forward  # the class's own is left
+
+
+def mind_hooks() -> AbstractContextManager:
+    """By default torch.compile takes a block for another one that differs in its hooks alone, as LoRA's do."""
+    return torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
 
 
 def first_trained(model: LLaMA) -> int:

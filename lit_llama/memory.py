@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
+from lit_llama.blocks import block_forwards
 from lit_llama.cli import UserError
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.train import BUCKET_NUMBERS, target_loss
@@ -215,12 +214,9 @@ def one_pass(model: LLaMA, ledger: Ledger, rows: int, tokens: int, checkpointing
         if param.requires_grad:
             param.grad = torch.zeros_like(param)
             ledger.note(param.grad)
-    if checkpointing:
-        for block in model.transformer.h:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     before, at_head = ledger.now, []
     model.lm_head.register_forward_pre_hook(lambda *_: at_head.append(ledger.now))
-    with ledger:
+    with block_forwards(model, checkpointing=checkpointing), ledger:
         target_loss(model.train(), ids, targets).backward()
     return at_head[0] - before, ledger.peak - at_head[0]
 

@@ -191,7 +191,7 @@ class Run:
                 f"with ({CONFIG_FILE} has them), or --allow_changes to go on with these"
             )
         for change in changes:
-            self.fabric.print(f"note: going on with other settings: {change}")
+            ranks.say(f"note: going on with other settings: {change}")
         self.new_goal = any(change.startswith(("base.fingerprint ", "data_fingerprint ")) for change in changes)
         return bool(changes)
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lit_llama import ranks
 from lit_llama.batches import Encoded, collate, micro_batches
 from lit_llama.cli import UserError
 from lit_llama.model import CausalSelfAttention, LLaMA
@@ -120,7 +121,7 @@ def cached_trunk(
     path = Path(out_dir) / TRUNK_FILE
     try:
         rows = map_rows(fabric, path, n_rows, model)
-        fabric.print(f"computing {n} of {len(transformer.h)} blocks once: {rows.nbytes / 2**20:,.0f} MiB in {path}")
+        ranks.say(f"computing {n} of {len(transformer.h)} blocks once: {rows.nbytes / 2**20:,.0f} MiB in {path}")
         top = {f"transformer.h.{i}": PassOn(block) for i, block in enumerate(transformer.h) if i >= n}
         with torch.no_grad(), stand_ins(model, {**top, "transformer.ln_f": nn.Identity()}):
             for batch in share(micro_batches(samples, micro_batch_tokens), fabric.world_size)[fabric.global_rank]:

@@ -178,7 +178,11 @@ def test_gradients_by_finite_differences(case):
 @pytest.mark.parametrize("changes", SHAPES)
 @every_case
 def test_cached_decoding_equals_uncached(case, changes):
-    model = tuned(case, **changes).eval().double()
+    check_cached_decoding(tuned(case, **changes).eval().double())
+
+
+def check_cached_decoding(model: LLaMA) -> None:
+    """In pieces of several lengths, in float64."""
     ids = torch.cat((torch.tensor([model.virtual_ids] * 2, dtype=torch.long), tokens()), 1)
     with torch.no_grad():
         full = model(ids)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from test_methods import CASES, logits_of, shake, tokens, train
+from test_methods import CASES, check_cached_decoding, logits_of, shake, tokens, train
 from test_model import tiny_model
 from test_scripts import refuse, succeed
 from tools import make_base, sums, write_rows
@@ -163,14 +163,7 @@ def test_what_trains_is_what_trains_over_a_wide_base(case):
 
 @every_case
 def test_cached_decoding_equals_uncached_over_int8(case):
-    model = over_int8(case).eval().double()
-    ids = torch.cat((torch.tensor([model.virtual_ids] * 2, dtype=torch.long), tokens()), 1)
-    with torch.no_grad():
-        full = model(ids)
-        model.set_kv_cache(2, 20)
-        cuts = (0, 4, 5, ids.size(1))
-        parts = [model(ids[:, a:b], torch.arange(a, b)) for a, b in zip(cuts, cuts[1:], strict=False)]
-    torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-9, rtol=1e-9)
+    check_cached_decoding(over_int8(case).eval().double())
 
 
 @every_case
