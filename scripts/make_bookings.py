@@ -225,18 +225,20 @@ def write_day(rng: random.Random, day: str, hour: int) -> str:
 
 
 def write_guests(rng: random.Random, guests: int) -> dict[str, str]:
-    number = str if rng.random() < 0.65 else NUMBERS.__getitem__
-    n = number(guests)
+    n = str(guests) if rng.random() < 0.65 else NUMBERS[guests]
     if guests == 1:
         return {"n": n, "people": rng.choice(["just me", f"{n} person"]), "we": "it is just me"}
     return {"n": n, "people": rng.choice(PEOPLE).format(n), "we": rng.choice(WE).format(n)}
 
 
 def draw_name(rng: random.Random, split: str) -> str:
-    """A name of the list; in training often with one of many surnames, so that copying pays and knowing does not."""
-    name = rng.choice(NAMES[split])
-    more = split == "train" and " " not in name and rng.random() < 0.35
-    return f"{name} {rng.choice(WORDS['more_surnames'])}" if more else name
+    """A name of the list; in training as often one put together, so that copying pays and knowing does not."""
+    if split == "validation":
+        return rng.choice(NAMES[split])
+    parts = WORDS["more_names"]
+    known, made = rng.choice(NAMES[split]), rng.choice(parts["openings"]) + rng.choice(parts["closings"])
+    name = known if rng.random() < 0.5 else made
+    return f"{name} {rng.choice(WORDS['more_surnames'])}" if " " not in name and rng.random() < 0.35 else name
 
 
 def draw_place(rng: random.Random, split: str) -> str:
@@ -300,8 +302,7 @@ def misspell(rng: random.Random, text: str) -> str:
 def write_message(rng: random.Random, phrasing: str, split: str) -> tuple[str, dict]:
     text = surround(rng, phrasing, split)
     booking, slots = draw_booking(rng, text, split)
-    if rng.random() < NOISE["typo"]:
-        text = misspell(rng, text)
+    text = misspell(rng, text) if rng.random() < NOISE["typo"] else text
     if rng.random() < NOISE["no full stop"]:
         text = text.rstrip(".?!")
     if rng.random() < NOISE["lower case"]:
@@ -320,8 +321,8 @@ def write_messages(rng: random.Random, phrasings: list[str], split: str, count: 
 
 def save_rows(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8", newline="\n")
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8", newline="\n")
 
 
 def main(out_dir: str = "data", seed: int = 1337) -> None:
@@ -333,8 +334,8 @@ def main(out_dir: str = "data", seed: int = 1337) -> None:
     """
     for split in SPLITS:
         rng = random.Random(f"{seed} {split}")
-        phrasings = 14 * BOOKINGS[split]  # most rows follow a written one
-        if split == "train":  # and the rest of the rows from mixed ones
+        phrasings = (9 if split == "train" else 14) * BOOKINGS[split]
+        if split == "train":  # more than half of the rows follow a mixed one
             phrasings += mix_phrasings(rng, BOOKING_ROWS[split] - len(phrasings))
         rows = [{"instruction": text, "output": json.dumps(booking, ensure_ascii=False, separators=(",", ":"))}
                 for text, booking in write_messages(rng, phrasings, split, BOOKING_ROWS[split])]
