@@ -66,12 +66,10 @@ def main(
 
     started = time.perf_counter()
     splits = {"train": task.train[:max_samples], "validation": task.validation}
-    total = sum(map(len, splits.values()))
-    with Bar(total, "vectors", "text") as bar:
-        vectors = {
-            name: text_vectors(model, [sample.ids for sample in split], tick=bar.update)
-            for name, split in splits.items()
-        }
+    vectors = {}
+    with Bar(sum(map(len, splits.values())), "vectors", "text") as bar:
+        for name, split in splits.items():
+            vectors[name] = text_vectors(model, [sample.ids for sample in split], tick=bar.update)
     answers = {name: [task.labels[sample.targets[-1]] for sample in split] for name, split in splits.items()}
     arrays, labels = fit_classifier(classifier, vectors["train"], answers["train"], seed)
     seconds = time.perf_counter() - started
@@ -83,15 +81,10 @@ def main(
     run.remove()
     run.save_costs(seconds)
     save_arrays(run.out_dir / TRAINED_FILE, arrays)
-    method = {
-        "method": "features",
-        "arguments": {"classifier": classifier, "labels": labels},
-        "trained_numbers": sum(array.size for array in arrays.values()),
-        "base": describe_base(checkpoint_dir),
-        "prompt_style": task.prompt_style,
-        "data": task.data,
-        "train": {"max_seq_length": max_seq_length, "seed": seed},
-    }
+    numbers, arguments = sum(array.size for array in arrays.values()), {"classifier": classifier, "labels": labels}
+    method = {"method": "features", "arguments": arguments, "trained_numbers": numbers}
+    method |= {"base": describe_base(checkpoint_dir), "prompt_style": task.prompt_style, "data": task.data}
+    method["train"] = {"max_seq_length": max_seq_length, "seed": seed}
     write_json(run.out_dir / METHOD_FILE, method)
     save_command_line(run.out_dir)
     print(f'\nsaved in {run.out_dir}; try: python generate/classify.py --trained_dir {run.out_dir} --prompt "..."')

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,9 +66,15 @@ def limit_of(kind: str, contender: Contender, limit: dict[str, float], samples: 
         wide = base_dtype(contender.precision, default_device()).itemsize
         blocks = sum(p.numel() for p in model.transformer.h.parameters()) * (narrow or wide)
         return limit["read"] / (blocks + model.lm_head.weight.numel() * wide)
-    model = LLaMA(config).requires_grad_(False)
-    METHODS[contender.method](model)
-    return limit[contender.precision] / flops_per_token(model, samples)
+
+    def flops(n_layer: int) -> float:
+        model = LLaMA(replace(config, n_layer=n_layer)).requires_grad_(False)
+        METHODS[contender.method](model)
+        return flops_per_token(model, samples)
+
+    few = min(4, config.n_layer)  # a 7B whole in float32 takes 27 GB, and every block beyond the fourth adds the same
+    further = flops(few + 1) - flops(few) if config.n_layer > few else 0.0
+    return limit[contender.precision] / (flops(few) + (config.n_layer - few) * further)
 
 
 # ---------------------------------------------------------------------------------------------- measuring

@@ -21,7 +21,7 @@ from lit_llama.blocks import block_forwards
 from lit_llama.checkpoint import load_config
 from lit_llama.cli import UserError
 from lit_llama.configs import CONFIGS
-from lit_llama.devices import base_dtype, peak_memory
+from lit_llama.devices import base_dtype, default_device, peak_memory
 from lit_llama.generate import generate
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -61,7 +61,7 @@ def serve(contender: Contender, kind: str, connection, threads: int) -> None:
     """Build a contender, then measure what comes through ``connection`` until None comes. Runs in its own process."""
     torch.set_num_threads(threads)
     torch.manual_seed(1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     try:
         with ExitStack() as stack:
             build = {"ours": build_ours, "litgpt": build_litgpt, "peft": build_peft}[contender.project]

@@ -44,7 +44,7 @@ def answer_samples(
     with Bar(len(samples), name, "sample", hidden=not ranks.is_first()) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            room = model.context - len(model.virtual_ids) - max(len(prompts[i]) for i in rows)
+            room = model.text_room - max(len(prompts[i]) for i in rows)
             tokens = generate_batch(
                 model, [prompts[i] for i in rows], min(longest + 1, max(1, room)), stop_ids(style, tokenizer)
             )

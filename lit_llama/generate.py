@@ -34,13 +34,13 @@ def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator | 
 
 def check_length(model: LLaMA, prompt_tokens: int, max_new_tokens: int) -> None:
     """UserError unless prompt and answer fit the model's context."""
-    block_size = model.context - len(model.virtual_ids)
     if prompt_tokens < 1:
         raise UserError("the prompt is empty: there is nothing to continue")
-    if max_new_tokens < 1 or prompt_tokens + max_new_tokens > block_size:
+    if max_new_tokens < 1 or prompt_tokens + max_new_tokens > model.text_room:
         raise UserError(
             f"a prompt of {prompt_tokens} tokens and max_new_tokens {max_new_tokens} do not fit the context of "
-            f"{block_size} tokens; shorten the prompt or choose max_new_tokens from 1 to {block_size - prompt_tokens}"
+            f"{model.text_room} tokens; shorten the prompt or choose max_new_tokens from 1 to "
+            f"{model.text_room - prompt_tokens}"
         )
 
 

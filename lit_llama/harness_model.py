@@ -56,7 +56,7 @@ class HarnessModel(TemplateLM):
     @property
     def max_length(self) -> int:
         """Tokens of text that fit beside what the method puts in front."""
-        return self.model.context - len(self.model.virtual_ids)
+        return self.model.text_room
 
     # text
 

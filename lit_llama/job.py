@@ -24,6 +24,14 @@ else:
 HEADS = ("language", "classifier")
 
 
+def check_together(strategy: str, num_nodes: int, narrow: bool, compile: bool, cache_trunk: bool) -> None:
+    """UserError for flags that cannot be had together."""
+    if cache_trunk and num_nodes > 1:
+        raise UserError(f"--cache_trunk needs one machine, whose ranks share a file: got --num_nodes {num_nodes}")
+    if strategy == "fsdp" and (cache_trunk or compile or narrow):
+        raise UserError("--strategy fsdp goes with none of --cache_trunk, --compile and --quantize; pass ddp")
+
+
 class Job:
     """A base with all weights frozen (``model``), data to train on (``task``), and where it runs (``fabric``)."""
 
@@ -89,10 +97,7 @@ class Job:
 
         if head not in HEADS:
             raise UserError(f"--head {head!r} is none of {', '.join(HEADS)}")
-        if cache_trunk and num_nodes > 1:
-            raise UserError(f"--cache_trunk needs one machine, whose ranks share a file: got --num_nodes {num_nodes}")
-        if strategy == "fsdp" and (cache_trunk or compile or quantize != "none"):
-            raise UserError("--strategy fsdp goes with none of --cache_trunk, --compile and --quantize; pass ddp")
+        check_together(strategy, num_nodes, quantize != "none", compile, cache_trunk)
         self.method, self.train, self.checkpoint_dir, self.devices = method, train, checkpoint_dir, devices
         self.quantize, self.cache_trunk = quantize, cache_trunk
         self.block_options = dict(compile=compile, checkpointing=checkpointing)
@@ -133,7 +138,7 @@ class Job:
         if self.cache_trunk:
             check_reuse(self.model, self.train, len(self.task.train))
         longest = max(len(sample.ids) for sample in self.task.train + self.task.validation)
-        room = self.model.context - len(self.model.virtual_ids)
+        room = self.model.text_room
         if longest > room:
             raise UserError(
                 f"the longest sample has {longest} tokens, and what {self.method} puts in front leaves {room} of the "

@@ -122,6 +122,8 @@ def imagined(config: LLaMAConfig, method: str, arguments: dict, dtype: torch.dty
     """The model as it will be trained, on the meta device."""
     from lit_llama.methods import METHODS
 
+    if method not in METHODS:
+        raise UserError(f"the method {method!r} is none of {', '.join(METHODS)}; see lit_llama/methods/__init__.py")
     with torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
             model = LLaMA(config).to(dtype)

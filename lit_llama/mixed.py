@@ -25,6 +25,7 @@ from lit_llama.methods.lora import places
 from lit_llama.methods.prefix import PrefixAttention
 from lit_llama.methods.soft_prompt import SoftPromptEmbedding
 from lit_llama.model import CausalSelfAttention, KVCache, LLaMA, attention
+from lit_llama.quantize import quantization
 from lit_llama.trained import load_trained_folder
 
 MIXABLE = ("adapter", "prefix", "soft_prompt", "lora")
@@ -105,7 +106,8 @@ class Mixer:
         It is loaded beside the base on the CPU, where a base of the same dtype is mapped and not copied.
         """
         folder, wte = Path(folder), self.model.transformer.wte.weight
-        trained, method = load_trained_folder(folder, checkpoint_dir, wte.dtype, "cpu")
+        narrow = "int8" if quantization(self.model) == "int8" else "none"  # the CPU has no nf4
+        trained, method = load_trained_folder(folder, checkpoint_dir, wte.dtype, "cpu", narrow)
         if method["method"] not in MIXABLE:
             raise UserError(
                 f"{folder} was trained with {method['method']}, which changes the base's own weights or layers; a "

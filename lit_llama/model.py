@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_llama.configs import CONFIGS
+from lit_llama.configs import CONFIGS, LLAMA_31_SCALING
 
 
 @dataclass
@@ -47,8 +47,8 @@ class LLaMAConfig:
             raise ValueError(f"head_size must be even (rotary pairs), got {self.head_size}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
-        if self.rope_scaling is not None and set(self.rope_scaling) != ROPE_SCALING_FIELDS:
-            raise ValueError(f"rope_scaling needs exactly {sorted(ROPE_SCALING_FIELDS)}, got {self.rope_scaling}")
+        if self.rope_scaling is not None and set(self.rope_scaling) != set(LLAMA_31_SCALING):
+            raise ValueError(f"rope_scaling needs exactly {sorted(LLAMA_31_SCALING)}, got {self.rope_scaling}")
 
     @classmethod
     def from_name(cls, name: str, **changes) -> LLaMAConfig:
@@ -56,9 +56,6 @@ class LLaMAConfig:
         if name not in CONFIGS:
             raise ValueError(f"unknown model {name!r}; known: {', '.join(CONFIGS)}")
         return cls(**{"name": name, **CONFIGS[name], **changes})
-
-
-ROPE_SCALING_FIELDS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
 def unfreeze(module: nn.Module) -> None:
@@ -258,9 +255,8 @@ class LLaMA(nn.Module):
 
     def init_weights(self, std: float = 0.02) -> LLaMA:
         """Random weights as GPT-2's: normal for matrices, ones for norms. A checkpoint overwrites them."""
-        for param in self.parameters():
-            if param.dim() == 2:
-                nn.init.normal_(param, std=std)
+        for matrix in (param for param in self.parameters() if param.dim() == 2):
+            nn.init.normal_(matrix, std=std)
         return self
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,7 +281,7 @@ class LLaMA(nn.Module):
         With ``input_pos`` (T,): idx goes into these slots of the KV cache and sees all slots up to its own;
         ``pad`` (B,) counts the padding slots at the left of each row, which nothing sees.
         """
-        self.check_length(idx, input_pos)
+        self.check_length(idx.size(1), input_pos)
         positions, mask = torch.arange(idx.size(1), device=idx.device), None
         if input_pos is not None:
             positions, mask = input_pos, self.decode_mask(input_pos, pad)
@@ -306,8 +302,12 @@ class LLaMA(nn.Module):
         """Tokens that fit, ``virtual_ids`` among them."""
         return self.config.block_size - self.first_position
 
-    def check_length(self, idx: Tensor, input_pos: Tensor | None) -> None:
-        T = idx.size(1)
+    @property
+    def text_room(self) -> int:
+        """Tokens that fit behind the ``virtual_ids``."""
+        return self.context - len(self.virtual_ids)
+
+    def check_length(self, T: int, input_pos: Tensor | None) -> None:
         if input_pos is None and T > self.context:
             raise ValueError(f"{T} tokens do not fit the context of {self.context}; shorten the input")
         if input_pos is not None and self.cache_size < T:

@@ -266,10 +266,14 @@ class Run:
         """A bar on the terminal of rank 0, or a line now and then where there is none."""
         self.last_step = step
         self.tokens, self.seconds = 0, 0.0
-        with Bar(total_steps, "step", "step", initial=step, hidden=not self.fabric.is_global_zero) as bar:
-            yield bar
-        for logger in self.fabric.loggers:
-            logger.finalize("success")
+        status = "failed"
+        try:
+            with Bar(total_steps, "step", "step", initial=step, hidden=not self.fabric.is_global_zero) as bar:
+                yield bar
+            status = "success"
+        finally:
+            for logger in self.fabric.loggers:  # an interrupted run's last figures, too
+                logger.finalize(status)
 
     def log(
         self, bar: Bar, step: int, loss: float, lr: float, tokens: int, seconds: float, val_loss: float | None

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a question to ask between steps."""
+"""Ctrl-C and SIGTERM as a question to ask between steps and micro-batches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ class Interrupt:
             raise KeyboardInterrupt  # the second Ctrl-C does not wait
         self.came = True
         if ranks.is_first():
-            print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
+            print("\nstopping; press Ctrl-C again to stop at once", file=sys.stderr)
+
+    def seen_alone(self, fabric: Fabric) -> bool:
+        """Whether it came and there is no other rank to agree with."""
+        return self.came and fabric.world_size == 1
 
     def seen(self, fabric: Fabric) -> bool:
         """The same answer on every rank, so that none waits for one that has stopped."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,7 +81,7 @@ def padded_width(model: LLaMA, ids: Tensor) -> int:
     T = ids.size(1)
     if ids.device.type != "cpu" or model.dtype != torch.bfloat16:
         return T
-    return max(T, min(-(-T // 8) * 8, model.context - len(model.virtual_ids)))
+    return max(T, min(-(-T // 8) * 8, model.text_room))
 
 
 def head_loss(lm_head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -99,12 +100,23 @@ def share(batches: list[list[Encoded]], world_size: int) -> list[list[list[Encod
     return shares
 
 
-def step_gradient(fabric: Fabric, model: LLaMA, samples: list[Encoded], micro_batch_tokens: int) -> float:
-    """Leave the gradient of one step in ``.grad`` on every rank, and return the step's loss per target token."""
+def step_gradient(
+    fabric: Fabric,
+    model: LLaMA,
+    samples: list[Encoded],
+    micro_batch_tokens: int,
+    stop: Callable[[], bool] = lambda: False,
+) -> float:
+    """Leave the gradient of one step in ``.grad`` on every rank, and return the step's loss per target token.
+
+    ``stop`` is asked before each micro-batch: StepLeft where it says so.
+    """
     n_targets = sum(sample.n_targets for sample in samples)
     loss: Any = torch.zeros(1, device=fabric.device)
     shares = share(micro_batches(samples, micro_batch_tokens), fabric.world_size)
     for batch in shares[fabric.global_rank]:
+        if stop():
+            raise StepLeft
         batch_loss = target_loss(model, *collate(batch, fabric.device)) / n_targets
         fabric.backward(batch_loss)
         loss += batch_loss.detach()
@@ -165,7 +177,8 @@ def fit(
     """Train what of ``model`` requires a gradient, and leave it at its best validated step.
 
     Writes the best step, metrics.csv and the state to resume from into the run's folder; goes on from there where
-    ``run`` was opened to resume. Ctrl-C finishes the step, saves, and raises Interrupted.
+    ``run`` was opened to resume. Ctrl-C finishes the micro-batch, or with several ranks the step, saves, and raises
+    Interrupted: a step that was left half done is taken from its beginning by a resumed run.
     """
     total_steps = args.total_steps(len(train_data))
     step = run.load_state(model, optimizer)
@@ -179,7 +192,10 @@ def fit(
             lr = learning_rate_at(step, total_steps, args)
             torch.manual_seed(1_000_003 * args.seed + step)  # dropout too depends on the step alone
             try:
-                loss = train_step(fabric, model, optimizer, batch, lr, args)
+                loss = train_step(fabric, model, optimizer, batch, lr, args, lambda: interrupt.seen_alone(fabric))
+            except StepLeft:
+                run.save_state(model, optimizer, step)
+                raise interrupted(step, total_steps) from None
             except NotFinite as error:
                 run.save_state(model, optimizer, step)
                 where = ", ".join(sample.where or str(i) for i, sample in zip(samples, batch, strict=True))
@@ -199,10 +215,12 @@ def fit(
             if step % args.save_every == 0 or step == total_steps or stopping:
                 run.save_state(model, optimizer, step)
             if stopping:
-                raise Interrupted(
-                    f"stopped and saved at step {step} of {total_steps}; the same command with --resume goes on"
-                )
+                raise interrupted(step, total_steps)
     run.load_best(model)
+
+
+def interrupted(step: int, total_steps: int) -> Interrupted:
+    return Interrupted(f"stopped and saved at step {step} of {total_steps}; the same command with --resume goes on")
 
 
 LOWER_THE_RATE = (
@@ -215,11 +233,21 @@ class NotFinite(Exception):
     """A loss or a gradient that is NaN or infinite."""
 
 
+class StepLeft(Exception):
+    """A step that was stopped between two micro-batches."""
+
+
 def train_step(
-    fabric: Fabric, model: LLaMA, optimizer: torch.optim.Optimizer, samples: list[Encoded], lr: float, args: TrainArgs
+    fabric: Fabric,
+    model: LLaMA,
+    optimizer: torch.optim.Optimizer,
+    samples: list[Encoded],
+    lr: float,
+    args: TrainArgs,
+    stop: Callable[[], bool] = lambda: False,
 ) -> float:
-    """One optimizer step; returns the loss before it. NotFinite leaves the weights as they are."""
-    loss = step_gradient(fabric, model, samples, args.micro_batch_tokens)
+    """One optimizer step; returns the loss before it. NotFinite and StepLeft leave the weights as they are."""
+    loss = step_gradient(fabric, model, samples, args.micro_batch_tokens, stop)
     params = [p for p in trained_tensors(model).values() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(params, args.clip or math.inf).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from lit_llama.checkpoint import (
 from lit_llama.cli import UserError
 from lit_llama.files import read_json, read_tensors, tensor_headers
 from lit_llama.model import LLaMA
-from lit_llama.quantize import quantize_base
+from lit_llama.quantize import quantization, quantize_base
 
 TRAINED_FILE, METHOD_FILE = "trained.safetensors", "method.json"
 DTYPES = {torch.float32: "F32", torch.float64: "F64"}  # what trains is float32; a test's whole model may be float64
@@ -117,6 +118,12 @@ def add_trained(model: LLaMA, trained_dir: Path | str, method: dict) -> None:
     for tensor in trained_tensors(add_method(model)).values():
         tensor.data = tensor.data.clone()  # it may be the base's own, which another model goes on using (chat.py)
     check_recipe(method, load_trained(model, Path(trained_dir) / TRAINED_FILE), path)
+    if quantization(model) != method["quantize"]:
+        print(
+            f"note: {trained_dir} was trained with --quantize {method['quantize']}, its base is loaded with "
+            f"{quantization(model)}: it fits, but has learned to make up for the other's errors",
+            file=sys.stderr,
+        )
 
 
 def check_recipe(method: dict, about: dict, path: Path) -> None:

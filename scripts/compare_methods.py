@@ -24,10 +24,10 @@ from lit_llama.settings import DEFAULT_BASE
 ROOT = Path(__file__).parent.parent
 # Learning rates for --pilot: each script's default, and about a third and three times of it.
 PILOT_RATES = {
-    "output_layers": (3e-5, 1e-4, 3e-4),
+    "output_layers": (1e-4, 3e-4, 1e-3),
     "full": (1e-5, 3e-5, 1e-4),
     "soft_prompt": (1e-2, 3e-2, 1e-1),
-    "prefix": (3e-3, 1e-2, 3e-2),
+    "prefix": (1e-2, 3e-2, 1e-1),
     "houlsby": (3e-4, 1e-3, 3e-3),
     "adapter": (7e-3, 2e-2, 6e-2),
     "adapter_v2": (7e-3, 2e-2, 6e-2),
@@ -91,82 +91,55 @@ def main(
         seed: Of the order of samples and of everything drawn at random.
         yes: Do not ask before a download.
     """
-    from lit_llama.checkpoint import load_model
-    from lit_llama.data import load_splits, load_task, split_file
+    from lit_llama.checkpoint import load_config
+    from lit_llama.data import split_file
     from lit_llama.download import ensure_base
-    from lit_llama.files import write_json
-    from lit_llama.plots import plot_ablations, plot_comparison
-    from lit_llama.report import markdown, quality
-    from lit_llama.runs import read_metrics, save_command_line
+    from lit_llama.runs import save_command_line
 
-    unknown = set(methods) - set(METHODS)
-    if unknown or not methods:
-        raise cli.UserError(f"--methods {sorted(unknown)}: choose from {', '.join(METHODS)}")
     for name, value in (("n_samples", n_samples), ("pilot_samples", pilot_samples), ("batch_size", batch_size)):
         if value < 1:
             raise cli.UserError(f"--{name} {value} must be at least 1")
-    if not Path(data).is_dir():
-        raise cli.UserError(f"--data {data} must be a folder with train and validation files")
+    methods = possible_methods(methods, Path(data))
     ensure_base(checkpoint_dir, yes)
-    if "features" in methods and not all(sample.label for sample in load_splits(Path(data))[0]):
-        print(f"features is left out: the rows of {data} have no labels")
-        methods = tuple(name for name in methods if name != "features")
     folder = Path(out_dir or f"out/compare/{Path(data).stem}")
     split = "test" if split_file(Path(data), "test") else "validation"
-    shared = ["--data", data, "--checkpoint_dir", checkpoint_dir]
-    common = [*shared, "--eval_samples", "0", "--train.batch_size", str(batch_size), "--train.seed", str(seed)]
-    test = ["--data", data, "--split", split]
-    test += [] if max_test_samples is None else ["--max_samples", str(max_test_samples)]
-    steps = max(1, n_samples // batch_size)
-
-    if ablations:
-        jobs = ablation_jobs(folder, load_model(checkpoint_dir).config.n_layer, steps, ablation_steps)
-    else:
-        jobs = [Job(name, name, folder / name, 0 if name == "features" else steps) for name in methods]
-    trials = pilot_jobs(folder, methods, max(1, pilot_samples // batch_size)) if pilot and not ablations else []
     settings = dict(data=data, split=split, n_samples=n_samples, batch_size=batch_size, seed=seed, pilot=pilot)
     settings |= dict(checkpoint_dir=checkpoint_dir, max_test_samples=max_test_samples, pilot_samples=pilot_samples)
     keep_settings(folder / "settings.json", settings)
     save_command_line(folder)
-    unfit: dict[str, str] = {}  # trials that failed: too high a rate may well
+
+    steps, trials, bases = max(1, n_samples // batch_size), [], {}
+    if ablations:
+        jobs = ablation_jobs(folder, load_config(checkpoint_dir).n_layer, steps, ablation_steps)
+    else:
+        jobs = [Job(name, name, folder / name, 0 if name == "features" else steps) for name in methods]
+        trials = pilot_jobs(folder, methods, max(1, pilot_samples // batch_size)) if pilot else []
+        bases = {f"base, {count} examples": (count, folder / f"base-{count}-{split}.json") for count in shots}
     failed: dict[str, str] = {}
     with Bar(sum(job.steps for job in trials + jobs), "steps", "step") as bar:
-        for job in trials:
-            train(job, common, unfit, bar)
-        for job in jobs:
-            tried = [trial for trial in trials if trial.method == job.method and trial.name not in unfit]
-            if tried:
-                best = min(tried, key=lambda trial: lowest_loss(trial.out_dir))
-                job.flags += ["--train.learning_rate", str(final_rate(best))]
-            flags = [*shared, "--seed", str(seed), "--max_samples", str(n_samples)] if job.steps == 0 else common
-            if train(job, flags, failed, bar) and job.evaluated:
-                bar.set_description(f"{job.name}: answers")
-                evaluate(job.name, job.out_dir / f"{split}.json", ["--trained_dir", str(job.out_dir), *test], failed)
-        if not ablations:
-            for count in shots:
-                name, file = f"base, {count} examples", folder / f"base-{count}-{split}.json"
-                bar.set_description(name)
-                evaluate(name, file, ["--checkpoint_dir", checkpoint_dir, *test, "--shots", str(count)], failed)
-
-    sample = load_task(data, checkpoint_dir, None, 512).train[:batch_size]
-    done = [job for job in jobs if job.name not in failed]
-    results = {job.name: measure(job, sample, job.out_dir / f"{split}.json") for job in done}
-    if not ablations:
-        bases = {f"base, {count} examples": folder / f"base-{count}-{split}.json" for count in shots}
-        results |= {name: quality(file) for name, file in bases.items() if name not in failed}
-    name = "ablations" if ablations else "results"
-    write_json(folder / f"{name}.json", {"settings": settings, "results": results, "failed": failed})
-    table = markdown(results)
-    (folder / f"{name}.md").write_text(table, encoding="utf-8")
-    print(f"\n{table}\nwrote {folder / name}.json and .md")
-    if ablations:
-        curves = {job.name: [float(row["loss"]) for row in read_metrics(job.out_dir)] for job in done}
-        plot_ablations(folder, {name: losses for name, losses in curves.items() if name.startswith("gate")})
-    else:
-        plot_comparison(folder, results)
+        run_jobs(trials, jobs, settings, failed, bar)
+        for name, (count, file) in bases.items():
+            bar.set_description(name)
+            evaluate(name, file, settings, ["--checkpoint_dir", checkpoint_dir, "--shots", str(count)], failed)
+    report(folder, "ablations" if ablations else "results", jobs, bases, settings, failed)
     if failed:
         lines = "; ".join(f"{name}: {why}" for name, why in failed.items())
         raise cli.UserError(f"{len(failed)} of the runs failed, the same command tries them again: {lines}")
+
+
+def possible_methods(methods: tuple[str, ...], data: Path) -> tuple[str, ...]:
+    """Without features, where the rows have no labels; UserError for an unknown one."""
+    from lit_llama.data import load_splits
+
+    unknown = set(methods) - set(METHODS)
+    if unknown or not methods:
+        raise cli.UserError(f"--methods {sorted(unknown)}: choose from {', '.join(METHODS)}")
+    if not data.is_dir():
+        raise cli.UserError(f"--data {data} must be a folder with train and validation files")
+    if "features" in methods and not all(sample.label for sample in load_splits(data)[0]):
+        print(f"features is left out: the rows of {data} have no labels")
+        return tuple(name for name in methods if name != "features")
+    return methods
 
 
 def keep_settings(path: Path, settings: dict) -> None:
@@ -205,6 +178,25 @@ def ablation_jobs(folder: Path, n_layer: int, steps: int, gate_steps: int) -> li
 # ---------------------------------------------------------------------------------------------- running
 
 
+def run_jobs(trials: list[Job], jobs: list[Job], settings: dict, failed: dict[str, str], bar: Bar) -> None:
+    """Train the trials, then each job at the learning rate of its method's best trial, and evaluate it."""
+    shared = ["--data", settings["data"], "--checkpoint_dir", settings["checkpoint_dir"]]
+    common = [*shared, "--eval_samples", "0", "--train.batch_size", str(settings["batch_size"])]
+    common += ["--train.seed", str(settings["seed"])]
+    unfit: dict[str, str] = {}  # trials that failed: too high a rate may well
+    for job in trials:
+        train(job, common, unfit, bar)
+    for job in jobs:
+        if tried := [trial for trial in trials if trial.method == job.method and trial.name not in unfit]:
+            best = min(tried, key=lambda trial: lowest_loss(trial.out_dir))
+            job.flags += ["--train.learning_rate", str(final_rate(best))]
+        features = [*shared, "--seed", str(settings["seed"]), "--max_samples", str(settings["n_samples"])]
+        if train(job, features if job.method == "features" else common, failed, bar) and job.evaluated:
+            bar.set_description(f"{job.name}: answers")
+            file = job.out_dir / f"{settings['split']}.json"
+            evaluate(job.name, file, settings, ["--trained_dir", str(job.out_dir)], failed)
+
+
 def train(job: Job, flags: list[str], failed: dict[str, str], bar: Bar) -> bool:
     """Run a finetune script unless it has run; the bar follows its metrics.csv. Whether there is a trained folder."""
     from lit_llama.runs import STATE_FILE, read_metrics
@@ -229,9 +221,12 @@ def train(job: Job, flags: list[str], failed: dict[str, str], bar: Bar) -> bool:
     return job.name not in failed
 
 
-def evaluate(name: str, file: Path, flags: list[str], failed: dict[str, str]) -> None:
+def evaluate(name: str, file: Path, settings: dict, flags: list[str], failed: dict[str, str]) -> None:
     if not file.exists():
         command = [sys.executable, str(ROOT / "scripts/evaluate.py"), *flags, "--results", str(file)]
+        command += ["--data", settings["data"], "--split", settings["split"]]
+        if settings["max_test_samples"] is not None:
+            command += ["--max_samples", str(settings["max_test_samples"])]
         log = run_process(command, file.parent, lambda: None)
         if log is not None:
             failed[name] = log
@@ -255,6 +250,31 @@ def run_process(command: list[str], folder: Path, tick) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------- measuring
+
+
+def report(
+    folder: Path, name: str, jobs: list[Job], bases: dict[str, tuple[int, Path]], settings: dict, failed: dict[str, str]
+) -> None:
+    """Measure what did not fail, and write it as a .json file, as a table, and as plots."""
+    from lit_llama.data import load_task
+    from lit_llama.files import write_json
+    from lit_llama.plots import plot_ablations, plot_comparison
+    from lit_llama.report import markdown, quality
+    from lit_llama.runs import read_metrics
+
+    done = [job for job in jobs if job.name not in failed]
+    sample = load_task(settings["data"], settings["checkpoint_dir"], None, 512).train[: settings["batch_size"]]
+    results = {job.name: measure(job, sample, job.out_dir / f"{settings['split']}.json") for job in done}
+    results |= {base: quality(file) for base, (_, file) in bases.items() if base not in failed}
+    write_json(folder / f"{name}.json", {"settings": settings, "results": results, "failed": failed})
+    table = markdown(results)
+    (folder / f"{name}.md").write_text(table, encoding="utf-8")
+    print(f"\n{table}\nwrote {folder / name}.json and .md")
+    if name == "ablations":
+        curves = {job.name: [float(row["loss"]) for row in read_metrics(job.out_dir)] for job in done}
+        plot_ablations(folder, {name: losses for name, losses in curves.items() if name.startswith("gate")})
+    else:
+        plot_comparison(folder, results)
 
 
 def lowest_loss(out_dir: Path) -> float:

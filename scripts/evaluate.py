@@ -15,8 +15,13 @@ from lit_llama import cli
 from lit_llama.settings import DEFAULT_BASE
 
 if TYPE_CHECKING:
+    import torch
+
+    from lit_llama.batches import Encoded
     from lit_llama.classify import Classifier
+    from lit_llama.model import LLaMA
     from lit_llama.samples import Sample
+    from lit_llama.tokenizer import Tokenizer
 
 
 def main(
@@ -51,17 +56,13 @@ def main(
         quantize: What the base's weights are kept in: none, int8, or on CUDA nf4; by default as in training.
         results: A .json file to write each sample's loss and answer to.
     """
-    from lit_llama.checkpoint import load_model
     from lit_llama.classify import is_classifier, load_classifier
-    from lit_llama.data import can_be_asked, encode_samples, split_file
+    from lit_llama.data import encode_samples, split_file
     from lit_llama.devices import base_dtype, launch
-    from lit_llama.download import ensure_base
-    from lit_llama.evaluate import add_shots, answer_samples, count_last_answers, sample_losses
-    from lit_llama.prompts import choose_style
-    from lit_llama.quantize import pack, quantize_base
+    from lit_llama.evaluate import add_shots, count_last_answers, sample_losses
+    from lit_llama.quantize import pack
     from lit_llama.samples import read_samples
-    from lit_llama.tokenizer import Tokenizer
-    from lit_llama.trained import load_trained_folder, read_method, tokenizer_dir
+    from lit_llama.trained import read_method
 
     for name, value in (("max_samples", max_samples), ("batch_size", batch_size), ("max_seq_length", max_seq_length)):
         if value is not None and value < 1:
@@ -72,50 +73,79 @@ def main(
     if file is None:
         raise cli.UserError(f"{data} holds no {split} file; give the file to evaluate, or another --split")
     samples = read_samples(file)[:max_samples]
-    fabric = launch()
-    dtype = base_dtype(precision, fabric.device)
+    device = launch().device
+    dtype = base_dtype(precision, device)
     if trained_dir and is_classifier(read_method(trained_dir)):
         if shots or prompt_style or max_seq_length or quantize:
             raise cli.UserError(
                 f"{trained_dir} answers with labels: no --shots, --prompt_style, --max_seq_length, --quantize"
             )
-        classify, method = load_classifier(trained_dir, checkpoint_dir, dtype, fabric.device)
+        classify, method = load_classifier(trained_dir, checkpoint_dir, dtype, device)
         write_results(results, evaluate_labels(samples, classify, method, checkpoint_dir))
         return
-    if trained_dir:
-        model, method = load_trained_folder(trained_dir, checkpoint_dir, dtype, fabric.device, quantize)
-        checkpoint_dir = tokenizer_dir(trained_dir, checkpoint_dir, method)
-        prompt_style = prompt_style or method["prompt_style"]
-        max_seq_length = max_seq_length or method["train"]["max_seq_length"]
-        print(f"{method['method']} over {method['base']['name']} on {data}")
-    else:
-        checkpoint_dir = checkpoint_dir or DEFAULT_BASE
-        ensure_base(checkpoint_dir, yes=False)
-        model = load_model(checkpoint_dir, dtype, fabric.device)
-        quantize_base(model, quantize or "none")
-        print(f"{model.config.name} on {data}")
-    tokenizer = Tokenizer(checkpoint_dir)
-    style = choose_style(prompt_style, tokenizer)
-    room = model.context - len(model.virtual_ids)
-    max_seq_length = min(max_seq_length or (room if shots else 512), room)
+    model, tokenizer, style, length = load(trained_dir, checkpoint_dir, prompt_style, dtype, device, quantize)
+    print(f"on {file}")
+    room = model.text_room
+    length = min(max_seq_length or length or (room if shots else 512), room)
     asked = add_shots(samples, Path(data), shots, shots_seed) if shots else samples
-    kept, encoded = encode_samples(asked, style, tokenizer, max_seq_length)
+    kept, encoded = encode_samples(asked, style, tokenizer, length)
     if shots:
         kept, encoded = count_last_answers(kept, encoded, style, tokenizer)
-    losses = sample_losses(model, encoded, fabric.device)
+    losses = sample_losses(model, encoded, device)
     pack(model)  # for decoding: the many rows of the loss gain nothing by it
     loss = sum(losses) / sum(ids.n_targets for ids in encoded)
-    print(f"{len(kept)} samples; {len(samples) - len(kept)} dropped: no answer begins within {max_seq_length} tokens")
+    print(f"{len(kept)} samples; {len(samples) - len(kept)} dropped: no answer begins within {length} tokens")
     print(f"loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
-    asked = [i for i, (sample, ids) in enumerate(zip(kept, encoded, strict=True)) if can_be_asked(sample, ids)]
-    answered = answer_samples(model, tokenizer, style, [kept[i] for i in asked], batch_size)
-    answers = dict(zip(asked, answered, strict=True))
-    right = {i: answers[i].strip() == kept[i].answer.strip() for i in asked}
-    if asked:
+    answers = ask(model, tokenizer, style, kept, encoded, batch_size)
+    right = {i: answer.strip() == kept[i].answer.strip() for i, answer in answers.items()}
+    if right:
         correct = sum(right.values())
-        print(f"exact match: {correct / len(asked):.1%} ({correct} of {len(asked)})".replace("%", " %"))
+        print(f"exact match: {correct / len(right):.1%} ({correct} of {len(right)})".replace("%", " %"))
     figures = [(losses[i], ids.n_targets, right.get(i), answers.get(i)) for i, ids in enumerate(encoded)]
     write_results(results, [(sample.row, *row) for sample, row in zip(kept, figures, strict=True)])
+
+
+def load(
+    trained_dir: str | None,
+    checkpoint_dir: str | None,
+    prompt_style: str | None,
+    dtype: "torch.dtype",
+    device: "torch.device",
+    quantize: str | None,
+) -> "tuple[LLaMA, Tokenizer, str, int | None]":
+    """A base or a trained folder: model, tokenizer, prompt style, and the length that samples had in training."""
+    from lit_llama.checkpoint import load_model
+    from lit_llama.download import ensure_base
+    from lit_llama.prompts import choose_style
+    from lit_llama.quantize import quantize_base
+    from lit_llama.tokenizer import Tokenizer
+    from lit_llama.trained import load_trained_folder, tokenizer_dir
+
+    if trained_dir:
+        model, method = load_trained_folder(trained_dir, checkpoint_dir, dtype, device, quantize)
+        print(f"{method['method']} over {method['base']['name']}", end=" ")
+        tokenizer = Tokenizer(tokenizer_dir(trained_dir, checkpoint_dir, method))
+        style = choose_style(prompt_style or method["prompt_style"], tokenizer)
+        return model, tokenizer, style, method["train"]["max_seq_length"]
+    folder = checkpoint_dir or DEFAULT_BASE
+    ensure_base(folder, yes=False)
+    model = load_model(folder, dtype, device)
+    quantize_base(model, quantize or "none")
+    print(model.config.name, end=" ")
+    tokenizer = Tokenizer(folder)
+    return model, tokenizer, choose_style(prompt_style, tokenizer), None
+
+
+def ask(
+    model: "LLaMA", tokenizer: "Tokenizer", style: str, samples: "list[Sample]", encoded: "list[Encoded]", rows: int
+) -> dict[int, str]:
+    """The answers to the samples that have a question, by their number; ``rows`` are decoded together."""
+    from lit_llama.data import can_be_asked
+    from lit_llama.evaluate import answer_samples
+
+    asked = [i for i, (sample, ids) in enumerate(zip(samples, encoded, strict=True)) if can_be_asked(sample, ids)]
+    answers = answer_samples(model, tokenizer, style, [samples[i] for i in asked], rows)
+    return dict(zip(asked, answers, strict=True))
 
 
 def write_results(path: str | None, rows: list[tuple]) -> None:

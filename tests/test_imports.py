@@ -31,6 +31,7 @@ def test_the_model_imports_torch_alone():
     assert {name for name in imports(ROOT / "lit_llama" / "model.py") if "lit_llama." in name} == {
         "lit_llama.configs",
         "lit_llama.configs.CONFIGS",
+        "lit_llama.configs.LLAMA_31_SCALING",
     }
 
 

@@ -194,7 +194,7 @@ def test_packed_layers_keep_a_methods_hooks():
 
 
 @pytest.mark.parametrize("method", ["lora", "output_layers"])
-def test_a_run_over_int8_says_so_and_is_loaded_over_int8(method, tmp_path):
+def test_a_run_over_int8_says_so_and_is_loaded_over_int8(method, tmp_path, capsys):
     write_rows(tmp_path / "data" / "train.json", sums(20))
     write_rows(tmp_path / "data" / "validation.json", sums(30)[20:])
     base, out = make_base(tmp_path / "base"), tmp_path / "out"
@@ -207,6 +207,9 @@ def test_a_run_over_int8_says_so_and_is_loaded_over_int8(method, tmp_path):
     assert f"loss {float(best):.4f}" in succeed(*evaluate)
     assert f"loss {float(best):.4f}" not in succeed(*evaluate, "--quantize", "none")
     assert quantization(load_trained_folder(out, quantize=None)[0]) == "int8"
+    capsys.readouterr()
+    load_trained_folder(out)
+    assert "trained with --quantize int8, its base is loaded with none" in capsys.readouterr().err
     answer = ["generate/adapter.py", "--trained_dir", out, "--prompt", "add 1 and 1", "--max_new_tokens", 3]
     assert succeed(*answer) and succeed(*answer, "--quantize", "none")
     refuse(f"finetune/{method}.py", *flags[:-2], "--resume", "--quantize", "none", message="quantize was 'int8'")

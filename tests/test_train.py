@@ -245,6 +245,19 @@ def test_interrupted_and_resumed_is_the_run_that_was_never_stopped(fabric, place
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def test_ctrl_c_leaves_a_step_after_the_micro_batch_and_the_step_is_taken_anew(fabric, places, tmp_path):
+    alone = dict(micro_batch_tokens=1)  # every sample a micro-batch of its own
+    start(fabric, places, tmp_path / "whole", **alone)
+    model = build(places[0])
+    stop = StopAt(model, forward_passes=ARGS["batch_size"] + 2)  # in the second step
+    with pytest.raises(Interrupted, match="at step 1 of 6"):
+        start(fabric, places, tmp_path / "parts", model=model, **alone)
+    assert stop.left == 0  # no further micro-batch
+    start(fabric, places, tmp_path / "parts", resume=True, **alone)
+    for name in ("trained.safetensors", STATE_FILE):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_training_outside_the_main_thread_sets_no_handlers(fabric, places, tmp_path):
     thread = threading.Thread(target=start, args=(fabric, places, tmp_path / "out"))
     thread.start()
