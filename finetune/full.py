@@ -15,7 +15,7 @@ from lit_llama.settings import TrainArgs
 def main(
     head: str = "language",
     train: TrainArgs = TrainArgs(
-        max_steps=450, batch_size=4, learning_rate=1e-4, weight_decay=0.01, eval_every=150, save_every=150
+        max_steps=450, batch_size=4, learning_rate=3e-5, weight_decay=0.01, eval_every=150, save_every=150
     ),
     **shared,
 ) -> None:

@@ -14,7 +14,7 @@ from lit_llama.settings import TrainArgs
 def main(
     prompt_length: int = 10,
     mlp_size: int = 0,
-    train: TrainArgs = TrainArgs(max_steps=450, batch_size=4, learning_rate=1e-2, eval_every=150),
+    train: TrainArgs = TrainArgs(max_steps=450, batch_size=4, learning_rate=3e-2, eval_every=150),
     **shared,
 ) -> None:
     """Finetune a base with prefix tuning.

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 PILOT_RATES = {
     "output_layers": (1e-4, 3e-4, 1e-3),
     "full": (1e-5, 3e-5, 1e-4),
-    "soft_prompt": (1e-2, 3e-2, 1e-1),
+    "soft_prompt": (3e-3, 1e-2, 3e-2),
     "prefix": (1e-2, 3e-2, 1e-1),
     "houlsby": (3e-4, 1e-3, 3e-3),
     "adapter": (7e-3, 2e-2, 6e-2),
