@@ -61,7 +61,10 @@ def running_mean(values: list[float]) -> list[float]:
 
 
 def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
-    """Quality against trained numbers, and against peak memory; the base's own quality as lines across."""
+    """Quality against trained numbers, and against peak memory; the base's own quality as lines across.
+
+    The axis is that of the methods: a base far below them is named at its edge.
+    """
     plt = pyplot()
     if plt is None:
         return
@@ -73,18 +76,23 @@ def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
     }
     for key, (label, unit, scale) in axes.items():
         figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-        for name, row in points.items():
+        for i, (name, row) in enumerate(sorted(points.items(), key=lambda point: point[1][key] or 0)):
             if row[key] is None:  # memory, on Windows
                 continue
             low, high = row["right_interval"]
             error = [[100 * (row["right"] - low)], [100 * (high - row["right"])]]
             ax.errorbar(row[key] / unit, 100 * row["right"], yerror(error), fmt="o", capsize=3)
-            ax.annotate(name, (row[key] / unit, 100 * row["right"]), xytext=(6, 4), textcoords="offset points")
-        for name, row in levels.items():
-            ax.axhline(100 * row["right"], color="grey", linewidth=0.8, linestyle="--")
-            ax.annotate(name, (0.99, 100 * row["right"]), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+            place = dict(xytext=(-6, 5), ha="right") if i % 2 else dict(xytext=(6, -13))  # neighbours on other sides
+            ax.annotate(name, (row[key] / unit, 100 * row["right"]), textcoords="offset points", **place)
         ax.set(xscale=scale, xlabel=label, ylabel="right answers (%), with 95 % intervals")
-        ax.margins(0.12)
+        ax.margins(0.15)
+        low, high = ax.get_ylim()
+        for name, row in levels.items():
+            level = min(max(100 * row["right"], low), high)
+            ax.axhline(level, color="grey", linewidth=0.8, linestyle="--")
+            text = f"{name}: {row['right']:.1%}".replace("%", " %")
+            ax.annotate(text, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+        ax.set_ylim(low, high)
         figure.savefig(folder / f"quality_by_{key}.png", dpi=120)
         plt.close(figure)
 
