@@ -19,7 +19,7 @@ from lit_llama.batches import Encoded
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
 from lit_llama.contenders import Contender, serve
-from lit_llama.devices import base_dtype, default_device
+from lit_llama.devices import base_dtype, default_device, synchronize
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.report import flops_per_token
@@ -43,8 +43,7 @@ def limits(precisions: set[str], config: LLaMAConfig) -> dict[str, float]:
     large = torch.zeros(2**28, device=device)  # 1 GiB, more than any cache holds
 
     def wait(result: torch.Tensor) -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
 
     def product_rate(dtype: torch.dtype) -> float:
         tokens = torch.randn(1024, config.n_embd, device=device, dtype=dtype)

@@ -21,7 +21,7 @@ from lit_llama.blocks import block_forwards
 from lit_llama.checkpoint import load_config
 from lit_llama.cli import UserError
 from lit_llama.configs import CONFIGS
-from lit_llama.devices import base_dtype, default_device, peak_memory
+from lit_llama.devices import base_dtype, default_device, peak_memory, synchronize
 from lit_llama.generate import generate
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -70,8 +70,7 @@ def serve(contender: Contender, kind: str, connection, threads: int) -> None:
             while (job := connection.recv()) is not None:
                 started = time.perf_counter()
                 computed = work(*job)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
+                synchronize(device)
                 connection.send((time.perf_counter() - started, computed, peak_memory(device)))
     except Exception as error:
         connection.send(f"{type(error).__name__}: {error}")

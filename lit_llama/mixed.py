@@ -103,10 +103,11 @@ class Mixer:
     def add(self, folder: Path, checkpoint_dir: Path | None = None) -> dict:
         """Take over what ``folder`` learned; returns its method.json. Its base is checked, and not kept.
 
-        It is loaded beside the base on the CPU, where a base of the same dtype is mapped and not copied.
+        It is loaded beside the base on the CPU: mapped where the base is wide, over an int8 copy where that is int8. Of
+        nf4 the CPU has none: over it, the keys and values of an adapter's prompt are those of the wide base.
         """
         folder, wte = Path(folder), self.model.transformer.wte.weight
-        narrow = "int8" if quantization(self.model) == "int8" else "none"  # the CPU has no nf4
+        narrow = "int8" if quantization(self.model) == "int8" else "none"
         trained, method = load_trained_folder(folder, checkpoint_dir, wte.dtype, "cpu", narrow)
         if method["method"] not in MIXABLE:
             raise UserError(

@@ -63,7 +63,7 @@ def running_mean(values: list[float]) -> list[float]:
 def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
     """Quality against trained numbers, and against peak memory; the base's own quality as lines across.
 
-    The axis is that of the methods: a base far below them is named at its edge.
+    The axis is that of the methods: a base below or above it has no line and is named in a corner.
     """
     plt = pyplot()
     if plt is None:
@@ -87,11 +87,15 @@ def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
         ax.set(xscale=scale, xlabel=label, ylabel="right answers (%), with 95 % intervals")
         ax.margins(0.15)
         low, high = ax.get_ylim()
+        beyond = []
         for name, row in levels.items():
-            level = min(max(100 * row["right"], low), high)
-            ax.axhline(level, color="grey", linewidth=0.8, linestyle="--")
-            text = f"{name}: {row['right']:.1%}".replace("%", " %")
-            ax.annotate(text, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+            level, text = 100 * row["right"], f"{name}: {row['right']:.1%}".replace("%", " %")
+            if low <= level <= high:
+                ax.axhline(level, color="grey", linewidth=0.8, linestyle="--")
+                ax.annotate(text, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+            else:
+                beyond.append(text)
+        ax.annotate("\n".join(beyond), (0.99, 0.02), xycoords="axes fraction", ha="right", va="bottom")
         ax.set_ylim(low, high)
         figure.savefig(folder / f"quality_by_{key}.png", dpi=120)
         plt.close(figure)

@@ -22,7 +22,7 @@ from lit_llama import __version__, cli, ranks
 from lit_llama.bars import Bar
 from lit_llama.checkpoint import CONFIG_FILE as MODEL_CONFIG_FILE
 from lit_llama.checkpoint import INDEX_FILE, MODEL_FILE
-from lit_llama.cli import UserError
+from lit_llama.cli import Interrupted, UserError
 from lit_llama.convert import copy_tokenizer
 from lit_llama.devices import peak_memory
 from lit_llama.files import (
@@ -271,8 +271,11 @@ class Run:
             with Bar(total_steps, "step", "step", initial=step, hidden=not self.fabric.is_global_zero) as bar:
                 yield bar
             status = "success"
+        except Interrupted:
+            status = "interrupted"
+            raise
         finally:
-            for logger in self.fabric.loggers:  # an interrupted run's last figures, too
+            for logger in self.fabric.loggers:
                 logger.finalize(status)
 
     def log(

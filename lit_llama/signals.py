@@ -43,7 +43,7 @@ class Interrupt:
 
 @contextmanager
 def catch_interrupt() -> Iterator[Interrupt]:
-    """Turn Ctrl-C and SIGTERM into a question to ask between steps."""
+    """Turn Ctrl-C and SIGTERM into a question to ask between steps and micro-batches."""
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
         yield interrupt

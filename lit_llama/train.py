@@ -177,8 +177,9 @@ def fit(
     """Train what of ``model`` requires a gradient, and leave it at its best validated step.
 
     Writes the best step, metrics.csv and the state to resume from into the run's folder; goes on from there where
-    ``run`` was opened to resume. Ctrl-C finishes the micro-batch, or with several ranks the step, saves, and raises
-    Interrupted: a step that was left half done is taken from its beginning by a resumed run.
+    ``run`` was opened to resume. Ctrl-C finishes the micro-batch, saves, and raises Interrupted: a resumed run takes a
+    step that was left half done from its beginning. After a step's last micro-batch, and with several ranks, the step
+    is finished first, with its validation where one is due.
     """
     total_steps = args.total_steps(len(train_data))
     step = run.load_state(model, optimizer)
@@ -247,6 +248,7 @@ def train_step(
     stop: Callable[[], bool] = lambda: False,
 ) -> float:
     """One optimizer step; returns the loss before it. NotFinite and StepLeft leave the weights as they are."""
+    optimizer.zero_grad(set_to_none=True)  # a step that was left leaves half a gradient
     loss = step_gradient(fabric, model, samples, args.micro_batch_tokens, stop)
     params = [p for p in trained_tensors(model).values() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(params, args.clip or math.inf).item()

@@ -119,9 +119,11 @@ def add_trained(model: LLaMA, trained_dir: Path | str, method: dict) -> None:
         tensor.data = tensor.data.clone()  # it may be the base's own, which another model goes on using (chat.py)
     check_recipe(method, load_trained(model, Path(trained_dir) / TRAINED_FILE), path)
     if quantization(model) != method["quantize"]:
+        narrow = method["quantize"] != "none"
+        why = "has learned to make up for the other's errors" if narrow else "has not seen its errors"
         print(
             f"note: {trained_dir} was trained with --quantize {method['quantize']}, its base is loaded with "
-            f"{quantization(model)}: it fits, but has learned to make up for the other's errors",
+            f"{quantization(model)}: it fits, but {why}",
             file=sys.stderr,
         )
 

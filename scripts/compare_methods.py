@@ -1,4 +1,4 @@
-"""What each method costs and gives on one data set: results.json, table.md and two plots.
+"""What each method costs and gives on one data set: results.json, results.md and two plots.
 
     python scripts/compare_methods.py --data data/bookings
     python scripts/compare_methods.py --data data/reviews --n_samples 4000 --pilot       # learning rates chosen first

@@ -83,8 +83,8 @@ def main(
         classify, method = load_classifier(trained_dir, checkpoint_dir, dtype, device)
         write_results(results, evaluate_labels(samples, classify, method, checkpoint_dir))
         return
-    model, tokenizer, style, length = load(trained_dir, checkpoint_dir, prompt_style, dtype, device, quantize)
-    print(f"on {file}")
+    name, model, tokenizer, style, length = load(trained_dir, checkpoint_dir, prompt_style, dtype, device, quantize)
+    print(f"{name} on {file}")
     room = model.text_room
     length = min(max_seq_length or length or (room if shots else 512), room)
     asked = add_shots(samples, Path(data), shots, shots_seed) if shots else samples
@@ -112,8 +112,8 @@ def load(
     dtype: "torch.dtype",
     device: "torch.device",
     quantize: str | None,
-) -> "tuple[LLaMA, Tokenizer, str, int | None]":
-    """A base or a trained folder: model, tokenizer, prompt style, and the length that samples had in training."""
+) -> "tuple[str, LLaMA, Tokenizer, str, int | None]":
+    """A base or a trained folder: its name, model, tokenizer, prompt style, and the samples' length in training."""
     from lit_llama.checkpoint import load_model
     from lit_llama.download import ensure_base
     from lit_llama.prompts import choose_style
@@ -123,28 +123,32 @@ def load(
 
     if trained_dir:
         model, method = load_trained_folder(trained_dir, checkpoint_dir, dtype, device, quantize)
-        print(f"{method['method']} over {method['base']['name']}", end=" ")
         tokenizer = Tokenizer(tokenizer_dir(trained_dir, checkpoint_dir, method))
         style = choose_style(prompt_style or method["prompt_style"], tokenizer)
-        return model, tokenizer, style, method["train"]["max_seq_length"]
+        name = f"{method['method']} over {method['base']['name']}"
+        return name, model, tokenizer, style, method["train"]["max_seq_length"]
     folder = checkpoint_dir or DEFAULT_BASE
     ensure_base(folder, yes=False)
     model = load_model(folder, dtype, device)
     quantize_base(model, quantize or "none")
-    print(model.config.name, end=" ")
     tokenizer = Tokenizer(folder)
-    return model, tokenizer, choose_style(prompt_style, tokenizer), None
+    return model.config.name, model, tokenizer, choose_style(prompt_style, tokenizer), None
 
 
 def ask(
-    model: "LLaMA", tokenizer: "Tokenizer", style: str, samples: "list[Sample]", encoded: "list[Encoded]", rows: int
+    model: "LLaMA",
+    tokenizer: "Tokenizer",
+    style: str,
+    samples: "list[Sample]",
+    encoded: "list[Encoded]",
+    batch_size: int,
 ) -> dict[int, str]:
-    """The answers to the samples that have a question, by their number; ``rows`` are decoded together."""
+    """The answers to the samples that have a question, by their number; ``batch_size`` of them are decoded together."""
     from lit_llama.data import can_be_asked
     from lit_llama.evaluate import answer_samples
 
     asked = [i for i, (sample, ids) in enumerate(zip(samples, encoded, strict=True)) if can_be_asked(sample, ids)]
-    answers = answer_samples(model, tokenizer, style, [samples[i] for i in asked], rows)
+    answers = answer_samples(model, tokenizer, style, [samples[i] for i in asked], batch_size)
     return dict(zip(asked, answers, strict=True))
 
 

@@ -209,10 +209,23 @@ def test_a_run_over_int8_says_so_and_is_loaded_over_int8(method, tmp_path, capsy
     assert quantization(load_trained_folder(out, quantize=None)[0]) == "int8"
     capsys.readouterr()
     load_trained_folder(out)
-    assert "trained with --quantize int8, its base is loaded with none" in capsys.readouterr().err
+    note = capsys.readouterr().err
+    assert "trained with --quantize int8, its base is loaded with none: it fits, but has learned" in note
     answer = ["generate/adapter.py", "--trained_dir", out, "--prompt", "add 1 and 1", "--max_new_tokens", 3]
     assert succeed(*answer) and succeed(*answer, "--quantize", "none")
     refuse(f"finetune/{method}.py", *flags[:-2], "--resume", "--quantize", "none", message="quantize was 'int8'")
+
+
+def test_a_run_over_a_wide_base_says_so_where_it_is_loaded_over_int8(tmp_path, capsys):
+    write_rows(tmp_path / "rows.json", sums(30))
+    base, out = make_base(tmp_path / "base"), tmp_path / "out"
+    flags = ["--checkpoint_dir", base, "--data", tmp_path / "rows.json", "--out_dir", out, "--train.max_steps", 1]
+    succeed("finetune/adapter.py", *flags, "--eval_samples", 0)
+    capsys.readouterr()
+    load_trained_folder(out)
+    assert capsys.readouterr().err == ""
+    load_trained_folder(out, quantize="int8")
+    assert "its base is loaded with int8: it fits, but has not seen its errors" in capsys.readouterr().err
 
 
 def test_full_has_nothing_to_quantize(tmp_path):

@@ -253,7 +253,7 @@ def test_ctrl_c_leaves_a_step_after_the_micro_batch_and_the_step_is_taken_anew(f
     with pytest.raises(Interrupted, match="at step 1 of 6"):
         start(fabric, places, tmp_path / "parts", model=model, **alone)
     assert stop.left == 0  # no further micro-batch
-    start(fabric, places, tmp_path / "parts", resume=True, **alone)
+    start(fabric, places, tmp_path / "parts", resume=True, model=model, **alone)  # that still has half a gradient
     for name in ("trained.safetensors", STATE_FILE):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
