@@ -14,7 +14,7 @@ from lit_llama.settings import TrainArgs
 def main(
     n_blocks: int = 2,
     head: str = "language",
-    train: TrainArgs = TrainArgs(max_steps=450, batch_size=4, learning_rate=3e-4, weight_decay=0.01, eval_every=150),
+    train: TrainArgs = TrainArgs(max_steps=450, batch_size=4, learning_rate=1e-3, weight_decay=0.01, eval_every=150),
     **shared,
 ) -> None:
     """Finetune the output layers of a base.

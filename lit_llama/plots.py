@@ -82,7 +82,7 @@ def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
             low, high = row["right_interval"]
             error = [[100 * (row["right"] - low)], [100 * (high - row["right"])]]
             ax.errorbar(row[key] / unit, 100 * row["right"], yerror(error), fmt="o", capsize=3)
-            place = dict(xytext=(-6, 5), ha="right") if i % 2 else dict(xytext=(6, -13))  # neighbours on other sides
+            place = dict(xytext=(6, -13)) if i % 2 else dict(xytext=(-6, 5), ha="right")  # neighbours on other sides
             ax.annotate(name, (row[key] / unit, 100 * row["right"]), textcoords="offset points", **place)
         ax.set(xscale=scale, xlabel=label, ylabel="right answers (%), with 95 % intervals")
         ax.margins(0.15)

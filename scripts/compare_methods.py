@@ -24,7 +24,7 @@ from lit_llama.settings import DEFAULT_BASE
 ROOT = Path(__file__).parent.parent
 # Learning rates for --pilot: each script's default, and about a third and three times of it.
 PILOT_RATES = {
-    "output_layers": (1e-4, 3e-4, 1e-3),
+    "output_layers": (3e-4, 1e-3, 3e-3),
     "full": (1e-5, 3e-5, 1e-4),
     "soft_prompt": (3e-3, 1e-2, 3e-2),
     "prefix": (1e-2, 3e-2, 1e-1),
