@@ -1,6 +1,6 @@
 """Generate with a base and what a finetune script trained over it.
 
-    python generate/adapter.py --prompt "A table for two at Nordlys on Sunday, 19:00 please. Ingrid"
+    python generate/adapter.py --prompt "Can we come to Casa Mar on Friday? There will be 6 of us at 19:30. - Priya"
     python generate/adapter.py --trained_dir out/adapter/my --prompt "..." --sampling.temperature 0.8
 
 The trained folder says which method it is, which base it needs and how prompts are worded.
