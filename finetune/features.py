@@ -81,10 +81,15 @@ def main(
     run.remove()
     run.save_costs(seconds)
     save_arrays(run.out_dir / TRAINED_FILE, arrays)
-    numbers, arguments = sum(array.size for array in arrays.values()), {"classifier": classifier, "labels": labels}
-    method = {"method": "features", "arguments": arguments, "trained_numbers": numbers}
-    method |= {"base": describe_base(checkpoint_dir), "prompt_style": task.prompt_style, "data": task.data}
-    method["train"] = {"max_seq_length": max_seq_length, "seed": seed}
+    method = {
+        "method": "features",
+        "arguments": {"classifier": classifier, "labels": labels},
+        "trained_numbers": sum(array.size for array in arrays.values()),
+        "base": describe_base(checkpoint_dir),
+        "prompt_style": task.prompt_style,
+        "data": task.data,
+        "train": {"max_seq_length": max_seq_length, "seed": seed},
+    }
     write_json(run.out_dir / METHOD_FILE, method)
     save_command_line(run.out_dir)
     print(f'\nsaved in {run.out_dir}; try: python generate/classify.py --trained_dir {run.out_dir} --prompt "..."')

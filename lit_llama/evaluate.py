@@ -13,19 +13,49 @@ import torch.nn.functional as F
 from lit_llama import ranks
 from lit_llama.bars import Bar
 from lit_llama.batches import IGNORE, Encoded, collate, micro_batches
+from lit_llama.checkpoint import load_model
 from lit_llama.classify import label_shares
 from lit_llama.cli import UserError
 from lit_llama.data import Task, split_file
+from lit_llama.download import ensure_base
 from lit_llama.generate import generate_batch
 from lit_llama.model import LLaMA
-from lit_llama.prompts import encode_prompt, stop_ids, user_text
+from lit_llama.prompts import choose_style, encode_prompt, stop_ids, user_text
+from lit_llama.quantize import quantize_base
 from lit_llama.samples import Sample, read_samples
+from lit_llama.settings import DEFAULT_BASE
 from lit_llama.sharding import keep_in_step
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import target_vectors
+from lit_llama.trained import load_trained_folder, tokenizer_dir
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+
+def load_either(
+    trained_dir: str | None,
+    checkpoint_dir: str | None,
+    prompt_style: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str | None,
+) -> tuple[str, LLaMA, Tokenizer, str, int | None]:
+    """A trained folder or a base: name, model, tokenizer, prompt style, and where it trained the length of samples.
+
+    ``checkpoint_dir`` and ``prompt_style`` are as trained, or the default, where they are None; so is ``quantize``.
+    """
+    if trained_dir:
+        model, method = load_trained_folder(trained_dir, checkpoint_dir, dtype, device, quantize)
+        tokenizer = Tokenizer(tokenizer_dir(trained_dir, checkpoint_dir, method))
+        style = choose_style(prompt_style or method["prompt_style"], tokenizer)
+        name = f"{method['method']} over {method['base']['name']}"
+        return name, model, tokenizer, style, method["train"]["max_seq_length"]
+    folder = checkpoint_dir or DEFAULT_BASE
+    ensure_base(folder, yes=False)
+    model, tokenizer = load_model(folder, dtype, device), Tokenizer(folder)
+    quantize_base(model, quantize or "none")
+    return model.config.name, model, tokenizer, choose_style(prompt_style, tokenizer), None
 
 
 def answer_samples(
@@ -96,9 +126,9 @@ def sample_losses(model: LLaMA, encoded: list[Encoded], device: torch.device) ->
     return [losses[id(ids)] for ids in encoded]
 
 
-def count_correct(answers: list[str], samples: list[Sample]) -> int:
-    """How many answers are the expected text to the letter, blanks around it aside."""
-    return sum(answer.strip() == sample.answer.strip() for answer, sample in zip(answers, samples, strict=True))
+def is_right(answer: str, sample: Sample) -> bool:
+    """Whether an answer is the expected text to the letter, blanks around it aside."""
+    return answer.strip() == sample.answer.strip()
 
 
 class Comparison:
@@ -132,6 +162,6 @@ class Comparison:
                 ranks.say(f"{when:8}  {answers[i]}")
         ranks.say()
         for when, answers in self.answers.items():
-            correct = torch.tensor(float(count_correct(answers, self.samples)), device=self.fabric.device)
-            summed: Any = self.fabric.all_reduce(correct, reduce_op="sum")
+            right = sum(is_right(*pair) for pair in zip(answers, self.samples, strict=True))
+            summed: Any = self.fabric.all_reduce(torch.tensor(float(right), device=self.fabric.device), reduce_op="sum")
             ranks.say(f"exact match {when}: {summed.item() / self.n_samples:.1%}".replace("%", " %"))

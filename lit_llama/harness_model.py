@@ -19,16 +19,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_llama.chat_templates import chat_template
-from lit_llama.checkpoint import load_model
 from lit_llama.classify import is_classifier
 from lit_llama.cli import UserError
 from lit_llama.devices import base_dtype, default_device
-from lit_llama.download import DEFAULT_BASE, ensure_base
+from lit_llama.evaluate import load_either
 from lit_llama.generate import Sampling, generate_batch
 from lit_llama.model import LLaMA
-from lit_llama.prompts import STYLES, Control, choose_style, encode_control, stop_ids
+from lit_llama.prompts import STYLES, Control, encode_control, stop_ids
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.trained import load_trained_folder, read_method, tokenizer_dir
+from lit_llama.trained import read_method
 
 MARK = "\0"  # around the name of a control token in a chat's text; without it such a name is text like any other
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")  # what tasks call the longest answer
@@ -205,16 +204,9 @@ def load_harness_model(
 ) -> HarnessModel:
     """A trained folder over its base, or the base alone, for the harness."""
     device = default_device()
-    dtype = base_dtype(precision, device)
-    if trained_dir:
-        if is_classifier(read_method(trained_dir)):
-            raise UserError(f"{trained_dir} answers with labels, the harness asks for texts; use scripts/evaluate.py")
-        model, method = load_trained_folder(trained_dir, checkpoint_dir, dtype, device)
-        tokenizer = Tokenizer(tokenizer_dir(trained_dir, checkpoint_dir, method))
-        prompt_style = prompt_style or method["prompt_style"]
-    else:
-        checkpoint_dir = checkpoint_dir or DEFAULT_BASE
-        ensure_base(checkpoint_dir, yes=False)
-        model = load_model(checkpoint_dir, dtype, device)
-        tokenizer = Tokenizer(checkpoint_dir)
-    return HarnessModel(model, tokenizer, choose_style(prompt_style, tokenizer), batch_size)
+    if trained_dir and is_classifier(read_method(trained_dir)):
+        raise UserError(f"{trained_dir} answers with labels, the harness asks for texts; use scripts/evaluate.py")
+    _, model, tokenizer, style, _ = load_either(
+        trained_dir, checkpoint_dir, prompt_style, base_dtype(precision, device), device, quantize="none"
+    )
+    return HarnessModel(model, tokenizer, style, batch_size)

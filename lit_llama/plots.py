@@ -76,9 +76,8 @@ def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
     }
     for key, (label, unit, scale) in axes.items():
         figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-        for i, (name, row) in enumerate(sorted(points.items(), key=lambda point: point[1][key] or 0)):
-            if row[key] is None:  # memory, on Windows
-                continue
+        known = [(name, row) for name, row in points.items() if row[key] is not None]  # Windows does not tell memory
+        for i, (name, row) in enumerate(sorted(known, key=lambda point: point[1][key])):
             low, high = row["right_interval"]
             error = [[100 * (row["right"] - low)], [100 * (high - row["right"])]]
             ax.errorbar(row[key] / unit, 100 * row["right"], yerror(error), fmt="o", capsize=3)
@@ -86,17 +85,17 @@ def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
             ax.annotate(name, (row[key] / unit, 100 * row["right"]), textcoords="offset points", **place)
         ax.set(xscale=scale, xlabel=label, ylabel="right answers (%), with 95 % intervals")
         ax.margins(0.15)
-        low, high = ax.get_ylim()
+        bottom, top = ax.get_ylim()
         beyond = []
         for name, row in levels.items():
             level, text = 100 * row["right"], f"{name}: {row['right']:.1%}".replace("%", " %")
-            if low <= level <= high:
+            if bottom <= level <= top:
                 ax.axhline(level, color="grey", linewidth=0.8, linestyle="--")
                 ax.annotate(text, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom")
             else:
                 beyond.append(text)
         ax.annotate("\n".join(beyond), (0.99, 0.02), xycoords="axes fraction", ha="right", va="bottom")
-        ax.set_ylim(low, high)
+        ax.set_ylim(bottom, top)
         figure.savefig(folder / f"quality_by_{key}.png", dpi=120)
         plt.close(figure)
 

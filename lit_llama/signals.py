@@ -30,10 +30,6 @@ class Interrupt:
         if ranks.is_first():
             print("\nstopping; press Ctrl-C again to stop at once", file=sys.stderr)
 
-    def seen_alone(self, fabric: Fabric) -> bool:
-        """Whether it came and there is no other rank to agree with."""
-        return self.came and fabric.world_size == 1
-
     def seen(self, fabric: Fabric) -> bool:
         """The same answer on every rank, so that none waits for one that has stopped."""
         if fabric.world_size == 1:

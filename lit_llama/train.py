@@ -183,6 +183,7 @@ def fit(
     """
     total_steps = args.total_steps(len(train_data))
     step = run.load_state(model, optimizer)
+    alone = fabric.world_size == 1  # several ranks agree between steps on whether to stop
     look_at = 40 + 2 * warmup_steps(total_steps, args)  # enough steps to tell whether the loss moves
     model.train()
     with catch_interrupt() as interrupt, run.progress(step, total_steps) as bar:
@@ -193,7 +194,7 @@ def fit(
             lr = learning_rate_at(step, total_steps, args)
             torch.manual_seed(1_000_003 * args.seed + step)  # dropout too depends on the step alone
             try:
-                loss = train_step(fabric, model, optimizer, batch, lr, args, lambda: interrupt.seen_alone(fabric))
+                loss = train_step(fabric, model, optimizer, batch, lr, args, lambda: alone and interrupt.came)
             except StepLeft:
                 run.save_state(model, optimizer, step)
                 raise interrupted(step, total_steps) from None
@@ -248,14 +249,15 @@ def train_step(
     stop: Callable[[], bool] = lambda: False,
 ) -> float:
     """One optimizer step; returns the loss before it. NotFinite and StepLeft leave the weights as they are."""
-    optimizer.zero_grad(set_to_none=True)  # a step that was left leaves half a gradient
-    loss = step_gradient(fabric, model, samples, args.micro_batch_tokens, stop)
-    params = [p for p in trained_tensors(model).values() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(params, args.clip or math.inf).item()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise NotFinite(f"the loss is {loss:.4g} and the gradient's norm {norm:.4g}")
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    try:
+        loss = step_gradient(fabric, model, samples, args.micro_batch_tokens, stop)
+        params = [p for p in trained_tensors(model).values() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(params, args.clip or math.inf).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NotFinite(f"the loss is {loss:.4g} and the gradient's norm {norm:.4g}")
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        optimizer.step()
+    finally:  # however a step ends, its gradient ends with it
+        optimizer.zero_grad(set_to_none=True)
     return loss

@@ -118,12 +118,12 @@ def add_trained(model: LLaMA, trained_dir: Path | str, method: dict) -> None:
     for tensor in trained_tensors(add_method(model)).values():
         tensor.data = tensor.data.clone()  # it may be the base's own, which another model goes on using (chat.py)
     check_recipe(method, load_trained(model, Path(trained_dir) / TRAINED_FILE), path)
-    if quantization(model) != method["quantize"]:
-        narrow = method["quantize"] != "none"
-        why = "has learned to make up for the other's errors" if narrow else "has not seen its errors"
+    before, now = method["quantize"], quantization(model)
+    if now != before:
+        why = "has not seen its errors" if before == "none" else "has learned to make up for the other's errors"
         print(
-            f"note: {trained_dir} was trained with --quantize {method['quantize']}, its base is loaded with "
-            f"{quantization(model)}: it fits, but {why}",
+            f"note: {trained_dir} was trained with --quantize {before}, its base is loaded with {now}: "
+            f"it fits, but {why}",
             file=sys.stderr,
         )
 

@@ -12,11 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_llama import cli
-from lit_llama.settings import DEFAULT_BASE
 
 if TYPE_CHECKING:
-    import torch
-
     from lit_llama.batches import Encoded
     from lit_llama.classify import Classifier
     from lit_llama.model import LLaMA
@@ -59,7 +56,7 @@ def main(
     from lit_llama.classify import is_classifier, load_classifier
     from lit_llama.data import encode_samples, split_file
     from lit_llama.devices import base_dtype, launch
-    from lit_llama.evaluate import add_shots, count_last_answers, sample_losses
+    from lit_llama.evaluate import add_shots, count_last_answers, is_right, load_either, sample_losses
     from lit_llama.quantize import pack
     from lit_llama.samples import read_samples
     from lit_llama.trained import read_method
@@ -83,7 +80,9 @@ def main(
         classify, method = load_classifier(trained_dir, checkpoint_dir, dtype, device)
         write_results(results, evaluate_labels(samples, classify, method, checkpoint_dir))
         return
-    name, model, tokenizer, style, length = load(trained_dir, checkpoint_dir, prompt_style, dtype, device, quantize)
+    name, model, tokenizer, style, length = load_either(
+        trained_dir, checkpoint_dir, prompt_style, dtype, device, quantize
+    )
     print(f"{name} on {file}")
     room = model.text_room
     length = min(max_seq_length or length or (room if shots else 512), room)
@@ -97,42 +96,12 @@ def main(
     print(f"{len(kept)} samples; {len(samples) - len(kept)} dropped: no answer begins within {length} tokens")
     print(f"loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
     answers = ask(model, tokenizer, style, kept, encoded, batch_size)
-    right = {i: answer.strip() == kept[i].answer.strip() for i, answer in answers.items()}
+    right = {i: is_right(answer, kept[i]) for i, answer in answers.items()}
     if right:
         correct = sum(right.values())
         print(f"exact match: {correct / len(right):.1%} ({correct} of {len(right)})".replace("%", " %"))
     figures = [(losses[i], ids.n_targets, right.get(i), answers.get(i)) for i, ids in enumerate(encoded)]
     write_results(results, [(sample.row, *row) for sample, row in zip(kept, figures, strict=True)])
-
-
-def load(
-    trained_dir: str | None,
-    checkpoint_dir: str | None,
-    prompt_style: str | None,
-    dtype: "torch.dtype",
-    device: "torch.device",
-    quantize: str | None,
-) -> "tuple[str, LLaMA, Tokenizer, str, int | None]":
-    """A base or a trained folder: its name, model, tokenizer, prompt style, and the samples' length in training."""
-    from lit_llama.checkpoint import load_model
-    from lit_llama.download import ensure_base
-    from lit_llama.prompts import choose_style
-    from lit_llama.quantize import quantize_base
-    from lit_llama.tokenizer import Tokenizer
-    from lit_llama.trained import load_trained_folder, tokenizer_dir
-
-    if trained_dir:
-        model, method = load_trained_folder(trained_dir, checkpoint_dir, dtype, device, quantize)
-        tokenizer = Tokenizer(tokenizer_dir(trained_dir, checkpoint_dir, method))
-        style = choose_style(prompt_style or method["prompt_style"], tokenizer)
-        name = f"{method['method']} over {method['base']['name']}"
-        return name, model, tokenizer, style, method["train"]["max_seq_length"]
-    folder = checkpoint_dir or DEFAULT_BASE
-    ensure_base(folder, yes=False)
-    model = load_model(folder, dtype, device)
-    quantize_base(model, quantize or "none")
-    tokenizer = Tokenizer(folder)
-    return model.config.name, model, tokenizer, choose_style(prompt_style, tokenizer), None
 
 
 def ask(

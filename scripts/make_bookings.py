@@ -321,8 +321,8 @@ def write_messages(rng: random.Random, phrasings: list[str], split: str, count: 
 
 def save_rows(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8", newline="\n")
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8", newline="\n")
 
 
 def main(out_dir: str = "data", seed: int = 1337) -> None:
@@ -334,9 +334,9 @@ def main(out_dir: str = "data", seed: int = 1337) -> None:
     """
     for split in SPLITS:
         rng = random.Random(f"{seed} {split}")
-        phrasings = (9 if split == "train" else 14) * BOOKINGS[split]
-        if split == "train":  # more than half of the rows follow a mixed one
-            phrasings += mix_phrasings(rng, BOOKING_ROWS[split] - len(phrasings))
+        phrasings = BOOKINGS[split]
+        if split == "train":  # nine rows follow each of these, the others, most, a mixed one
+            phrasings = 9 * phrasings + mix_phrasings(rng, BOOKING_ROWS[split] - 9 * len(phrasings))
         rows = [{"instruction": text, "output": json.dumps(booking, ensure_ascii=False, separators=(",", ":"))}
                 for text, booking in write_messages(rng, phrasings, split, BOOKING_ROWS[split])]
         save_rows(Path(out_dir) / "bookings" / f"{split}.json", rows)

@@ -98,6 +98,11 @@ def test_a_gpu_is_estimated_without_one():
     assert cuda.activations == pytest.approx(cpu.activations, rel=0.01) and cuda.lasting == cpu.lasting
 
 
+def test_a_method_without_a_line_in_methods_is_refused():
+    with pytest.raises(UserError, match="the method 'ia5' is none of .*adapter"):
+        estimate(LLaMAConfig(**TINY), "ia5", {}, torch.float32, rows=1, tokens=8)
+
+
 def test_what_is_said_about_the_room():
     found = Estimate(600, 20, 20, 40, activations=200, logits=120, update=30)
     assert found.lasting == 680 and found.total == 1000
