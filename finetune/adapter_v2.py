@@ -17,7 +17,7 @@ def main(
     scale_head: bool = True,
     # Prompts learn at adapter's rate, all that starts at the base's own values at a tenth of it.
     other_lr_scale: float = 0.1,
-    train: TrainArgs = TrainArgs(max_steps=450, batch_size=4, learning_rate=2e-2, weight_decay=0.02, eval_every=150),
+    train: TrainArgs = TrainArgs(max_steps=450, batch_size=4, learning_rate=1e-2, weight_decay=0.02, eval_every=150),
     **shared,
 ) -> None:
     """Finetune a base with LLaMA-Adapter V2.

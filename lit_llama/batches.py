@@ -46,7 +46,7 @@ def epoch_order(seed: int, epoch: int, n_samples: int) -> list[int]:
     return order
 
 
-def micro_batches(samples: list[Encoded], max_tokens: int, max_padding: float = 0.2) -> list[list[Encoded]]:
+def micro_batches(samples: list[Encoded], max_tokens: int, max_padding: float = 0.5) -> list[list[Encoded]]:
     """Cut samples, longest first, into batches of at most ``max_tokens`` tokens with padding.
 
     A sample shorter than its batch's longest by more than ``max_padding`` opens a new one, so no batch is padded by
@@ -62,9 +62,32 @@ def micro_batches(samples: list[Encoded], max_tokens: int, max_padding: float = 
     return batches
 
 
-def collate(samples: list[Encoded], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """ids (B, T) and targets (B, T), padded at the right, where causal attention never looks back at it."""
-    width = max(len(sample.ids) for sample in samples)
-    ids = [sample.ids + [0] * (width - len(sample.ids)) for sample in samples]
-    targets = [sample.targets + [IGNORE] * (width - len(sample.targets)) for sample in samples]
-    return torch.tensor(ids, device=device), torch.tensor(targets, device=device)
+def collate(samples: list[Encoded], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, list[int]]:
+    """ids (B, T), targets (B, T) and the rows' lengths: padded at the right, where causal attention never looks."""
+    lengths = [len(sample.ids) for sample in samples]
+    ids = [sample.ids + [0] * (max(lengths) - len(sample.ids)) for sample in samples]
+    targets = [sample.targets + [IGNORE] * (max(lengths) - len(sample.targets)) for sample in samples]
+    return torch.tensor(ids, device=device), torch.tensor(targets, device=device), lengths
+
+
+class Packing:
+    """The tokens of a padded batch (B, T) without its padding: one row of N, each of which knows its place.
+
+    Attention alone needs them as (B, T) again; all else in the model looks at single tokens, and is spared the padding.
+    """
+
+    def __init__(self, lengths: list[int], T: int, device: torch.device, multiple: int = 1) -> None:
+        """The first ``lengths`` tokens of each row, and of the padding what makes their number a ``multiple``."""
+        wanted = torch.arange(T) < torch.tensor(lengths)[:, None]
+        padding = (~wanted).flatten().nonzero()[:, 0]
+        wanted.view(-1)[padding[: -sum(lengths) % multiple]] = True
+        self.shape, self.places = wanted.shape, wanted.flatten().nonzero()[:, 0].to(device)  # (N,) within B * T
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(B, T, ...) -> (1, N, ...)."""
+        return x.flatten(0, 1).index_select(0, self.places)[None]
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(1, N, D) -> (B, T, D), zero at the padding."""
+        batch = x.new_zeros(self.shape.numel(), x.size(-1))
+        return batch.index_copy(0, self.places, x[0]).unflatten(0, self.shape)

@@ -26,7 +26,7 @@ from lit_llama.generate import generate
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.quantize import pack, quantize_base
-from lit_llama.train import padded_width, target_loss
+from lit_llama.train import shape_multiple, target_loss
 from lit_llama.trained import trained_tensors
 
 PADDED_SAMPLES = 4  # of a micro-batch of LitGPT and of PEFT's trainer: four samples, padded to the longest
@@ -97,9 +97,9 @@ def build_ours(contender: Contender, kind: str, device: torch.device, stack: Exi
     def step(samples: list[Encoded]) -> int:
         computed, n_targets = 0, sum(sample.n_targets for sample in samples)
         for batch in micro_batches(samples, max_tokens=1024):
-            ids, targets = collate(batch, device)
-            computed += len(ids) * padded_width(model, ids)
-            (target_loss(model, ids, targets) / n_targets).backward()
+            ids, targets, lengths = collate(batch, device)
+            computed += sum(lengths) + -sum(lengths) % shape_multiple(model, ids)
+            (target_loss(model, ids, targets, lengths) / n_targets).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return computed
@@ -125,7 +125,7 @@ def padded_steps(params: list[Tensor], device: torch.device, loss_of: Callable[[
         computed = 0
         batches = [samples[i : i + PADDED_SAMPLES] for i in range(0, len(samples), PADDED_SAMPLES)]
         for batch in batches:
-            ids, targets = collate(batch, device)
+            ids, targets, _ = collate(batch, device)
             computed += ids.numel()
             (loss_of(ids, targets) / len(batches)).backward()
         optimizer.step()

@@ -169,27 +169,24 @@ class CausalSelfAttention(nn.Module):
         self.qkv_slices = {"q": q, "k": k, "v": slice(k.stop, k.stop + kv_size)}
         self.kv_cache: KVCache | None = None  # a slot that LLaMA.set_kv_cache fills for decoding
 
-    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, C) -> q (B, nh, T, hs), k and v (B, nkv, T, hs), not yet rotated."""
-        projected = self.c_attn(x)
-        parts = (projected[..., rows] for rows in self.qkv_slices.values())
+    def qkv(self, x: Tensor, packing=None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C), or (1, N, C) with ``packing`` -> q (B, nh, T, hs), k and v (B, nkv, T, hs), not yet rotated."""
+        projected = self.c_attn(x) if packing is None else packing.spread(self.c_attn(x))
+        parts = projected.split([rows.stop - rows.start for rows in self.qkv_slices.values()], -1)
         q, k, v = (part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in parts)
         return q, k, v
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, input_pos=None, mask=None) -> Tensor:
         """-> (B, nh, T, hs): causal over k and v, or over the cache where ``mask`` (B or 1, 1, T, S) is True."""
         if input_pos is not None:
             k, v = self.kv_cache.update(k, v, input_pos, end=mask.size(-1))
         return attention(q, k, v, mask, is_causal=mask is None)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        q, k, v = self.qkv(x)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, input_pos=None, mask=None, packing=None) -> Tensor:
+        q, k, v = self.qkv(x, packing)
         y = self.attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, input_pos, mask)
-        return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, nh, T, hs) -> (B, T, nh * hs) -> (B, T, C)
+        y = y.transpose(1, 2).flatten(2)  # (B, nh, T, hs) -> (B, T, nh * hs)
+        return self.c_proj(y if packing is None else packing.gather(y))
 
 
 class MLP(nn.Module):
@@ -213,10 +210,8 @@ class Block(nn.Module):
         self.rms_2 = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        x = x + self.attn(self.rms_1(x), cos, sin, input_pos, mask)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, input_pos=None, mask=None, packing=None) -> Tensor:
+        x = x + self.attn(self.rms_1(x), cos, sin, input_pos, mask, packing)
         return x + self.mlp(self.rms_2(x))
 
 
@@ -274,10 +269,13 @@ class LLaMA(nn.Module):
         cos, sin = (table[positions + self.first_position] for table in self._rope)
         return cos, sin
 
-    def hidden_states(self, idx: Tensor, input_pos: Tensor | None = None, pad: Tensor | None = None) -> Tensor:
+    def hidden_states(
+        self, idx: Tensor, input_pos: Tensor | None = None, pad: Tensor | None = None, packing=None
+    ) -> Tensor:
         """idx (B, T) -> the vectors after the final norm (B, T, C).
 
-        Without ``input_pos``: causal over idx, no cache, no mask tensor; right padding is harmless.
+        Without ``input_pos``: causal over idx, no cache, no mask tensor; right padding is harmless. A ``packing``
+        (lit_llama/batches.py) leaves it out: the vectors are (1, N, C).
         With ``input_pos`` (T,): idx goes into these slots of the KV cache and sees all slots up to its own;
         ``pad`` (B,) counts the padding slots at the left of each row, which nothing sees.
         """
@@ -288,9 +286,9 @@ class LLaMA(nn.Module):
         if pad is not None:  # (B, 1, T): the distance from the row's first real token
             positions = (input_pos - pad[:, None, None]).clamp(min=0)
         cos, sin = self.rope(positions)
-        x = self.transformer.wte(idx).to(self.dtype)  # (B, T, C)
+        x = self.transformer.wte(idx if packing is None else packing.gather(idx)).to(self.dtype)  # (B, T, C)
         for block in self.transformer.h:
-            x = block(x, cos, sin, input_pos, mask)
+            x = block(x, cos, sin, input_pos, mask, packing)
         return self.transformer.ln_f(x)
 
     def forward(self, idx: Tensor, input_pos: Tensor | None = None, pad: Tensor | None = None) -> Tensor:

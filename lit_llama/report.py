@@ -33,7 +33,7 @@ def quality(file: Path) -> dict:
 
 def flops_per_token(model: LLaMA, samples: list[Encoded]) -> float:
     """Floating-point operations of matrix products, forward and backward, for each token of these samples."""
-    ids, targets = collate(samples, torch.device("cpu"))
+    ids, targets, _ = collate(samples, torch.device("cpu"))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused kernels are not counted
         if any(tensor.requires_grad for tensor in model.parameters()):
             target_loss(model.train(), ids, targets).backward()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lit_llama.batches import IGNORE, Encoded, collate, micro_batches, step_indices
+from lit_llama.batches import IGNORE, Encoded, Packing, collate, micro_batches, step_indices
 from lit_llama.cli import Interrupted, UserError
 from lit_llama.model import LLaMA
 from lit_llama.runs import Run
@@ -47,13 +47,17 @@ def warmup_steps(total_steps: int, args: TrainArgs) -> int:
 # ---------------------------------------------------------------------------------------------- loss
 
 
-def target_loss(model: LLaMA, ids: Tensor, targets: Tensor, chunk_size: int = 384) -> Tensor:
+def target_loss(
+    model: LLaMA, ids: Tensor, targets: Tensor, lengths: list[int] | None = None, chunk_size: int = 384
+) -> Tensor:
     """Cross-entropy summed over the target tokens, a float32 scalar. ids and targets (B, T).
+
+    Where the rows' ``lengths`` are told, their padding is not computed.
 
     Only positions with a target reach the head. More than ``chunk_size`` of them do so in chunks, and again in the
     backward pass: the float32 logits of a whole batch, its largest tensor by far, never exist.
     """
-    hidden, targets, _ = target_vectors(model, ids, targets)
+    hidden, targets, _ = target_vectors(model, ids, targets, lengths)
     if len(targets) <= chunk_size:
         return head_loss(model.lm_head, hidden, targets)
     chunks = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
@@ -61,7 +65,9 @@ def target_loss(model: LLaMA, ids: Tensor, targets: Tensor, chunk_size: int = 38
     return torch.stack(losses).sum()
 
 
-def target_vectors(model: LLaMA, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def target_vectors(
+    model: LLaMA, ids: Tensor, targets: Tensor, lengths: list[int] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of the n positions of ids (B, T) that have a target: vectors (n, C), targets (n,), and where they are (B, T')."""
     more = padded_width(model, ids) - ids.size(1)
     ids, targets = F.pad(ids, (0, more)), F.pad(targets, (0, more), value=IGNORE)
@@ -69,19 +75,28 @@ def target_vectors(model: LLaMA, ids: Tensor, targets: Tensor) -> tuple[Tensor, 
         virtual = torch.tensor([model.virtual_ids], device=ids.device).expand(len(ids), -1)
         ids, targets = torch.cat((virtual, ids), 1), F.pad(targets, (virtual.size(1), 0), value=IGNORE)
     where = targets != IGNORE
-    return model.hidden_states(ids)[where], targets[where], where
+    if lengths is None:
+        return model.hidden_states(ids)[where], targets[where], where
+    packing = Packing(
+        [n + len(model.virtual_ids) for n in lengths], ids.size(1), ids.device, shape_multiple(model, ids)
+    )
+    hidden = model.hidden_states(ids, packing=packing)[packing.gather(where)]
+    return hidden, targets[where], where
 
 
-def padded_width(model: LLaMA, ids: Tensor) -> int:
-    """How wide a batch of ids (B, T) is made: T, but in bfloat16 on a CPU the next multiple of 8 that fits the context.
+def shape_multiple(model: LLaMA, ids: Tensor) -> int:
+    """Of what sizes of batches are made multiples: 8 in bfloat16 on a CPU, else 1.
 
     oneDNN compiles a kernel for every new shape and keeps a thousand of them: 375 steps on bookings, each with a length
     of its own, took 2.5 GB of memory, and no less time.
     """
-    T = ids.size(1)
-    if ids.device.type != "cpu" or model.dtype != torch.bfloat16:
-        return T
-    return max(T, min(-(-T // 8) * 8, model.text_room))
+    return 8 if ids.device.type == "cpu" and model.dtype == torch.bfloat16 else 1
+
+
+def padded_width(model: LLaMA, ids: Tensor) -> int:
+    """How wide a batch of ids (B, T) is made: the next multiple of ``shape_multiple`` that fits the context."""
+    T, multiple = ids.size(1), shape_multiple(model, ids)
+    return max(T, min(-(-T // multiple) * multiple, model.text_room))
 
 
 def head_loss(lm_head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ same command goes on where it was stopped: what is finished is not run again. ``
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -30,7 +32,7 @@ PILOT_RATES = {
     "prefix": (1e-2, 3e-2, 1e-1),
     "houlsby": (3e-4, 1e-3, 3e-3),
     "adapter": (7e-3, 2e-2, 6e-2),
-    "adapter_v2": (7e-3, 2e-2, 6e-2),
+    "adapter_v2": (3e-3, 1e-2, 3e-2),
     "lora": (1e-3, 3e-3, 1e-2),
 }
 METHODS = ("features", *PILOT_RATES)
@@ -64,6 +66,7 @@ def main(
     batch_size: int = 4,
     checkpoint_dir: str = DEFAULT_BASE,
     out_dir: str | None = None,
+    variants: dict[str, str] | None = None,
     shots: tuple[int, ...] = (0, 4),
     pilot: bool = False,
     pilot_samples: int = 400,
@@ -82,6 +85,7 @@ def main(
         batch_size: Samples of one optimizer step.
         checkpoint_dir: Folder of the base; the default one is offered for download when it is missing.
         out_dir: Where everything goes; by default out/compare/ and the data's name.
+        variants: More runs by name, each a method and its script's flags: '{"lora r=4": "lora --r 4"}'.
         shots: The base itself is measured with so many examples in its prompt.
         pilot: First try three learning rates for each method, and keep the one of the lowest validation loss.
         pilot_samples: Training samples of such a trial.
@@ -113,6 +117,7 @@ def main(
         jobs = ablation_jobs(folder, load_config(checkpoint_dir).n_layer, steps, ablation_steps)
     else:
         jobs = [Job(name, name, folder / name, 0 if name == "features" else steps) for name in methods]
+        jobs += variant_jobs(folder, variants or {}, steps)
         trials = pilot_jobs(folder, methods, max(1, pilot_samples // batch_size)) if pilot else []
         bases = {f"base, {count} examples": (count, folder / f"base-{count}-{split}.json") for count in shots}
     failed: dict[str, str] = {}
@@ -162,6 +167,19 @@ def pilot_jobs(folder: Path, methods: tuple[str, ...], steps: int) -> list[Job]:
     return [job(name, f"{rate:g}") for name in methods for rate in PILOT_RATES.get(name, ())]
 
 
+def variant_jobs(folder: Path, variants: dict[str, str], steps: int) -> list[Job]:
+    """Runs of a method with other flags. After a pilot they take the learning rate that is best for the method."""
+    jobs = []
+    for name, words in variants.items():
+        method, *flags = shlex.split(words) or [""]
+        if method not in PILOT_RATES or name in METHODS or not name.strip(" ./"):
+            raise cli.UserError(
+                f"--variants {name!r}: {words!r} must be flags of one of {', '.join(PILOT_RATES)}, under a new name"
+            )
+        jobs.append(Job(name, method, folder / re.sub(r"[^\w.=-]+", "-", name), steps, flags))
+    return jobs
+
+
 def ablation_jobs(folder: Path, n_layer: int, steps: int, gate_steps: int) -> list[Job]:
     """The paper's: the gate's start (the same seed, so the same prompts), the number of blocks, the prompt's length."""
 
@@ -169,10 +187,9 @@ def ablation_jobs(folder: Path, n_layer: int, steps: int, gate_steps: int) -> li
         return Job(name, "adapter", folder / "ablations" / name.replace(" ", "-"), steps, [*map(str, flags)], evaluated)
 
     gates = [job(f"gate {start}", ["--gate_init", start], gate_steps, evaluated=False) for start in (0, 1)]
-    depths = sorted({n_layer // 3, 2 * n_layer // 3, n_layer - 2})
-    layers = [job(f"L {depth}", ["--start_layer", n_layer - depth]) for depth in depths]
-    lengths = [job(f"K {length}", ["--prompt_length", length]) for length in (1, 10, 50)]
-    return gates + layers + lengths
+    shapes = [(depth, 10) for depth in sorted({n_layer // 3, 2 * n_layer // 3, n_layer - 2})]
+    shapes += [(n_layer - 2, length) for length in (1, 50)]
+    return gates + [job(f"L {L} K {K}", ["--start_layer", n_layer - L, "--prompt_length", K]) for L, K in shapes]
 
 
 # ---------------------------------------------------------------------------------------------- running

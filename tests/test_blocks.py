@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lit_llama.batches import IGNORE
 from lit_llama.blocks import block_forwards, first_trained
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig, attention, plain_attention
@@ -26,11 +27,13 @@ def trained_model(method: str, dtype: torch.dtype = torch.float32, **arguments) 
 
 
 def gradients(model: LLaMA, lengths: tuple[int, ...] = (11,)) -> list[torch.Tensor]:
-    """The loss and every gradient, summed over batches of several lengths."""
+    """The loss and every gradient, summed over batches of several lengths whose last row is half as long."""
     losses = []
     for length in lengths:
         ids = torch.arange(3 * length).view(3, length) % 89
-        losses.append(target_loss(model, ids, ids.roll(-1, 1)))
+        targets = ids.roll(-1, 1)
+        targets[-1, length // 2 :] = IGNORE
+        losses.append(target_loss(model, ids, targets, [length, length, length // 2]))
         losses[-1].backward()
     found = [p.grad for p in trained_tensors(model).values()]
     model.zero_grad()

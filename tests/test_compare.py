@@ -21,7 +21,8 @@ COMPARE = "scripts/compare_methods.py"
 def compared(folder):  # noqa: F811
     out = folder / "compared"
     flags = ["--checkpoint_dir", folder / "base", "--data", folder / "words", "--n_samples", 12, "--batch_size", 3]
-    flags += ["--methods", "[features, full, lora]", "--shots", "[0, 1]", "--out_dir", out]
+    flags += ["--methods", "[features, full, lora]", "--variants", '{"lora r=2": "lora --r 2"}']
+    flags += ["--shots", "[0, 1]", "--out_dir", out]
     succeed(COMPARE, *flags)
     return out, flags
 
@@ -30,7 +31,7 @@ def test_every_figure_is_there(compared):
     out, _ = compared
     content = json.loads((out / "results.json").read_text())
     results = content["results"]
-    assert list(results) == ["features", "full", "lora", "base, 0 examples", "base, 1 examples"]
+    assert list(results) == ["features", "full", "lora", "lora r=2", "base, 0 examples", "base, 1 examples"]
     assert content["failed"] == {} and content["settings"]["split"] == "validation"
     for name, row in results.items():
         low, high = row["right_interval"]
@@ -40,12 +41,13 @@ def test_every_figure_is_there(compared):
             continue
         assert row["seconds"] > 0 and row["peak_memory"] > 50e6 and row["gflop_per_token"] > 0
         weights = "model.safetensors" if name == "full" else "trained.safetensors"
-        assert row["kept_bytes"] == (out / name / weights).stat().st_size
+        assert row["kept_bytes"] == (out / name.replace(" ", "-") / weights).stat().st_size
     assert results["lora"]["trained_numbers"] < results["full"]["trained_numbers"]
     assert results["full"]["trained_share"] == 1
+    assert results["lora r=2"]["trained_numbers"] * 4 == results["lora"]["trained_numbers"]
     assert results["lora"]["gflop_per_token"] < results["full"]["gflop_per_token"]
     table = (out / "results.md").read_text().splitlines()
-    assert len(table) == 2 + 5 and len({line.count("|") for line in table}) == 1
+    assert len(table) == 2 + 6 and len({line.count("|") for line in table}) == 1
     for plot in ("quality_by_trained_numbers.png", "quality_by_peak_memory.png"):
         assert (out / plot).read_bytes().startswith(b"\x89PNG")
 
@@ -88,10 +90,10 @@ def test_ablations_vary_one_thing(folder, tmp_path):  # noqa: F811
     flags = ["--checkpoint_dir", folder / "base", "--data", folder / "sums", "--n_samples", 3, "--batch_size", 3]
     succeed(COMPARE, *flags, "--ablations", "--ablation_steps", 2, "--out_dir", tmp_path)
     results = json.loads((tmp_path / "ablations.json").read_text())["results"]
-    assert list(results) == ["gate 0", "gate 1", "L 1", "L 2", "K 1", "K 10", "K 50"]
+    assert list(results) == ["gate 0", "gate 1", "L 1 K 10", "L 2 K 10", "L 1 K 1", "L 1 K 50"]
     sizes = {name: row["trained_numbers"] for name, row in results.items()}
-    assert sizes["gate 0"] == sizes["gate 1"] == sizes["L 1"] == sizes["K 10"] == 324
-    assert sizes["L 2"] == 648 and sizes["K 50"] == 50 * 32 + 4
+    assert sizes["gate 0"] == sizes["gate 1"] == sizes["L 1 K 10"] == 324
+    assert sizes["L 2 K 10"] == 648 and sizes["L 1 K 50"] == 50 * 32 + 4
     prompts = [tmp_path / "ablations" / f"gate-{start}" / "metrics.csv" for start in (0, 1)]
     first = [float(path.read_text().splitlines()[1].split(",")[1]) for path in prompts]
     assert first[0] != first[1]
@@ -101,6 +103,8 @@ def test_ablations_vary_one_thing(folder, tmp_path):  # noqa: F811
 def test_mistakes_are_answered_in_one_line(folder, tmp_path):  # noqa: F811
     data = ["--data", folder / "sums", "--out_dir", tmp_path / "out"]
     refuse(COMPARE, *data, "--methods", "[qlora]", message="choose from features, output_layers")
+    for name, words in (("lora", "lora --r 4"), ("mine", "qlora --r 4"), ("mine", "features"), ("..", "lora")):
+        refuse(COMPARE, *data, "--variants", json.dumps({name: words}), message=f"--variants '{name}': '{words}' must be")
     refuse(COMPARE, *data, "--n_samples", 0, message="n_samples 0 must be at least 1")
     refuse(COMPARE, "--data", folder / "sums/train.json", message="must be a folder")
 

@@ -4,9 +4,10 @@ import json
 import random
 
 import pytest
+import torch
 from tools import make_base, sums, write_rows
 
-from lit_llama.batches import IGNORE, Encoded, collate, micro_batches, step_indices
+from lit_llama.batches import IGNORE, Encoded, Packing, collate, micro_batches, step_indices
 from lit_llama.cli import UserError
 from lit_llama.data import encode_sample, load_splits, load_task
 from lit_llama.prompts import STYLES, encode_prompt, stop_ids
@@ -244,9 +245,23 @@ def test_micro_batches_hold_every_sample_once_within_the_limit():
 
 
 def test_collate_pads_at_the_right():
-    ids, targets = collate([Encoded([1, 2, 3], [IGNORE, 5, 6]), Encoded([4], [7])])
+    ids, targets, lengths = collate([Encoded([1, 2, 3], [IGNORE, 5, 6]), Encoded([4], [7])])
     assert ids.tolist() == [[1, 2, 3], [4, 0, 0]]
     assert targets.tolist() == [[IGNORE, 5, 6], [7, IGNORE, IGNORE]]
+    assert lengths == [3, 1]
+
+
+def test_packing_leaves_out_the_padding_and_puts_tokens_back_in_their_places():
+    x = torch.arange(1, 25).view(2, 4, 3)
+    packing = Packing([3, 1], 4, torch.device("cpu"))
+    packed = packing.gather(x)
+    assert packed.tolist() == [[*x[0, :3].tolist(), x[1, 0].tolist()]]
+    spread = packing.spread(packed)
+    assert torch.equal(spread[0, :3], x[0, :3]) and torch.equal(spread[1, 0], x[1, 0])
+    assert not spread[0, 3].any() and not spread[1, 1:].any()
+    assert Packing([3, 1], 4, torch.device("cpu"), multiple=3).places.tolist() == [0, 1, 2, 3, 4, 5]
+    assert len(Packing([3, 1], 4, torch.device("cpu"), multiple=7).places) == 7
+    assert len(Packing([4, 4], 4, torch.device("cpu"), multiple=5).places) == 8, "no padding is left to fill up with"
 
 
 def test_rows_from_python_are_split_as_those_of_a_file(tmp_path):

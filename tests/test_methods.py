@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from test_model import SCALING, TINY, tiny_model, transformers_model
 
+from lit_llama.batches import IGNORE
 from lit_llama.classify import label_shares
 from lit_llama.files import save_tensors
 from lit_llama.generate import generate, generate_batch
@@ -173,6 +174,24 @@ def test_gradients_by_finite_differences(case):
             tensor += 1e-6 * direction
         slope = (losses[0] - losses[1]) / 2e-6
         assert slope == pytest.approx((tensor.grad * direction).sum().item(), rel=1e-4, abs=1e-6), name
+
+
+@every_case
+def test_padding_is_not_computed_and_changes_nothing(case):
+    """Rows of 11, 4 and 7 tokens: the same loss and gradients as padded, and 22 tokens in the MLP instead of 33."""
+    model, lengths, found, seen = tuned(case).double(), [11, 4, 7], [], []
+    model.transformer.h[0].mlp.c_proj.register_forward_hook(lambda _, x, __: seen.append(x[0][..., 0].numel()))
+    ids = tokens(3)
+    targets = ids.roll(-1, 1)
+    for row, length in enumerate(lengths):
+        targets[row, length:] = IGNORE
+    for told in (None, lengths):
+        loss = target_loss(model, ids, targets, told)
+        found.append([loss, *torch.autograd.grad(loss, list(trained_tensors(model).values()))])
+    for padded, packed in zip(*found, strict=True):
+        torch.testing.assert_close(packed, padded)
+    virtual = 3 * len(model.virtual_ids)
+    assert seen == [33 + virtual, 22 + virtual]
 
 
 @pytest.mark.parametrize("changes", SHAPES)
