@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +39,8 @@ def load_either(
     trained_dir: str | None,
     checkpoint_dir: str | None,
     prompt_style: str | None,
-    dtype: torch.dtype,
-    device: torch.device,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
     quantize: str | None,
 ) -> tuple[str, LLaMA, Tokenizer, str, int | None]:
     """A trained folder or a base: name, model, tokenizer, prompt style, and where it trained the length of samples.
@@ -52,31 +54,56 @@ def load_either(
         name = f"{method['method']} over {method['base']['name']}"
         return name, model, tokenizer, style, method["train"]["max_seq_length"]
     folder = checkpoint_dir or DEFAULT_BASE
-    ensure_base(folder, yes=False)
-    model, tokenizer = load_model(folder, dtype, device), Tokenizer(folder)
+    ranks.first(f"fetch {folder}", lambda: ensure_base(folder, yes=False))
+    model, tokenizer = load_model(folder, dtype, device).requires_grad_(False), Tokenizer(folder)
     quantize_base(model, quantize or "none")
     return model.config.name, model, tokenizer, choose_style(prompt_style, tokenizer), None
 
 
-def answer_samples(
-    model: LLaMA, tokenizer: Tokenizer, style: str, samples: list[Sample], batch_size: int = 32, name: str = "answering"
-) -> list[str]:
-    """The model's greedy answer to each sample's prompt, in their order, decoded in batches of similar length.
+def shared(fabric: Fabric, model: LLaMA | None, items: list, work: Callable[[list], list]) -> list:
+    """What ``work`` makes of ``items``, in their order and on every rank; each rank works on a share of them.
 
-    An answer may be one token longer than the longest expected one: whatever goes on beyond that is wrong already.
+    A sharded ``model`` that it calls is kept in step.
     """
+    own = items[fabric.global_rank :: fabric.world_size]
+    with nullcontext() if model is None else keep_in_step(fabric, model):
+        done = work(own) if own else []
+    if fabric.world_size == 1:
+        return done
+    parts: list[list] = [[]] * fabric.world_size
+    torch.distributed.all_gather_object(parts, done)
+    results = [None] * len(items)
+    for rank, part in enumerate(parts):
+        results[rank :: fabric.world_size] = part
+    return results
+
+
+def longest_answer(tokenizer: Tokenizer, samples: list[Sample]) -> int:
+    """Tokens that show whether an answer is right: one more than the longest expected one has."""
+    return 1 + max((len(tokenizer.encode(sample.answer)) for sample in samples), default=0)
+
+
+def answer_samples(
+    model: LLaMA,
+    tokenizer: Tokenizer,
+    style: str,
+    samples: list[Sample],
+    max_new_tokens: int,
+    batch_size: int = 32,
+    name: str = "answering",
+) -> list[str]:
+    """The model's greedy answer to each sample's prompt, in their order, decoded in batches of similar length."""
     if not samples:
         return []
     prompts = [encode_prompt(sample.prompt, style, tokenizer) for sample in samples]
-    longest = max(len(tokenizer.encode(sample.answer)) for sample in samples)
     order = sorted(range(len(samples)), key=lambda i: len(prompts[i]))
     answers = [""] * len(samples)
     with Bar(len(samples), name, "sample", hidden=not ranks.is_first()) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            room = model.text_room - max(len(prompts[i]) for i in rows)
+            room = max(1, model.text_room - max(len(prompts[i]) for i in rows))
             tokens = generate_batch(
-                model, [prompts[i] for i in rows], min(longest + 1, max(1, room)), stop_ids(style, tokenizer)
+                model, [prompts[i] for i in rows], min(max_new_tokens, room), stop_ids(style, tokenizer)
             )
             for i, ids in zip(rows, tokens, strict=True):
                 answers[i] = tokenizer.decode(ids).strip()
@@ -116,7 +143,7 @@ def sample_losses(model: LLaMA, encoded: list[Encoded], device: torch.device) ->
     """The cross-entropy of each sample, summed over its target tokens."""
     model.eval()
     losses: dict[int, float] = {}
-    with Bar(len(encoded), "loss", "sample") as bar:
+    with Bar(len(encoded), "loss", "sample", hidden=not ranks.is_first()) as bar:
         for batch in micro_batches(encoded, max_tokens=1024):
             vectors, targets, where = target_vectors(model, *collate(batch, device))
             of_tokens = F.cross_entropy(model.lm_head(vectors).float(), targets, reduction="none")  # (n,)
@@ -139,18 +166,23 @@ class Comparison:
             raise UserError(f"--eval_samples {n_samples} must not be negative")
         self.fabric, self.task = fabric, task
         self.n_samples = min(n_samples, len(task.held_out))
-        self.samples = task.held_out[: self.n_samples][fabric.global_rank :: fabric.world_size]
+        self.samples = task.held_out[: self.n_samples]
         self.answers: dict[str, list[str]] = {}
 
     def answer(self, when: str, model: LLaMA) -> None:
-        task, samples = self.task, self.samples
-        with keep_in_step(self.fabric, model):
-            if task.labels is not None:
-                encoded = task.validation[: self.n_samples][self.fabric.global_rank :: self.fabric.world_size]
-                chosen = label_shares(model, [sample.ids for sample in encoded]).argmax(1)
-                self.answers[when] = [task.labels[i] for i in chosen]
-            else:
-                self.answers[when] = answer_samples(model, task.tokenizer, task.prompt_style, samples, name=when)
+        task, longest = self.task, longest_answer(self.task.tokenizer, self.samples)
+
+        def chosen(own: list[list[int]]) -> list[str]:
+            return [(task.labels or [])[i] for i in label_shares(model, own).argmax(1)]
+
+        def answered(own: list[Sample]) -> list[str]:
+            return answer_samples(model, task.tokenizer, task.prompt_style, own, longest, name=when)
+
+        if task.labels is None:
+            self.answers[when] = shared(self.fabric, model, self.samples, answered)
+        else:
+            prompts = [sample.ids for sample in task.validation[: self.n_samples]]
+            self.answers[when] = shared(self.fabric, model, prompts, chosen)
 
     def show(self, n_examples: int = 3) -> None:
         """Print some samples with their answers, then the exact match at each point."""
@@ -163,5 +195,4 @@ class Comparison:
         ranks.say()
         for when, answers in self.answers.items():
             right = sum(is_right(*pair) for pair in zip(answers, self.samples, strict=True))
-            summed: Any = self.fabric.all_reduce(torch.tensor(float(right), device=self.fabric.device), reduce_op="sum")
-            ranks.say(f"exact match {when}: {summed.item() / self.n_samples:.1%}".replace("%", " %"))
+            ranks.say(f"exact match {when}: {right / self.n_samples:.1%}".replace("%", " %"))

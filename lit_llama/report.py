@@ -12,7 +12,9 @@ from lit_llama.batches import Encoded, collate
 from lit_llama.files import read_json
 from lit_llama.intervals import loss_interval, paired_difference, share_interval
 from lit_llama.model import LLaMA
+from lit_llama.runs import read_metrics
 from lit_llama.train import target_loss
+from lit_llama.trained import read_method
 
 
 def quality(file: Path) -> dict:
@@ -29,6 +31,16 @@ def quality(file: Path) -> dict:
         "n_test": len(asked),
         "answers": {str(row["row"]): row["right"] for row in asked},
     }
+
+
+def lowest_loss(out_dir: Path) -> float:
+    """Of the validations of a run."""
+    return min(float(row["val_loss"]) for row in read_metrics(out_dir) if row["val_loss"])
+
+
+def learning_rate(out_dir: Path) -> float:
+    """What a run was trained with."""
+    return read_method(out_dir)["train"]["learning_rate"]
 
 
 def flops_per_token(model: LLaMA, samples: list[Encoded]) -> float:

@@ -71,7 +71,7 @@ def check_trained(tensors: dict[str, Tensor], path: Path, prefix: str = "") -> N
 def load_trained_folder(
     trained_dir: Path | str,
     checkpoint_dir: Path | str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
     quantize: str | None = "none",
 ) -> tuple[LLaMA, dict]:

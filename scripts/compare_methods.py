@@ -73,6 +73,8 @@ def main(
     ablations: bool = False,
     ablation_steps: int = 50,
     max_test_samples: int | None = None,
+    devices: int = 1,
+    strategy: str = "auto",
     seed: int = 1337,
     yes: bool = False,
 ) -> None:
@@ -92,6 +94,8 @@ def main(
         ablations: Vary LLaMA-Adapter instead: its gate's start, its number of layers, its prompt's length.
         ablation_steps: Steps of the comparison of gates.
         max_test_samples: Measure quality on the first ones only.
+        devices: Processes of each run, one for each device; features has one in any case.
+        strategy: Of the runs on several devices: ddp, fsdp, or auto.
         seed: Of the order of samples and of everything drawn at random.
         yes: Do not ask before a download.
     """
@@ -109,6 +113,7 @@ def main(
     split = "test" if split_file(Path(data), "test") else "validation"
     settings = dict(data=data, split=split, n_samples=n_samples, batch_size=batch_size, seed=seed, pilot=pilot)
     settings |= dict(checkpoint_dir=checkpoint_dir, max_test_samples=max_test_samples, pilot_samples=pilot_samples)
+    settings |= dict(devices=devices, strategy=strategy)
     keep_settings(folder / "settings.json", settings)
     save_command_line(folder)
 
@@ -125,7 +130,8 @@ def main(
         run_jobs(trials, jobs, settings, failed, bar)
         for name, (count, file) in bases.items():
             bar.set_description(name)
-            evaluate(name, file, settings, ["--checkpoint_dir", checkpoint_dir, "--shots", str(count)], failed)
+            flags = ["--checkpoint_dir", checkpoint_dir, "--shots", str(count), *several_devices(settings)]
+            evaluate(name, file, settings, flags, failed)
     report(folder, "ablations" if ablations else "results", jobs, bases, settings, failed)
     if failed:
         lines = "; ".join(f"{name}: {why}" for name, why in failed.items())
@@ -197,21 +203,28 @@ def ablation_jobs(folder: Path, n_layer: int, steps: int, gate_steps: int) -> li
 
 def run_jobs(trials: list[Job], jobs: list[Job], settings: dict, failed: dict[str, str], bar: Bar) -> None:
     """Train the trials, then each job at the learning rate of its method's best trial, and evaluate it."""
+    from lit_llama.report import learning_rate, lowest_loss
+
     shared = ["--data", settings["data"], "--checkpoint_dir", settings["checkpoint_dir"]]
     common = [*shared, "--eval_samples", "0", "--train.batch_size", str(settings["batch_size"])]
-    common += ["--train.seed", str(settings["seed"])]
+    common += ["--train.seed", str(settings["seed"]), *several_devices(settings)]
     unfit: dict[str, str] = {}  # trials that failed: too high a rate may well
     for job in trials:
         train(job, common, unfit, bar)
     for job in jobs:
         if tried := [trial for trial in trials if trial.method == job.method and trial.name not in unfit]:
             best = min(tried, key=lambda trial: lowest_loss(trial.out_dir))
-            job.flags += ["--train.learning_rate", str(final_rate(best))]
+            job.flags += ["--train.learning_rate", str(learning_rate(best.out_dir))]
         features = [*shared, "--seed", str(settings["seed"]), "--max_samples", str(settings["n_samples"])]
         if train(job, features if job.method == "features" else common, failed, bar) and job.evaluated:
             bar.set_description(f"{job.name}: answers")
             file = job.out_dir / f"{settings['split']}.json"
-            evaluate(job.name, file, settings, ["--trained_dir", str(job.out_dir)], failed)
+            several = [] if job.method == "features" else several_devices(settings)
+            evaluate(job.name, file, settings, ["--trained_dir", str(job.out_dir), *several], failed)
+
+
+def several_devices(settings: dict) -> list[str]:
+    return ["--devices", str(settings["devices"]), "--strategy", settings["strategy"]]
 
 
 def train(job: Job, flags: list[str], failed: dict[str, str], bar: Bar) -> bool:
@@ -294,23 +307,11 @@ def report(
         plot_comparison(folder, results)
 
 
-def lowest_loss(out_dir: Path) -> float:
-    from lit_llama.runs import read_metrics
-
-    return min(float(row["val_loss"]) for row in read_metrics(out_dir) if row["val_loss"])
-
-
-def final_rate(job: Job) -> float:
-    from lit_llama.trained import read_method
-
-    return read_method(job.out_dir)["train"]["learning_rate"]
-
-
 def measure(job: Job, samples: list, file: Path) -> dict:
     """All figures of one finished run."""
     from lit_llama.checkpoint import load_model
     from lit_llama.files import read_json
-    from lit_llama.report import flops_per_token, quality
+    from lit_llama.report import flops_per_token, learning_rate, lowest_loss, quality
     from lit_llama.runs import COSTS_FILE, read_metrics
     from lit_llama.trained import load_trained_folder, read_method
 
@@ -333,7 +334,7 @@ def measure(job: Job, samples: list, file: Path) -> dict:
     if rows:
         last = [float(row["loss"]) for row in rows[-max(1, len(rows) // 10) :]]
         figures |= {
-            "learning_rate": final_rate(job),
+            "learning_rate": learning_rate(job.out_dir),
             "train_loss": sum(last) / len(last),
             "val_loss": lowest_loss(job.out_dir),
         }

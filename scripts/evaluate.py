@@ -9,13 +9,14 @@ Of a folder the validation file is evaluated, of a file all of it. Folders that 
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lit_llama import cli
 
 if TYPE_CHECKING:
-    from lit_llama.batches import Encoded
-    from lit_llama.classify import Classifier
+    import torch
+    from lightning.fabric import Fabric
+
     from lit_llama.model import LLaMA
     from lit_llama.samples import Sample
     from lit_llama.tokenizer import Tokenizer
@@ -32,6 +33,9 @@ def main(
     batch_size: int = 32,
     shots: int = 0,
     shots_seed: int = 1337,
+    devices: int = 1,
+    num_nodes: int = 1,
+    strategy: str = "auto",
     precision: str = "auto",
     quantize: str | None = None,
     results: str | None = None,
@@ -49,16 +53,20 @@ def main(
         batch_size: Prompts answered together; fewer take less memory.
         shots: Examples of the data folder's train file in front of every prompt: in-context learning.
         shots_seed: Of the choice of these examples.
+        devices: Processes that share the samples, one for each device, on every node.
+        num_nodes: Machines.
+        strategy: ddp, with the model on every device; fsdp, in pieces, where it does not fit one; or auto.
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
         quantize: What the base's weights are kept in: none, int8, or on CUDA nf4; by default as in training.
         results: A .json file to write each sample's loss and answer to.
     """
-    from lit_llama.classify import is_classifier, load_classifier
-    from lit_llama.data import encode_samples, split_file
+    from lit_llama import ranks
+    from lit_llama.classify import is_classifier
+    from lit_llama.data import split_file
     from lit_llama.devices import base_dtype, launch
-    from lit_llama.evaluate import add_shots, count_last_answers, is_right, load_either, sample_losses
-    from lit_llama.quantize import pack
+    from lit_llama.evaluate import load_either
     from lit_llama.samples import read_samples
+    from lit_llama.sharding import shard
     from lit_llama.trained import read_method
 
     for name, value in (("max_samples", max_samples), ("batch_size", batch_size), ("max_seq_length", max_seq_length)):
@@ -66,90 +74,124 @@ def main(
             raise cli.UserError(f"--{name} {value} must be at least 1")
     if shots < 0:
         raise cli.UserError(f"--shots {shots} must not be negative")
+    sharded, labels = strategy == "fsdp", bool(trained_dir) and is_classifier(read_method(trained_dir))
+    if labels and (shots or prompt_style or max_seq_length or quantize or sharded):
+        raise cli.UserError(
+            f"{trained_dir} answers with labels: no --shots, --prompt_style, --max_seq_length, --quantize, fsdp"
+        )
+    if sharded and (quantize or "none") != "none":
+        raise cli.UserError("--strategy fsdp does not go with --quantize; pass ddp")
     file = split_file(Path(data), split) if Path(data).is_dir() else Path(data)
     if file is None:
         raise cli.UserError(f"{data} holds no {split} file; give the file to evaluate, or another --split")
     samples = read_samples(file)[:max_samples]
-    device = launch().device
-    dtype = base_dtype(precision, device)
-    if trained_dir and is_classifier(read_method(trained_dir)):
-        if shots or prompt_style or max_seq_length or quantize:
-            raise cli.UserError(
-                f"{trained_dir} answers with labels: no --shots, --prompt_style, --max_seq_length, --quantize"
-            )
-        classify, method = load_classifier(trained_dir, checkpoint_dir, dtype, device)
-        write_results(results, evaluate_labels(samples, classify, method, checkpoint_dir))
-        return
-    name, model, tokenizer, style, length = load_either(
-        trained_dir, checkpoint_dir, prompt_style, dtype, device, quantize
-    )
-    print(f"{name} on {file}")
-    room = model.text_room
-    length = min(max_seq_length or length or (room if shots else 512), room)
-    asked = add_shots(samples, Path(data), shots, shots_seed) if shots else samples
-    kept, encoded = encode_samples(asked, style, tokenizer, length)
-    if shots:
-        kept, encoded = count_last_answers(kept, encoded, style, tokenizer)
-    losses = sample_losses(model, encoded, device)
-    pack(model)  # for decoding: the many rows of the loss gain nothing by it
-    loss = sum(losses) / sum(ids.n_targets for ids in encoded)
-    print(f"{len(kept)} samples; {len(samples) - len(kept)} dropped: no answer begins within {length} tokens")
-    print(f"loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
-    answers = ask(model, tokenizer, style, kept, encoded, batch_size)
-    right = {i: is_right(answer, kept[i]) for i, answer in answers.items()}
-    if right:
-        correct = sum(right.values())
-        print(f"exact match: {correct / len(right):.1%} ({correct} of {len(right)})".replace("%", " %"))
-    figures = [(losses[i], ids.n_targets, right.get(i), answers.get(i)) for i, ids in enumerate(encoded)]
-    write_results(results, [(sample.row, *row) for sample, row in zip(kept, figures, strict=True)])
+    fabric = launch(devices, num_nodes, strategy)
+    dtype = base_dtype(precision, fabric.device)
+    if labels:
+        rows = evaluate_labels(fabric, samples, trained_dir, checkpoint_dir, dtype)
+    else:
+        where = (None, "cpu", "none") if sharded else (dtype, fabric.device, quantize)  # shard casts and moves blocks
+        name, model, tokenizer, style, length = load_either(trained_dir, checkpoint_dir, prompt_style, *where)
+        if sharded:
+            shard(fabric, model, dtype)
+        ranks.say(f"{name} on {file}")
+        length = min(max_seq_length or length or (model.text_room if shots else 512), model.text_room)
+        given = Examples(Path(data), shots, shots_seed)
+        rows = evaluate_answers(fabric, samples, model, tokenizer, style, length, batch_size, given)
+    if results is not None:
+        ranks.first("write the results", lambda: write_results(Path(results), rows))
 
 
-def ask(
+class Examples(NamedTuple):
+    """How many examples stand in front of every prompt, from whose train file, and the seed of their choice."""
+
+    folder: Path
+    count: int
+    seed: int
+
+
+def evaluate_answers(
+    fabric: "Fabric",
+    samples: "list[Sample]",
     model: "LLaMA",
     tokenizer: "Tokenizer",
     style: str,
-    samples: "list[Sample]",
-    encoded: "list[Encoded]",
+    length: int,
     batch_size: int,
-) -> dict[int, str]:
-    """The answers to the samples that have a question, by their number; ``batch_size`` of them are decoded together."""
-    from lit_llama.data import can_be_asked
-    from lit_llama.evaluate import answer_samples
+    given: Examples,
+) -> list[tuple]:
+    """Print loss, perplexity and exact match. The ranks share the samples, and each has all results in the end."""
+    from lit_llama import ranks
+    from lit_llama.data import can_be_asked, encode_samples
+    from lit_llama.evaluate import (
+        add_shots,
+        answer_samples,
+        count_last_answers,
+        is_right,
+        longest_answer,
+        sample_losses,
+        shared,
+    )
+    from lit_llama.quantize import pack
+    from lit_llama.sharding import is_sharded
 
-    asked = [i for i, (sample, ids) in enumerate(zip(samples, encoded, strict=True)) if can_be_asked(sample, ids)]
-    answers = answer_samples(model, tokenizer, style, [samples[i] for i in asked], batch_size)
-    return dict(zip(asked, answers, strict=True))
+    asked = add_shots(samples, *given) if given.count else samples
+    kept, encoded = encode_samples(asked, style, tokenizer, length)
+    if given.count:
+        kept, encoded = count_last_answers(kept, encoded, style, tokenizer)
+    losses = shared(fabric, model, encoded, lambda own: sample_losses(model, own, fabric.device))
+    loss = sum(losses) / sum(ids.n_targets for ids in encoded)
+    ranks.say(f"{len(kept)} samples; {len(samples) - len(kept)} dropped: no answer begins within {length} tokens")
+    ranks.say(f"loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
+    if not is_sharded(model):
+        pack(model)  # for decoding: the many rows of the loss gain nothing by it
+    questions = [i for i, (sample, ids) in enumerate(zip(kept, encoded, strict=True)) if can_be_asked(sample, ids)]
+    longest = longest_answer(tokenizer, [kept[i] for i in questions])
+
+    def answer(own: list[int]) -> list[str]:
+        return answer_samples(model, tokenizer, style, [kept[i] for i in own], longest, batch_size)
+
+    answers = dict(zip(questions, shared(fabric, model, questions, answer), strict=True))
+    right = {i: is_right(answer, kept[i]) for i, answer in answers.items()}
+    if right:
+        correct = sum(right.values())
+        ranks.say(f"exact match: {correct / len(right):.1%} ({correct} of {len(right)})".replace("%", " %"))
+    figures = [(losses[i], ids.n_targets, right.get(i), answers.get(i)) for i, ids in enumerate(encoded)]
+    return [(sample.row, *row) for sample, row in zip(kept, figures, strict=True)]
 
 
-def write_results(path: str | None, rows: list[tuple]) -> None:
+def write_results(path: Path, rows: list[tuple]) -> None:
     """Each: the row of the file (from 0), its loss, the tokens that this is a sum over, right or not, the answer."""
     from lit_llama.files import write_json
 
-    if path is not None:
-        names = ("row", "loss", "n_targets", "right", "answer")
-        write_json(Path(path), {"samples": [dict(zip(names, row, strict=True)) for row in rows]})
+    names = ("row", "loss", "n_targets", "right", "answer")
+    write_json(path, {"samples": [dict(zip(names, row, strict=True)) for row in rows]})
 
 
 def evaluate_labels(
-    samples: "list[Sample]", classify: "Classifier", method: dict, checkpoint_dir: str | None
+    fabric: "Fabric", samples: "list[Sample]", trained_dir: str, checkpoint_dir: str | None, dtype: "torch.dtype"
 ) -> list[tuple]:
     """Print the accuracy of a classifier, and its loss: the mean of -log of the right label's probability."""
     import numpy as np
 
+    from lit_llama import ranks
+    from lit_llama.classify import load_classifier
     from lit_llama.data import encode_labels
+    from lit_llama.evaluate import shared
     from lit_llama.prompts import choose_style
     from lit_llama.tokenizer import Tokenizer
 
+    classify, method = load_classifier(trained_dir, checkpoint_dir, dtype, fabric.device)
     tokenizer, labels = Tokenizer(checkpoint_dir or method["base"]["checkpoint_dir"]), method["arguments"]["labels"]
     style = choose_style(method["prompt_style"], tokenizer)
     encoded = encode_labels(samples, style, tokenizer, method["train"]["max_seq_length"], labels)
-    shares = classify([sample.ids for sample in encoded])
+    shares = np.array(shared(fabric, None, [sample.ids for sample in encoded], lambda own: list(classify(own))))
     answers = [sample.targets[-1] for sample in encoded]
     chosen = shares.argmax(1).tolist()
     correct = sum(one == other for one, other in zip(chosen, answers, strict=True))
     losses = -np.log(shares[range(len(answers)), answers].clip(1e-12))
-    print(f"{method['method']} over {method['base']['name']}: loss {losses.mean():.4f}")
-    print(f"accuracy: {correct / len(answers):.1%} ({correct} of {len(answers)})".replace("%", " %"))
+    ranks.say(f"{method['method']} over {method['base']['name']}: loss {losses.mean():.4f}")
+    ranks.say(f"accuracy: {correct / len(answers):.1%} ({correct} of {len(answers)})".replace("%", " %"))
     rows = zip(samples, losses.tolist(), chosen, answers, strict=True)
     return [(sample.row, loss, 1, one == other, labels[one]) for sample, loss, one, other in rows]
 

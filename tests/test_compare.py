@@ -104,7 +104,8 @@ def test_mistakes_are_answered_in_one_line(folder, tmp_path):  # noqa: F811
     data = ["--data", folder / "sums", "--out_dir", tmp_path / "out"]
     refuse(COMPARE, *data, "--methods", "[qlora]", message="choose from features, output_layers")
     for name, words in (("lora", "lora --r 4"), ("mine", "qlora --r 4"), ("mine", "features"), ("..", "lora")):
-        refuse(COMPARE, *data, "--variants", json.dumps({name: words}), message=f"--variants '{name}': '{words}' must be")
+        message = f"--variants '{name}': '{words}' must be"
+        refuse(COMPARE, *data, "--variants", json.dumps({name: words}), message=message)
     refuse(COMPARE, *data, "--n_samples", 0, message="n_samples 0 must be at least 1")
     refuse(COMPARE, "--data", folder / "sums/train.json", message="must be a folder")
 
