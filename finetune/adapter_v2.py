@@ -15,7 +15,7 @@ def main(
     prompt_length: int = 10,
     start_layer: int = 2,
     scale_head: bool = True,
-    # Prompts learn at adapter's rate, all that starts at the base's own values at a tenth of it.
+    # Prompts learn at the full rate, all that starts at the base's own values at a tenth of it.
     other_lr_scale: float = 0.1,
     train: TrainArgs = TrainArgs(max_steps=450, batch_size=4, learning_rate=1e-2, weight_decay=0.02, eval_every=150),
     **shared,

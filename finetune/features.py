@@ -66,17 +66,13 @@ def main(
 
     started = time.perf_counter()
     splits = {"train": task.train[:max_samples], "validation": task.validation}
-    vectors = {}
     with Bar(sum(map(len, splits.values())), "vectors", "text") as bar:
-        for name, split in splits.items():
-            vectors[name] = text_vectors(model, [sample.ids for sample in split], tick=bar.update)
+        vectors = {name: text_vectors(model, [s.ids for s in split], tick=bar.update) for name, split in splits.items()}
     answers = {name: [task.labels[sample.targets[-1]] for sample in split] for name, split in splits.items()}
     arrays, labels = fit_classifier(classifier, vectors["train"], answers["train"], seed)
     seconds = time.perf_counter() - started
     for name in splits:
-        chosen = probabilities(arrays, vectors[name]).argmax(1)
-        right = sum(labels[i] == answer for i, answer in zip(chosen, answers[name], strict=True))
-        print(f"accuracy on {name}: {right / len(answers[name]):.1%} ({right} of {len(answers[name])})")
+        say_accuracy(name, [labels[i] for i in probabilities(arrays, vectors[name]).argmax(1)], answers[name])
 
     run.remove()
     run.save_costs(seconds)
@@ -93,6 +89,11 @@ def main(
     write_json(run.out_dir / METHOD_FILE, method)
     save_command_line(run.out_dir)
     print(f'\nsaved in {run.out_dir}; try: python generate/classify.py --trained_dir {run.out_dir} --prompt "..."')
+
+
+def say_accuracy(name: str, chosen: list[str], answers: list[str]) -> None:
+    right = sum(one == other for one, other in zip(chosen, answers, strict=True))
+    print(f"accuracy on {name}: {right / len(answers):.1%} ({right} of {len(answers)})")
 
 
 if __name__ == "__main__":

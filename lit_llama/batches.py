@@ -49,8 +49,8 @@ def epoch_order(seed: int, epoch: int, n_samples: int) -> list[int]:
 def micro_batches(samples: list[Encoded], max_tokens: int, max_padding: float = 0.5) -> list[list[Encoded]]:
     """Cut samples, longest first, into batches of at most ``max_tokens`` tokens with padding.
 
-    A sample shorter than its batch's longest by more than ``max_padding`` opens a new one, so no batch is padded by
-    more than that; with the lengths of real data a step is padded by far less.
+    A sample shorter than its batch's longest by more than ``max_padding`` opens a new one. Attention alone computes the
+    padding, so half of a sample is cheaper than another pass.
     """
     batches: list[list[Encoded]] = []
     for sample in sorted(samples, key=lambda sample: len(sample.ids), reverse=True):
@@ -76,18 +76,22 @@ class Packing:
     Attention alone needs them as (B, T) again; all else in the model looks at single tokens, and is spared the padding.
     """
 
-    def __init__(self, lengths: list[int], T: int, device: torch.device, multiple: int = 1) -> None:
+    def __init__(self, lengths: list[int], T: int, device: torch.device | str = "cpu", multiple: int = 1) -> None:
         """The first ``lengths`` tokens of each row, and of the padding what makes their number a ``multiple``."""
-        wanted = torch.arange(T) < torch.tensor(lengths)[:, None]
-        padding = (~wanted).flatten().nonzero()[:, 0]
-        wanted.view(-1)[padding[: -sum(lengths) % multiple]] = True
-        self.shape, self.places = wanted.shape, wanted.flatten().nonzero()[:, 0].to(device)  # (N,) within B * T
+        places = [row * T + t for row, length in enumerate(lengths) for t in range(length)]
+        padding = [row * T + t for row, length in enumerate(lengths) for t in range(length, T)]
+        places += padding[: -len(places) % multiple]
+        order = [0] * (len(lengths) * T)  # padding repeats the first token: causal attention never looks at it
+        for i, place in enumerate(places):
+            order[place] = i
+        self.shape = torch.Size((len(lengths), T))
+        self.places = torch.tensor(places, device=device)  # (N,) within B * T
+        self.order = torch.tensor(order, device=device)  # (B * T,) within N
 
     def gather(self, x: Tensor) -> Tensor:
         """(B, T, ...) -> (1, N, ...)."""
         return x.flatten(0, 1).index_select(0, self.places)[None]
 
     def spread(self, x: Tensor) -> Tensor:
-        """(1, N, D) -> (B, T, D), zero at the padding."""
-        batch = x.new_zeros(self.shape.numel(), x.size(-1))
-        return batch.index_copy(0, self.places, x[0]).unflatten(0, self.shape)
+        """(1, heads, N, hs) -> (B, heads, T, hs). An index is all that autograd keeps of it."""
+        return x[0].transpose(0, 1).index_select(0, self.order).unflatten(0, self.shape).transpose(1, 2)

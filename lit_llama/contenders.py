@@ -26,7 +26,7 @@ from lit_llama.generate import generate
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.quantize import pack, quantize_base
-from lit_llama.train import shape_multiple, target_loss
+from lit_llama.train import target_loss
 from lit_llama.trained import trained_tensors
 
 PADDED_SAMPLES = 4  # of a micro-batch of LitGPT and of PEFT's trainer: four samples, padded to the longest
@@ -52,7 +52,8 @@ class Contender:
         return " ".join([self.project, self.method, self.precision, *self.options])
 
 
-# A step takes samples and returns the tokens it computed, padding included; decode takes a prompt and a count.
+# A step takes samples and returns the tokens it computed, padding included, but not where attention alone computes it;
+# decode takes a prompt and a count.
 Step = Callable[[list[Encoded]], int]
 Decode = Callable[[list[int], int], int]
 
@@ -98,7 +99,7 @@ def build_ours(contender: Contender, kind: str, device: torch.device, stack: Exi
         computed, n_targets = 0, sum(sample.n_targets for sample in samples)
         for batch in micro_batches(samples, max_tokens=1024):
             ids, targets, lengths = collate(batch, device)
-            computed += sum(lengths) + -sum(lengths) % shape_multiple(model, ids)
+            computed += sum(lengths)  # but for attention, and for what rounding adds
             (target_loss(model, ids, targets, lengths) / n_targets).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -182,15 +182,14 @@ class Job:
             return
         samples = sorted(self.task.train, key=lambda sample: len(sample.ids))[-self.train.batch_size :]
         batches = micro_batches(samples, self.train.micro_batch_tokens)
-        batch = max(batches, key=lambda batch: len(batch) * len(batch[0].ids))
-        rows, tokens = len(batch), len(batch[0].ids)
+        batch = max(batches, key=lambda batch: sum(len(sample.ids) for sample in batch))
+        lengths = [len(sample.ids) for sample in batch]
         found = estimate(
             self.model.config,
             self.method,
             arguments,
             self.dtype,
-            rows,
-            tokens,
+            lengths,
             n_targets=sum(sample.n_targets for sample in batch),
             device_type=self.fabric.device.type,
             devices=self.fabric.world_size,
@@ -199,5 +198,5 @@ class Job:
             quantize=self.quantize,
         )
         sharing = self.devices if self.fabric.device.type == "cpu" else 1  # processes in the same memory
-        if warning := check_room(found, self.room // sharing, rows * tokens, longest):
+        if warning := check_room(found, self.room // sharing, sum(lengths), longest):
             print(warning, file=sys.stderr)

@@ -171,8 +171,7 @@ def estimate(
     method: str,
     arguments: dict,
     dtype: torch.dtype,
-    rows: int,
-    tokens: int,
+    lengths: list[int],
     n_targets: int | None = None,
     device_type: str = "cpu",
     devices: int = 1,
@@ -182,10 +181,10 @@ def estimate(
 ) -> Estimate:
     """The memory of one optimizer step of ``method`` (a key of METHODS) with its ``arguments``.
 
-    The largest micro-batch has ``rows`` samples of ``tokens`` tokens and ``n_targets`` targets in all (by default every
-    token is one). ``dtype`` is the frozen base's. With ``sharded`` its blocks are spread over all ``devices``; with
-    ``checkpointing`` blocks keep their input alone, and compute the rest again in the backward pass. ``quantize`` is
-    what the frozen matrices of the blocks are kept in.
+    The largest micro-batch has samples of these ``lengths`` in tokens, and ``n_targets`` targets in all (by default
+    every token is one). ``dtype`` is the frozen base's. With ``sharded`` its blocks are spread over all ``devices``;
+    with ``checkpointing`` blocks keep their input alone, and compute the rest again in the backward pass. ``quantize``
+    is what the frozen matrices of the blocks are kept in.
     """
     model = imagined(config, method, arguments, dtype)
     blocks = [sum(p.nbytes for p in block.parameters() if not p.requires_grad) for block in model.transformer.h]
@@ -202,15 +201,15 @@ def estimate(
     with FakeTensorMode() if device_type == "cpu" else FusedAttention():
         if device_type == "cpu":
             fake_on_cpu(model)
-        ledger = Ledger(rows * tokens if n_targets is None else n_targets)
-        activations, logits = one_pass(model, ledger, rows, tokens, checkpointing)
+        ledger = Ledger(sum(lengths) if n_targets is None else n_targets)
+        activations, logits = one_pass(model, ledger, lengths, checkpointing)
     return Estimate(frozen, trained, trained, state, activations, logits, update)
 
 
-def one_pass(model: LLaMA, ledger: Ledger, rows: int, tokens: int, checkpointing: bool) -> tuple[int, int]:
+def one_pass(model: LLaMA, ledger: Ledger, lengths: list[int], checkpointing: bool) -> tuple[int, int]:
     """Forward and backward, with gradients there already: bytes kept when the head is reached, and then on top."""
     device = model.transformer.wte.weight.device
-    ids, targets = (torch.zeros(rows, tokens, dtype=torch.long, device=device) for _ in range(2))
+    ids, targets = (torch.zeros(len(lengths), max(lengths), dtype=torch.long, device=device) for _ in range(2))
     for param in model.parameters():
         ledger.note(param)
         if param.requires_grad:
@@ -219,7 +218,7 @@ def one_pass(model: LLaMA, ledger: Ledger, rows: int, tokens: int, checkpointing
     before, at_head = ledger.now, []
     model.lm_head.register_forward_pre_hook(lambda *_: at_head.append(ledger.now))
     with block_forwards(model, checkpointing=checkpointing), ledger:
-        target_loss(model.train(), ids, targets).backward()
+        target_loss(model.train(), ids, targets, lengths).backward()
     return at_head[0] - before, ledger.peak - at_head[0]
 
 

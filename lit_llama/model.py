@@ -169,24 +169,27 @@ class CausalSelfAttention(nn.Module):
         self.qkv_slices = {"q": q, "k": k, "v": slice(k.stop, k.stop + kv_size)}
         self.kv_cache: KVCache | None = None  # a slot that LLaMA.set_kv_cache fills for decoding
 
-    def qkv(self, x: Tensor, packing=None) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, C), or (1, N, C) with ``packing`` -> q (B, nh, T, hs), k and v (B, nkv, T, hs), not yet rotated."""
-        projected = self.c_attn(x) if packing is None else packing.spread(self.c_attn(x))
-        parts = projected.split([rows.stop - rows.start for rows in self.qkv_slices.values()], -1)
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C) -> q (B, nh, T, hs), k and v (B, nkv, T, hs), not yet rotated."""
+        sizes = [rows.stop - rows.start for rows in self.qkv_slices.values()]
+        parts = self.c_attn(x).split(sizes, -1)  # the gradient of slices would be three whole tensors, added up
         q, k, v = (part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in parts)
         return q, k, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, input_pos=None, mask=None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """-> (B, nh, T, hs): causal over k and v, or over the cache where ``mask`` (B or 1, 1, T, S) is True."""
         if input_pos is not None:
             k, v = self.kv_cache.update(k, v, input_pos, end=mask.size(-1))
         return attention(q, k, v, mask, is_causal=mask is None)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, input_pos=None, mask=None, packing=None) -> Tensor:
-        q, k, v = self.qkv(x, packing)
-        y = self.attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, input_pos, mask)
-        y = y.transpose(1, 2).flatten(2)  # (B, nh, T, hs) -> (B, T, nh * hs)
-        return self.c_proj(y if packing is None else packing.gather(y))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, input_pos=None, mask=None, packing: Any = None) -> Tensor:
+        q, k, v = self.qkv(x)
+        if packing is not None:
+            q, k, v = map(packing.spread, (q, k, v))  # (1, heads, N, hs) -> (B, heads, T, hs)
+        y = self.attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, input_pos, mask).transpose(1, 2).flatten(2)
+        return self.c_proj(y if packing is None else packing.gather(y))  # y (B, T, nh * hs)
 
 
 class MLP(nn.Module):
@@ -210,7 +213,7 @@ class Block(nn.Module):
         self.rms_2 = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, input_pos=None, mask=None, packing=None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, input_pos=None, mask=None, packing: Any = None) -> Tensor:
         x = x + self.attn(self.rms_1(x), cos, sin, input_pos, mask, packing)
         return x + self.mlp(self.rms_2(x))
 
@@ -270,14 +273,13 @@ class LLaMA(nn.Module):
         return cos, sin
 
     def hidden_states(
-        self, idx: Tensor, input_pos: Tensor | None = None, pad: Tensor | None = None, packing=None
+        self, idx: Tensor, input_pos: Tensor | None = None, pad: Tensor | None = None, packing: Any = None
     ) -> Tensor:
         """idx (B, T) -> the vectors after the final norm (B, T, C).
 
-        Without ``input_pos``: causal over idx, no cache, no mask tensor; right padding is harmless. A ``packing``
-        (lit_llama/batches.py) leaves it out: the vectors are (1, N, C).
-        With ``input_pos`` (T,): idx goes into these slots of the KV cache and sees all slots up to its own;
-        ``pad`` (B,) counts the padding slots at the left of each row, which nothing sees.
+        Without ``input_pos``: causal over idx, no cache, no mask tensor; right padding is harmless, and left out by a
+        ``packing`` (batches.py): (1, N, C). With ``input_pos`` (T,): idx goes into these slots of the KV cache and sees
+        all slots up to its own; ``pad`` (B,) counts the padding slots at the left of each row, which nothing sees.
         """
         self.check_length(idx.size(1), input_pos)
         positions, mask = torch.arange(idx.size(1), device=idx.device), None

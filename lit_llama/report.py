@@ -34,7 +34,7 @@ def quality(file: Path) -> dict:
 
 
 def lowest_loss(out_dir: Path) -> float:
-    """Of the validations of a run."""
+    """The lowest validation loss of a run."""
     return min(float(row["val_loss"]) for row in read_metrics(out_dir) if row["val_loss"])
 
 

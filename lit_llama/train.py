@@ -52,7 +52,7 @@ def target_loss(
 ) -> Tensor:
     """Cross-entropy summed over the target tokens, a float32 scalar. ids and targets (B, T).
 
-    Where the rows' ``lengths`` are told, their padding is not computed.
+    Where the rows' ``lengths`` are told, attention alone computes their padding.
 
     Only positions with a target reach the head. More than ``chunk_size`` of them do so in chunks, and again in the
     backward pass: the float32 logits of a whole batch, its largest tensor by far, never exist.
@@ -75,7 +75,7 @@ def target_vectors(
         virtual = torch.tensor([model.virtual_ids], device=ids.device).expand(len(ids), -1)
         ids, targets = torch.cat((virtual, ids), 1), F.pad(targets, (virtual.size(1), 0), value=IGNORE)
     where = targets != IGNORE
-    if lengths is None:
+    if lengths is None or min(lengths) == ids.size(1) - len(model.virtual_ids):  # nothing is padded
         return model.hidden_states(ids)[where], targets[where], where
     packing = Packing(
         [n + len(model.virtual_ids) for n in lengths], ids.size(1), ids.device, shape_multiple(model, ids)
@@ -85,7 +85,7 @@ def target_vectors(
 
 
 def shape_multiple(model: LLaMA, ids: Tensor) -> int:
-    """Of what sizes of batches are made multiples: 8 in bfloat16 on a CPU, else 1.
+    """What a batch's width and its number of tokens are rounded up to: a multiple of 8 in bfloat16 on a CPU, else of 1.
 
     oneDNN compiles a kernel for every new shape and keeps a thousand of them: 375 steps on bookings, each with a length
     of its own, took 2.5 GB of memory, and no less time.
@@ -108,10 +108,11 @@ def share(batches: list[list[Encoded]], world_size: int) -> list[list[list[Encod
     """The micro-batches of every rank: each goes to the rank that has the fewest tokens so far."""
     tokens = [0] * world_size
     shares: list[list[list[Encoded]]] = [[] for _ in range(world_size)]
-    for batch in sorted(batches, key=lambda batch: len(batch) * len(batch[0].ids), reverse=True):
+    sizes = [sum(len(sample.ids) for sample in batch) for batch in batches]
+    for i in sorted(range(len(batches)), key=sizes.__getitem__, reverse=True):
         least = tokens.index(min(tokens))
-        tokens[least] += len(batch) * len(batch[0].ids)
-        shares[least].append(batch)
+        tokens[least] += sizes[i]
+        shares[least].append(batches[i])
     return shares
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lit_llama import ranks
 from lit_llama.checkpoint import (
     MODEL_FILE,
     check_dtypes,
@@ -119,7 +120,7 @@ def add_trained(model: LLaMA, trained_dir: Path | str, method: dict) -> None:
         tensor.data = tensor.data.clone()  # it may be the base's own, which another model goes on using (chat.py)
     check_recipe(method, load_trained(model, Path(trained_dir) / TRAINED_FILE), path)
     before, now = method["quantize"], quantization(model)
-    if now != before:
+    if now != before and ranks.is_first():
         why = "has not seen its errors" if before == "none" else "has learned to make up for the other's errors"
         print(
             f"note: {trained_dir} was trained with --quantize {before}, its base is loaded with {now}: "

@@ -22,7 +22,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lit_llama import ranks
-from lit_llama.batches import Encoded, collate, micro_batches
+from lit_llama.batches import Encoded, Packing, collate, micro_batches
 from lit_llama.cli import UserError
 from lit_llama.model import CausalSelfAttention, LLaMA
 from lit_llama.train import TrainArgs, share
@@ -125,10 +125,12 @@ def cached_trunk(
         top = {f"transformer.h.{i}": PassOn(block) for i, block in enumerate(transformer.h) if i >= n}
         with torch.no_grad(), stand_ins(model, {**top, "transformer.ln_f": nn.Identity()}):
             for batch in share(micro_batches(samples, micro_batch_tokens), fabric.world_size)[fabric.global_rank]:
-                hidden = model.hidden_states(collate(batch, fabric.device)[0]).cpu()  # (B, T, C)
-                for sample, x in zip(batch, hidden, strict=True):
+                ids, _, lengths = collate(batch, fabric.device)
+                packing = Packing(lengths, ids.size(1), fabric.device)
+                hidden = model.hidden_states(ids, packing=packing)[0].cpu()  # (N, C), one sample behind the other
+                for sample, x in zip(batch, hidden.split(lengths), strict=True):
                     start = first_rows[id(sample)]
-                    rows[start : start + len(sample.ids)] = x[: len(sample.ids)]
+                    rows[start : start + len(x)] = x
         fabric.barrier()
         trunk = {f"transformer.h.{i}": PassOn(block) for i, block in enumerate(transformer.h) if i < n}
         with stand_ins(model, {**trunk, "transformer.wte": TrunkRows(transformer.wte, rows)}):

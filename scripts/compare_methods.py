@@ -10,53 +10,18 @@ same command goes on where it was stopped: what is finished is not run again. ``
 
 from __future__ import annotations
 
-import re
-import shlex
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from lit_llama import cli
 from lit_llama.bars import Bar
+from lit_llama.comparison import METHODS, Job, ablation_jobs, pilot_jobs, variant_jobs
 from lit_llama.settings import DEFAULT_BASE
 
 ROOT = Path(__file__).parent.parent
-# Learning rates for --pilot: each script's default, and about a third and three times of it.
-PILOT_RATES = {
-    "output_layers": (3e-4, 1e-3, 3e-3),
-    "full": (1e-5, 3e-5, 1e-4),
-    "soft_prompt": (3e-3, 1e-2, 3e-2),
-    "prefix": (1e-2, 3e-2, 1e-1),
-    "houlsby": (3e-4, 1e-3, 3e-3),
-    "adapter": (7e-3, 2e-2, 6e-2),
-    "adapter_v2": (3e-3, 1e-2, 3e-2),
-    "lora": (1e-3, 3e-3, 1e-2),
-}
-METHODS = ("features", *PILOT_RATES)
-
-
-@dataclass
-class Job:
-    """One run of a finetune script, in the folder ``out_dir``."""
-
-    name: str
-    method: str
-    out_dir: Path
-    steps: int
-    flags: list[str] = field(default_factory=list)
-    evaluated: bool = True  # on the held-out split; a pilot and a curve need none
-    validations: int = 4
-
-    @property
-    def trained(self) -> bool:
-        from lit_llama.runs import COSTS_FILE, read_metrics
-
-        if self.method == "features":
-            return (self.out_dir / COSTS_FILE).exists()
-        return len(read_metrics(self.out_dir)) == self.steps and (self.out_dir / COSTS_FILE).exists()
 
 
 def main(
@@ -94,19 +59,26 @@ def main(
         ablations: Vary LLaMA-Adapter instead: its gate's start, its number of layers, its prompt's length.
         ablation_steps: Steps of the comparison of gates.
         max_test_samples: Measure quality on the first ones only.
-        devices: Processes of each run, one for each device; features has one in any case.
-        strategy: Of the runs on several devices: ddp, fsdp, or auto.
+        devices: Processes of each run, one for each device; memory is that of the first, and features has one only.
+        strategy: Of the runs on several devices: ddp, fsdp (but for full, which trains every block), or auto.
         seed: Of the order of samples and of everything drawn at random.
         yes: Do not ask before a download.
     """
     from lit_llama.checkpoint import load_config
     from lit_llama.data import split_file
+    from lit_llama.devices import STRATEGIES
     from lit_llama.download import ensure_base
     from lit_llama.runs import save_command_line
+    from lit_llama.sharding import check_sharding
 
-    for name, value in (("n_samples", n_samples), ("pilot_samples", pilot_samples), ("batch_size", batch_size)):
+    sizes = dict(n_samples=n_samples, pilot_samples=pilot_samples, batch_size=batch_size, devices=devices)
+    for name, value in sizes.items():
         if value < 1:
             raise cli.UserError(f"--{name} {value} must be at least 1")
+    if strategy not in STRATEGIES:
+        raise cli.UserError(f"--strategy {strategy!r} is none of {', '.join(STRATEGIES)}")
+    if strategy == "fsdp":
+        check_sharding(devices)
     methods = possible_methods(methods, Path(data))
     ensure_base(checkpoint_dir, yes)
     folder = Path(out_dir or f"out/compare/{Path(data).stem}")
@@ -114,17 +86,17 @@ def main(
     settings = dict(data=data, split=split, n_samples=n_samples, batch_size=batch_size, seed=seed, pilot=pilot)
     settings |= dict(checkpoint_dir=checkpoint_dir, max_test_samples=max_test_samples, pilot_samples=pilot_samples)
     settings |= dict(devices=devices, strategy=strategy)
-    keep_settings(folder / "settings.json", settings)
-    save_command_line(folder)
-
     steps, trials, bases = max(1, n_samples // batch_size), [], {}
     if ablations:
         jobs = ablation_jobs(folder, load_config(checkpoint_dir).n_layer, steps, ablation_steps)
     else:
         jobs = [Job(name, name, folder / name, 0 if name == "features" else steps) for name in methods]
         jobs += variant_jobs(folder, variants or {}, steps)
-        trials = pilot_jobs(folder, methods, max(1, pilot_samples // batch_size)) if pilot else []
+        tried = dict.fromkeys(job.method for job in jobs) if pilot else ()
+        trials = pilot_jobs(folder, tried, max(1, pilot_samples // batch_size))
         bases = {f"base, {count} examples": (count, folder / f"base-{count}-{split}.json") for count in shots}
+    keep_settings(folder / "settings.json", settings)
+    save_command_line(folder)
     failed: dict[str, str] = {}
     with Bar(sum(job.steps for job in trials + jobs), "steps", "step") as bar:
         run_jobs(trials, jobs, settings, failed, bar)
@@ -158,44 +130,12 @@ def keep_settings(path: Path, settings: dict) -> None:
     from lit_llama.files import read_json, write_json
     from lit_llama.runs import differences
 
-    if path.exists() and (changes := differences(read_json(path), settings)):
+    earlier = {"devices": 1, "strategy": "auto"}  # of a comparison that was begun before there was a choice
+    if path.exists() and (changes := differences({**earlier, **read_json(path)}, settings)):
         raise cli.UserError(
             f"{path.parent} holds a comparison with other settings: {'; '.join(changes)}; pass another --out_dir"
         )
     write_json(path, settings)
-
-
-def pilot_jobs(folder: Path, methods: tuple[str, ...], steps: int) -> list[Job]:
-    def job(name: str, rate: str) -> Job:
-        flags = ["--train.learning_rate", rate]
-        return Job(f"{name} at {rate}", name, folder / "pilot" / f"{name}-{rate}", steps, flags, validations=1)
-
-    return [job(name, f"{rate:g}") for name in methods for rate in PILOT_RATES.get(name, ())]
-
-
-def variant_jobs(folder: Path, variants: dict[str, str], steps: int) -> list[Job]:
-    """Runs of a method with other flags. After a pilot they take the learning rate that is best for the method."""
-    jobs = []
-    for name, words in variants.items():
-        method, *flags = shlex.split(words) or [""]
-        if method not in PILOT_RATES or name in METHODS or not name.strip(" ./"):
-            raise cli.UserError(
-                f"--variants {name!r}: {words!r} must be flags of one of {', '.join(PILOT_RATES)}, under a new name"
-            )
-        jobs.append(Job(name, method, folder / re.sub(r"[^\w.=-]+", "-", name), steps, flags))
-    return jobs
-
-
-def ablation_jobs(folder: Path, n_layer: int, steps: int, gate_steps: int) -> list[Job]:
-    """The paper's: the gate's start (the same seed, so the same prompts), the number of blocks, the prompt's length."""
-
-    def job(name: str, flags: list, steps: int = steps, evaluated: bool = True) -> Job:
-        return Job(name, "adapter", folder / "ablations" / name.replace(" ", "-"), steps, [*map(str, flags)], evaluated)
-
-    gates = [job(f"gate {start}", ["--gate_init", start], gate_steps, evaluated=False) for start in (0, 1)]
-    shapes = [(depth, 10) for depth in sorted({n_layer // 3, 2 * n_layer // 3, n_layer - 2})]
-    shapes += [(n_layer - 2, length) for length in (1, 50)]
-    return gates + [job(f"L {L} K {K}", ["--start_layer", n_layer - L, "--prompt_length", K]) for L, K in shapes]
 
 
 # ---------------------------------------------------------------------------------------------- running
@@ -207,24 +147,30 @@ def run_jobs(trials: list[Job], jobs: list[Job], settings: dict, failed: dict[st
 
     shared = ["--data", settings["data"], "--checkpoint_dir", settings["checkpoint_dir"]]
     common = [*shared, "--eval_samples", "0", "--train.batch_size", str(settings["batch_size"])]
-    common += ["--train.seed", str(settings["seed"]), *several_devices(settings)]
+    common += ["--train.seed", str(settings["seed"])]
     unfit: dict[str, str] = {}  # trials that failed: too high a rate may well
     for job in trials:
-        train(job, common, unfit, bar)
+        train(job, [*common, *several_devices(settings, job.method)], unfit, bar)
     for job in jobs:
         if tried := [trial for trial in trials if trial.method == job.method and trial.name not in unfit]:
             best = min(tried, key=lambda trial: lowest_loss(trial.out_dir))
-            job.flags += ["--train.learning_rate", str(learning_rate(best.out_dir))]
-        features = [*shared, "--seed", str(settings["seed"]), "--max_samples", str(settings["n_samples"])]
-        if train(job, features if job.method == "features" else common, failed, bar) and job.evaluated:
+            job.flags = ["--train.learning_rate", str(learning_rate(best.out_dir)), *job.flags]
+        several = several_devices(settings, job.method)
+        flags = [*common, *several]
+        if job.method == "features":
+            flags = [*shared, "--seed", str(settings["seed"]), "--max_samples", str(settings["n_samples"])]
+        if train(job, flags, failed, bar) and job.evaluated:
             bar.set_description(f"{job.name}: answers")
             file = job.out_dir / f"{settings['split']}.json"
-            several = [] if job.method == "features" else several_devices(settings)
             evaluate(job.name, file, settings, ["--trained_dir", str(job.out_dir), *several], failed)
 
 
-def several_devices(settings: dict) -> list[str]:
-    return ["--devices", str(settings["devices"]), "--strategy", settings["strategy"]]
+def several_devices(settings: dict, method: str = "") -> list[str]:
+    """Features runs on one device; full has nothing frozen that could be sharded."""
+    if method == "features":
+        return []
+    strategy = "ddp" if method == "full" and settings["strategy"] == "fsdp" else settings["strategy"]
+    return ["--devices", str(settings["devices"]), "--strategy", strategy]
 
 
 def train(job: Job, flags: list[str], failed: dict[str, str], bar: Bar) -> bool:

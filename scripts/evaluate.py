@@ -57,7 +57,7 @@ def main(
         num_nodes: Machines.
         strategy: ddp, with the model on every device; fsdp, in pieces, where it does not fit one; or auto.
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
-        quantize: What the base's weights are kept in: none, int8, or on CUDA nf4; by default as in training.
+        quantize: What the base's weights are kept in: none, int8, or on CUDA nf4; as in training by default.
         results: A .json file to write each sample's loss and answer to.
     """
     from lit_llama import ranks
@@ -90,8 +90,8 @@ def main(
     if labels:
         rows = evaluate_labels(fabric, samples, trained_dir, checkpoint_dir, dtype)
     else:
-        where = (None, "cpu", "none") if sharded else (dtype, fabric.device, quantize)  # shard casts and moves blocks
-        name, model, tokenizer, style, length = load_either(trained_dir, checkpoint_dir, prompt_style, *where)
+        kept = (None, "cpu", "none") if sharded else (dtype, fabric.device, quantize)  # shard casts and moves blocks
+        name, model, tokenizer, style, length = load_either(trained_dir, checkpoint_dir, prompt_style, *kept)
         if sharded:
             shard(fabric, model, dtype)
         ranks.say(f"{name} on {file}")

@@ -135,3 +135,10 @@ def test_bfloat16_batches_are_widened_to_few_shapes_and_mean_the_same():
     ids = torch.arange(33).view(3, 11)
     padded = F.pad(ids, (0, 5)), F.pad(ids.roll(-1, 1), (0, 5), value=-100)
     assert torch.equal(target_loss(model, ids, ids.roll(-1, 1)), target_loss(model, *padded))
+    seen: list[int] = []
+    model.transformer.h[0].mlp.c_proj.register_forward_hook(lambda _, x, __: seen.append(x[0][..., 0].numel()))
+    for lengths in ([11, 4, 7], [11, 8, 5], [64, 3, 2]):
+        ids = torch.zeros(3, max(lengths), dtype=torch.long)
+        real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        target_loss(model, ids, ids.masked_fill(~real, IGNORE), lengths)
+    assert seen == [24, 24, 72]

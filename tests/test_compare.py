@@ -41,7 +41,8 @@ def test_every_figure_is_there(compared):
             continue
         assert row["seconds"] > 0 and row["peak_memory"] > 50e6 and row["gflop_per_token"] > 0
         weights = "model.safetensors" if name == "full" else "trained.safetensors"
-        assert row["kept_bytes"] == (out / name.replace(" ", "-") / weights).stat().st_size
+        place = "variants/lora---r-2" if name == "lora r=2" else name
+        assert row["kept_bytes"] == (out / place / weights).stat().st_size
     assert results["lora"]["trained_numbers"] < results["full"]["trained_numbers"]
     assert results["full"]["trained_share"] == 1
     assert results["lora r=2"]["trained_numbers"] * 4 == results["lora"]["trained_numbers"]
@@ -103,9 +104,15 @@ def test_ablations_vary_one_thing(folder, tmp_path):  # noqa: F811
 def test_mistakes_are_answered_in_one_line(folder, tmp_path):  # noqa: F811
     data = ["--data", folder / "sums", "--out_dir", tmp_path / "out"]
     refuse(COMPARE, *data, "--methods", "[qlora]", message="choose from features, output_layers")
-    for name, words in (("lora", "lora --r 4"), ("mine", "qlora --r 4"), ("mine", "features"), ("..", "lora")):
+    wrong = [("lora", "lora --r 4"), ("mine", "qlora --r 4"), ("mine", "features"), ("base, mine", "lora")]
+    for name, words in [*wrong, ("mine", "full --head classifier"), ("mine", "lora --data=mine")]:
         message = f"--variants '{name}': '{words}' must be"
         refuse(COMPARE, *data, "--variants", json.dumps({name: words}), message=message)
+    refuse(COMPARE, *data, "--variants", '{"mine": "lora \\"--r"}', message="No closing quotation")
+    refuse(COMPARE, *data, "--variants", '{"a": "lora --r 4", "b": "lora  --r 4"}', message="and each once")
+    refuse(COMPARE, *data, "--strategy", "fsdp", message="pass --devices 2 or more")
+    refuse(COMPARE, *data, "--strategy", "foo", message="is none of auto, ddp, fsdp")
+    assert not (tmp_path / "out").exists()
     refuse(COMPARE, *data, "--n_samples", 0, message="n_samples 0 must be at least 1")
     refuse(COMPARE, "--data", folder / "sums/train.json", message="must be a folder")
 

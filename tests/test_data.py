@@ -253,15 +253,15 @@ def test_collate_pads_at_the_right():
 
 def test_packing_leaves_out_the_padding_and_puts_tokens_back_in_their_places():
     x = torch.arange(1, 25).view(2, 4, 3)
-    packing = Packing([3, 1], 4, torch.device("cpu"))
+    packing = Packing([3, 1], 4)
     packed = packing.gather(x)
     assert packed.tolist() == [[*x[0, :3].tolist(), x[1, 0].tolist()]]
-    spread = packing.spread(packed)
-    assert torch.equal(spread[0, :3], x[0, :3]) and torch.equal(spread[1, 0], x[1, 0])
-    assert not spread[0, 3].any() and not spread[1, 1:].any()
-    assert Packing([3, 1], 4, torch.device("cpu"), multiple=3).places.tolist() == [0, 1, 2, 3, 4, 5]
-    assert len(Packing([3, 1], 4, torch.device("cpu"), multiple=7).places) == 7
-    assert len(Packing([4, 4], 4, torch.device("cpu"), multiple=5).places) == 8, "no padding is left to fill up with"
+    heads = packing.spread(torch.stack((packed, -packed), 1))  # (1, 2, N, 3) -> (2, 2, 4, 3)
+    assert heads.shape == (2, 2, 4, 3) and torch.equal(heads[:, 0], -heads[:, 1])
+    assert torch.equal(heads[0, 0, :3], x[0, :3]) and torch.equal(heads[1, 0, 0], x[1, 0])
+    assert Packing([3, 1], 4, multiple=3).places.tolist() == [0, 1, 2, 4, 3, 5]
+    assert len(Packing([3, 1], 4, multiple=7).places) == 7
+    assert len(Packing([4, 4], 4, multiple=5).places) == 8, "no padding is left to fill up with"
 
 
 def test_rows_from_python_are_split_as_those_of_a_file(tmp_path):
