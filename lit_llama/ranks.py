@@ -155,6 +155,16 @@ def leave(text: str, code: int, failed: bool) -> None:
     sys.exit(code)
 
 
+def meet(fabric: Fabric, what: str) -> None:
+    """Wait until every rank is here; ``what`` names what each has done. After half an hour (gloo's) it is an error."""
+    try:
+        fabric.barrier()
+    except RuntimeError as error:
+        time.sleep(GRACE_SECONDS + fabric.global_rank / 10)  # for the news that a rank has died, if that is why
+        why = str(error).splitlines()[0]
+        raise UserError(f"rank {fabric.global_rank} waited for the others to {what}: {why}. {GO_ON}") from None
+
+
 def first(what: str, action: Callable[[], None], timeout_minutes: float = 120) -> None:
     """Let rank 0 do ``action`` while the others wait; ``what`` names it, once in a job: "fetch the base"."""
     if line is None:

@@ -107,7 +107,7 @@ class Run:
                 f"{out_dir} holds a run already ({', '.join(held)}); pass --resume to go on with it, "
                 "--overwrite to start anew, or another --out_dir"
             )
-        self.fabric.barrier()  # nobody writes before everybody has looked
+        ranks.meet(self.fabric, f"look into {out_dir}")  # nobody writes before everybody has looked
 
     def lock(self) -> None:
         """UserError on every rank where another process is writing into the folder."""
@@ -205,7 +205,7 @@ class Run:
                 tensors.update({f"optimizer.{i}.{key}": value for key, value in values.items()})
             numbers = {"step": step, "best_loss": self.best_loss, "best_step": self.best_step}
             save_tensors(self.out_dir / STATE_FILE, tensors, numbers)
-        self.fabric.barrier()  # no rank may leave, and so end the job, before the file is whole
+        ranks.meet(self.fabric, "save the state")  # no rank may leave, and so end the job, before the file is whole
 
     def load_state(self, model: LLaMA, optimizer: torch.optim.Optimizer) -> int:
         """The step to go on from: 0 for a new run, which is saved as such so that any stop can be resumed."""
@@ -254,7 +254,7 @@ class Run:
             save_tensors(self.out_dir / self.trained_file, kept_tensors(model), self.recipe)
 
     def load_best(self, model: LLaMA) -> None:
-        self.fabric.barrier()
+        ranks.meet(self.fabric, "finish the last step")
         if model.reparametrization is not None:
             model.reparametrization.flatten(model)
         load_trained(model, self.out_dir / self.trained_file)

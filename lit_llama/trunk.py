@@ -131,7 +131,7 @@ def cached_trunk(
                 for sample, x in zip(batch, hidden.split(lengths), strict=True):
                     start = first_rows[id(sample)]
                     rows[start : start + len(x)] = x
-        fabric.barrier()
+        ranks.meet(fabric, "compute their share of the trunk")
         trunk = {f"transformer.h.{i}": PassOn(block) for i, block in enumerate(transformer.h) if i < n}
         with stand_ins(model, {**trunk, "transformer.wte": TrunkRows(transformer.wte, rows)}):
             yield [[as_rows(sample, first_rows[id(sample)]) for sample in split] for split in splits]
@@ -155,5 +155,5 @@ def map_rows(fabric: Fabric, path: Path, n_rows: int, model: LLaMA) -> Tensor:
         )
     if fabric.is_global_zero:
         torch.from_file(str(path), shared=True, size=numbers, dtype=model.dtype)
-    fabric.barrier()
+    ranks.meet(fabric, f"make {path}")
     return torch.from_file(str(path), shared=True, size=numbers, dtype=model.dtype).view(n_rows, -1)

@@ -157,3 +157,18 @@ def test_the_others_wait_for_rank_0_and_say_what_for(tmp_path):
     assert broken.returncode == 1 and broken.stderr.count("Traceback") == 1
     (told,) = errors(broken.stderr)
     assert told.startswith("error: rank 1 failed with ZeroDivisionError: one over zero. The same command with --resume")
+
+
+def test_a_meeting_that_does_not_come_about_says_what_for(monkeypatch):
+    from lit_llama import ranks
+    from lit_llama.cli import UserError
+
+    class Alone:
+        global_rank = 3
+
+        def barrier(self):
+            raise RuntimeError("Timed out waiting 1800000ms\nstack")
+
+    monkeypatch.setattr(ranks, "GRACE_SECONDS", 0)
+    with pytest.raises(UserError, match="^rank 3 waited for the others to save the state: Timed out .*ms. The"):
+        ranks.meet(Alone(), "save the state")
