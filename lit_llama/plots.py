@@ -75,14 +75,13 @@ def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
         "peak_memory": ("peak memory in training (GB)", 1e9, "linear"),
     }
     for key, (label, unit, scale) in axes.items():
-        figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
         known = [(name, row) for name, row in points.items() if row[key] is not None]  # Windows does not tell memory
         for i, (name, row) in enumerate(sorted(known, key=lambda point: point[1][key])):
             low, high = row["right_interval"]
             error = [[100 * (row["right"] - low)], [100 * (high - row["right"])]]
-            ax.errorbar(row[key] / unit, 100 * row["right"], yerror(error), fmt="o", capsize=3)
-            place = dict(xytext=(6, -13)) if i % 2 else dict(xytext=(-6, 5), ha="right")  # neighbours on other sides
-            ax.annotate(name, (row[key] / unit, 100 * row["right"]), textcoords="offset points", **place)
+            marker = "os^Dv<>"[i % 7]  # 70 different points, with matplotlib's 10 colours
+            ax.errorbar(row[key] / unit, 100 * row["right"], yerror(error), fmt=marker, capsize=3, label=name)
         ax.set(xscale=scale, xlabel=label, ylabel="right answers (%), with 95 % intervals")
         ax.margins(0.15)
         bottom, top = ax.get_ylim()
@@ -96,6 +95,7 @@ def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
                 beyond.append(text)
         ax.annotate("\n".join(beyond), (0.99, 0.02), xycoords="axes fraction", ha="right", va="bottom")
         ax.set_ylim(bottom, top)
+        figure.legend(loc="outside right upper", title="from left to right")
         figure.savefig(folder / f"quality_by_{key}.png", dpi=120)
         plt.close(figure)
 
