@@ -22,6 +22,8 @@ PILOT_RATES = {
     "lora": (1e-3, 3e-3, 1e-2),
 }
 METHODS = ("features", *PILOT_RATES)
+# What all runs of a comparison have in common; a classifier's answers are no text to compare.
+COMMON_FLAGS = {"--data", "--checkpoint_dir", "--out_dir", "--head", "--train.max_steps", "--train.batch_size"}
 
 
 @dataclass
@@ -72,10 +74,6 @@ def variant_jobs(folder: Path, variants: dict[str, str], steps: int) -> list[Job
             )
         jobs[out_dir] = Job(name, method, out_dir, steps, flags)
     return list(jobs.values())
-
-
-# What all runs of a comparison have in common; a classifier's answers are no text to compare.
-COMMON_FLAGS = {"--data", "--checkpoint_dir", "--out_dir", "--head", "--train.max_steps", "--train.batch_size"}
 
 
 def ablation_jobs(folder: Path, n_layer: int, steps: int, gate_steps: int) -> list[Job]:

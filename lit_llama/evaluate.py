@@ -170,19 +170,18 @@ class Comparison:
         self.answers: dict[str, list[str]] = {}
 
     def answer(self, when: str, model: LLaMA) -> None:
-        task, longest = self.task, longest_answer(self.task.tokenizer, self.samples)
+        task, labels = self.task, self.task.labels
+        if labels is not None:
+            prompts = [sample.ids for sample in task.validation[: self.n_samples]]
+            chosen = shared(self.fabric, model, prompts, lambda own: list(label_shares(model, own).argmax(1)))
+            self.answers[when] = [labels[i] for i in chosen]
+            return
+        longest = longest_answer(task.tokenizer, self.samples)
 
-        def chosen(own: list[list[int]]) -> list[str]:
-            return [(task.labels or [])[i] for i in label_shares(model, own).argmax(1)]
-
-        def answered(own: list[Sample]) -> list[str]:
+        def answer(own: list[Sample]) -> list[str]:
             return answer_samples(model, task.tokenizer, task.prompt_style, own, longest, name=when)
 
-        if task.labels is None:
-            self.answers[when] = shared(self.fabric, model, self.samples, answered)
-        else:
-            prompts = [sample.ids for sample in task.validation[: self.n_samples]]
-            self.answers[when] = shared(self.fabric, model, prompts, chosen)
+        self.answers[when] = shared(self.fabric, model, self.samples, answer)
 
     def show(self, n_examples: int = 3) -> None:
         """Print some samples with their answers, then the exact match at each point."""
