@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import socket
@@ -35,6 +36,7 @@ def lock_folder(folder: Path) -> str | None:
         reason = f"its file system has no locks: {error.strerror}"
         print(f"note: nothing keeps a second run from writing into {folder} ({reason})", file=sys.stderr)
     held[path] = file
+    atexit.register(file.close)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

@@ -63,7 +63,8 @@ def running_mean(values: list[float]) -> list[float]:
 def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
     """Quality against trained numbers, and against peak memory; the base's own quality as lines across.
 
-    The axis is that of the methods: a base below or above it has no line and is named in a corner.
+    The axis is that of the methods: a base below or above it has no line and is named in a corner. What no method has
+    gets no plot: Windows does not tell the memory.
     """
     plt = pyplot()
     if plt is None:
@@ -75,8 +76,10 @@ def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
         "peak_memory": ("peak memory in training (GB)", 1e9, "linear"),
     }
     for key, (label, unit, scale) in axes.items():
+        known = [(name, row) for name, row in points.items() if row[key] is not None]
+        if not known:
+            continue
         figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
-        known = [(name, row) for name, row in points.items() if row[key] is not None]  # Windows does not tell memory
         for i, (name, row) in enumerate(sorted(known, key=lambda point: point[1][key])):
             low, high = row["right_interval"]
             error = [[100 * (row["right"] - low)], [100 * (high - row["right"])]]

@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py                                               # LLaMA-Adapter and LoRA, ours alone
     python scripts/benchmark.py --against '[litgpt, peft]' --data alpaca.json     # beside others, where installed
-    python scripts/benchmark.py --variants '[bf16-true, bf16-true+compile, bf16-true+int8, 32-true]'
+    python scripts/benchmark.py --variants '[auto, auto+compile, auto+int8]'
 
 Each line of the table is a process of its own. All do the same work in turn, round by round, so that a machine whose
 speed drifts slows all of them; figures are medians over the rounds with the least and the most. A token counts where it
@@ -27,7 +27,7 @@ OTHERS = ("litgpt", "peft")
 def main(
     kinds: tuple[str, ...] = KINDS,
     methods: tuple[str, ...] = ("adapter", "lora"),
-    variants: tuple[str, ...] = ("bf16-true",),
+    variants: tuple[str, ...] = ("auto",),
     against: tuple[str, ...] = (),
     model: str = "smollm2-135m",
     checkpoint_dir: str = DEFAULT_BASE,
@@ -44,7 +44,7 @@ def main(
     Args:
         kinds: What to measure, of train, decode and load.
         methods: Finetuning methods; litgpt and peft have adapter and lora.
-        variants: A precision each, bf16-true or 32-true, with options behind it: bf16-true+compile+int8.
+        variants: A precision each, bf16-true, 32-true or auto (the faster one), with options behind: auto+compile+int8.
         against: Other projects, litgpt and peft, where they are installed; at the first variant's precision.
         model: The shapes to measure with: a name in lit_llama/configs.py or a folder with a base; weights are random.
         checkpoint_dir: A base, for its tokenizer and for the time to load it; the default one is offered for download.
@@ -106,7 +106,7 @@ def choose(
     """Our contenders and the others, from the flags; UserError where one of them is unknown."""
     from lit_llama.configs import CONFIGS
     from lit_llama.contenders import Contender
-    from lit_llama.devices import base_dtype, default_device
+    from lit_llama.devices import default_device, resolve_precision
     from lit_llama.methods import METHODS
 
     for name, given, known in (("kinds", kinds, KINDS), ("methods", methods, METHODS), ("against", against, OTHERS)):
@@ -117,12 +117,12 @@ def choose(
     ours = []
     for variant in variants:
         precision, *options = variant.split("+")
-        base_dtype(precision, default_device())
+        precision = resolve_precision(precision, default_device())
         if unknown := set(options) - set(OPTIONS):
             raise cli.UserError(f"--variants {variant}: {sorted(unknown)} are none of {', '.join(OPTIONS)}")
         ours += [Contender("ours", model, method, precision, tuple(options)) for method in methods]
     if not ours:
-        raise cli.UserError("--variants names none: give bf16-true or 32-true")
+        raise cli.UserError("--variants names none: give auto, bf16-true or 32-true")
     compared = [method for method in methods if method in ("adapter", "lora")]
     return ours, [Contender(project, model, method, ours[0].precision) for method in compared for project in against]
 

@@ -48,7 +48,7 @@ def test_a_comparison_does_without_the_memory(tmp_path):
     row |= dict(right=0.5, right_interval=(0.4, 0.6), loss=1.0, loss_interval=(0.9, 1.1), n_test=10, answers={})
     assert "| 1.0 |  | 0.00 |" in markdown({"lora": row})
     plot_comparison(tmp_path, {"lora": row})
-    assert (tmp_path / "quality_by_peak_memory.png").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["quality_by_trained_numbers.png"]
 
 
 def test_a_code_page_does_not_stop_an_answer(monkeypatch):

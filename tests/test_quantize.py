@@ -15,7 +15,16 @@ from lit_llama.cli import UserError
 from lit_llama.generate import generate, generate_batch
 from lit_llama.methods import METHODS
 from lit_llama.model import Linear
-from lit_llama.quantize import Int8Linear, NarrowLinear, kernel_fits, pack, quantization, quantize_base
+from lit_llama.quantize import (
+    Int8Linear,
+    NarrowLinear,
+    PackedLinear,
+    can_pack,
+    kernel_fits,
+    pack,
+    quantization,
+    quantize_base,
+)
 from lit_llama.trained import load_trained_folder, trained_tensors
 
 OVER_INT8 = ["adapter", *(case for case in CASES if case != "full")]  # full keeps nothing of the base
@@ -177,8 +186,9 @@ def test_a_method_over_int8_decodes_in_bfloat16_packed_or_not(case):
         torch.testing.assert_close(logits_of(packed, tokens()), logits_of(model, tokens()), atol=0.1, rtol=0.05)
 
 
-def test_packed_layers_keep_a_methods_hooks():
-    model = tiny_model().to(torch.bfloat16).requires_grad_(False)
+@pytest.mark.parametrize("dtype, atol, rtol", [(torch.bfloat16, 0.05, 0.02), (torch.float32, 1e-5, 1e-5)])
+def test_packed_layers_keep_a_methods_hooks(dtype, atol, rtol):
+    model = tiny_model().to(dtype).requires_grad_(False)
     METHODS["lora"](model, dropout=0.0)
     METHODS["adapter_v2"](model, start_layer=1)
     shake(model)
@@ -186,7 +196,9 @@ def test_packed_layers_keep_a_methods_hooks():
     with torch.inference_mode():
         expected = model(tokens())
         pack(model)
-        torch.testing.assert_close(model(tokens()), expected, atol=0.05, rtol=0.02)
+        packed = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
+        assert len(packed) == (3 * 5 + 1 if can_pack(dtype) else 0)
+        torch.testing.assert_close(model(tokens()), expected, atol=atol, rtol=rtol)
     assert len(generate_batch(model, [[1, 2, 3], [4]], 4, stop=set())[0]) == 4
 
 

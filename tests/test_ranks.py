@@ -83,7 +83,7 @@ def test_what_a_sharded_run_writes_is_one_file_like_any_other(places):
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("devices, strategy", [(3, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize("devices, strategy", [pytest.param(3, "ddp", marks=pytest.mark.slow), (2, "fsdp")])
 def test_an_evaluation_counts_each_sample_once(places, tmp_path, devices, strategy):
     trained, found, base = tmp_path / "lora", [], ["--checkpoint_dir", places / "base", "--data", places / "data"]
     succeed("finetune/lora.py", *base, "--train.max_steps", 3, "--eval_samples", 0, "--out_dir", trained)
@@ -100,6 +100,7 @@ def test_an_evaluation_counts_each_sample_once(places, tmp_path, devices, strate
         assert other == one
 
 
+@pytest.mark.slow
 def test_more_devices_than_labelled_texts(places, tmp_path):
     rows = [{"text": word, "label": label} for label, words in (("a", "xyz"), ("b", "uvw")) for word in words]
     for split in ("train", "validation"):
