@@ -152,6 +152,14 @@ def peak_memory(device: torch.device) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def held_memory() -> int | None:
+    """Bytes of main memory that this process holds now; None where Linux's /proc is not there to tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be taken: of the GPU, or of main memory as far as the process's cgroup lets it.
 

@@ -45,7 +45,7 @@ def main(
     """
     from lit_llama.checkpoint import load_config
     from lit_llama.configs import CONFIGS
-    from lit_llama.devices import PRECISIONS, STRATEGIES
+    from lit_llama.devices import PRECISIONS, STRATEGIES, held_memory
     from lit_llama.memory import NARROW_BYTES, estimate
     from lit_llama.methods import METHODS
     from lit_llama.model import LLaMAConfig
@@ -79,6 +79,11 @@ def main(
     except TypeError as error:
         raise cli.UserError(f"--arguments {arguments} do not fit {method}: {error}") from None
     print(f"{method} on {config.name}, {precision}, micro-batches of {rows} x {tokens} tokens\n\n{found.table()}")
+    if device == "cpu":
+        import lightning.fabric  # noqa: F401, a run holds it, too
+
+        if (held := held_memory()) is not None:
+            print(f"{'the interpreter and its libraries, here':40}{held / 1e9:10.3f} GB on top")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The estimate of memory against tensors that are really there, and what a run does with it."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -146,6 +147,9 @@ def test_the_script_prints_a_table(tmp_path):
     flags = ["--model", tmp_path, "--method", "lora", "--arguments", "{r: 4}", "--seq_length", 16]
     printed = succeed("scripts/estimate_memory.py", *flags, "--micro_batch_tokens", 64)
     assert "lora on tiny, bf16-true, micro-batches of 4 x 16 tokens" in printed and "in all, on each device" in printed
+    on_cpu = succeed("scripts/estimate_memory.py", *flags, "--device", "cpu").splitlines()[-1]
+    held = float(re.fullmatch(r"the interpreter and its libraries, here +([\d.]+) GB on top", on_cpu)[1])
+    assert held == pytest.approx(devices.held_memory() / 1e9, rel=0.1)
     refuse("scripts/estimate_memory.py", *flags, "--arguments", "{rank: 4}", message="do not fit lora")
     refuse("scripts/estimate_memory.py", "--model", "8B", message="neither a folder with a base nor one of 7B, 13B")
 
