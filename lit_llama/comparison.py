@@ -76,10 +76,14 @@ def variant_jobs(folder: Path, variants: dict[str, str], steps: int) -> list[Job
     return list(jobs.values())
 
 
+ABLATION_RATE = 2e-2  # LLaMA-Adapter's at four samples a step, whatever its script's default
+
+
 def ablation_jobs(folder: Path, n_layer: int, steps: int, gate_steps: int) -> list[Job]:
     """The paper's: the gate's start (the same seed, so the same prompts), the number of blocks, the prompt's length."""
 
     def job(name: str, flags: list, steps: int = steps, evaluated: bool = True) -> Job:
+        flags = ["--train.learning_rate", ABLATION_RATE, *flags]
         return Job(name, "adapter", folder / "ablations" / name.replace(" ", "-"), steps, [*map(str, flags)], evaluated)
 
     gates = [job(f"gate {start}", ["--gate_init", start], gate_steps, evaluated=False) for start in (0, 1)]
