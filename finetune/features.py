@@ -93,7 +93,7 @@ def main(
 
 def say_accuracy(name: str, chosen: list[str], answers: list[str]) -> None:
     right = sum(one == other for one, other in zip(chosen, answers, strict=True))
-    print(f"accuracy on {name}: {right / len(answers):.1%} ({right} of {len(answers)})")
+    print(f"accuracy on {name}: {right / len(answers):.1%} ({right} of {len(answers)})".replace("%", " %"))
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def test_features_and_what_labels_with_them(folder, classifier):
     out = folder / f"features-{classifier}"
     flags = ["--checkpoint_dir", folder / "base", "--data", folder / "words", "--classifier", classifier]
     printed = succeed("finetune/features.py", *flags, "--out_dir", out)
-    accuracy = printed.split("accuracy on validation: ")[1].split("%")[0]
+    accuracy = printed.split("accuracy on validation: ")[1].split(" %")[0]
     assert float(accuracy) > 60
     assert f"accuracy: {accuracy} %" in succeed("scripts/evaluate.py", "--trained_dir", out, "--data", folder / "words")
     lines = succeed("generate/classify.py", "--trained_dir", out, "--prompt", "owl owl rook").splitlines()
