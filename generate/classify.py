@@ -39,7 +39,7 @@ def main(
     ids = encode_prompt(messages, style, tokenizer)[-method["train"]["max_seq_length"] :]
     labels, (shares,) = method["arguments"]["labels"], classify([ids])
     for share, label in sorted(zip(shares.tolist(), labels, strict=True), reverse=True):
-        print(f"{label} {share:.1%}".replace("%", " %"))
+        print(f"{label} {100 * share:.1f} %")
 
 
 if __name__ == "__main__":

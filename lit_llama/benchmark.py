@@ -19,7 +19,7 @@ from lit_llama.batches import Encoded
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
 from lit_llama.contenders import Contender, serve
-from lit_llama.devices import base_dtype, default_device, synchronize
+from lit_llama.devices import PRECISIONS, default_device, synchronize
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.report import flops_per_token
@@ -51,7 +51,7 @@ def limits(precisions: set[str], config: LLaMAConfig) -> dict[str, float]:
         seconds = best_seconds(lambda: wait([tokens @ up.T for _ in range(10)][-1]))
         return 10 * 2 * tokens.size(0) * up.numel() / seconds
 
-    found = {precision: product_rate(base_dtype(precision, device)) for precision in sorted(precisions)}
+    found = {precision: product_rate(PRECISIONS[precision]) for precision in sorted(precisions)}
     return found | {"read": large.nbytes / best_seconds(lambda: wait(large.sum()), 3)}
 
 
@@ -62,7 +62,7 @@ def limit_of(kind: str, contender: Contender, limit: dict[str, float], samples: 
         with torch.device("meta"):
             model = LLaMA(config)
         narrow = 1 if "int8" in contender.options else 0.5 if "nf4" in contender.options else None
-        wide = base_dtype(contender.precision, default_device()).itemsize
+        wide = PRECISIONS[contender.precision].itemsize
         blocks = sum(p.numel() for p in model.transformer.h.parameters()) * (narrow or wide)
         return limit["read"] / (blocks + model.lm_head.weight.numel() * wide)
 
@@ -142,7 +142,7 @@ def measure_load(checkpoint_dir: str, precision: str, rounds: int) -> dict:
     seconds = []
     for _ in range(rounds):
         started = time.perf_counter()
-        model = load_model(checkpoint_dir, base_dtype(precision, device), device)
+        model = load_model(checkpoint_dir, PRECISIONS[precision], device)
         for param in model.parameters():
             param.detach().sum()  # of a mapped file nothing is read before it is used
         seconds.append(time.perf_counter() - started)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lit_llama.cli import UserError
 
-# Learning rates for --pilot: each script's default, and about a third and three times of it.
+# Learning rates for --pilot: one for steps of four or eight samples, and about a third and three times of it.
 PILOT_RATES = {
     "output_layers": (3e-4, 1e-3, 3e-3),
     "full": (1e-5, 3e-5, 1e-4),

@@ -21,7 +21,7 @@ from lit_llama.blocks import block_forwards
 from lit_llama.checkpoint import load_config
 from lit_llama.cli import UserError
 from lit_llama.configs import CONFIGS
-from lit_llama.devices import base_dtype, default_device, peak_memory, synchronize
+from lit_llama.devices import PRECISIONS, default_device, peak_memory, synchronize
 from lit_llama.generate import generate
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -82,7 +82,7 @@ def serve(contender: Contender, kind: str, connection, threads: int) -> None:
 
 def build_ours(contender: Contender, kind: str, device: torch.device, stack: ExitStack) -> Step | Decode:
     options = set(contender.options)
-    model = LLaMA(contender.config).init_weights().to(base_dtype(contender.precision, device))
+    model = LLaMA(contender.config).init_weights().to(PRECISIONS[contender.precision])
     model = model.to(device)
     quantize_base(model, "int8" if "int8" in options else "nf4" if "nf4" in options else "none")
     model.requires_grad_(False)
@@ -149,7 +149,7 @@ def build_litgpt(contender: Contender, kind: str, device: torch.device, stack: E
     config = module.Config.from_name(names[contender.model], **(lora if contender.method == "lora" else {}))
     with device:
         model = module.GPT(config)
-    model = model.to(base_dtype(contender.precision, device))
+    model = model.to(PRECISIONS[contender.precision])
     getattr(module, mark)(model)
     open_gates(model)
     if kind == "decode":
@@ -185,7 +185,7 @@ def build_peft(contender: Contender, kind: str, device: torch.device, stack: Exi
     sizes |= dict(num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head)
     sizes |= dict(head_dim=c.head_size, max_position_embeddings=c.block_size, tie_word_embeddings=c.tie_embeddings)
     base: Any = LlamaForCausalLM(LlamaConfig(**sizes))
-    base = base.to(device, base_dtype(contender.precision, device))
+    base = base.to(device, PRECISIONS[contender.precision])
     adapter = AdaptionPromptConfig(adapter_len=10, adapter_layers=c.n_layer - 2, task_type="CAUSAL_LM")
     lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     configs: dict = {"adapter": adapter, "lora": lora}

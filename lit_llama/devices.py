@@ -103,13 +103,13 @@ def base_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 def resolve_precision(precision: str, device: torch.device) -> str:
     """A key of PRECISIONS for a ``--precision``, with a note where it is a slow one."""
-    fast = multiplies_bf16(device)
     if precision == "auto":
-        return "bf16-true" if fast else "32-true"
+        return "bf16-true" if multiplies_bf16(device) else "32-true"
     if precision not in PRECISIONS:
         raise UserError(f"--precision {precision!r} is none of auto, {', '.join(PRECISIONS)}")
-    if precision == "bf16-true" and device.type == "cpu" and not fast:
-        print("note: this CPU has no bfloat16 instructions: --precision 32-true is many times as fast", file=sys.stderr)
+    if precision == "bf16-true" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        if ranks.is_first():
+            print("note: this CPU has no bfloat16 instructions: 32-true is many times as fast", file=sys.stderr)
     return precision
 
 

@@ -36,11 +36,17 @@ def lock_folder(folder: Path) -> str | None:
         reason = f"its file system has no locks: {error.strerror}"
         print(f"note: nothing keeps a second run from writing into {folder} ({reason})", file=sys.stderr)
     held[path] = file
-    atexit.register(file.close)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return None
+
+
+@atexit.register
+def release() -> None:
+    """At the interpreter's end, which would warn of files left open."""
+    for file in held.values():
+        file.close()
 
 
 def lock_file(file: IO) -> None:

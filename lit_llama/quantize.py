@@ -150,10 +150,14 @@ def quantize_base(model: LLaMA, kind: str) -> None:
 
 def replace_linears(parent: nn.Module, kind: Callable[[Linear], Linear]) -> None:
     """Put a ``kind`` made of it in place of every plain linear layer of the model below ``parent``."""
-    for module in list(parent.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is Linear:
-                setattr(module, name, kind(child))
+    places = [
+        (module, name)
+        for module in parent.modules()
+        for name, child in module.named_children()
+        if type(child) is Linear
+    ]
+    for module, name in places:  # no list of layers: each old weight is gone before the next is made
+        setattr(module, name, kind(getattr(module, name)))
 
 
 def quantization(model: LLaMA) -> str:
@@ -191,6 +195,9 @@ def pack(model: LLaMA) -> None:
 
 
 def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has an order of its own for weights of this dtype here; in float32 it was tried on x86 alone."""
     if not torch.backends.mkldnn.is_available():
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float32:
+        return torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()

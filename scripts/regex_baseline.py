@@ -112,7 +112,7 @@ def main(data: str = "data/bookings/validation.json") -> None:
     Args:
         data: A file of bookings in the Alpaca form.
     """
-    print(f"{data}: {exact_match(data):.1%} exact match".replace("%", " %"))
+    print(f"{data}: {100 * exact_match(data):.1f} % exact match")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def compared(folder):  # noqa: F811
     out = folder / "compared"
     flags = ["--checkpoint_dir", folder / "base", "--data", folder / "words", "--n_samples", 12, "--batch_size", 3]
     flags += ["--methods", "[features, full, lora]", "--variants", '{"lora r=2": "lora --r 2"}']
-    flags += ["--shots", "[1]", "--out_dir", out]
+    flags += ["--shots", "[0, 1]", "--out_dir", out]
     succeed(COMPARE, *flags)
     return out, flags
 
@@ -31,7 +31,7 @@ def test_every_figure_is_there(compared):
     out, _ = compared
     content = json.loads((out / "results.json").read_text())
     results = content["results"]
-    assert list(results) == ["features", "full", "lora", "lora r=2", "base, 1 examples"]
+    assert list(results) == ["features", "full", "lora", "lora r=2", "base, 0 examples", "base, 1 examples"]
     assert content["failed"] == {} and content["settings"]["split"] == "validation"
     for name, row in results.items():
         low, high = row["right_interval"]
@@ -48,7 +48,7 @@ def test_every_figure_is_there(compared):
     assert results["lora r=2"]["trained_numbers"] * 4 == results["lora"]["trained_numbers"]
     assert results["lora"]["gflop_per_token"] < results["full"]["gflop_per_token"]
     table = (out / "results.md").read_text().splitlines()
-    assert len(table) == 2 + 5 and len({line.count("|") for line in table}) == 1
+    assert len(table) == 2 + 6 and len({line.count("|") for line in table}) == 1
     for plot in ("quality_by_trained_numbers.png", "quality_by_peak_memory.png"):
         assert (out / plot).read_bytes().startswith(b"\x89PNG")
 
@@ -99,6 +99,7 @@ def test_ablations_vary_one_thing(folder, tmp_path):  # noqa: F811
     prompts = [tmp_path / "ablations" / f"gate-{start}" / "metrics.csv" for start in (0, 1)]
     first = [float(path.read_text().splitlines()[1].split(",")[1]) for path in prompts]
     assert first[0] != first[1]
+    assert {row["learning_rate"] for row in results.values() if "learning_rate" in row} == {2e-2}
     assert (tmp_path / "gate.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -30,6 +30,14 @@ def test_apples_gpu_is_picked_up(monkeypatch):
     assert devices.base_dtype("bf16-true", fabric.device) == torch.bfloat16
 
 
+def test_bfloat16_on_a_cpu_without_its_instructions_is_noted(monkeypatch, capsys):
+    cpu = torch.device("cpu")
+    for capability, noted in (("AVX2", True), ("AVX512", False), ("DEFAULT", False)):
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda capability=capability: capability)
+        assert devices.base_dtype("bf16-true", cpu) == torch.bfloat16 and devices.base_dtype("32-true", cpu)
+        assert ("note: this CPU has no bfloat16 instructions" in capsys.readouterr().err) == noted
+
+
 def test_without_the_resource_module_memory_is_unknown(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setitem(sys.modules, "resource", None)  # importing it fails
