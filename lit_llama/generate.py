@@ -37,10 +37,11 @@ def check_length(model: LLaMA, prompt_tokens: int, max_new_tokens: int) -> None:
     if prompt_tokens < 1:
         raise UserError("the prompt is empty: there is nothing to continue")
     if max_new_tokens < 1 or prompt_tokens + max_new_tokens > model.text_room:
+        left = model.text_room - prompt_tokens
         raise UserError(
             f"a prompt of {prompt_tokens} tokens and max_new_tokens {max_new_tokens} do not fit the context of "
-            f"{model.text_room} tokens; shorten the prompt or choose max_new_tokens from 1 to "
-            f"{model.text_room - prompt_tokens}"
+            f"{model.text_room} tokens; shorten the prompt"
+            + (f" or choose max_new_tokens from 1 to {left}" if left > 0 else "")
         )
 
 

@@ -8,11 +8,11 @@ https://arxiv.org/abs/2303.16199
          [c_attn]  the block's own frozen  [c_attn]
         q   k   v                           ak   av
         |   |   |                            |    |
-        |  rope + causal attention           |    |       no RoPE, no mask: every token sees all K
+        |  rope + causal attention           |    |       no RoPE on ak, no mask: every token sees all K
         |       |                            |    |
         |       y        +      g  *  softmax(q ak^T / sqrt(hs)) av
         |                       |
-        +-- q is shared         one gate per head, 0 at the start: the model begins as the base, exactly
+        +-- rotated q, shared   one gate per head, 0 at the start: the model begins as the base, exactly
 
 Trains L*K*C + L*nh numbers: 1,229,760 for LLaMA-7B with L=30, K=10.
 """
