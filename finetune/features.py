@@ -93,7 +93,7 @@ def main(
 
 def say_accuracy(name: str, chosen: list[str], answers: list[str]) -> None:
     right = sum(one == other for one, other in zip(chosen, answers, strict=True))
-    print(f"accuracy on {name}: {right / len(answers):.1%} ({right} of {len(answers)})".replace("%", " %"))
+    print(f"accuracy on {name}: {100 * right / len(answers):.1f} % ({right} of {len(answers)})")
 
 
 if __name__ == "__main__":

@@ -107,9 +107,9 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         return "bf16-true" if multiplies_bf16(device) else "32-true"
     if precision not in PRECISIONS:
         raise UserError(f"--precision {precision!r} is none of auto, {', '.join(PRECISIONS)}")
-    if precision == "bf16-true" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        if ranks.is_first():
-            print("note: this CPU has no bfloat16 instructions: 32-true is many times as fast", file=sys.stderr)
+    slow = precision == "bf16-true" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    if slow and ranks.is_first():
+        print("note: this CPU has no bfloat16 instructions: 32-true is many times as fast", file=sys.stderr)
     return precision
 
 

@@ -194,4 +194,4 @@ class Comparison:
         ranks.say()
         for when, answers in self.answers.items():
             right = sum(is_right(*pair) for pair in zip(answers, self.samples, strict=True))
-            ranks.say(f"exact match {when}: {right / self.n_samples:.1%}".replace("%", " %"))
+            ranks.say(f"exact match {when}: {100 * right / self.n_samples:.1f} %")

@@ -90,7 +90,8 @@ def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
         bottom, top = ax.get_ylim()
         beyond = []
         for name, row in levels.items():
-            level, text = 100 * row["right"], f"{name}: {row['right']:.1%}".replace("%", " %")
+            level = 100 * row["right"]
+            text = f"{name}: {level:.1f} %"
             if bottom <= level <= top:
                 ax.axhline(level, color="grey", linewidth=0.8, linestyle="--")
                 ax.annotate(text, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom")

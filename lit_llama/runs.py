@@ -150,7 +150,7 @@ class Run:
         self.trained_file = MODEL_FILE if whole_model else TRAINED_FILE
         numbers = sum(tensor.numel() for tensor in trained_tensors(model).values())
         whole = sum(tensor.numel() for tensor in model.parameters())
-        ranks.say(f"{method} trains {numbers:,} of {whole:,} numbers ({numbers / whole:.2%})".replace("%", " %"))
+        ranks.say(f"{method} trains {numbers:,} of {whole:,} numbers ({100 * numbers / whole:.2f} %)")
         description = {
             "method": method,
             "arguments": arguments,

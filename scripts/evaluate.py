@@ -155,7 +155,7 @@ def evaluate_answers(
     right = {i: is_right(answer, kept[i]) for i, answer in answers.items()}
     if right:
         correct = sum(right.values())
-        ranks.say(f"exact match: {correct / len(right):.1%} ({correct} of {len(right)})".replace("%", " %"))
+        ranks.say(f"exact match: {100 * correct / len(right):.1f} % ({correct} of {len(right)})")
     figures = [(losses[i], ids.n_targets, right.get(i), answers.get(i)) for i, ids in enumerate(encoded)]
     return [(sample.row, *row) for sample, row in zip(kept, figures, strict=True)]
 
@@ -191,7 +191,7 @@ def evaluate_labels(
     correct = sum(one == other for one, other in zip(chosen, answers, strict=True))
     losses = -np.log(shares[range(len(answers)), answers].clip(1e-12))
     ranks.say(f"{method['method']} over {method['base']['name']}: loss {losses.mean():.4f}")
-    ranks.say(f"accuracy: {correct / len(answers):.1%} ({correct} of {len(answers)})".replace("%", " %"))
+    ranks.say(f"accuracy: {100 * correct / len(answers):.1f} % ({correct} of {len(answers)})")
     rows = zip(samples, losses.tolist(), chosen, answers, strict=True)
     return [(sample.row, loss, 1, one == other, labels[one]) for sample, loss, one, other in rows]
 

@@ -7,11 +7,9 @@ import pytest
 from test_kill import train
 from tools import make_base, sums, write_rows
 
+from lit_llama.devices import held_memory
+
 STEPS = 2000
-
-
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def measure(base, data, out_dir, pipe) -> None:
@@ -22,7 +20,7 @@ def measure(base, data, out_dir, pipe) -> None:
 
     def train_step_and_look(*args):
         loss = train_step(*args)
-        held.append(resident_bytes())
+        held.append(held_memory())
         return loss
 
     lit_llama.train.train_step = train_step_and_look
