@@ -19,6 +19,8 @@ def main(
     checkpoint_dir: str | None = None,
     max_new_tokens: int = 256,
     sampling: Sampling = Sampling(),
+    devices: int = 1,
+    num_nodes: int = 1,
     precision: str = "auto",
     quantize: str | None = None,
 ) -> None:
@@ -31,26 +33,37 @@ def main(
         checkpoint_dir: Folder of the base, where it is no longer where it was in training.
         max_new_tokens: The longest answer.
         sampling: How the next token is chosen.
+        devices: More than one share the base in pieces, where it does not fit one; on every node as many.
+        num_nodes: Machines.
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
         quantize: What the base's weights are kept in: none, int8, or on CUDA nf4; by default as in training.
     """
+    from lit_llama import ranks
     from lit_llama.classify import is_classifier
-    from lit_llama.devices import base_dtype, default_device
+    from lit_llama.devices import base_dtype, default_device, launch_pieces
     from lit_llama.generate import stream_answer
     from lit_llama.prompts import choose_style
     from lit_llama.quantize import pack
+    from lit_llama.sharding import shard
     from lit_llama.tokenizer import Tokenizer
     from lit_llama.trained import load_trained_folder, read_method, tokenizer_dir
 
     if is_classifier(read_method(trained_dir)):
         raise cli.UserError(f"{trained_dir} answers with a label, not with text: see generate/classify.py")
-    device = default_device()
-    model, method = load_trained_folder(trained_dir, checkpoint_dir, base_dtype(precision, device), device, quantize)
-    pack(model)
-    print(f"{method['method']} over {method['base']['name']}", file=sys.stderr)
+    fabric = launch_pieces(devices, num_nodes, quantize)
+    device = fabric.device if fabric else default_device()
+    dtype = base_dtype(precision, device)
+    if fabric:  # left in its file, memory-mapped, for shard to cast and move block by block
+        model, method = load_trained_folder(trained_dir, checkpoint_dir, dtype=None)
+        shard(fabric, model, dtype)
+    else:
+        model, method = load_trained_folder(trained_dir, checkpoint_dir, dtype, device, quantize)
+        pack(model)
+    if ranks.is_first():
+        print(f"{method['method']} over {method['base']['name']}", file=sys.stderr)
     tokenizer = Tokenizer(tokenizer_dir(trained_dir, checkpoint_dir, method))
     style = choose_style(method["prompt_style"], tokenizer)
-    stream_answer(model, tokenizer, style, prompt, input, max_new_tokens, sampling)
+    stream_answer(model, tokenizer, style, prompt, input, max_new_tokens, sampling, fabric)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,15 @@ def launch(devices: int = 1, num_nodes: int = 1, strategy: str = "auto", loggers
     return fabric
 
 
+def launch_pieces(devices: int, num_nodes: int, quantize: str | None) -> Fabric | None:
+    """Fabric for several devices that answer with a model in pieces (sharding.py); None for one device."""
+    if (devices, num_nodes) == (1, 1):
+        return None  # without the seconds that Fabric takes to import
+    if (quantize or "none") != "none":
+        raise UserError(f"--devices {devices} keeps the base in pieces, which does not go with --quantize {quantize}")
+    return launch(devices, num_nodes, "fsdp")
+
+
 def named_loggers(name: str | None, out_dir: Path) -> list[Logger]:
     """Fabric's logger for a ``--logger``: "tensorboard" shows what metrics.csv holds, from files in ``out_dir``."""
     if name is None:

@@ -6,15 +6,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lit_llama import ranks
 from lit_llama.cli import UserError
 from lit_llama.model import LLaMA
 from lit_llama.prompts import encode_prompt, stop_ids
 from lit_llama.settings import Sampling
+from lit_llama.sharding import keep_in_step
 from lit_llama.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 
 def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
@@ -180,8 +186,12 @@ def stream_answer(
     input: str,
     max_new_tokens: int,
     sampling: Sampling,
+    fabric: Fabric | None = None,
 ) -> None:
-    """Print the answer to one prompt as its tokens arrive, and tokens/s on stderr."""
+    """Print the answer to one prompt as its tokens arrive, and tokens/s on stderr.
+
+    ``fabric`` tells of the ranks that hold the model in pieces: all compute the same answer, and the first one prints.
+    """
     messages = [{"role": "user", "content": prompt, "input": input}]
     count, started = 0, time.perf_counter()
 
@@ -194,8 +204,11 @@ def stream_answer(
     ids = generate(
         model, encode_prompt(messages, style, tokenizer), max_new_tokens, stop_ids(style, tokenizer), sampling
     )
-    for text in stream_text(tokenizer, counted(ids)):
-        print(text, end="", flush=True)
+    with keep_in_step(fabric, model):
+        for text in stream_text(tokenizer, counted(ids)):
+            if ranks.is_first():
+                print(text, end="", flush=True)
     seconds = time.perf_counter() - started
-    print(flush=True)
-    print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
+    if ranks.is_first():
+        print(flush=True)
+        print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)

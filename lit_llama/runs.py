@@ -99,7 +99,8 @@ class Run:
         if holds_model and not (self.out_dir / METHOD_FILE).exists():
             raise UserError(f"--out_dir {out_dir} holds a checkpoint that no run wrote; choose another --out_dir")
         if resume and not (self.out_dir / STATE_FILE).exists():
-            raise UserError(f"nothing to resume: {self.out_dir / STATE_FILE} is missing; start anew with --overwrite")
+            anew = "with --overwrite" if (self.out_dir / METHOD_FILE).exists() else "without --resume"
+            raise UserError(f"nothing to resume: {self.out_dir / STATE_FILE} is missing; start anew {anew}")
         self.lock()  # before looking what is there: it stays that way
         held = [name for name in (METHOD_FILE, MODEL_FILE, METRICS_FILE, STATE_FILE) if (self.out_dir / name).exists()]
         if held and not (resume or overwrite):

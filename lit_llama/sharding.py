@@ -87,12 +87,12 @@ def idle_passes(model: LLaMA, passes: list[int], rank: int) -> int:
 
 
 @contextmanager
-def keep_in_step(fabric: Fabric, model: LLaMA) -> Iterator[None]:
+def keep_in_step(fabric: Fabric | None, model: LLaMA) -> Iterator[None]:
     """Without gradients: whoever leaves first passes through a sharded model for nothing until all have left.
 
     Before every pass the ranks count those that are still at work.
     """
-    if not is_sharded(model):
+    if fabric is None or not is_sharded(model):
         yield
         return
     hidden_states, device = model.hidden_states, fabric.device

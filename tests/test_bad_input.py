@@ -387,7 +387,7 @@ FLAGS = [
     (FINETUNE, ["--start_layer", 3], "start_layer 3 within 0 to 2"),
     (FINETUNE, ["--gate", "row"], "gate is 'head' or 'layer'"),
     (FINETUNE, ["--resume", "--overwrite"], "give one of them"),
-    (FINETUNE, ["--resume"], "nothing to resume: new/state/state.safetensors is missing"),
+    (FINETUNE, ["--resume"], "nothing to resume: new/state/state.safetensors is missing; start anew without --resume"),
     (FINETUNE, ["--allow_changes"], "--allow_changes is for --resume"),
     (FINETUNE, ["--resume", "perhaps"], "--resume perhaps: expected bool"),
     (FINETUNE, ["--out_dir", "data/train.json"], "--out_dir data/train.json is a file"),

@@ -100,6 +100,22 @@ def test_an_evaluation_counts_each_sample_once(places, tmp_path, devices, strate
         assert other == one
 
 
+def test_an_answer_from_a_model_in_pieces_is_the_same(places, tmp_path):
+    trained, base = tmp_path / "adapter", ["--checkpoint_dir", places / "base"]
+    few = ["--train.max_steps", 3, "--eval_samples", 0, "--data", places / "data"]
+    succeed("finetune/adapter.py", *base, *few, "--out_dir", trained)
+    asked = [*base, "--prompt", "What?", "--max_new_tokens", 12, "--precision", "32-true"]
+    sampled = ["--sampling.temperature", 0.8]
+    for script, flags in (("adapter", ["--trained_dir", trained]), ("base", sampled)):
+        one, two = (run_process(f"generate/{script}.py", *asked, *flags, "--devices", n) for n in (1, 2))
+        assert one.returncode == two.returncode == 0, two.stderr
+        assert two.stdout == one.stdout and one.stdout.strip()
+        assert two.stderr.count("tokens/s") == 1
+    narrow = ["--devices", 2, "--quantize", "int8"]
+    refuse("generate/base.py", *asked, *narrow, message="does not go with --quantize int8")
+    refuse("generate/base.py", *asked, "--devices", 0, message="--devices 0 and --num_nodes 1 must be at least 1")
+
+
 @pytest.mark.slow
 def test_more_devices_than_labelled_texts(places, tmp_path):
     rows = [{"text": word, "label": label} for label, words in (("a", "xyz"), ("b", "uvw")) for word in words]
