@@ -6,8 +6,6 @@
 The trained folder says which method it is, which base it needs and how prompts are worded.
 """
 
-import sys
-
 from lit_llama import cli
 from lit_llama.settings import Sampling
 
@@ -33,36 +31,27 @@ def main(
         checkpoint_dir: Folder of the base, where it is no longer where it was in training.
         max_new_tokens: The longest answer.
         sampling: How the next token is chosen.
-        devices: More than one share the base in pieces, where it does not fit one; on every node as many.
+        devices: Of each node; several keep the base in pieces, for one that does not fit on one device.
         num_nodes: Machines.
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
-        quantize: What the base's weights are kept in: none, int8, or on CUDA nf4; by default as in training.
+        quantize: What the base's weights are kept in: none, int8, or on CUDA nf4; by default as in training, on
+            several devices none.
     """
     from lit_llama import ranks
     from lit_llama.classify import is_classifier
-    from lit_llama.devices import base_dtype, default_device, launch_pieces
+    from lit_llama.devices import base_dtype, default_device, launch_sharded
     from lit_llama.generate import stream_answer
-    from lit_llama.prompts import choose_style
     from lit_llama.quantize import pack
-    from lit_llama.sharding import shard
-    from lit_llama.tokenizer import Tokenizer
-    from lit_llama.trained import load_trained_folder, read_method, tokenizer_dir
+    from lit_llama.trained import load_either, read_method
 
     if is_classifier(read_method(trained_dir)):
         raise cli.UserError(f"{trained_dir} answers with a label, not with text: see generate/classify.py")
-    fabric = launch_pieces(devices, num_nodes, quantize)
+    fabric = launch_sharded(devices, num_nodes, quantize)
     device = fabric.device if fabric else default_device()
     dtype = base_dtype(precision, device)
-    if fabric:  # left in its file, memory-mapped, for shard to cast and move block by block
-        model, method = load_trained_folder(trained_dir, checkpoint_dir, dtype=None)
-        shard(fabric, model, dtype)
-    else:
-        model, method = load_trained_folder(trained_dir, checkpoint_dir, dtype, device, quantize)
-        pack(model)
-    if ranks.is_first():
-        print(f"{method['method']} over {method['base']['name']}", file=sys.stderr)
-    tokenizer = Tokenizer(tokenizer_dir(trained_dir, checkpoint_dir, method))
-    style = choose_style(method["prompt_style"], tokenizer)
+    name, model, tokenizer, style, _ = load_either(trained_dir, checkpoint_dir, None, dtype, device, quantize, fabric)
+    ranks.note(name + (f" in {devices * num_nodes} pieces" if fabric else ""))
+    pack(model)
     stream_answer(model, tokenizer, style, prompt, input, max_new_tokens, sampling, fabric)
 
 

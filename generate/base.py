@@ -4,8 +4,6 @@ python generate/base.py --prompt "What is the capital of France?"
 python generate/base.py --prompt "Once upon a time" --prompt_style plain --sampling.temperature 0.8
 """
 
-from pathlib import Path
-
 from lit_llama import cli
 from lit_llama.settings import DEFAULT_BASE, Sampling
 
@@ -31,37 +29,21 @@ def main(
         prompt_style: alpaca, chatml, llama2, llama3 or plain; by default as trained, or what the tokenizer tells.
         max_new_tokens: The longest answer.
         sampling: How the next token is chosen.
-        devices: More than one share the model in pieces, where it does not fit one; on every node as many.
+        devices: Of each node; several keep the model in pieces, for one that does not fit on one device.
         num_nodes: Machines.
         precision: Width of the weights: bf16-true, 32-true, or auto for the faster one.
         quantize: What the blocks' weights are kept in: none, int8, or on CUDA nf4.
     """
-    from lit_llama import ranks
-    from lit_llama.checkpoint import load_model
-    from lit_llama.devices import base_dtype, default_device, launch_pieces
-    from lit_llama.download import ensure_base
+    from lit_llama.devices import base_dtype, default_device, launch_sharded
     from lit_llama.generate import stream_answer
-    from lit_llama.prompts import choose_style
-    from lit_llama.quantize import pack, quantize_base
-    from lit_llama.sharding import shard
-    from lit_llama.tokenizer import Tokenizer
-    from lit_llama.trained import METHOD_FILE, read_method
+    from lit_llama.quantize import pack
+    from lit_llama.trained import load_either
 
-    fabric = launch_pieces(devices, num_nodes, quantize)
-    ranks.first(f"fetch {checkpoint_dir}", lambda: ensure_base(checkpoint_dir, yes=False))
-    tokenizer = Tokenizer(checkpoint_dir)
-    if (Path(checkpoint_dir) / METHOD_FILE).exists():  # finetune/full.py wrote it
-        prompt_style = prompt_style or read_method(checkpoint_dir)["prompt_style"]
-    style = choose_style(prompt_style, tokenizer)
+    fabric = launch_sharded(devices, num_nodes, quantize)
     device = fabric.device if fabric else default_device()
     dtype = base_dtype(precision, device)
-    if fabric:  # left in its file, memory-mapped, for shard to cast and move block by block
-        model = load_model(checkpoint_dir, dtype=None).requires_grad_(False)
-        shard(fabric, model, dtype)
-    else:
-        model = load_model(checkpoint_dir, dtype, device)
-        quantize_base(model, quantize)
-        pack(model)
+    _, model, tokenizer, style, _ = load_either(None, checkpoint_dir, prompt_style, dtype, device, quantize, fabric)
+    pack(model)
     stream_answer(model, tokenizer, style, prompt, input, max_new_tokens, sampling, fabric)
 
 

@@ -33,11 +33,10 @@ def launch(devices: int = 1, num_nodes: int = 1, strategy: str = "auto", loggers
     """
     from lightning.fabric import Fabric  # takes seconds to import, which --help need not wait for
 
-    if devices < 1 or num_nodes < 1 or strategy not in STRATEGIES:
-        raise UserError(
-            f"--devices {devices} and --num_nodes {num_nodes} must be at least 1, "
-            f"--strategy {strategy} one of {', '.join(STRATEGIES)}"
-        )
+    if devices < 1 or num_nodes < 1:
+        raise UserError(f"--devices {devices} and --num_nodes {num_nodes} must be at least 1")
+    if strategy not in STRATEGIES:
+        raise UserError(f"--strategy {strategy} is none of {', '.join(STRATEGIES)}")
     check_launcher(devices, num_nodes)
     if strategy == "fsdp":
         check_sharding(devices * num_nodes)
@@ -52,16 +51,20 @@ def launch(devices: int = 1, num_nodes: int = 1, strategy: str = "auto", loggers
         fabric.launch()
         ranks.connect(fabric)
     except Exception as error:  # Fabric has no common class for what it finds wrong with a machine
-        raise UserError(f"--devices {devices} --num_nodes {num_nodes} --strategy {strategy}: {error}") from None
+        raise UserError(f"--devices {devices} --num_nodes {num_nodes}: {error}") from None
     return fabric
 
 
-def launch_pieces(devices: int, num_nodes: int, quantize: str | None) -> Fabric | None:
-    """Fabric for several devices that answer with a model in pieces (sharding.py); None for one device."""
+def launch_sharded(devices: int, num_nodes: int, quantize: str | None) -> Fabric | None:
+    """Fabric for several devices that answer with a base in pieces (sharding.py); None for one device."""
     if (devices, num_nodes) == (1, 1):
+        check_launcher(devices, num_nodes)
         return None  # without the seconds that Fabric takes to import
     if (quantize or "none") != "none":
-        raise UserError(f"--devices {devices} keeps the base in pieces, which does not go with --quantize {quantize}")
+        raise UserError(
+            f"--devices {devices} --num_nodes {num_nodes} keep the base in pieces, for which it cannot be quantized; "
+            f"leave out --quantize {quantize}, or take one device"
+        )
     return launch(devices, num_nodes, "fsdp")
 
 
@@ -117,8 +120,8 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision not in PRECISIONS:
         raise UserError(f"--precision {precision!r} is none of auto, {', '.join(PRECISIONS)}")
     slow = precision == "bf16-true" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    if slow and ranks.is_first():
-        print("note: this CPU has no bfloat16 instructions: 32-true is many times as fast", file=sys.stderr)
+    if slow:
+        ranks.note("note: this CPU has no bfloat16 instructions: 32-true is many times as fast")
     return precision
 
 

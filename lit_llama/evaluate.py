@@ -15,49 +15,19 @@ import torch.nn.functional as F
 from lit_llama import ranks
 from lit_llama.bars import Bar
 from lit_llama.batches import IGNORE, Encoded, collate, micro_batches
-from lit_llama.checkpoint import load_model
 from lit_llama.classify import label_shares
 from lit_llama.cli import UserError
 from lit_llama.data import Task, split_file
-from lit_llama.download import ensure_base
 from lit_llama.generate import generate_batch
 from lit_llama.model import LLaMA
-from lit_llama.prompts import choose_style, encode_prompt, stop_ids, user_text
-from lit_llama.quantize import quantize_base
+from lit_llama.prompts import encode_prompt, stop_ids, user_text
 from lit_llama.samples import Sample, read_samples
-from lit_llama.settings import DEFAULT_BASE
 from lit_llama.sharding import keep_in_step
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train import target_vectors
-from lit_llama.trained import load_trained_folder, tokenizer_dir
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
-
-
-def load_either(
-    trained_dir: str | None,
-    checkpoint_dir: str | None,
-    prompt_style: str | None,
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-    quantize: str | None,
-) -> tuple[str, LLaMA, Tokenizer, str, int | None]:
-    """A trained folder or a base: name, model, tokenizer, prompt style, and where it trained the length of samples.
-
-    ``checkpoint_dir`` and ``prompt_style`` are as trained, or the default, where they are None; so is ``quantize``.
-    """
-    if trained_dir:
-        model, method = load_trained_folder(trained_dir, checkpoint_dir, dtype, device, quantize)
-        tokenizer = Tokenizer(tokenizer_dir(trained_dir, checkpoint_dir, method))
-        style = choose_style(prompt_style or method["prompt_style"], tokenizer)
-        name = f"{method['method']} over {method['base']['name']}"
-        return name, model, tokenizer, style, method["train"]["max_seq_length"]
-    folder = checkpoint_dir or DEFAULT_BASE
-    ranks.first(f"fetch {folder}", lambda: ensure_base(folder, yes=False))
-    model, tokenizer = load_model(folder, dtype, device).requires_grad_(False), Tokenizer(folder)
-    quantize_base(model, quantize or "none")
-    return model.config.name, model, tokenizer, choose_style(prompt_style, tokenizer), None
 
 
 def shared(fabric: Fabric, model: LLaMA | None, items: list, work: Callable[[list], list]) -> list:

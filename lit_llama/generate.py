@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -190,7 +189,7 @@ def stream_answer(
 ) -> None:
     """Print the answer to one prompt as its tokens arrive, and tokens/s on stderr.
 
-    ``fabric`` tells of the ranks that hold the model in pieces: all compute the same answer, and the first one prints.
+    ``fabric``: of the ranks that share a sharded model. All compute the answer, and the first one prints it.
     """
     messages = [{"role": "user", "content": prompt, "input": input}]
     count, started = 0, time.perf_counter()
@@ -204,11 +203,10 @@ def stream_answer(
     ids = generate(
         model, encode_prompt(messages, style, tokenizer), max_new_tokens, stop_ids(style, tokenizer), sampling
     )
-    with keep_in_step(fabric, model):
+    with keep_in_step(fabric, model):  # unlike devices may round unlike, and end their answers at other tokens
         for text in stream_text(tokenizer, counted(ids)):
             if ranks.is_first():
                 print(text, end="", flush=True)
     seconds = time.perf_counter() - started
-    if ranks.is_first():
-        print(flush=True)
-        print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
+    ranks.say()
+    ranks.note(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s")

@@ -22,12 +22,11 @@ from lit_llama.chat_templates import chat_template
 from lit_llama.classify import is_classifier
 from lit_llama.cli import UserError
 from lit_llama.devices import base_dtype, default_device
-from lit_llama.evaluate import load_either
 from lit_llama.generate import Sampling, generate_batch
 from lit_llama.model import LLaMA
 from lit_llama.prompts import STYLES, Control, encode_control, stop_ids
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.trained import read_method
+from lit_llama.trained import load_either, read_method
 
 MARK = "\0"  # around the name of a control token in a chat's text; without it such a name is text like any other
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")  # what tasks call the longest answer

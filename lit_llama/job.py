@@ -104,6 +104,11 @@ class Job:
         name = "rows" if isinstance(data, list) else Path(data).stem
         folder = Path(out_dir or f"out/{method}/{name}")
         self.fabric = launch(devices, num_nodes, strategy, named_loggers(logger, folder))
+        if train.batch_size < self.fabric.world_size:
+            ranks.note(
+                f"note: {train.batch_size} samples in a step leave devices without work; a larger --train.batch_size, "
+                "with a higher --train.learning_rate and fewer steps, uses all of them"
+            )
         ranks.first(f"fetch {checkpoint_dir}", lambda: ensure_base(checkpoint_dir, yes))
         self.run = Run(self.fabric, folder, checkpoint_dir, resume, overwrite, allow_changes)
         self.task = load_task(data, checkpoint_dir, prompt_style, train.max_seq_length, head == "classifier")

@@ -144,6 +144,12 @@ def say(text: str = "") -> None:
         print(text)
 
 
+def note(text: str) -> None:
+    """As ``say``, on stderr: what is no result."""
+    if is_first():
+        print(text, file=sys.stderr)
+
+
 def leave(text: str, code: int, failed: bool) -> None:
     """End this process with ``code``, and all others where it ``failed``. ``text`` is printed once in all."""
     if line is not None and failed:

@@ -99,16 +99,20 @@ class Run:
         if holds_model and not (self.out_dir / METHOD_FILE).exists():
             raise UserError(f"--out_dir {out_dir} holds a checkpoint that no run wrote; choose another --out_dir")
         if resume and not (self.out_dir / STATE_FILE).exists():
-            anew = "with --overwrite" if (self.out_dir / METHOD_FILE).exists() else "without --resume"
+            anew = "with --overwrite" if self.held() else "without --resume"
             raise UserError(f"nothing to resume: {self.out_dir / STATE_FILE} is missing; start anew {anew}")
         self.lock()  # before looking what is there: it stays that way
-        held = [name for name in (METHOD_FILE, MODEL_FILE, METRICS_FILE, STATE_FILE) if (self.out_dir / name).exists()]
+        held = self.held()
         if held and not (resume or overwrite):
             raise UserError(
                 f"{out_dir} holds a run already ({', '.join(held)}); pass --resume to go on with it, "
                 "--overwrite to start anew, or another --out_dir"
             )
         ranks.meet(self.fabric, f"look into {out_dir}")  # nobody writes before everybody has looked
+
+    def held(self) -> list[str]:
+        """What tells that the folder holds a run."""
+        return [name for name in (METHOD_FILE, MODEL_FILE, METRICS_FILE, STATE_FILE) if (self.out_dir / name).exists()]
 
     def lock(self) -> None:
         """UserError on every rank where another process is writing into the folder."""

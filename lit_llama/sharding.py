@@ -37,7 +37,7 @@ def check_sharding(world_size: int) -> None:
     except ImportError:
         able = False
     if not able:
-        raise UserError(f"--strategy fsdp needs PyTorch 2.7 or newer, this is {torch.__version__}; use --strategy ddp")
+        raise UserError(f"a base in pieces (fsdp) needs PyTorch 2.7 or newer, this is {torch.__version__}; update it")
     if world_size < 2:
         raise UserError("--strategy fsdp shares the base among devices: pass --devices 2 or more, or --strategy auto")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +26,7 @@ class Interrupt:
         if self.came and signum == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C does not wait
         self.came = True
-        if ranks.is_first():
-            print("\nstopping; press Ctrl-C again to stop at once", file=sys.stderr)
+        ranks.note("\nstopping; press Ctrl-C again to stop at once")
 
     def seen(self, fabric: Fabric) -> bool:
         """The same answer on every rank, so that none waits for one that has stopped."""

@@ -104,8 +104,14 @@ def head_loss(lm_head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tens
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
 
 
-def share(batches: list[list[Encoded]], world_size: int) -> list[list[list[Encoded]]]:
-    """The micro-batches of every rank: each goes to the rank that has the fewest tokens so far."""
+def share(samples: list[Encoded], micro_batch_tokens: int, world_size: int) -> list[list[list[Encoded]]]:
+    """The micro-batches of every rank: each goes to the rank that has the fewest tokens so far.
+
+    None takes more than its share of the tokens, so that a step of few samples still has work for all.
+    """
+    if world_size > 1:
+        micro_batch_tokens = min(micro_batch_tokens, -(-sum(len(sample.ids) for sample in samples) // world_size))
+    batches = micro_batches(samples, micro_batch_tokens)
     tokens = [0] * world_size
     shares: list[list[list[Encoded]]] = [[] for _ in range(world_size)]
     sizes = [sum(len(sample.ids) for sample in batch) for batch in batches]
@@ -129,7 +135,7 @@ def step_gradient(
     """
     n_targets = sum(sample.n_targets for sample in samples)
     loss: Any = torch.zeros(1, device=fabric.device)
-    shares = share(micro_batches(samples, micro_batch_tokens), fabric.world_size)
+    shares = share(samples, micro_batch_tokens, fabric.world_size)
     for batch in shares[fabric.global_rank]:
         if stop():
             raise StepLeft
@@ -171,7 +177,7 @@ def validate(fabric: Fabric, model: LLaMA, data: list[Encoded], micro_batch_toke
     model.eval()
     loss = torch.zeros(1, device=fabric.device)
     with keep_in_step(fabric, model):
-        for batch in share(micro_batches(data, micro_batch_tokens), fabric.world_size)[fabric.global_rank]:
+        for batch in share(data, micro_batch_tokens, fabric.world_size)[fabric.global_rank]:
             loss += target_loss(model, *collate(batch, fabric.device))
     model.train(training)
     summed: Any = fabric.all_reduce(loss, reduce_op="sum")

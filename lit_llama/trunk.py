@@ -22,7 +22,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lit_llama import ranks
-from lit_llama.batches import Encoded, Packing, collate, micro_batches
+from lit_llama.batches import Encoded, Packing, collate
 from lit_llama.cli import UserError
 from lit_llama.model import CausalSelfAttention, LLaMA
 from lit_llama.train import TrainArgs, share
@@ -124,7 +124,7 @@ def cached_trunk(
         ranks.say(f"computing {n} of {len(transformer.h)} blocks once: {rows.nbytes / 2**20:,.0f} MiB in {path}")
         top = {f"transformer.h.{i}": PassOn(block) for i, block in enumerate(transformer.h) if i >= n}
         with torch.no_grad(), stand_ins(model, {**top, "transformer.ln_f": nn.Identity()}):
-            for batch in share(micro_batches(samples, micro_batch_tokens), fabric.world_size)[fabric.global_rank]:
+            for batch in share(samples, micro_batch_tokens, fabric.world_size)[fabric.global_rank]:
                 ids, _, lengths = collate(batch, fabric.device)
                 packing = Packing(lengths, ids.size(1), fabric.device)
                 hidden = model.hidden_states(ids, packing=packing)[0].cpu()  # (N, C), one sample behind the other

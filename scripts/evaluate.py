@@ -57,17 +57,16 @@ def main(
         num_nodes: Machines.
         strategy: ddp, with the model on every device; fsdp, in pieces, where it does not fit one; or auto.
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
-        quantize: What the base's weights are kept in: none, int8, or on CUDA nf4; as in training by default.
+        quantize: What the base's weights are kept in: none, int8, or on CUDA nf4; by default as in training, with
+            fsdp none.
         results: A .json file to write each sample's loss and answer to.
     """
     from lit_llama import ranks
     from lit_llama.classify import is_classifier
     from lit_llama.data import split_file
     from lit_llama.devices import base_dtype, launch
-    from lit_llama.evaluate import load_either
     from lit_llama.samples import read_samples
-    from lit_llama.sharding import shard
-    from lit_llama.trained import read_method
+    from lit_llama.trained import load_either, read_method
 
     for name, value in (("max_samples", max_samples), ("batch_size", batch_size), ("max_seq_length", max_seq_length)):
         if value is not None and value < 1:
@@ -90,10 +89,9 @@ def main(
     if labels:
         rows = evaluate_labels(fabric, samples, trained_dir, checkpoint_dir, dtype)
     else:
-        kept = (None, "cpu", "none") if sharded else (dtype, fabric.device, quantize)  # shard casts and moves blocks
-        name, model, tokenizer, style, length = load_either(trained_dir, checkpoint_dir, prompt_style, *kept)
-        if sharded:
-            shard(fabric, model, dtype)
+        name, model, tokenizer, style, length = load_either(
+            trained_dir, checkpoint_dir, prompt_style, dtype, fabric.device, quantize, fabric if sharded else None
+        )
         ranks.say(f"{name} on {file}")
         length = min(max_seq_length or length or (model.text_room if shots else 512), model.text_room)
         given = Examples(Path(data), shots, shots_seed)
@@ -133,7 +131,6 @@ def evaluate_answers(
         shared,
     )
     from lit_llama.quantize import pack
-    from lit_llama.sharding import is_sharded
 
     asked = add_shots(samples, *given) if given.count else samples
     kept, encoded = encode_samples(asked, style, tokenizer, length)
@@ -143,8 +140,7 @@ def evaluate_answers(
     loss = sum(losses) / sum(ids.n_targets for ids in encoded)
     ranks.say(f"{len(kept)} samples; {len(samples) - len(kept)} dropped: no answer begins within {length} tokens")
     ranks.say(f"loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
-    if not is_sharded(model):
-        pack(model)  # for decoding: the many rows of the loss gain nothing by it
+    pack(model)  # for decoding: the many rows of the loss gain nothing by it
     questions = [i for i, (sample, ids) in enumerate(zip(kept, encoded, strict=True)) if can_be_asked(sample, ids)]
     longest = longest_answer(tokenizer, [kept[i] for i in questions])
 

@@ -380,7 +380,7 @@ FLAGS = [
     (FINETUNE, ["--train.max_steps"], "--train.max_steps: expected one argument"),
     (FINETUNE, ["--precision", "8-bit"], "--precision '8-bit' is none of auto"),
     (FINETUNE, ["--devices", -5], "--devices -5"),
-    (FINETUNE, ["--strategy", "warp"], "--strategy warp one of auto, ddp, fsdp"),
+    (FINETUNE, ["--strategy", "warp"], "--strategy warp is none of auto, ddp, fsdp"),
     (FINETUNE, ["--eval_samples", -1], "eval_samples -1 must not be negative"),
     (FINETUNE, ["--prompt_style", "vicuna"], "'vicuna' is none of alpaca"),
     (FINETUNE, ["--prompt_length", 0], "prompt_length 0 must be at least 1"),

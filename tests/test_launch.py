@@ -84,12 +84,14 @@ def test_two_nodes_are_two_devices(start, places, tmp_path):
 )
 def test_flags_that_are_not_the_launchers_are_refused(monkeypatch, environment, message):
     from lit_llama.cli import UserError
-    from lit_llama.devices import check_launcher
+    from lit_llama.devices import check_launcher, launch_sharded
 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         check_launcher(devices=1, num_nodes=1)
+    with pytest.raises(UserError, match=message):
+        launch_sharded(devices=1, num_nodes=1, quantize=None)  # which needs no Fabric, and asks all the same
     world, per_node = (int(value) for name, value in environment.items() if "WORLD" in name or "NTASKS" in name)
     check_launcher(devices=per_node, num_nodes=world // per_node)
     monkeypatch.setenv("SLURM_JOB_NAME", "interactive")  # srun --pty bash, and the script started by hand

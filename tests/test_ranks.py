@@ -107,13 +107,15 @@ def test_an_answer_from_a_model_in_pieces_is_the_same(places, tmp_path):
     asked = [*base, "--prompt", "What?", "--max_new_tokens", 12, "--precision", "32-true"]
     sampled = ["--sampling.temperature", 0.8]
     for script, flags in (("adapter", ["--trained_dir", trained]), ("base", sampled)):
-        one, two = (run_process(f"generate/{script}.py", *asked, *flags, "--devices", n) for n in (1, 2))
-        assert one.returncode == two.returncode == 0, two.stderr
-        assert two.stdout == one.stdout and one.stdout.strip()
-        assert two.stderr.count("tokens/s") == 1
-    narrow = ["--devices", 2, "--quantize", "int8"]
-    refuse("generate/base.py", *asked, *narrow, message="does not go with --quantize int8")
-    refuse("generate/base.py", *asked, "--devices", 0, message="--devices 0 and --num_nodes 1 must be at least 1")
+        one = succeed(f"generate/{script}.py", *asked, *flags)
+        two = run_process(f"generate/{script}.py", *asked, *flags, "--devices", 2)
+        assert two.returncode == 0, two.stderr
+        assert two.stdout == one and one.strip()
+        assert "MEMBER: 2/2" in two.stderr and two.stderr.count("tokens/s") == 1
+        narrow = [*asked, "--devices", 2, "--quantize", "int8"]
+        refuse(f"generate/{script}.py", *narrow, message="leave out --quantize int8, or take one device")
+        for flag in ("--devices", "--num_nodes"):
+            refuse(f"generate/{script}.py", *asked, flag, 0, message="must be at least 1")
 
 
 @pytest.mark.slow
@@ -141,6 +143,6 @@ def test_more_devices_than_labelled_texts(places, tmp_path):
 def test_nobody_shards_alone_or_what_trains_as_a_whole(places, tmp_path):
     flags = ["--checkpoint_dir", places / "base", "--data", places / "data", "--out_dir", tmp_path / "out"]
     refuse("finetune/adapter.py", *flags, "--strategy", "fsdp", message="pass --devices 2 or more")
-    refuse("finetune/adapter.py", *flags, "--strategy", "fsdp2", message="--strategy fsdp2 one of auto, ddp, fsdp")
+    refuse("finetune/adapter.py", *flags, "--strategy", "fsdp2", message="--strategy fsdp2 is none of auto, ddp, fsdp")
     with pytest.raises(UserError, match="every block trains; pass --strategy ddp"):
         shard(None, load_model(places / "base").requires_grad_(True), torch.float32)

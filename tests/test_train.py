@@ -111,11 +111,12 @@ def test_validation_weighs_tokens_not_batches(fabric, places):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 50])
 def test_ranks_share_every_micro_batch_evenly(places, world_size):
     task = load_task(places[1], places[0], None, 512)
-    batches = micro_batches(task.train, 150)
-    shares = share(batches, world_size)
-    assert sorted(map(id, sum(shares, []))) == sorted(map(id, batches))
-    tokens = [sum(len(sample.ids) for batch in own for sample in batch) for own in shares]
-    assert max(tokens) - min(tokens) <= 150
+    for micro_batch_tokens in (150, 10_000):
+        shares = share(task.train, micro_batch_tokens, world_size)
+        assert sorted(id(sample) for own in shares for batch in own for sample in batch) == sorted(map(id, task.train))
+        tokens = [sum(len(sample.ids) for batch in own for sample in batch) for own in shares]
+        assert max(tokens) - min(tokens) <= 150
+        assert all(tokens) or world_size > len(task.train)
 
 
 # the schedule
