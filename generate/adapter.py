@@ -38,21 +38,22 @@ def main(
             several devices none.
     """
     from lit_llama import ranks
+    from lit_llama.answerer import load_answerer
     from lit_llama.classify import is_classifier
     from lit_llama.devices import base_dtype, default_device, launch_sharded
     from lit_llama.generate import stream_answer
     from lit_llama.quantize import pack
-    from lit_llama.trained import load_either, read_method
+    from lit_llama.trained import read_method
 
     if is_classifier(read_method(trained_dir)):
         raise cli.UserError(f"{trained_dir} answers with a label, not with text: see generate/classify.py")
     fabric = launch_sharded(devices, num_nodes, quantize)
     device = fabric.device if fabric else default_device()
     dtype = base_dtype(precision, device)
-    name, model, tokenizer, style, _ = load_either(trained_dir, checkpoint_dir, None, dtype, device, quantize, fabric)
-    ranks.note(name + (f" in {devices * num_nodes} pieces" if fabric else ""))
-    pack(model)
-    stream_answer(model, tokenizer, style, prompt, input, max_new_tokens, sampling, fabric)
+    loaded = load_answerer(trained_dir, checkpoint_dir, None, dtype, device, quantize, fabric)
+    ranks.note(loaded.name + (f" in {fabric.world_size} pieces" if fabric else ""))
+    pack(loaded.model)
+    stream_answer(loaded.model, loaded.tokenizer, loaded.style, prompt, input, max_new_tokens, sampling, fabric)
 
 
 if __name__ == "__main__":

@@ -34,17 +34,17 @@ def main(
         precision: Width of the weights: bf16-true, 32-true, or auto for the faster one.
         quantize: What the blocks' weights are kept in: none, int8, or on CUDA nf4.
     """
+    from lit_llama.answerer import load_answerer
     from lit_llama.devices import base_dtype, default_device, launch_sharded
     from lit_llama.generate import stream_answer
     from lit_llama.quantize import pack
-    from lit_llama.trained import load_either
 
     fabric = launch_sharded(devices, num_nodes, quantize)
     device = fabric.device if fabric else default_device()
     dtype = base_dtype(precision, device)
-    _, model, tokenizer, style, _ = load_either(None, checkpoint_dir, prompt_style, dtype, device, quantize, fabric)
-    pack(model)
-    stream_answer(model, tokenizer, style, prompt, input, max_new_tokens, sampling, fabric)
+    loaded = load_answerer(None, checkpoint_dir, prompt_style, dtype, device, quantize, fabric)
+    pack(loaded.model)
+    stream_answer(loaded.model, loaded.tokenizer, loaded.style, prompt, input, max_new_tokens, sampling, fabric)
 
 
 if __name__ == "__main__":

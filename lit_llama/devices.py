@@ -58,7 +58,8 @@ def launch(devices: int = 1, num_nodes: int = 1, strategy: str = "auto", loggers
 def launch_sharded(devices: int, num_nodes: int, quantize: str | None) -> Fabric | None:
     """Fabric for several devices that answer with a base in pieces (sharding.py); None for one device."""
     if (devices, num_nodes) == (1, 1):
-        check_launcher(devices, num_nodes)
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # SLURM's variables are there without srun, too: in an sbatch script
+            check_launcher(devices, num_nodes)
         return None  # without the seconds that Fabric takes to import
     if (quantize or "none") != "none":
         raise UserError(

@@ -18,6 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
+from lit_llama.answerer import load_answerer
 from lit_llama.chat_templates import chat_template
 from lit_llama.classify import is_classifier
 from lit_llama.cli import UserError
@@ -26,7 +27,7 @@ from lit_llama.generate import Sampling, generate_batch
 from lit_llama.model import LLaMA
 from lit_llama.prompts import STYLES, Control, encode_control, stop_ids
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.trained import load_either, read_method
+from lit_llama.trained import read_method
 
 MARK = "\0"  # around the name of a control token in a chat's text; without it such a name is text like any other
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")  # what tasks call the longest answer
@@ -205,7 +206,6 @@ def load_harness_model(
     device = default_device()
     if trained_dir and is_classifier(read_method(trained_dir)):
         raise UserError(f"{trained_dir} answers with labels, the harness asks for texts; use scripts/evaluate.py")
-    _, model, tokenizer, style, _ = load_either(
-        trained_dir, checkpoint_dir, prompt_style, base_dtype(precision, device), device, quantize="none"
-    )
-    return HarnessModel(model, tokenizer, style, batch_size)
+    dtype = base_dtype(precision, device)
+    loaded = load_answerer(trained_dir, checkpoint_dir, prompt_style, dtype, device, quantize="none")
+    return HarnessModel(loaded.model, loaded.tokenizer, loaded.style, batch_size)

@@ -106,8 +106,8 @@ class Job:
         self.fabric = launch(devices, num_nodes, strategy, named_loggers(logger, folder))
         if train.batch_size < self.fabric.world_size:
             ranks.note(
-                f"note: {train.batch_size} samples in a step leave devices without work; a larger --train.batch_size, "
-                "with a higher --train.learning_rate and fewer steps, uses all of them"
+                f"note: --train.batch_size {train.batch_size} gives work to only {train.batch_size} of "
+                f"{self.fabric.world_size} devices; a larger one, with a higher --train.learning_rate, to all"
             )
         ranks.first(f"fetch {checkpoint_dir}", lambda: ensure_base(checkpoint_dir, yes))
         self.run = Run(self.fabric, folder, checkpoint_dir, resume, overwrite, allow_changes)
@@ -180,14 +180,14 @@ class Job:
 
     def check_memory(self, arguments: dict, longest: int) -> None:
         """Warn, or raise UserError, where the largest micro-batch of the training data will not fit the device."""
-        from lit_llama.batches import micro_batches
         from lit_llama.memory import check_room, estimate
+        from lit_llama.train import share
 
         if self.room is None:
             return
         samples = sorted(self.task.train, key=lambda sample: len(sample.ids))[-self.train.batch_size :]
-        batches = micro_batches(samples, self.train.micro_batch_tokens)
-        batch = max(batches, key=lambda batch: sum(len(sample.ids) for sample in batch))
+        shares = share(samples, self.train.micro_batch_tokens, self.fabric.world_size)
+        batch = max(sum(shares, []), key=lambda batch: sum(len(sample.ids) for sample in batch))
         lengths = [len(sample.ids) for sample in batch]
         found = estimate(
             self.model.config,

@@ -141,7 +141,7 @@ def is_first() -> bool:
 def say(text: str = "") -> None:
     """Print ``text`` once in all; Fabric's own print does so once on every node."""
     if is_first():
-        print(text)
+        print(text, flush=True)  # before what goes to stderr next
 
 
 def note(text: str) -> None:

@@ -105,21 +105,17 @@ def head_loss(lm_head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tens
 
 
 def share(samples: list[Encoded], micro_batch_tokens: int, world_size: int) -> list[list[list[Encoded]]]:
-    """The micro-batches of every rank: each goes to the rank that has the fewest tokens so far.
+    """The micro-batches of every rank: each sample, longest first, goes to the rank that has the fewest tokens so far.
 
-    None takes more than its share of the tokens, so that a step of few samples still has work for all.
+    So all ranks have work where there are samples enough, and differ by the tokens of the longest at most.
     """
-    if world_size > 1:
-        micro_batch_tokens = min(micro_batch_tokens, -(-sum(len(sample.ids) for sample in samples) // world_size))
-    batches = micro_batches(samples, micro_batch_tokens)
     tokens = [0] * world_size
-    shares: list[list[list[Encoded]]] = [[] for _ in range(world_size)]
-    sizes = [sum(len(sample.ids) for sample in batch) for batch in batches]
-    for i in sorted(range(len(batches)), key=sizes.__getitem__, reverse=True):
+    shares: list[list[Encoded]] = [[] for _ in range(world_size)]
+    for sample in sorted(samples, key=lambda sample: len(sample.ids), reverse=True):
         least = tokens.index(min(tokens))
-        tokens[least] += sizes[i]
-        shares[least].append(batches[i])
-    return shares
+        tokens[least] += len(sample.ids)
+        shares[least].append(sample)
+    return [micro_batches(own, micro_batch_tokens) for own in shares]
 
 
 def step_gradient(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,17 +17,9 @@ from lit_llama.checkpoint import (
     load_model,
 )
 from lit_llama.cli import UserError
-from lit_llama.download import ensure_base
 from lit_llama.files import read_json, read_tensors, tensor_headers
 from lit_llama.model import LLaMA
-from lit_llama.prompts import choose_style
 from lit_llama.quantize import quantization, quantize_base
-from lit_llama.settings import DEFAULT_BASE
-from lit_llama.sharding import shard
-from lit_llama.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from lightning.fabric import Fabric
 
 TRAINED_FILE, METHOD_FILE = "trained.safetensors", "method.json"
 DTYPES = {torch.float32: "F32", torch.float64: "F64"}  # what trains is float32; a test's whole model may be float64
@@ -100,41 +91,6 @@ def load_trained_folder(
     quantize_base(model, quantize)
     add_trained(model, trained_dir, method)
     return model, method
-
-
-def load_either(
-    trained_dir: Path | str | None,
-    checkpoint_dir: Path | str | None,
-    prompt_style: str | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    quantize: str | None,
-    share_with: Fabric | None = None,
-) -> tuple[str, LLaMA, Tokenizer, str, int | None]:
-    """A trained folder or a base: name, model, tokenizer, prompt style, and where it trained the length of samples.
-
-    ``checkpoint_dir`` and ``prompt_style`` are as trained, or the default, where they are None; so is ``quantize``.
-    The ranks of ``share_with`` hold the base in pieces, whatever it was trained over not quantized.
-    """
-    # Left in its file, memory-mapped, for shard to cast and move block by block.
-    kept = (None, "cpu", "none") if share_with else (dtype, device, quantize)
-    if trained_dir:
-        model, method = load_trained_folder(trained_dir, checkpoint_dir, *kept)
-        folder = tokenizer_dir(trained_dir, checkpoint_dir, method)
-        name, prompt_style = f"{method['method']} over {method['base']['name']}", prompt_style or method["prompt_style"]
-        length = method["train"]["max_seq_length"]
-    else:
-        folder, length = Path(checkpoint_dir or DEFAULT_BASE), None
-        ranks.first(f"fetch {folder}", lambda: ensure_base(folder, yes=False))
-        if (folder / METHOD_FILE).exists():  # finetune/full.py wrote it
-            prompt_style = prompt_style or read_method(folder)["prompt_style"]
-        model = load_model(folder, *kept[:2]).requires_grad_(False)
-        quantize_base(model, kept[2] or "none")
-        name = model.config.name
-    tokenizer = Tokenizer(folder)
-    if share_with:
-        shard(share_with, model, dtype)
-    return name, model, tokenizer, choose_style(prompt_style, tokenizer), length
 
 
 def add_trained(model: LLaMA, trained_dir: Path | str, method: dict) -> None:

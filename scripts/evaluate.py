@@ -62,11 +62,12 @@ def main(
         results: A .json file to write each sample's loss and answer to.
     """
     from lit_llama import ranks
+    from lit_llama.answerer import load_answerer
     from lit_llama.classify import is_classifier
     from lit_llama.data import split_file
     from lit_llama.devices import base_dtype, launch
     from lit_llama.samples import read_samples
-    from lit_llama.trained import load_either, read_method
+    from lit_llama.trained import read_method
 
     for name, value in (("max_samples", max_samples), ("batch_size", batch_size), ("max_seq_length", max_seq_length)):
         if value is not None and value < 1:
@@ -89,7 +90,7 @@ def main(
     if labels:
         rows = evaluate_labels(fabric, samples, trained_dir, checkpoint_dir, dtype)
     else:
-        name, model, tokenizer, style, length = load_either(
+        name, model, tokenizer, style, length = load_answerer(
             trained_dir, checkpoint_dir, prompt_style, dtype, fabric.device, quantize, fabric if sharded else None
         )
         ranks.say(f"{name} on {file}")

@@ -1,0 +1,64 @@
+"""What answers a prompt: a base, or what a finetune script trained over it, with its tokenizer and prompt style."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from lit_llama import ranks
+from lit_llama.checkpoint import load_model
+from lit_llama.download import ensure_base
+from lit_llama.model import LLaMA
+from lit_llama.prompts import choose_style
+from lit_llama.quantize import quantize_base
+from lit_llama.settings import DEFAULT_BASE
+from lit_llama.sharding import shard
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.trained import METHOD_FILE, load_trained_folder, read_method, tokenizer_dir
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+
+class Answerer(NamedTuple):
+    name: str
+    model: LLaMA
+    tokenizer: Tokenizer
+    style: str  # of prompts
+    max_seq_length: int | None  # tokens of a sample in training, where there was one
+
+
+def load_answerer(
+    trained_dir: Path | str | None,
+    checkpoint_dir: Path | str | None,
+    prompt_style: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str | None,
+    fabric: Fabric | None = None,
+) -> Answerer:
+    """A trained folder over its base, or the base alone where ``trained_dir`` is None.
+
+    What is None is as it was in training, or the default. With ``fabric`` its ranks hold the base in pieces, and
+    ``quantize`` is not looked at: pieces are never quantized.
+    """
+    # With fabric left in its file, memory-mapped, for shard to cast and move block by block.
+    kept = (None, "cpu", "none") if fabric else (dtype, device, quantize)
+    if trained_dir:
+        model, method = load_trained_folder(trained_dir, checkpoint_dir, *kept)
+        folder = tokenizer_dir(trained_dir, checkpoint_dir, method)
+        name = f"{method['method']} over {method['base']['name']}"
+    else:
+        folder = Path(checkpoint_dir or DEFAULT_BASE)
+        ranks.first(f"fetch {folder}", lambda: ensure_base(folder, yes=False))
+        method = read_method(folder) if (folder / METHOD_FILE).exists() else {}  # finetune/full.py writes both
+        model = load_model(folder, *kept[:2]).requires_grad_(False)
+        quantize_base(model, kept[2] or "none")
+        name = model.config.name
+    tokenizer = Tokenizer(folder)
+    style = choose_style(prompt_style or method.get("prompt_style"), tokenizer)
+    if fabric:
+        shard(fabric, model, dtype)
+    return Answerer(name, model, tokenizer, style, method["train"]["max_seq_length"] if method else None)
