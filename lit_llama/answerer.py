@@ -48,16 +48,15 @@ def load_answerer(
     kept = (None, "cpu", "none") if fabric else (dtype, device, quantize)
     if trained_dir:
         model, method = load_trained_folder(trained_dir, checkpoint_dir, *kept)
-        folder = tokenizer_dir(trained_dir, checkpoint_dir, method)
+        tokenizer = Tokenizer(tokenizer_dir(trained_dir, checkpoint_dir, method))
         name = f"{method['method']} over {method['base']['name']}"
     else:
         folder = Path(checkpoint_dir or DEFAULT_BASE)
         ranks.first(f"fetch {folder}", lambda: ensure_base(folder, yes=False))
         method = read_method(folder) if (folder / METHOD_FILE).exists() else {}  # finetune/full.py writes both
-        model = load_model(folder, *kept[:2]).requires_grad_(False)
+        tokenizer, model = Tokenizer(folder), load_model(folder, *kept[:2]).requires_grad_(False)
         quantize_base(model, kept[2] or "none")
         name = model.config.name
-    tokenizer = Tokenizer(folder)
     style = choose_style(prompt_style or method.get("prompt_style"), tokenizer)
     if fabric:
         shard(fabric, model, dtype)
