@@ -112,10 +112,10 @@ def test_an_answer_from_a_model_in_pieces_is_the_same(places, tmp_path):
         assert two.returncode == 0, two.stderr
         assert two.stdout == one and one.strip()
         assert "MEMBER: 2/2" in two.stderr and two.stderr.count("tokens/s") == 1
-        narrow = [*asked, "--devices", 2, "--quantize", "int8"]
-        refuse(f"generate/{script}.py", *narrow, message="leave out --quantize int8, or take one device")
+        asking = [f"generate/{script}.py", *asked, *flags]
+        refuse(*asking, "--devices", 2, "--quantize", "int8", message="leave out --quantize int8, or take one device")
         for flag in ("--devices", "--num_nodes"):
-            refuse(f"generate/{script}.py", *asked, flag, 0, message="must be at least 1")
+            refuse(*asking, flag, 0, message="must be at least 1")
 
 
 @pytest.mark.slow
