@@ -180,6 +180,9 @@ class Job:
 
     def check_memory(self, arguments: dict, longest: int) -> None:
         """Warn, or raise UserError, where the largest micro-batch of the training data will not fit the device."""
+        import torch
+
+        from lit_llama.devices import multiplies_bf16
         from lit_llama.memory import check_room, estimate
         from lit_llama.train import share
 
@@ -203,5 +206,14 @@ class Job:
             quantize=self.quantize,
         )
         sharing = self.devices if self.fabric.device.type == "cpu" else 1  # processes in the same memory
-        if warning := check_room(found, self.room // sharing, sum(lengths), longest):
+        wide = self.dtype == torch.float32 and multiplies_bf16(self.fabric.device)
+        savings = {
+            "--precision bf16-true": wide,
+            "--quantize int8": self.quantize == "none" and not self.sharded,
+            "--checkpointing": not self.block_options["checkpointing"],
+            "--strategy fsdp with more --devices": not self.sharded and self.quantize == "none",
+            "a lower --train.max_seq_length": True,
+        }
+        ways = [flag for flag, saves in savings.items() if saves]
+        if warning := check_room(found, self.room // sharing, sum(lengths), longest, ways):
             print(warning, file=sys.stderr)

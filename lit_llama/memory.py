@@ -11,6 +11,7 @@ Not counted: what the interpreter and its libraries hold (0.3 to 0.5 GB of main 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -141,10 +142,11 @@ def fake_on_cpu(model: LLaMA) -> None:
             setattr(module, name, fakes.setdefault(id(param), fake))
 
 
-def check_room(found: Estimate, room: int, batch_tokens: int, longest: int) -> str:
+def check_room(found: Estimate, room: int, batch_tokens: int, longest: int, savings: Sequence[str]) -> str:
     """What to say of a run that has ``room`` bytes: nothing where it fits well. UserError where it surely does not.
 
-    ``batch_tokens``: of the micro-batch that was estimated; ``longest``: of a sample, below which none can go.
+    ``batch_tokens``: of the micro-batch that was estimated; ``longest``: of a sample, below which none can go;
+    ``savings``: flags that would save memory, where shorter micro-batches alone do not.
     """
     if found.total < WARN_ABOVE * room:
         return ""
@@ -153,8 +155,7 @@ def check_room(found: Estimate, room: int, batch_tokens: int, longest: int) -> s
     if fitting >= longest:
         text += f"pass --train.micro_batch_tokens {fitting}"
     else:
-        text += "pass --precision bf16-true, --quantize int8, --checkpointing, a lower --train.max_seq_length, or "
-        text += "--strategy fsdp, or take another method"
+        text += f"pass {', '.join(savings)}, or take another method"
     if found.total > REFUSE_ABOVE * room:
         raise UserError(text)
     return f"warning: {text}"

@@ -112,12 +112,13 @@ def test_a_method_without_a_line_in_methods_is_refused():
 def test_what_is_said_about_the_room():
     found = Estimate(600, 20, 20, 40, activations=200, logits=120, update=30)
     assert found.lasting == 680 and found.total == 1000
-    assert check_room(found, 2000, batch_tokens=320, longest=100) == ""
-    warning = check_room(found, 1250, batch_tokens=320, longest=60)
+    assert check_room(found, 2000, batch_tokens=320, longest=100, savings=[]) == ""
+    warning = check_room(found, 1250, batch_tokens=320, longest=60, savings=[])
     assert warning.startswith("warning: a step takes") and "pass --train.micro_batch_tokens 70" in warning  # 60 % of it
-    assert "micro_batch_tokens" not in check_room(found, 1250, 320, longest=71)
-    with pytest.raises(UserError, match="--strategy fsdp"):
-        check_room(found, 900, 320, 60)
+    without = check_room(found, 1250, 320, longest=71, savings=["--checkpointing", "a lower --train.max_seq_length"])
+    assert without.endswith("; pass --checkpointing, a lower --train.max_seq_length, or take another method")
+    with pytest.raises(UserError, match="pass --strategy fsdp, or take another method"):
+        check_room(found, 900, 320, 60, ["--strategy fsdp"])
 
 
 def test_the_limit_of_a_control_group_counts(tmp_path, monkeypatch):
