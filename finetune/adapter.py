@@ -15,6 +15,7 @@ from lit_llama.settings import TrainArgs
 def main(
     prompt_length: int = 10,
     start_layer: int = 2,
+    prompt_init: str = "text",
     gate: str = "head",
     gate_init: float = 0.0,
     # The rates of prompts and gates were measured on data/bookings; the paper has one, 9e-3 * batch_size / 256.
@@ -29,6 +30,7 @@ def main(
     Args:
         prompt_length: Rows of the learned prompt in each block (K).
         start_layer: The first block that gets a prompt; the ones below stay as they are.
+        prompt_init: Prompts start as what their blocks read of a training "text", or "normal", as in the paper.
         gate: One gate for each "head", as in the paper, or for each "layer", as in PEFT.
         gate_init: Where the gates start; the paper's zero leaves the model as it is at first.
         gate_lr_scale: The gates learn at this share of the learning rate.
@@ -36,11 +38,15 @@ def main(
     """
     import torch
 
-    from lit_llama.methods.adapter import add_adapter
+    from lit_llama.methods.adapter import add_adapter, start_from_text
 
+    if prompt_init not in ("text", "normal"):
+        raise cli.UserError(f"--prompt_init {prompt_init!r} is none of text, normal")
     job = Job("adapter", train, head="language", **shared)
     arguments = dict(prompt_length=prompt_length, start_layer=start_layer, gate=gate, gate_init=gate_init)
     add_adapter(job.model, **arguments)
+    if prompt_init == "text":
+        start_from_text(job.model, job.task.train[0].ids)
 
     adapted = job.model.transformer.h[start_layer:]
     prompts = [block.attn.adapter_wte.weight for block in adapted]

@@ -83,7 +83,7 @@ def ablation_jobs(folder: Path, n_layer: int, steps: int, gate_steps: int) -> li
     """The paper's: the gate's start (the same seed, so the same prompts), the number of blocks, the prompt's length."""
 
     def job(name: str, flags: list, steps: int = steps, evaluated: bool = True) -> Job:
-        flags = ["--train.learning_rate", ABLATION_RATE, *flags]
+        flags = ["--train.learning_rate", ABLATION_RATE, "--prompt_init", "normal", *flags]
         return Job(name, "adapter", folder / "ablations" / name.replace(" ", "-"), steps, [*map(str, flags)], evaluated)
 
     gates = [job(f"gate {start}", ["--gate_init", start], gate_steps, evaluated=False) for start in (0, 1)]

@@ -167,6 +167,14 @@ def sum_over_ranks(fabric: Fabric, params: list[Tensor]) -> None:
 
 
 @torch.no_grad()
+def start_alike(fabric: Fabric, model: LLaMA) -> None:
+    """Give every rank rank 0's trained tensors: what a machine computes to start from, another may round otherwise."""
+    if fabric.world_size > 1:
+        for tensor in trained_tensors(model).values():
+            torch.distributed.broadcast(tensor.detach(), src=0)
+
+
+@torch.no_grad()
 def validate(fabric: Fabric, model: LLaMA, data: list[Encoded], micro_batch_tokens: int) -> float:
     """Loss per target token over all of ``data``, each sample counted once whatever the number of ranks."""
     training = model.training
@@ -201,6 +209,7 @@ def fit(
     """
     total_steps = args.total_steps(len(train_data))
     step = run.load_state(model, optimizer)
+    start_alike(fabric, model)
     alone = fabric.world_size == 1  # several ranks agree between steps on whether to stop
     look_at = 40 + 2 * warmup_steps(total_steps, args)  # enough steps to tell whether the loss moves
     model.train()

@@ -57,6 +57,9 @@ def main(base: str, data: str, out_dir: str, devices: str, strategy: str, *metho
         comparison = Comparison(fabric, task, n_samples=1)  # with several ranks, all but the first have none
         comparison.answer("before", model)
         write_json(folder / f"answers-{fabric.global_rank}.json", comparison.answers)
+        with torch.no_grad():
+            for tensor in trained_tensors(model).values():
+                tensor += fabric.global_rank  # as if another machine had computed it: fit starts from rank 0's
         optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=args.learning_rate)
         run = Run(fabric, folder / "run", base)
         run.begin(method, ARGUMENTS[method], base, task, args, model, optimizer)

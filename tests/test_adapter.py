@@ -9,7 +9,7 @@ from test_model import SCALING, TINY, tiny_model, transformers_model
 from lit_llama.files import save_tensors
 from lit_llama.generate import generate
 from lit_llama.methods import METHODS
-from lit_llama.methods.adapter import AdapterAttention, add_adapter
+from lit_llama.methods.adapter import AdapterAttention, add_adapter, start_from_text
 from lit_llama.model import LLaMA, LLaMAConfig, apply_rope
 from lit_llama.train import target_loss
 from lit_llama.trained import load_trained, trained_tensors
@@ -49,6 +49,24 @@ def test_count_of_trained_numbers(name, expected):
 def test_is_the_base_exactly_at_init(changes):
     with torch.no_grad():
         assert torch.equal(adapted(on=False, **changes)(tokens()), tiny_model(**changes)(tokens()))
+
+
+@pytest.mark.parametrize("length", [23, 6, 3])
+def test_prompts_start_as_what_their_block_reads_of_a_text(length):
+    """Of one of fewer tokens than the prompt has rows, repeated: no two rows are alike."""
+    base, model, ids = tiny_model(), adapted(on=False), tokens(1, length)[0].tolist()
+    start_from_text(model, ids)
+    assert torch.equal(model(tokens()), base(tokens()))
+    text = torch.tensor([(ids * 2)[: max(length, 6)]])
+    read: list[torch.Tensor] = []
+    for block in base.transformer.h[1:]:
+        block.attn.register_forward_pre_hook(lambda attn, args: read.append(args[0][0]))
+    base(text)
+    rows = {23: [1, 6, 11, 16, 22]}.get(length, [1, 2, 3, 4, 5])
+    for block, x in zip(model.transformer.h[1:], read, strict=True):
+        prompt = block.attn.adapter_wte.weight
+        assert torch.equal(prompt, x[rows]) and len(prompt.unique(dim=0)) == len(prompt)
+        assert prompt.requires_grad and not block.attn._forward_pre_hooks
 
 
 def test_base_keys_and_bytes_are_kept():

@@ -189,6 +189,7 @@ def test_mistakes_on_the_command_line_are_answered_in_one_line(places, tmp_path)
     refuse(adapter, *flags, *new, "--train.learning_rate", "fast", message="--train.learning_rate fast: expected float")
     refuse(adapter, *flags, *new, "--train.batch_size", 0, message="batch_size must be at least 1")
     refuse(adapter, *flags, *new, "--gate", "row", message="gate is 'head' or 'layer'")
+    refuse(adapter, *flags, *new, "--prompt_init", "zero", message="--prompt_init 'zero' is none of text, normal")
     refuse(adapter, *flags, *new, "--devices", -5, message="--devices -5")
     refuse(adapter, *flags, *new, "--eval_samples", -1, message="eval_samples -1 must not be negative")
     evaluate = ["--trained_dir", folder / "out", "--data", folder / "data"]

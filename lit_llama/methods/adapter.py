@@ -14,6 +14,8 @@ https://arxiv.org/abs/2303.16199
         |                       |
         +-- rotated q, shared   one gate per head, 0 at the start: the model begins as the base, exactly
 
+P starts as N(0, 1), as in the paper, or as what the block reads of K tokens of a text (``start_from_text``).
+
 Trains L*K*C + L*nh numbers: 1,229,760 for LLaMA-7B with L=30, K=10.
 """
 
@@ -80,3 +82,25 @@ def add_adapter(
         )
     for block in model.transformer.h[start_layer:]:
         block.attn = AdapterAttention(block.attn, prompt_length, gate, gate_activation, gate_init)
+
+
+@torch.no_grad()
+def start_from_text(model: LLaMA, ids: list[int]) -> None:
+    """Let each prompt start as K tokens spread over the text ``ids``, as its block reads them: past the first norm.
+
+    Their keys and values are such as the block's attention knows; those of N(0, 1) are up to ten times as large, and
+    mean nothing. Prefix tuning starts from real words for the same reason (Li & Liang 2021, section 7.4,
+    https://arxiv.org/abs/2101.00190). A text of fewer tokens is repeated.
+    """
+    adapted = [block.attn for block in model.transformer.h if isinstance(block.attn, AdapterAttention)]
+    K, device = adapted[0].adapter_wte.num_embeddings, adapted[0].adapter_wte.weight.device
+    text = torch.tensor([(ids * (K + 1))[: max(len(ids), K + 1)]], device=device)
+    rows = torch.linspace(1, text.size(1) - 1, K).long()  # without the first token, which is like no other
+
+    def adopt(attn: AdapterAttention, inputs: tuple) -> None:
+        attn.adapter_wte.weight.copy_(inputs[0][0, rows.to(device)])  # of x (1, T, C)
+
+    hooks = [attn.register_forward_pre_hook(adopt) for attn in adapted]
+    model.hidden_states(text)
+    for hook in hooks:
+        hook.remove()
