@@ -2,7 +2,7 @@
 
     python finetune/adapter.py                                      # SmolLM2-135M on data/bookings
     python finetune/adapter.py --data my.json --out_dir out/my      # your own data
-    python finetune/adapter.py --devices 8                          # eight GPUs
+    python finetune/adapter.py --devices 8 --train.batch_size 64    # eight GPUs
 
 Paper: https://arxiv.org/abs/2303.16199. What it adds to the model: lit_llama/methods/adapter.py.
 """
@@ -34,17 +34,19 @@ def main(
         gate_lr_scale: The gates learn at this share of the learning rate.
         train: The settings that every finetune script shares.
     """
+    from functools import partial
+
     import torch
 
     from lit_llama.methods.adapter import add_adapter, start_from_text
 
     if prompt_init not in ("text", "normal"):
         raise cli.UserError(f"--prompt_init {prompt_init!r} is none of text, normal")
+    if prompt_init == "text" and gate_init:
+        raise cli.UserError(f"--gate_init {gate_init:g} needs --prompt_init normal: a text is read with gates at zero")
     job = Job("adapter", train, head="language", **shared)
     arguments = dict(prompt_length=prompt_length, start_layer=start_layer, gate=gate, gate_init=gate_init)
     add_adapter(job.model, **arguments)
-    if prompt_init == "text":
-        start_from_text(job.model, job.task.train[0].ids)
 
     adapted = job.model.transformer.h[start_layer:]
     prompts = [block.attn.adapter_wte.weight for block in adapted]
@@ -57,7 +59,8 @@ def main(
         lr=train.learning_rate,
         betas=(0.9, 0.95),
     )
-    job.finetune(optimizer, arguments)
+    start = partial(start_from_text, job.model, job.task.train[0].ids) if prompt_init == "text" else None
+    job.finetune(optimizer, arguments, start=start)
 
 
 if __name__ == "__main__":

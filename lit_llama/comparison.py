@@ -76,7 +76,7 @@ def variant_jobs(folder: Path, variants: dict[str, str], steps: int) -> list[Job
     return list(jobs.values())
 
 
-ABLATION_RATE = 2e-2  # LLaMA-Adapter's at four samples a step, whatever its script's default
+ABLATION_RATE = 2e-2  # LLaMA-Adapter's with prompts at random and four samples a step, whatever its script's default
 
 
 def ablation_jobs(folder: Path, n_layer: int, steps: int, gate_steps: int) -> list[Job]:

@@ -5,6 +5,7 @@ the signature are no strings, for which jsonargparse would import all that TYPE_
 """
 
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,11 +126,18 @@ class Job:
         quantize_base(self.model, quantize)
         self.model.requires_grad_(False)
 
-    def finetune(self, optimizer: "torch.optim.Optimizer", arguments: dict, whole_model: bool = False) -> None:
+    def finetune(
+        self,
+        optimizer: "torch.optim.Optimizer",
+        arguments: dict,
+        whole_model: bool = False,
+        start: Callable[[], None] | None = None,
+    ) -> None:
         """Answer held-out samples, train, answer them again; the trained folder is written on the way.
 
         ``arguments`` are those that the method's function was called with: method.json keeps them. ``whole_model``
-        writes a checkpoint folder, for a method that leaves nothing of the base.
+        writes a checkpoint folder, for a method that leaves nothing of the base. ``start``, for what trains to start
+        from what the base computes, is called with the base on its devices, and not for a run that is resumed.
         """
         from lit_llama import ranks
         from lit_llama.blocks import block_forwards
@@ -149,9 +157,11 @@ class Job:
                 f"the longest sample has {longest} tokens, and what {self.method} puts in front leaves {room} of the "
                 f"context of {self.model.config.block_size}; pass --train.max_seq_length {room}"
             )
-        ranks.first("estimate the memory", lambda: self.check_memory(arguments, longest))
+        ranks.first("estimate the memory", lambda: self.check_memory(arguments, longest, whole_model))
         if self.sharded:
             shard(self.fabric, self.model, self.dtype)
+        if start is not None and not self.run.resume:
+            start()
         self.comparison.answer("before", self.model)
         self.run.begin(
             self.method, arguments, self.checkpoint_dir, self.task, self.train, self.model, optimizer, whole_model
@@ -178,11 +188,8 @@ class Job:
             return nullcontext(splits)
         return cached_trunk(self.fabric, self.model, splits, self.train.micro_batch_tokens, self.run.out_dir)
 
-    def check_memory(self, arguments: dict, longest: int) -> None:
+    def check_memory(self, arguments: dict, longest: int, whole_model: bool) -> None:
         """Warn, or raise UserError, where the largest micro-batch of the training data will not fit the device."""
-        import torch
-
-        from lit_llama.devices import multiplies_bf16
         from lit_llama.memory import check_room, estimate
         from lit_llama.train import share
 
@@ -206,14 +213,24 @@ class Job:
             quantize=self.quantize,
         )
         sharing = self.devices if self.fabric.device.type == "cpu" else 1  # processes in the same memory
-        wide = self.dtype == torch.float32 and multiplies_bf16(self.fabric.device)
-        savings = {
-            "--precision bf16-true": wide,
-            "--quantize int8": self.quantize == "none" and not self.sharded,
+        if warning := check_room(found, self.room // sharing, sum(lengths), longest, self.savings(whole_model)):
+            print(warning, file=sys.stderr)
+
+    def savings(self, whole_model: bool) -> list[str]:
+        """What saves memory and can still be passed to this run."""
+        import torch
+
+        from lit_llama.devices import multiplies_bf16
+
+        device, narrow = self.fabric.device, self.quantize != "none"
+        frozen = not (self.sharded or narrow or whole_model)
+        flags = {
+            "--precision bf16-true": self.dtype == torch.float32 and multiplies_bf16(device),
+            "--quantize int8": frozen,
             "--checkpointing": not self.block_options["checkpointing"],
-            "--strategy fsdp with more --devices": not self.sharded and self.quantize == "none",
+            "--strategy fsdp": frozen
+            and device.type == "cuda"
+            and not (self.block_options["compile"] or self.cache_trunk),
             "a lower --train.max_seq_length": True,
         }
-        ways = [flag for flag, saves in savings.items() if saves]
-        if warning := check_room(found, self.room // sharing, sum(lengths), longest, ways):
-            print(warning, file=sys.stderr)
+        return [flag for flag, saves in flags.items() if saves]

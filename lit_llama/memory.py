@@ -155,7 +155,7 @@ def check_room(found: Estimate, room: int, batch_tokens: int, longest: int, savi
     if fitting >= longest:
         text += f"pass --train.micro_batch_tokens {fitting}"
     else:
-        text += f"pass {', '.join(savings)}, or take another method"
+        text += f"pass one or more of {', '.join(savings)}, or take another method"
     if found.total > REFUSE_ABOVE * room:
         raise UserError(text)
     return f"warning: {text}"

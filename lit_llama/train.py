@@ -168,7 +168,7 @@ def sum_over_ranks(fabric: Fabric, params: list[Tensor]) -> None:
 
 @torch.no_grad()
 def start_alike(fabric: Fabric, model: LLaMA) -> None:
-    """Give every rank rank 0's trained tensors: what a machine computes to start from, another may round otherwise."""
+    """Give every rank rank 0's trained tensors: another machine may round otherwise what they are computed from."""
     if fabric.world_size > 1:
         for tensor in trained_tensors(model).values():
             torch.distributed.broadcast(tensor.detach(), src=0)

@@ -49,7 +49,7 @@ def main(
         data: A folder with train and validation files; where it holds a test file, too, quality is measured on that.
         methods: Which ones; features needs rows with a label.
         n_samples: Training samples that each method sees, once the data is through again from the start.
-        batch_size: Samples of one optimizer step; adapter's own learning rate is for two, so give --pilot with more.
+        batch_size: Samples of one optimizer step; the scripts' own learning rates are for two or four, see --pilot.
         checkpoint_dir: Folder of the base; the default one is offered for download when it is missing.
         out_dir: Where everything goes; by default out/compare/ and the data's name.
         variants: More runs by name, each a method and its script's flags: '{"lora r=4": "lora --r 4"}'.

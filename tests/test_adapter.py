@@ -51,6 +51,16 @@ def test_is_the_base_exactly_at_init(changes):
         assert torch.equal(adapted(on=False, **changes)(tokens()), tiny_model(**changes)(tokens()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_prompt_as_long_as_the_context_starts_from_a_text(dtype):
+    model = tiny_model().to(dtype).requires_grad_(False)
+    add_adapter(model, prompt_length=TINY["block_size"], start_layer=1)
+    start_from_text(model, tokens(1, 7)[0].tolist())
+    for block in model.transformer.h[1:]:
+        prompt = block.attn.adapter_wte.weight
+        assert prompt.dtype == torch.float32 and torch.equal(prompt, prompt.to(dtype).float())
+
+
 @pytest.mark.parametrize("length", [23, 6, 3])
 def test_prompts_start_as_what_their_block_reads_of_a_text(length):
     """Of one of fewer tokens than the prompt has rows, repeated: no two rows are alike."""

@@ -96,6 +96,8 @@ def test_ablations_vary_one_thing(folder, tmp_path):  # noqa: F811
     sizes = {name: row["trained_numbers"] for name, row in results.items()}
     assert sizes["gate 0"] == sizes["gate 1"] == sizes["L 1 K 10"] == 324
     assert sizes["L 2 K 10"] == 648 and sizes["L 1 K 50"] == 50 * 32 + 4
+    for config in (tmp_path / "ablations").glob("*/config.yaml"):
+        assert "prompt_init: normal" in config.read_text()
     prompts = [tmp_path / "ablations" / f"gate-{start}" / "metrics.csv" for start in (0, 1)]
     first = [float(path.read_text().splitlines()[1].split(",")[1]) for path in prompts]
     assert first[0] != first[1]

@@ -115,9 +115,9 @@ def test_what_is_said_about_the_room():
     assert check_room(found, 2000, batch_tokens=320, longest=100, savings=[]) == ""
     warning = check_room(found, 1250, batch_tokens=320, longest=60, savings=[])
     assert warning.startswith("warning: a step takes") and "pass --train.micro_batch_tokens 70" in warning  # 60 % of it
-    without = check_room(found, 1250, 320, longest=71, savings=["--checkpointing", "a lower --train.max_seq_length"])
-    assert without.endswith("; pass --checkpointing, a lower --train.max_seq_length, or take another method")
-    with pytest.raises(UserError, match="pass --strategy fsdp, or take another method"):
+    without = check_room(found, 1250, 320, longest=71, savings=["--checkpointing", "--quantize int8"])
+    assert without.endswith("; pass one or more of --checkpointing, --quantize int8, or take another method")
+    with pytest.raises(UserError, match="pass one or more of --strategy fsdp, or take another method"):
         check_room(found, 900, 320, 60, ["--strategy fsdp"])
 
 
@@ -137,7 +137,9 @@ def test_a_run_says_what_it_needs_before_it_runs_out(tmp_path, monkeypatch):
     flags = ["--checkpoint_dir", make_base(tmp_path / "base"), "--data", tmp_path / "data", "--eval_samples", 0]
     flags += ["--train.max_steps", 1, "--start_layer", 1, "--out_dir", tmp_path / "out"]
     monkeypatch.setattr("lit_llama.devices.free_memory", lambda device: 300_000)
-    refuse("finetune/adapter.py", *flags, message="a step takes about .* GB on each device, where .* are free; pass --")
+    message = "a step takes about .* GB on each device, where .* are free; pass .*--quantize int8, --checkpointing, a"
+    refuse("finetune/adapter.py", *flags, message=message)
+    refuse("finetune/adapter.py", *flags, "--quantize", "int8", message="pass one or more of --checkpointing, a lower")
     assert not (tmp_path / "out" / "method.json").exists()
     monkeypatch.setattr("lit_llama.devices.free_memory", lambda device: 10**9)
     result = run("finetune/adapter.py", *flags)

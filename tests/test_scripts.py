@@ -176,6 +176,20 @@ def test_evaluate_agrees_with_the_run(places):
     assert re.search(r"exact match: [\d.]+ % \(\d+ of 13\)", printed)
 
 
+def test_prompts_start_as_asked(places, tmp_path):
+    """At first nothing is seen of them, for the gates are zero. A base in pieces reads the same text."""
+    _, flags, _ = places
+    flags = [*flags, "--train.max_steps", 6, "--eval_samples", 0, "--prompt_init"]
+    losses = {}
+    for name in ("text", "normal", "text --devices 2 --strategy fsdp"):
+        result = run_process("finetune/adapter.py", *flags, *name.split(), "--out_dir", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+        losses[name] = [float(row["loss"]) for row in metrics(tmp_path / name)]
+    text, normal, pieces = losses.values()
+    assert text[0] == normal[0] and text[-1] != normal[-1]
+    assert pieces == pytest.approx(text, abs=1e-4)
+
+
 def test_mistakes_on_the_command_line_are_answered_in_one_line(places, tmp_path):
     folder, flags, _ = places
     adapter = "finetune/adapter.py"
@@ -190,6 +204,7 @@ def test_mistakes_on_the_command_line_are_answered_in_one_line(places, tmp_path)
     refuse(adapter, *flags, *new, "--train.batch_size", 0, message="batch_size must be at least 1")
     refuse(adapter, *flags, *new, "--gate", "row", message="gate is 'head' or 'layer'")
     refuse(adapter, *flags, *new, "--prompt_init", "zero", message="--prompt_init 'zero' is none of text, normal")
+    refuse(adapter, *flags, *new, "--gate_init", 1, message="--gate_init 1 needs --prompt_init normal")
     refuse(adapter, *flags, *new, "--devices", -5, message="--devices -5")
     refuse(adapter, *flags, *new, "--eval_samples", -1, message="eval_samples -1 must not be negative")
     evaluate = ["--trained_dir", folder / "out", "--data", folder / "data"]
