@@ -20,7 +20,7 @@ def main(
     gate_init: float = 0.0,
     # The rates of prompts and gates were measured on data/bookings; the paper has one, 9e-3 * batch_size / 256.
     gate_lr_scale: float = 0.25,
-    train: TrainArgs = TrainArgs(max_steps=300, batch_size=2, learning_rate=2e-2, weight_decay=0.02, eval_every=100),
+    train: TrainArgs = TrainArgs(max_steps=450, batch_size=2, learning_rate=2e-2, weight_decay=0.02, eval_every=150),
     **shared,
 ) -> None:
     """Finetune a base with LLaMA-Adapter.
