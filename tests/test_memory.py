@@ -116,6 +116,7 @@ def test_what_is_said_about_the_room():
     warning = check_room(found, 1250, batch_tokens=320, longest=60, savings=[])
     assert warning.startswith("warning: a step takes") and "pass --train.micro_batch_tokens 70" in warning  # 60 % of it
     without = check_room(found, 1250, 320, longest=71, savings=["--checkpointing", "--quantize int8"])
+    assert "micro_batch_tokens" not in without
     assert without.endswith("; pass one or more of --checkpointing, --quantize int8, or take another method")
     with pytest.raises(UserError, match="pass one or more of --strategy fsdp, or take another method"):
         check_room(found, 900, 320, 60, ["--strategy fsdp"])

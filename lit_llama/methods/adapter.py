@@ -97,10 +97,10 @@ def start_from_text(model: LLaMA, ids: list[int]) -> None:
     K, device = adapted[0].adapter_wte.num_embeddings, adapted[0].adapter_wte.weight.device
     length = min(max(len(ids), K + 1), model.context)
     text = torch.tensor([(ids * (K + 1))[:length]], device=device)
-    rows = torch.linspace(1, length - 1, K).long()  # without the first token, which is like no other
+    rows = torch.linspace(1, length - 1, K).long().to(device)  # without the first token, which is like no other
 
     def adopt(attn: AdapterAttention, inputs: tuple) -> None:
-        attn.adapter_wte.weight.copy_(inputs[0][0, rows.to(device)])  # of x (1, T, C)
+        attn.adapter_wte.weight.copy_(inputs[0][0, rows])  # of x (1, T, C)
 
     hooks = [attn.register_forward_pre_hook(adopt) for attn in adapted]
     model.hidden_states(text)
