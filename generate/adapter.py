@@ -21,6 +21,7 @@ def main(
     num_nodes: int = 1,
     precision: str = "auto",
     quantize: str | None = None,
+    compile: bool = False,
 ) -> None:
     """Answer a prompt with a finetuned model.
 
@@ -36,24 +37,20 @@ def main(
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
         quantize: What the base's weights are kept in: none, int8, or on CUDA nf4; by default as in training, on
             several devices none.
+        compile: Compile the blocks by torch.compile: half a minute before the answer.
     """
     from lit_llama import ranks
-    from lit_llama.answerer import load_answerer
+    from lit_llama.answerer import answering
     from lit_llama.classify import is_classifier
-    from lit_llama.devices import base_dtype, default_device, launch_sharded
     from lit_llama.generate import stream_answer
-    from lit_llama.quantize import pack
     from lit_llama.trained import read_method
 
     if is_classifier(read_method(trained_dir)):
         raise cli.UserError(f"{trained_dir} answers with a label, not with text: see generate/classify.py")
-    fabric = launch_sharded(devices, num_nodes, quantize)
-    device = fabric.device if fabric else default_device()
-    dtype = base_dtype(precision, device)
-    loaded = load_answerer(trained_dir, checkpoint_dir, None, dtype, device, quantize, fabric)
-    ranks.note(loaded.name + (f" in {fabric.world_size} pieces" if fabric else ""))
-    pack(loaded.model)
-    stream_answer(loaded.model, loaded.tokenizer, loaded.style, prompt, input, max_new_tokens, sampling, fabric)
+    flags = (trained_dir, checkpoint_dir, None, precision, quantize, compile, devices, num_nodes)
+    with answering(*flags) as (loaded, fabric):
+        ranks.note(loaded.name + (f" in {fabric.world_size} pieces" if fabric else ""))
+        stream_answer(loaded.model, loaded.tokenizer, loaded.style, prompt, input, max_new_tokens, sampling, fabric)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ def main(
     num_nodes: int = 1,
     precision: str = "auto",
     quantize: str = "none",
+    compile: bool = False,
 ) -> None:
     """Answer a prompt with a base model.
 
@@ -33,18 +34,14 @@ def main(
         num_nodes: Machines.
         precision: Width of the weights: bf16-true, 32-true, or auto for the faster one.
         quantize: What the blocks' weights are kept in: none, int8, or on CUDA nf4.
+        compile: Compile the blocks by torch.compile: half a minute before the answer.
     """
-    from lit_llama.answerer import load_answerer
-    from lit_llama.devices import base_dtype, default_device, launch_sharded
+    from lit_llama.answerer import answering
     from lit_llama.generate import stream_answer
-    from lit_llama.quantize import pack
 
-    fabric = launch_sharded(devices, num_nodes, quantize)
-    device = fabric.device if fabric else default_device()
-    dtype = base_dtype(precision, device)
-    loaded = load_answerer(None, checkpoint_dir, prompt_style, dtype, device, quantize, fabric)
-    pack(loaded.model)
-    stream_answer(loaded.model, loaded.tokenizer, loaded.style, prompt, input, max_new_tokens, sampling, fabric)
+    flags = (None, checkpoint_dir, prompt_style, precision, quantize, compile, devices, num_nodes)
+    with answering(*flags) as (loaded, fabric):
+        stream_answer(loaded.model, loaded.tokenizer, loaded.style, prompt, input, max_new_tokens, sampling, fabric)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from lit_llama import ranks
+from lit_llama.blocks import block_forwards
 from lit_llama.checkpoint import load_model
+from lit_llama.cli import UserError
+from lit_llama.devices import base_dtype, default_device, launch_sharded
 from lit_llama.download import ensure_base
 from lit_llama.model import LLaMA
 from lit_llama.prompts import choose_style
-from lit_llama.quantize import quantize_base
+from lit_llama.quantize import pack, quantize_base
 from lit_llama.settings import DEFAULT_BASE
 from lit_llama.sharding import shard
 from lit_llama.tokenizer import Tokenizer
@@ -28,6 +33,32 @@ class Answerer(NamedTuple):
     tokenizer: Tokenizer
     style: str  # of prompts
     max_seq_length: int | None  # tokens of a sample in training, where there was one
+
+
+@contextmanager
+def answering(
+    trained_dir: Path | str | None,
+    checkpoint_dir: Path | str | None,
+    prompt_style: str | None,
+    precision: str,
+    quantize: str | None,
+    compile: bool,
+    devices: int = 1,
+    num_nodes: int = 1,
+) -> Iterator[tuple[Answerer, Fabric | None]]:
+    """What generate/base.py and generate/adapter.py answer with, and Fabric where several devices share it.
+
+    The arguments are those scripts' flags. UserError for flags that cannot be had together.
+    """
+    if compile and (devices, num_nodes) != (1, 1):
+        raise UserError("--compile takes one device: several keep the base in pieces, which are not compiled")
+    fabric = launch_sharded(devices, num_nodes, quantize)
+    device = fabric.device if fabric else default_device()
+    dtype = base_dtype(precision, device)
+    loaded = load_answerer(trained_dir, checkpoint_dir, prompt_style, dtype, device, quantize, fabric)
+    pack(loaded.model, blocks=not compile)
+    with block_forwards(loaded.model, compile=compile):
+        yield loaded, fabric
 
 
 def load_answerer(

@@ -70,6 +70,24 @@ def collate(samples: list[Encoded], device: torch.device | str = "cpu") -> tuple
     return torch.tensor(ids, device=device), torch.tensor(targets, device=device), lengths
 
 
+class Take(torch.autograd.Function):
+    """x (M, ...) -> its rows ``index``; the gradient takes its rows ``back``, and is zero in the rows ``unused``.
+
+    The gradient of index_select would add up, for rows that may have been taken twice: on a GPU by atomic operations,
+    of which all that belong to padding meet in one row.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, back: Tensor, unused: Tensor) -> Tensor:
+        ctx.save_for_backward(back, unused)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        back, unused = ctx.saved_tensors
+        return dy.index_select(0, back).index_fill_(0, unused, 0), None, None, None
+
+
 class Packing:
     """The tokens of a padded batch (B, T) without its padding: one row of N, each of which knows its place.
 
@@ -80,18 +98,21 @@ class Packing:
         """The first ``lengths`` tokens of each row, and of the padding what makes their number a ``multiple``."""
         places = [row * T + t for row, length in enumerate(lengths) for t in range(length)]
         padding = [row * T + t for row, length in enumerate(lengths) for t in range(length, T)]
-        places += padding[: -len(places) % multiple]
+        fill = -len(places) % multiple
+        places, padding = places + padding[:fill], padding[fill:]
         order = [0] * (len(lengths) * T)  # padding repeats the first token: causal attention never looks at it
         for i, place in enumerate(places):
             order[place] = i
         self.shape = torch.Size((len(lengths), T))
         self.places = torch.tensor(places, device=device)  # (N,) within B * T
         self.order = torch.tensor(order, device=device)  # (B * T,) within N
+        self.padding = torch.tensor(padding, device=device, dtype=torch.long)  # within B * T: all but the places
 
     def gather(self, x: Tensor) -> Tensor:
         """(B, T, ...) -> (1, N, ...)."""
-        return x.flatten(0, 1).index_select(0, self.places)[None]
+        return Take.apply(x.flatten(0, 1), self.places, self.order, self.padding)[None]
 
     def spread(self, x: Tensor) -> Tensor:
-        """(1, heads, N, hs) -> (B, heads, T, hs). An index is all that autograd keeps of it."""
-        return x[0].transpose(0, 1).index_select(0, self.order).unflatten(0, self.shape).transpose(1, 2)
+        """(1, heads, N, hs) -> (B, heads, T, hs). Autograd keeps indices alone; the padding's gradient must be zero."""
+        rows = Take.apply(x[0].transpose(0, 1), self.order, self.places, self.padding[:0])
+        return rows.unflatten(0, self.shape).transpose(1, 2)

@@ -36,9 +36,9 @@ def best_seconds(work, repeats: int = 7) -> float:
     return min(times[1:])
 
 
-def limits(precisions: set[str], config: LLaMAConfig) -> dict[str, float]:
+def limits(precisions: set[str], config: LLaMAConfig, tokens: int = 1024) -> dict[str, float]:
     """What this machine can do: for each precision floating-point operations a second, in products of the model's own
-    shapes with 1,024 tokens; and as "read" the bytes a second that it reads from memory."""
+    shapes with so many ``tokens``; and as "read" the bytes a second that it reads from memory."""
     device = default_device()
     large = torch.zeros(2**28, device=device)  # 1 GiB, more than any cache holds
 
@@ -46,10 +46,10 @@ def limits(precisions: set[str], config: LLaMAConfig) -> dict[str, float]:
         synchronize(device)
 
     def product_rate(dtype: torch.dtype) -> float:
-        tokens = torch.randn(1024, config.n_embd, device=device, dtype=dtype)
+        x = torch.randn(tokens, config.n_embd, device=device, dtype=dtype)
         up = torch.randn(config.intermediate_size, config.n_embd, device=device, dtype=dtype)
-        seconds = best_seconds(lambda: wait([tokens @ up.T for _ in range(10)][-1]))
-        return 10 * 2 * tokens.size(0) * up.numel() / seconds
+        seconds = best_seconds(lambda: wait([x @ up.T for _ in range(10)][-1]))
+        return 10 * 2 * tokens * up.numel() / seconds
 
     found = {precision: product_rate(PRECISIONS[precision]) for precision in sorted(precisions)}
     return found | {"read": large.nbytes / best_seconds(lambda: wait(large.sum()), 3)}
@@ -67,9 +67,10 @@ def limit_of(kind: str, contender: Contender, limit: dict[str, float], samples: 
         return limit["read"] / (blocks + model.lm_head.weight.numel() * wide)
 
     def flops(n_layer: int) -> float:
-        model = LLaMA(replace(config, n_layer=n_layer)).requires_grad_(False)
+        with default_device():
+            model = LLaMA(replace(config, n_layer=n_layer)).requires_grad_(False)
         METHODS[contender.method](model)
-        return flops_per_token(model, samples)
+        return flops_per_token(model, samples[:16])
 
     few = min(4, config.n_layer)  # a 7B whole in float32 takes 27 GB, and every block beyond the fourth adds the same
     further = flops(few + 1) - flops(few) if config.n_layer > few else 0.0

@@ -29,16 +29,21 @@ def block_forwards(model: LLaMA, compile: bool = False, checkpointing: bool = Fa
             forward = partial(checkpoint, forward, use_reentrant=False)
         block.forward = forward
     try:
-        with mind_hooks() if compile else nullcontext():
+        with tell_blocks_apart() if compile else nullcontext():
             yield
     finally:
         for block in blocks:
             del block.forward  # the class's own is left
 
 
-def mind_hooks() -> AbstractContextManager:
-    """By default torch.compile takes a block for another one that differs in its hooks alone, as LoRA's do."""
-    return torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
+def tell_blocks_apart() -> AbstractContextManager:
+    """Settings of torch.compile for blocks that share one function and differ in what they do.
+
+    By default it takes a block for another one that differs in its hooks alone, as LoRA's do; and it gives up after
+    eight variants, of which there are more: with a method or without, an input that has a gradient or not, padding or
+    not, in training and in validation.
+    """
+    return torch._dynamo.config.patch(skip_nnmodule_hook_guards=False, cache_size_limit=64)
 
 
 def first_trained(model: LLaMA) -> int:

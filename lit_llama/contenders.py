@@ -7,8 +7,8 @@ does not depend on them, and every contender has the same shapes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,18 +29,21 @@ from lit_llama.quantize import pack, quantize_base
 from lit_llama.train import target_loss
 from lit_llama.trained import trained_tensors
 
-PADDED_SAMPLES = 4  # of a micro-batch of LitGPT and of PEFT's trainer: four samples, padded to the longest
-
 
 @dataclass
 class Contender:
-    """One line of the benchmark: ``project`` is "ours", "litgpt" or "peft"; ``options`` e.g. ("compile", "int8")."""
+    """One line of the benchmark: ``project`` is "ours", "litgpt" or "peft"; ``options`` e.g. ("compile", "int8").
+
+    A micro-batch holds ``micro_batch_tokens`` of ours, and ``micro_batch_samples`` padded to the longest of the others.
+    """
 
     project: str
     model: str
     method: str
     precision: str
     options: tuple[str, ...] = ()
+    micro_batch_tokens: int = 1024
+    micro_batch_samples: int = 4
 
     @property
     def config(self) -> LLaMAConfig:
@@ -50,6 +53,16 @@ class Contender:
     @property
     def name(self) -> str:
         return " ".join([self.project, self.method, self.precision, *self.options])
+
+    @contextmanager
+    def tensors(self, device: torch.device) -> Iterator[None]:
+        """Make all tensors in the base's precision on the device: a 7B in float32 would not fit beside itself."""
+        torch.set_default_dtype(PRECISIONS[self.precision])
+        try:
+            with device:
+                yield
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 # A step takes samples and returns the tokens it computed, padding included, but not where attention alone computes it;
@@ -73,6 +86,8 @@ def serve(contender: Contender, kind: str, connection, threads: int) -> None:
                 computed = work(*job)
                 synchronize(device)
                 connection.send((time.perf_counter() - started, computed, peak_memory(device)))
+    except EOFError:  # the benchmark has ended: nobody listens
+        pass
     except Exception as error:
         connection.send(f"{type(error).__name__}: {error}")
 
@@ -82,14 +97,14 @@ def serve(contender: Contender, kind: str, connection, threads: int) -> None:
 
 def build_ours(contender: Contender, kind: str, device: torch.device, stack: ExitStack) -> Step | Decode:
     options = set(contender.options)
-    model = LLaMA(contender.config).init_weights().to(PRECISIONS[contender.precision])
-    model = model.to(device)
+    with contender.tensors(device):
+        model = LLaMA(contender.config).init_weights()
     quantize_base(model, "int8" if "int8" in options else "nf4" if "nf4" in options else "none")
     model.requires_grad_(False)
     METHODS[contender.method](model)
     open_gates(model)
     if kind == "decode":
-        pack(model)
+        pack(model, blocks="compile" not in options)
         stack.enter_context(block_forwards(model, compile="compile" in options))
         return lambda prompt, count: sum(1 for _ in generate(model, prompt, count, stop=set()))
     stack.enter_context(block_forwards(model, compile="compile" in options, checkpointing="checkpointing" in options))
@@ -97,7 +112,7 @@ def build_ours(contender: Contender, kind: str, device: torch.device, stack: Exi
 
     def step(samples: list[Encoded]) -> int:
         computed, n_targets = 0, sum(sample.n_targets for sample in samples)
-        for batch in micro_batches(samples, max_tokens=1024):
+        for batch in micro_batches(samples, contender.micro_batch_tokens):
             ids, targets, lengths = collate(batch, device)
             computed += sum(lengths)  # but for attention, and for what rounding adds
             (target_loss(model, ids, targets, lengths) / n_targets).backward()
@@ -118,13 +133,16 @@ def open_gates(model: torch.nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------- the others
 
 
-def padded_steps(params: list[Tensor], device: torch.device, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Step:
-    """Micro-batches of PADDED_SAMPLES in the order they come, each a mean over its tokens: as the others train."""
+def padded_steps(
+    contender: Contender, params: list[Tensor], device: torch.device, loss_of: Callable[[Tensor, Tensor], Tensor]
+) -> Step:
+    """Micro-batches of samples in the order they come, each a mean over its tokens: as the others train."""
+    size = contender.micro_batch_samples
     optimizer = torch.optim.AdamW(params, lr=1e-3)
 
     def step(samples: list[Encoded]) -> int:
         computed = 0
-        batches = [samples[i : i + PADDED_SAMPLES] for i in range(0, len(samples), PADDED_SAMPLES)]
+        batches = [samples[i : i + size] for i in range(0, len(samples), size)]
         for batch in batches:
             ids, targets, _ = collate(batch, device)
             computed += ids.numel()
@@ -144,12 +162,12 @@ def build_litgpt(contender: Contender, kind: str, device: torch.device, stack: E
     mark = {"adapter": "mark_only_adapter_as_trainable", "lora": "mark_only_lora_as_trainable"}[contender.method]
     lora = dict(lora_r=8, lora_alpha=16, lora_dropout=0.05, lora_query=True, lora_value=True)
     names = {"smollm2-135m": "SmolLM2-135M", "smollm2-360m": "SmolLM2-360M", "tiny-llama-1.1b": "tiny-llama-1.1b"}
+    names["Llama-2-7b"] = "Llama-2-7b-hf"
     if contender.model not in names:
         raise UserError(f"--model {contender.model} is not named by LitGPT's; it has {', '.join(names)}")
     config = module.Config.from_name(names[contender.model], **(lora if contender.method == "lora" else {}))
-    with device:
+    with contender.tensors(device):
         model = module.GPT(config)
-    model = model.to(PRECISIONS[contender.precision])
     getattr(module, mark)(model)
     open_gates(model)
     if kind == "decode":
@@ -172,7 +190,7 @@ def build_litgpt(contender: Contender, kind: str, device: torch.device, stack: E
                 block.attn.adapter_kv_cache = None
         return chunked_cross_entropy(model(ids, lm_head_chunk_size=128), targets)
 
-    return padded_steps([p for p in model.parameters() if p.requires_grad], device, loss_of)
+    return padded_steps(contender, [p for p in model.parameters() if p.requires_grad], device, loss_of)
 
 
 def build_peft(contender: Contender, kind: str, device: torch.device, stack: ExitStack) -> Step | Decode:
@@ -184,8 +202,8 @@ def build_peft(contender: Contender, kind: str, device: torch.device, stack: Exi
     sizes: dict = dict(vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.intermediate_size)
     sizes |= dict(num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head)
     sizes |= dict(head_dim=c.head_size, max_position_embeddings=c.block_size, tie_word_embeddings=c.tie_embeddings)
-    base: Any = LlamaForCausalLM(LlamaConfig(**sizes))
-    base = base.to(device, PRECISIONS[contender.precision])
+    with contender.tensors(device):
+        base: Any = LlamaForCausalLM(LlamaConfig(**sizes))
     adapter = AdaptionPromptConfig(adapter_len=10, adapter_layers=c.n_layer - 2, task_type="CAUSAL_LM")
     lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     configs: dict = {"adapter": adapter, "lora": lora}
@@ -205,4 +223,4 @@ def build_peft(contender: Contender, kind: str, device: torch.device, stack: Exi
         logits = model(input_ids=ids, use_cache=False).logits.float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 
-    return padded_steps([p for p in model.parameters() if p.requires_grad], device, loss_of)
+    return padded_steps(contender, [p for p in model.parameters() if p.requires_grad], device, loss_of)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_llama import ranks
 from lit_llama.cli import UserError
+from lit_llama.graphs import NextLogits
 from lit_llama.model import LLaMA
 from lit_llama.prompts import encode_prompt, stop_ids
 from lit_llama.settings import Sampling
@@ -89,13 +90,13 @@ def decode(
     generator = generator or torch.Generator(device).manual_seed(sampling.seed)
     idx = torch.tensor([ids[cached:]], device=device)
     input_pos = torch.arange(cached, len(ids), device=device)
+    next_logits = NextLogits(model)
     for _ in range(max_new_tokens):
-        hidden = model.hidden_states(idx, input_pos)  # (1, T, C): the whole prompt, then one token at a time
-        token = next_token(model.lm_head(hidden[:, -1]), sampling, generator)
+        token = next_token(next_logits(idx, input_pos), sampling, generator)  # (1,)
         if int(token) in stop:
             return
         yield int(token)
-        idx, input_pos = token[:, None], input_pos[-1:] + 1
+        idx, input_pos = token[:, None], input_pos[-1:] + 1  # the whole prompt, then one token at a time
 
 
 @torch.inference_mode()

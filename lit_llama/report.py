@@ -45,7 +45,7 @@ def learning_rate(out_dir: Path) -> float:
 
 def flops_per_token(model: LLaMA, samples: list[Encoded]) -> float:
     """Floating-point operations of matrix products, forward and backward, for each token of these samples."""
-    ids, targets, _ = collate(samples, torch.device("cpu"))
+    ids, targets, _ = collate(samples, model.transformer.wte.weight.device)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused kernels are not counted
         if any(tensor.requires_grad for tensor in model.parameters()):
             target_loss(model.train(), ids, targets).backward()

@@ -35,6 +35,8 @@ def main(
     rounds: int = 5,
     steps: int = 4,
     batch_size: int = 8,
+    micro_batch_tokens: int = 1024,
+    micro_batch_samples: int = 4,
     new_tokens: int = 64,
     results: str | None = None,
     yes: bool = False,
@@ -52,6 +54,8 @@ def main(
         rounds: How often everything is measured, after one round that does not count.
         steps: Optimizer steps of a round.
         batch_size: Samples of a step.
+        micro_batch_tokens: Of our micro-batches; a GPU wants more than a CPU.
+        micro_batch_samples: Of the others' micro-batches, which they pad to the longest.
         new_tokens: Tokens of a round of decoding, after a prompt of 64.
         results: A .jsonl file to write the figures to.
         yes: Do not ask before a download.
@@ -64,10 +68,12 @@ def main(
     from lit_llama.data import load_task
     from lit_llama.download import ensure_base
 
-    ours, others = choose(kinds, methods, variants, against, model)
-    for name, value in (("rounds", rounds), ("steps", steps), ("batch_size", batch_size), ("new_tokens", new_tokens)):
+    sizes = dict(micro_batch_tokens=micro_batch_tokens, micro_batch_samples=micro_batch_samples)
+    counts = dict(rounds=rounds, steps=steps, batch_size=batch_size, new_tokens=new_tokens)
+    for name, value in (counts | sizes).items():
         if value < 1:
             raise cli.UserError(f"--{name} {value} must be at least 1")
+    ours, others = choose(kinds, methods, variants, against, model, sizes)
     ensure_base(checkpoint_dir, yes)
     task = load_task(data, checkpoint_dir, None, min(512, load_config(checkpoint_dir).block_size))
     precision = ours[0].precision
@@ -76,7 +82,7 @@ def main(
             f"the tokenizer of --checkpoint_dir {checkpoint_dir} has {task.tokenizer.vocab_size} ids, --model {model} "
             f"only {ours[0].config.vocab_size}; pass a --checkpoint_dir whose ids fit"
         )
-    limit = limits({contender.precision for contender in ours}, ours[0].config)
+    limit = limits({contender.precision for contender in ours}, ours[0].config, micro_batch_tokens)
     rates = [f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in limit.items() if name != "read"]
     print(f"{torch.get_num_threads()} threads, {', '.join(rates)}, {limit['read'] / 1e9:,.1f} GB/s")
     rows = []
@@ -101,9 +107,14 @@ def main(
 
 
 def choose(
-    kinds: tuple[str, ...], methods: tuple[str, ...], variants: tuple[str, ...], against: tuple[str, ...], model: str
+    kinds: tuple[str, ...],
+    methods: tuple[str, ...],
+    variants: tuple[str, ...],
+    against: tuple[str, ...],
+    model: str,
+    sizes: dict[str, int],
 ) -> "tuple[list[Contender], list[Contender]]":
-    """Our contenders and the others, from the flags; UserError where one of them is unknown."""
+    """Our contenders and the others, from the flags; ``sizes`` of micro-batches. UserError for what is unknown."""
     from lit_llama.configs import CONFIGS
     from lit_llama.contenders import Contender
     from lit_llama.devices import default_device, resolve_precision
@@ -120,11 +131,12 @@ def choose(
         precision = resolve_precision(precision, default_device())
         if unknown := set(options) - set(OPTIONS):
             raise cli.UserError(f"--variants {variant}: {sorted(unknown)} are none of {', '.join(OPTIONS)}")
-        ours += [Contender("ours", model, method, precision, tuple(options)) for method in methods]
+        ours += [Contender("ours", model, method, precision, tuple(options), **sizes) for method in methods]
     if not ours:
         raise cli.UserError("--variants names none: give auto, bf16-true or 32-true")
     compared = [method for method in methods if method in ("adapter", "lora")]
-    return ours, [Contender(project, model, method, ours[0].precision) for method in compared for project in against]
+    first = ours[0].precision
+    return ours, [Contender(name, model, method, first, **sizes) for method in compared for name in against]
 
 
 if __name__ == "__main__":

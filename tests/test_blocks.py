@@ -1,11 +1,14 @@
 """The two bodies of attention, and blocks that are compiled or recomputed: faster or smaller, and the same numbers."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from lit_llama.batches import IGNORE
 from lit_llama.blocks import block_forwards, first_trained
+from lit_llama.generate import generate, generate_batch
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig, attention, plain_attention
 from lit_llama.train import padded_width, target_loss
@@ -38,6 +41,24 @@ def gradients(model: LLaMA, lengths: tuple[int, ...] = (11,)) -> list[torch.Tens
     found = [p.grad for p in trained_tensors(model).values()]
     model.zero_grad()
     return [torch.stack(losses).detach(), *found]
+
+
+def test_every_variant_of_a_block_is_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # what counts is how often
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    model = trained_model("adapter", start_layer=2)
+    with block_forwards(model, compile=True):
+        for lengths in ((8, 12), (12,), (9, 7)):
+            gradients(model, lengths)
+        with torch.no_grad():
+            for rows in (1, 3):
+                ids = torch.arange(rows * 7).view(rows, 7)
+                for filled in (7, 4):
+                    targets = ids.clone()
+                    targets[-1, filled:] = IGNORE
+                    target_loss(model, ids, targets, [7] * (rows - 1) + [filled])
+        assert len(list(generate(model, [1, 2, 3], 4, stop=set()))) == 4
+        assert len(generate_batch(model, [[1, 2, 3], [4, 5]], 4, stop=set())) == 2
 
 
 @pytest.mark.parametrize(("n_head", "n_kv_head"), [(6, 6), (6, 2), (6, 1)])

@@ -264,6 +264,17 @@ def test_packing_leaves_out_the_padding_and_puts_tokens_back_in_their_places():
     assert len(Packing([4, 4], 4, multiple=5).places) == 8, "no padding is left to fill up with"
 
 
+def test_gradients_go_back_to_the_places_that_packing_took():
+    packing = Packing([3, 1], 4)
+    x, dy = torch.randn(2, 4, 3, requires_grad=True), torch.randn(1, 4, 3)
+    packing.gather(x).backward(dy)
+    assert torch.equal(x.grad[0, :3], dy[0, :3]) and torch.equal(x.grad[1, 0], dy[0, 3])
+    assert not x.grad[0, 3:].any() and not x.grad[1, 1:].any(), "padding was not taken"
+    packed, dy = torch.randn(1, 2, 4, 3, requires_grad=True), torch.randn(2, 2, 4, 3)  # (B, heads, T, hs)
+    packing.spread(packed).backward(dy)
+    assert torch.equal(packed.grad[0, :, :3], dy[0, :, :3]) and torch.equal(packed.grad[0, :, 3], dy[1, :, 0])
+
+
 def test_rows_from_python_are_split_as_those_of_a_file(tmp_path):
     rows = sums(60)
     from_file = load_splits(write_rows(tmp_path / "rows.json", rows))

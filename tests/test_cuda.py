@@ -1,0 +1,124 @@
+"""What runs otherwise on a CUDA device: graphs in decoding, attention in bfloat16, nf4. Skipped without one."""
+
+import pytest
+import torch
+
+from lit_llama.batches import Encoded, collate
+from lit_llama.blocks import block_forwards
+from lit_llama.contenders import open_gates
+from lit_llama.generate import decode, decoding, generate, generate_batch
+from lit_llama.graphs import NextLogits
+from lit_llama.methods import METHODS
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.quantize import NarrowLinear, quantize_base
+from lit_llama.settings import Sampling
+from lit_llama.train import target_loss
+from lit_llama.trained import trained_tensors
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+PROMPT = [5, 7, 11, 13, 17, 19]
+SAMPLES = [Encoded(list(range(2, n)), [-100] * (n // 2) + list(range(n // 2, n - 2))) for n in (12, 30, 7, 21)]
+
+
+def adapted(method: str = "adapter", dtype: torch.dtype = torch.float32, quantize: str = "none"):
+    sizes = dict(block_size=64, vocab_size=256, n_layer=4, n_head=4, n_kv_head=2, n_embd=128, head_size=32)
+    torch.manual_seed(1)
+    model = LLaMA(LLaMAConfig(**sizes, intermediate_size=192)).init_weights(0.1).to("cuda", dtype)
+    quantize_base(model, quantize)
+    model.requires_grad_(False)
+    torch.manual_seed(3)
+    METHODS[method](model)
+    open_gates(model)
+    return model.eval()  # without dropout
+
+
+def losses_and_gradients(model) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ids, targets, lengths = collate(SAMPLES, model.transformer.wte.weight.device)
+    loss = target_loss(model, ids, targets, lengths)
+    loss.backward()
+    return loss.detach().cpu(), {name: p.grad.cpu() for name, p in trained_tensors(model).items()}
+
+
+@pytest.mark.parametrize("method", ["adapter", "lora", "prefix", "soft_prompt", "houlsby", "adapter_v2"])
+def test_answers_of_the_graph_are_those_of_single_launches(method):
+    model = adapted(method)
+    answer = list(generate(model, PROMPT, 24, stop=set()))
+    with torch.inference_mode(), decoding(model, 1, len(model.virtual_ids) + len(PROMPT) + 24):
+        ids, plain = model.virtual_ids + PROMPT, []
+        positions = torch.arange(len(ids), device="cuda")
+        for _ in range(24):
+            logits = model(torch.tensor([ids[-len(positions) :]], device="cuda"), positions)[:, -1]
+            plain.append(int(logits.argmax(-1)))
+            ids, positions = [*ids, plain[-1]], positions[-1:] + 1
+    assert answer == plain
+    assert answer == generate_batch(model, [PROMPT], 24, stop=set())[0]
+
+
+def test_the_graph_is_recorded_at_the_second_single_token():
+    model = adapted()
+    with torch.inference_mode(), decoding(model, 1, 20):
+        step, seen = NextLogits(model), []
+        idx, input_pos = torch.tensor([PROMPT], device="cuda"), torch.arange(6, device="cuda")
+        for _ in range(4):
+            idx, input_pos = step(idx, input_pos).argmax(-1)[:, None], input_pos[-1:] + 1
+            seen.append(step.graph is not None)
+    assert seen == [False, False, True, True]
+
+
+def test_a_cache_that_goes_on_is_recorded_anew():
+    model = adapted()
+    whole = list(generate(model, PROMPT, 20, stop=set()))
+    with torch.inference_mode(), decoding(model, 1, 40):
+        first = list(decode(model, PROMPT, 0, 8, set(), Sampling()))
+        ids = PROMPT + first
+        rest = list(decode(model, ids, len(ids) - 1, 12, set(), Sampling()))
+    assert first + rest == whole
+
+
+@pytest.mark.parametrize("method", ["adapter", "lora"])
+def test_a_step_is_the_cpus(method):
+    model = adapted(method)
+    loss, gradients = losses_and_gradients(model)
+    model.zero_grad()
+    expected, others = losses_and_gradients(model.cpu())
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, others[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_bfloat16_is_near_float32():
+    loss, _ = losses_and_gradients(adapted(dtype=torch.bfloat16))
+    expected, _ = losses_and_gradients(adapted())
+    assert float(loss) == pytest.approx(float(expected), rel=0.02)
+
+
+def test_compiled_blocks_agree():
+    model = adapted()
+    expected, others = losses_and_gradients(model)
+    model.zero_grad()
+    with block_forwards(model, compile=True):
+        loss, gradients = losses_and_gradients(model)
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+        answer = list(generate(model, PROMPT, 12, stop=set()))
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, others[name], rtol=1e-3, atol=1e-4, msg=name)
+    assert answer == list(generate(model, PROMPT, 12, stop=set()))
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_narrow_blocks_compute_their_rounded_weights(kind):
+    if kind == "nf4":
+        pytest.importorskip("bitsandbytes")
+    model = adapted(quantize=kind)
+    loss, gradients = losses_and_gradients(model)
+    model.zero_grad()
+    for layer in [layer for layer in model.modules() if isinstance(layer, NarrowLinear)]:
+        layer.widen()
+    model.requires_grad_(False)
+    for tensor in (p for name, p in model.named_parameters() if "adapter_wte" in name or "gating_factor" in name):
+        tensor.requires_grad_(True)
+    expected, others = losses_and_gradients(model)
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, others[name], rtol=1e-2, atol=1e-3, msg=name)
