@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HUB = ["huggingface_hub>=0.24"]
-QUANTIZE = ["bitsandbytes>=0.43"]
+QUANTIZE = ["bitsandbytes>=0.44"]
 PLOT = ["matplotlib>=3.8"]
 EVAL = ["lm_eval>=0.4.9"]
 TENSORBOARD = ["tensorboard>=2.14"]

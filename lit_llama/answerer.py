@@ -51,12 +51,15 @@ def answering(
     The arguments are those scripts' flags. UserError for flags that cannot be had together.
     """
     if compile and (devices, num_nodes) != (1, 1):
-        raise UserError("--compile takes one device: several keep the base in pieces, which are not compiled")
+        raise UserError(
+            f"--devices {devices} --num_nodes {num_nodes} keep the base in pieces, which are not compiled; leave out "
+            "--compile, or take one device"
+        )
     fabric = launch_sharded(devices, num_nodes, quantize)
     device = fabric.device if fabric else default_device()
     dtype = base_dtype(precision, device)
     loaded = load_answerer(trained_dir, checkpoint_dir, prompt_style, dtype, device, quantize, fabric)
-    pack(loaded.model, blocks=not compile)
+    pack(loaded.model, compiled=compile)
     with block_forwards(loaded.model, compile=compile):
         yield loaded, fabric
 

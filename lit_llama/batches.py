@@ -71,10 +71,10 @@ def collate(samples: list[Encoded], device: torch.device | str = "cpu") -> tuple
 
 
 class Take(torch.autograd.Function):
-    """x (M, ...) -> its rows ``index``; the gradient takes its rows ``back``, and is zero in the rows ``unused``.
+    """x (M, ...), index (N,) -> x[index] (N, ...); its gradient is dy[back] (M, ...), and zero in the rows ``unused``.
 
-    The gradient of index_select would add up, for rows that may have been taken twice: on a GPU by atomic operations,
-    of which all that belong to padding meet in one row.
+    Right where all the gradient of a row arrives at its place in ``back`` (M,). That of index_select would be added up,
+    for rows may be taken twice: on a GPU by atomic operations, of which all that belong to padding meet in one row.
     """
 
     @staticmethod
@@ -100,19 +100,23 @@ class Packing:
         padding = [row * T + t for row, length in enumerate(lengths) for t in range(length, T)]
         fill = -len(places) % multiple
         places, padding = places + padding[:fill], padding[fill:]
-        order = [0] * (len(lengths) * T)  # padding repeats the first token: causal attention never looks at it
+        order = [0] * (len(lengths) * T)  # of padding the first token: causal attention never looks at it
         for i, place in enumerate(places):
             order[place] = i
         self.shape = torch.Size((len(lengths), T))
         self.places = torch.tensor(places, device=device)  # (N,) within B * T
         self.order = torch.tensor(order, device=device)  # (B * T,) within N
-        self.padding = torch.tensor(padding, device=device, dtype=torch.long)  # within B * T: all but the places
+        self.padding = torch.tensor(padding, device=device, dtype=torch.long)  # the rest of B * T
 
     def gather(self, x: Tensor) -> Tensor:
         """(B, T, ...) -> (1, N, ...)."""
         return Take.apply(x.flatten(0, 1), self.places, self.order, self.padding)[None]
 
     def spread(self, x: Tensor) -> Tensor:
-        """(1, heads, N, hs) -> (B, heads, T, hs). Autograd keeps indices alone; the padding's gradient must be zero."""
+        """(1, heads, N, hs) -> (B, heads, T, hs). Autograd keeps indices alone.
+
+        Padding repeats the first token, and what gradient arrives there is dropped. It is zero: ``gather`` gives none
+        to queries in padding, and no other query sees their keys.
+        """
         rows = Take.apply(x[0].transpose(0, 1), self.order, self.places, self.padding[:0])
         return rows.unflatten(0, self.shape).transpose(1, 2)

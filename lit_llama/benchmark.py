@@ -70,7 +70,7 @@ def limit_of(kind: str, contender: Contender, limit: dict[str, float], samples: 
         with default_device():
             model = LLaMA(replace(config, n_layer=n_layer)).requires_grad_(False)
         METHODS[contender.method](model)
-        return flops_per_token(model, samples[:16])
+        return flops_per_token(model, samples[:16])  # it keeps every score of attention
 
     few = min(4, config.n_layer)  # a 7B whole in float32 takes 27 GB, and every block beyond the fourth adds the same
     further = flops(few + 1) - flops(few) if config.n_layer > few else 0.0

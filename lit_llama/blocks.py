@@ -1,4 +1,4 @@
-"""How the blocks run while a model trains: compiled, or recomputed in the backward pass to save memory."""
+"""How the blocks run: compiled, or in training recomputed in the backward pass to save memory."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Contender:
 
     @contextmanager
     def tensors(self, device: torch.device) -> Iterator[None]:
-        """Make all tensors in the base's precision on the device: a 7B in float32 would not fit beside itself."""
+        """Make all tensors in the base's precision on the device: a 7B would first take 27 GB of main memory."""
         torch.set_default_dtype(PRECISIONS[self.precision])
         try:
             with device:
@@ -104,7 +104,7 @@ def build_ours(contender: Contender, kind: str, device: torch.device, stack: Exi
     METHODS[contender.method](model)
     open_gates(model)
     if kind == "decode":
-        pack(model, blocks="compile" not in options)
+        pack(model, compiled="compile" in options)
         stack.enter_context(block_forwards(model, compile="compile" in options))
         return lambda prompt, count: sum(1 for _ in generate(model, prompt, count, stop=set()))
     stack.enter_context(block_forwards(model, compile="compile" in options, checkpointing="checkpointing" in options))

@@ -161,6 +161,13 @@ def replace_linears(parent: nn.Module, kind: Callable[[Linear], Linear]) -> None
         setattr(module, name, kind(getattr(module, name)))
 
 
+def count_numbers(model: LLaMA) -> int:
+    """The model's numbers, also where nf4 keeps two of them in a byte."""
+    narrow = [layer for layer in model.modules() if isinstance(layer, NarrowLinear)]
+    further = sum(layer.in_features * layer.out_features - layer.weight.numel() for layer in narrow)
+    return sum(param.numel() for param in model.parameters()) + further
+
+
 def quantization(model: LLaMA) -> str:
     """What ``quantize_base`` was told."""
     kinds = {layer.kind for layer in model.transformer.h.modules() if isinstance(layer, NarrowLinear)}
@@ -183,17 +190,17 @@ class PackedLinear(AdoptedLinear):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
 
 
-def pack(model: LLaMA, blocks: bool = True) -> None:
+def pack(model: LLaMA, compiled: bool = False) -> None:
     """Pack the linear layers of a whole model on a CPU that only answers from now on; else do nothing.
 
     Two Zen 4 cores, one row in bfloat16: 24 us instead of 49 for a weight of 960 x 576, 2.9 ms instead of 4.1 for a
     head of 49,152 x 576. Two Zen 3 cores, float32: 153 us instead of 240, 7.3 ms instead of 11.6. With the hundreds of
     rows of a training step it gains 3 %: training does without. A tied head gets a copy of its own; of the embedding
-    then only the rows of the text's tokens are read. Without ``blocks`` the head alone is packed: torch.compile, which
-    takes the blocks (blocks.py), has no kernel for float32 weights in oneDNN's order.
+    then only the rows of the text's tokens are read. Blocks that are to be ``compiled`` (blocks.py) stay as they are in
+    float32: torch.compile has no kernel for such weights in oneDNN's order.
     """
     if model.transformer.wte.weight.device.type == "cpu" and can_pack(model.dtype) and not is_sharded(model):
-        if blocks:
+        if not (compiled and model.dtype == torch.float32):
             replace_linears(model.transformer.h, lambda layer: PackedLinear(layer, model.dtype))
         if type(model.lm_head) is Linear:
             model.lm_head = PackedLinear(model.lm_head, model.dtype)

@@ -36,7 +36,7 @@ from lit_llama.files import (
 )
 from lit_llama.lock import lock_folder
 from lit_llama.model import LLaMA
-from lit_llama.quantize import quantization
+from lit_llama.quantize import count_numbers, quantization
 from lit_llama.trained import (
     METHOD_FILE,
     RECIPE,
@@ -154,7 +154,7 @@ class Run:
         """
         self.trained_file = MODEL_FILE if whole_model else TRAINED_FILE
         numbers = sum(tensor.numel() for tensor in trained_tensors(model).values())
-        whole = sum(tensor.numel() for tensor in model.parameters())
+        whole = count_numbers(model)
         ranks.say(f"{method} trains {numbers:,} of {whole:,} numbers ({100 * numbers / whole:.2f} %)")
         description = {
             "method": method,

@@ -2,11 +2,14 @@
 
 import json
 import multiprocessing
+from contextlib import ExitStack
 
 import pytest
+import torch
 from test_scripts import refuse, run
 from tools import make_base, sums, write_rows
 
+from lit_llama import contenders, train
 from lit_llama.batches import Encoded
 from lit_llama.benchmark import hear, limit_of, limits, table
 from lit_llama.contenders import Contender
@@ -25,7 +28,7 @@ def folder(tmp_path_factory):
 def test_ours_and_pefts_take_the_same_steps(folder):
     flags = ["--model", folder / "base", "--checkpoint_dir", folder / "base", "--data", folder / "data"]
     flags += ["--rounds", 2, "--steps", 2, "--batch_size", 6, "--new_tokens", 5, "--results", folder / "results.jsonl"]
-    flags += ["--variants", "[32-true, 32-true+checkpointing]", "--against", "[peft]"]
+    flags += ["--variants", "[32-true, 32-true+checkpointing]", "--against", "[peft]", "--micro_batch_samples", 3]
     result = run("scripts/benchmark.py", *flags)
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
@@ -47,6 +50,9 @@ def test_mistakes_are_answered_in_one_line(folder):
     refuse("scripts/benchmark.py", *flags, "--variants", "[bf16-true+fast]", message="fast.* none of compile, check")
     refuse("scripts/benchmark.py", *flags, "--against", "[torchtune]", message="choose from litgpt, peft")
     refuse("scripts/benchmark.py", *flags, "--rounds", 0, message="--rounds 0 must be at least 1")
+    refuse(
+        "scripts/benchmark.py", *flags, "--micro_batch_samples", 0, message="--micro_batch_samples 0 must be at least"
+    )
 
 
 def test_the_limit_is_that_of_the_work(folder):
@@ -60,6 +66,19 @@ def test_the_limit_is_that_of_the_work(folder):
     weights = sum(3 * (32 * 64 + 32 * 32 + 3 * 32 * 48 + 2 * 32) for _ in range(1)) + 259 * 32
     assert limit_of("decode", ours, limit, []) == pytest.approx(1e10 / (4 * weights))
     assert set(limits({"32-true", "bf16-true"}, ours.config)) == {"32-true", "bf16-true", "read"}
+
+
+@pytest.mark.parametrize(("tokens", "passes"), [(100, 2), (30, 4)])
+def test_micro_batches_have_the_size_that_was_asked_for(folder, tokens, passes, monkeypatch):
+    samples = [Encoded([5] * n, [-100, *[6] * (n - 1)]) for n in (40, 30, 20, 10)]
+    ours = Contender("ours", str(folder / "base"), "adapter", "32-true", micro_batch_tokens=tokens)
+    seen: list[int] = []
+    monkeypatch.setattr(
+        contenders, "target_loss", lambda *batch: seen.append(len(batch[1])) or train.target_loss(*batch)
+    )
+    with ExitStack() as stack:
+        assert contenders.build_ours(ours, "train", torch.device("cpu"), stack)(samples) == 100
+    assert len(seen) == passes and sum(seen) == 4
 
 
 def test_a_contender_that_is_killed_is_heard():

@@ -1,6 +1,7 @@
 """Narrow and packed linear layers: their error, their gradient, and every method over an int8 base."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from test_scripts import refuse, succeed
 from tools import make_base, sums, write_rows
 
 from lit_llama import quantize
+from lit_llama.answerer import answering
 from lit_llama.cli import UserError
 from lit_llama.generate import generate, generate_batch
 from lit_llama.methods import METHODS
@@ -19,6 +21,7 @@ from lit_llama.quantize import (
     Int8Linear,
     NarrowLinear,
     PackedLinear,
+    can_pack,
     kernel_fits,
     pack,
     quantization,
@@ -202,6 +205,22 @@ def test_packed_layers_keep_a_methods_hooks(dtype, atol, rtol):
         assert len(packed) == (3 * 5 + 1 if packable else 0)
         torch.testing.assert_close(model(tokens()), expected, atol=atol, rtol=rtol)
     assert len(generate_batch(model, [[1, 2, 3], [4]], 4, stop=set())[0]) == 4
+
+
+@pytest.mark.parametrize("kind", ["none", "int8"])
+def test_compiled_blocks_answer_alike(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    base = make_base(tmp_path / "base")
+    answers = []
+    for compiled in (False, True):
+        with answering(None, base, "plain", "32-true", kind, compiled) as (loaded, fabric):
+            block, head = loaded.model.transformer.h[0], loaded.model.lm_head
+            assert fabric is None and ("forward" in vars(block)) == compiled
+            packs = can_pack(torch.float32)
+            assert isinstance(head, PackedLinear) == packs
+            assert isinstance(block.mlp.c_proj, PackedLinear) == (packs and not compiled and kind == "none")
+            answers.append(list(generate(loaded.model, [5, 6, 7], 8, stop=set())))
+    assert answers[0] == answers[1]
 
 
 # ---------------------------------------------------------------------------------------------- the scripts

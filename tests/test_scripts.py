@@ -150,6 +150,8 @@ def test_generate_reads_everything_from_the_trained_folder(places):
     refuse(
         "generate/base.py", "--checkpoint_dir", folder / "base", "--prompt", "a" * 600, message="do not fit the context"
     )
+    flags = ["--checkpoint_dir", folder / "base", "--prompt", "a", "--compile", "--devices", 2]
+    refuse("generate/base.py", *flags, message="--devices 2 .* are not compiled; leave out --compile")
 
 
 def test_generate_repeats_a_seed(places):
