@@ -37,7 +37,7 @@ def main(
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
         quantize: What the base's weights are kept in: none, int8, or on CUDA nf4; by default as in training, on
             several devices none.
-        compile: Compile the blocks by torch.compile, which takes half a minute before the answer.
+        compile: Compile the blocks by torch.compile: half a minute first; in float32 on a CPU nothing is gained.
     """
     from lit_llama import ranks
     from lit_llama.answerer import answering

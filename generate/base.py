@@ -34,7 +34,7 @@ def main(
         num_nodes: Machines.
         precision: Width of the weights: bf16-true, 32-true, or auto for the faster one.
         quantize: What the blocks' weights are kept in: none, int8, or on CUDA nf4.
-        compile: Compile the blocks by torch.compile, which takes half a minute before the answer.
+        compile: Compile the blocks by torch.compile: half a minute first; in float32 on a CPU nothing is gained.
     """
     from lit_llama.answerer import answering
     from lit_llama.generate import stream_answer

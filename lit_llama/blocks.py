@@ -16,7 +16,8 @@ from lit_llama.model import LLaMA
 def block_forwards(model: LLaMA, compile: bool = False, checkpointing: bool = False) -> Iterator[None]:
     """Replace the forward pass of every block, and put the plain one back afterwards.
 
-    ``compile``: by torch.compile, each block alone and for all lengths: 30 to 60 s once, then fewer and larger kernels.
+    ``compile``: by torch.compile, each block alone and for all lengths: a minute or more once, then fewer and larger
+    kernels.
     ``checkpointing``: keep a block's input alone and compute the rest again in the backward pass
     (https://arxiv.org/abs/1604.06174). Blocks below the first one that trains build no graph, and are left out.
     """

@@ -76,7 +76,7 @@ class Job:
             strategy: ddp, with the base on every device; fsdp, in pieces, where it does not fit one; or auto.
             precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
             logger: "tensorboard" shows the figures of metrics.csv there, too; it reads them from out_dir.
-            compile: Compile the blocks by torch.compile: a minute once, then about a tenth faster.
+            compile: Compile the blocks by torch.compile: a minute or more once, then about a tenth faster.
             checkpointing: Compute activations again in the backward pass: less memory, a third more work.
             quantize: Keep the frozen base's weights in "int8", or on CUDA in "nf4".
             cache_trunk: Compute what lies below the first changed block once for each sample, not in every epoch.
