@@ -209,7 +209,7 @@ def hf_files(folder: Path) -> list[Path]:
 
 def hf_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for path in hf_files(folder):
-        tensors = read_tensors(path)[0] if path.suffix == ".safetensors" else load_pth(path)
+        tensors = read_tensors(path, foreign=True)[0] if path.suffix == ".safetensors" else load_pth(path)
         yield from tensors.items()
 
 

@@ -164,18 +164,22 @@ def open_tensors(path: Path):
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+def read_tensors(path: Path, foreign: bool = False) -> tuple[dict[str, Tensor], dict]:
     """The tensors of a file, mapped into memory, and what ``save_tensors`` was told about them.
 
-    UserError when the file is damaged. Files of other programs have no checksum, and nothing about them.
+    UserError when the file is damaged. Those of other programs, ``foreign``, have no checksum and nothing about them.
     """
     with open_tensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-        header = (file.metadata() or {}).get(ABOUT, "{}")
+        header = (file.metadata() or {}).get(ABOUT)
+    if header is None:  # not proof of another program: a spoiled byte may have hit the entry's name
+        if foreign:
+            return tensors, {}
+        raise UserError(f"{path} has no checksum: it is damaged, or another program wrote it; copy or make it again")
     try:
         about = json.loads(header)
-        damaged = "crc32" in about and about.pop("crc32") != checksum(tensors, about)
-    except (AttributeError, TypeError, ValueError, RecursionError):  # no JSON, or no object
+        damaged = about.pop("crc32") != checksum(tensors, about)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):  # no JSON, no object, no such entry
         damaged = True
     if damaged:
         raise UserError(f"{path} is damaged: its checksum is another; copy or make it again")

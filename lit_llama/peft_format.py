@@ -91,7 +91,7 @@ def import_peft(
             f"{source / PICKLE} is a pickle, which is not opened here: load it with PEFT where you trust it, and "
             f"save_pretrained writes {WEIGHTS_FILE}"
         )
-    stored, _ = read_tensors(source / WEIGHTS_FILE)
+    stored, _ = read_tensors(source / WEIGHTS_FILE, foreign=True)
     given = {name: tensor.float() for name, tensor in stored.items()}
     try:
         method, arguments, tensors = FROM_PEFT[settings["peft_type"]](config, settings, given)

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_scripts import run, run_process
 from tools import make_base, sums, write_rows
+
+from lit_llama.files import save_tensors
 
 Case = tuple[Callable[[Path], list], str]  # what to do to a copy of the places, giving the command; the message
 CASES: dict[str, Case] = {}
@@ -34,7 +36,7 @@ def edit_json(path: Path, **changes) -> None:
 def edit_tensors(path: Path, change: Callable[[dict], object]) -> None:
     tensors = load_file(path)
     change(tensors)
-    save_file(tensors, path)
+    save_tensors(path, tensors)
 
 
 def flip(path: Path, at: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tools import make_base
 
 from lit_llama.checkpoint import fingerprint, load_config, load_model, save_checkpoint, tensor_shapes, weight_files
@@ -100,7 +100,7 @@ def test_weights_stay_memory_mapped_where_the_dtype_is_the_stored_one(base):
 def change_tensors(path, change):
     tensors = load_file(path)
     change(tensors)
-    save_file(tensors, path)
+    save_tensors(path, tensors)
 
 
 BROKEN = {

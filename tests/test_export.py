@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_model import SCALING
 from test_scripts import refuse, succeed
 from test_tokenizer import train_sentencepiece, varied_strings
@@ -18,7 +18,7 @@ from lit_llama.checkpoint import load_config, load_model
 from lit_llama.cli import UserError
 from lit_llama.convert import convert_hf
 from lit_llama.export import export_hf
-from lit_llama.files import read_json, write_json
+from lit_llama.files import read_json, save_tensors, write_json
 from lit_llama.prompts import encode_prompt, stop_ids
 from lit_llama.tokenizer import Tokenizer
 
@@ -36,7 +36,7 @@ def set_biases(folder) -> None:
     for name, tensor in tensors.items():
         if name.endswith(".bias"):
             tensor.normal_() if name != "lm_head.bias" else tensor.zero_()
-    save_file(tensors, folder / "model.safetensors")
+    save_tensors(folder / "model.safetensors", tensors)
 
 
 @torch.no_grad()
@@ -201,7 +201,7 @@ def test_a_folder_with_a_tensor_too_few_is_refused(tmp_path):
     base = make_base(tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
     del tensors["transformer.ln_f.weight"]
-    save_file(tensors, base / "model.safetensors")
+    save_tensors(base / "model.safetensors", tensors)
     with pytest.raises(UserError, match="ln_f.weight is missing"):
         export_hf(base, tmp_path / "hf")
 

@@ -125,13 +125,13 @@ def test_equal_gates_of_heads_are_pefts_gate(tmp_path):
     write_json(trained / "method.json", method)
     tensors = load_file(trained / "trained.safetensors")
     tensors |= {name: t.expand(4, 1, 1).clone() for name, t in tensors.items() if "gating" in name}
-    save_file(tensors, trained / "trained.safetensors")
+    save_tensors(trained / "trained.safetensors", tensors)
     export_peft(trained, tmp_path / "peft")
     theirs = PeftModel.from_pretrained(transformers_model(load_model(base)), tmp_path / "peft")
     same_logits(load_trained_folder(trained)[0], theirs, base)
 
     tensors["transformer.h.2.attn.gating_factor"][1] += 0.5
-    save_file(tensors, trained / "trained.safetensors")
+    save_tensors(trained / "trained.safetensors", tensors)
     with pytest.raises(UserError, match="block 2 has gates from .* --gate layer"):
         export_peft(trained, tmp_path / "other")
     assert not (tmp_path / "other").exists()
