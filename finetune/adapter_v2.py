@@ -39,7 +39,7 @@ def main(
     add_adapter_v2(job.model, **arguments)
 
     prompts = [block.attn.adapter_wte.weight for block in job.model.transformer.h[start_layer:]]
-    others = [t for name, t in trained_tensors(job.model).items() if "adapter_wte" not in name]
+    others = [tensor for tensor in trained_tensors(job.model).values() if not any(tensor is p for p in prompts)]
     optimizer = torch.optim.AdamW(
         [
             {"params": prompts, "weight_decay": train.weight_decay},

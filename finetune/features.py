@@ -53,8 +53,9 @@ def main(
 
     if classifier not in CLASSIFIERS:
         raise cli.UserError(f"--classifier {classifier!r} is none of {', '.join(CLASSIFIERS)}")
-    if max_samples is not None and max_samples < 1:
-        raise cli.UserError(f"--max_samples {max_samples} must be at least 1")
+    for name, value in dict(max_samples=max_samples, max_seq_length=max_seq_length).items():
+        if value is not None and value < 1:
+            raise cli.UserError(f"--{name} {value} must be at least 1")
     if not 0 <= seed < 2**32:
         raise cli.UserError(f"--seed {seed} must lie within 0 and {2**32 - 1}")
     ensure_base(checkpoint_dir, yes)

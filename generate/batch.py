@@ -41,7 +41,7 @@ def main(
     from lit_llama.prompts import choose_style, encode_prompt, stop_ids
     from lit_llama.quantize import pack, quantize_base
     from lit_llama.tokenizer import Tokenizer
-    from lit_llama.trained import read_method
+    from lit_llama.trained import base_method, read_method
 
     rows = read_requests(Path(requests))
     folders = {Path(row["trained_dir"]) for row in rows if "trained_dir" in row}
@@ -56,7 +56,8 @@ def main(
     quantize_base(model, quantize)
     mixer = Mixer(model)
     tokenizer = Tokenizer(checkpoint_dir)
-    styles = {folder: mixer.add(folder, checkpoint_dir)["prompt_style"] for folder in sorted(folders)} | {None: None}
+    styles = {folder: mixer.add(folder, checkpoint_dir)["prompt_style"] for folder in sorted(folders)}
+    styles[None] = base_method(checkpoint_dir).get("prompt_style")
     styles = {folder: choose_style(style, tokenizer) for folder, style in styles.items()}
     pack(model)
 

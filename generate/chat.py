@@ -29,7 +29,7 @@ def main(
         trained_dir: Folder that a finetune script wrote; without it the base alone answers.
         checkpoint_dir: Folder of the base; by default the one trained on, or the default base.
         system: Who the model is to be, said once before everything else.
-        prompt_style: alpaca, chatml, llama2, llama3 or plain; by default what the base's tokenizer tells.
+        prompt_style: Of a base alone: alpaca, chatml, llama2, llama3 or plain; by default what its tokenizer tells.
         max_new_tokens: The longest answer.
         sampling: How the next token is chosen.
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
@@ -41,16 +41,18 @@ def main(
     from lit_llama.download import ensure_base
     from lit_llama.prompts import choose_style
     from lit_llama.tokenizer import Tokenizer
-    from lit_llama.trained import read_method
+    from lit_llama.trained import base_method, read_method
 
     if max_new_tokens < 1:
         raise cli.UserError(f"--max_new_tokens {max_new_tokens} must be at least 1")
+    if trained_dir and prompt_style:
+        raise cli.UserError(f"{trained_dir} is asked as it was in training; leave out --prompt_style {prompt_style}")
     if checkpoint_dir is None:
         checkpoint_dir = read_method(trained_dir)["base"]["checkpoint_dir"] if trained_dir else DEFAULT_BASE
     ensure_base(checkpoint_dir, yes)
     device = default_device()
     base, tokenizer = load_model(checkpoint_dir, base_dtype(precision, device), device), Tokenizer(checkpoint_dir)
-    style = choose_style(prompt_style, tokenizer)
+    style = choose_style(prompt_style or base_method(checkpoint_dir).get("prompt_style"), tokenizer)
 
     def say(text: str) -> None:
         print(text, end="", flush=True)

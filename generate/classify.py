@@ -37,6 +37,8 @@ def main(
     messages = [{"role": "user", "content": prompt, "input": input}]
     style = choose_style(method["prompt_style"], tokenizer)
     ids = encode_prompt(messages, style, tokenizer)[-method["train"]["max_seq_length"] :]
+    if not ids:
+        raise cli.UserError("the text is empty, there is nothing to classify")
     labels, (shares,) = method["arguments"]["labels"], classify([ids])
     for share, label in sorted(zip(shares.tolist(), labels, strict=True), reverse=True):
         print(f"{label} {100 * share:.1f} %")

@@ -21,7 +21,7 @@ from lit_llama.quantize import pack, quantize_base
 from lit_llama.settings import DEFAULT_BASE
 from lit_llama.sharding import shard
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.trained import METHOD_FILE, load_trained_folder, read_method, tokenizer_dir
+from lit_llama.trained import base_method, load_trained_folder, tokenizer_dir
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -87,7 +87,7 @@ def load_answerer(
     else:
         folder = Path(checkpoint_dir or DEFAULT_BASE)
         ranks.first(f"fetch {folder}", lambda: ensure_base(folder, yes=False))
-        method = read_method(folder) if (folder / METHOD_FILE).exists() else {}  # finetune/full.py writes both
+        method = base_method(folder)
         tokenizer, model = Tokenizer(folder), load_model(folder, *kept[:2]).requires_grad_(False)
         quantize_base(model, kept[2] or "none")
         name = model.config.name

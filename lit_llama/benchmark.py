@@ -106,7 +106,8 @@ def measure(kind: str, contenders: list[Contender], work: list[list[tuple]], lim
                 bar.update()
                 if number:
                     seconds, computed, peaks = zip(*answers, strict=True)
-                    found.append((sum(seconds), sum(computed), max(peaks), count_tokens(kind, jobs)))
+                    peak = max((peak for peak in peaks if peak is not None), default=None)  # Windows does not tell
+                    found.append((sum(seconds), sum(computed), peak, count_tokens(kind, jobs)))
     for end, process in zip(ends, processes, strict=True):
         end.send(None)
         process.join()
@@ -131,7 +132,7 @@ def to_row(kind: str, contender: Contender, found: list[tuple], work: list[list[
     row = {"kind": kind, "name": contender.name, "tokens_per_s": statistics.median(rates)}
     row |= {"least": min(rates), "most": max(rates), "rounds": rates}
     row["of_limit"] = row["tokens_per_s"] / limit_of(kind, contender, limit, samples)
-    peaks = [peak for _, _, peak, _ in found if peak is not None]  # Windows does not tell
+    peaks = [peak for _, _, peak, _ in found if peak is not None]
     row["peak_mib"] = max(peaks) / 2**20 if peaks else None
     if kind == "train":
         row["padding"] = 1 - sum(tokens for *_, tokens in found) / sum(computed for _, computed, _, _ in found)

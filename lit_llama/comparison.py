@@ -23,11 +23,12 @@ PILOT_RATES = {
 }
 METHODS = ("features", *PILOT_RATES)
 # What all runs of a comparison have in common; a classifier's answers are no text to compare.
-COMMON_FLAGS = {"--data", "--checkpoint_dir", "--out_dir", "--head", "--train.max_steps", "--train.batch_size"}
+COMMON_FLAGS = {"--data", "--checkpoint_dir", "--out_dir", "--head"}
+COMMON_FLAGS |= {"--train.max_steps", "--train.epochs", "--train.batch_size"}
 
 
 @dataclass
-class Job:
+class ScriptRun:
     """One run of a finetune script, in the folder ``out_dir``."""
 
     name: str
@@ -47,19 +48,19 @@ class Job:
         return len(read_metrics(self.out_dir)) == self.steps and (self.out_dir / COSTS_FILE).exists()
 
 
-def pilot_jobs(folder: Path, methods: Iterable[str], steps: int) -> list[Job]:
+def pilot_jobs(folder: Path, methods: Iterable[str], steps: int) -> list[ScriptRun]:
     """Three trials for each method that has a learning rate."""
 
-    def job(name: str, rate: str) -> Job:
+    def job(name: str, rate: str) -> ScriptRun:
         flags = ["--train.learning_rate", rate]
-        return Job(f"{name} at {rate}", name, folder / "pilot" / f"{name}-{rate}", steps, flags, validations=1)
+        return ScriptRun(f"{name} at {rate}", name, folder / "pilot" / f"{name}-{rate}", steps, flags, validations=1)
 
     return [job(name, f"{rate:g}") for name in methods for rate in PILOT_RATES.get(name, ())]
 
 
-def variant_jobs(folder: Path, variants: dict[str, str], steps: int) -> list[Job]:
+def variant_jobs(folder: Path, variants: dict[str, str], steps: int) -> list[ScriptRun]:
     """Runs of a method with other flags. After a pilot they take the learning rate that is best for the method."""
-    jobs: dict[Path, Job] = {}
+    jobs: dict[Path, ScriptRun] = {}
     for name, words in variants.items():
         try:
             method, *flags = shlex.split(words) or [""]
@@ -72,19 +73,21 @@ def variant_jobs(folder: Path, variants: dict[str, str], steps: int) -> list[Job
                 f"--variants {name!r}: {words!r} must be flags of one of {', '.join(PILOT_RATES)}, under a new "
                 f"name and each once, without {', '.join(sorted(COMMON_FLAGS))}"
             )
-        jobs[out_dir] = Job(name, method, out_dir, steps, flags)
+        jobs[out_dir] = ScriptRun(name, method, out_dir, steps, flags)
     return list(jobs.values())
 
 
 ABLATION_RATE = 2e-2  # LLaMA-Adapter's with prompts at random and four samples a step, whatever its script's default
 
 
-def ablation_jobs(folder: Path, n_layer: int, steps: int, gate_steps: int) -> list[Job]:
+def ablation_jobs(folder: Path, n_layer: int, steps: int, gate_steps: int) -> list[ScriptRun]:
     """The paper's: the gate's start (the same seed, so the same prompts), the number of blocks, the prompt's length."""
 
-    def job(name: str, flags: list, steps: int = steps, evaluated: bool = True) -> Job:
+    def job(name: str, flags: list, steps: int = steps, evaluated: bool = True) -> ScriptRun:
         flags = ["--train.learning_rate", ABLATION_RATE, "--prompt_init", "normal", *flags]
-        return Job(name, "adapter", folder / "ablations" / name.replace(" ", "-"), steps, [*map(str, flags)], evaluated)
+        return ScriptRun(
+            name, "adapter", folder / "ablations" / name.replace(" ", "-"), steps, [*map(str, flags)], evaluated
+        )
 
     gates = [job(f"gate {start}", ["--gate_init", start], gate_steps, evaluated=False) for start in (0, 1)]
     shapes = [(depth, 10) for depth in sorted({n_layer // 3, 2 * n_layer // 3, n_layer - 2})]

@@ -184,7 +184,7 @@ def load_task(
         raise UserError(f"--train.max_seq_length {max_seq_length} exceeds the base's context of {block_size} tokens")
     samples, name = load_splits(data), "rows" if isinstance(data, list) else str(data)
     only_texts = not any(sample.messages for split in samples for sample in split)
-    style = "plain" if only_texts else choose_style(prompt_style, tokenizer)
+    style = choose_style("plain" if only_texts and not prompt_style else prompt_style, tokenizer)
     if classify:
         labels = sorted({sample.label for sample in samples[0] if sample.label is not None})
         train_ids, val_ids = (encode_labels(split, style, tokenizer, max_seq_length, labels) for split in samples)

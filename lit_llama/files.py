@@ -92,10 +92,14 @@ def write_error(path: Path, error: OSError) -> UserError:
     return UserError(f"{path} cannot be written ({error.strerror or error}): {way_out}; what was there is untouched")
 
 
+# Names of ``whole_file`` and of trunk.py, and those that safetensors writes under. Nothing else in a folder is ours.
+UNFINISHED = re.compile(r"\..+\.\d+\.tmp|\.trunk\.tmp|\.tmp[0-9A-Za-z]{6}")
+
+
 def remove_unfinished(folder: Path) -> None:
     """Delete the temporary files that a process left in ``folder`` when it was killed in the middle of a write."""
-    for pattern in (".*.tmp", ".tmp*"):  # ours, and those that safetensors writes under
-        for file in folder.glob(pattern):
+    for file in folder.glob(".*"):
+        if UNFINISHED.fullmatch(file.name) and file.is_file():
             file.unlink()
 
 
@@ -120,9 +124,7 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def save_tensors(
-    path: Path, tensors: dict[str, Tensor], about: dict | None = None, foreign: bool = False
-) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict | None = None, foreign: bool = False) -> None:
     """Write a safetensors file with a checksum, and ``about`` (as JSON) in its header.
 
     A ``foreign`` file has neither: transformers and PEFT ask the header for the one thing they write themselves.

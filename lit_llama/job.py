@@ -141,12 +141,13 @@ class Job:
         """
         from lit_llama import ranks
         from lit_llama.blocks import block_forwards
+        from lit_llama.quantize import quantization
         from lit_llama.runs import read_metrics
         from lit_llama.sharding import shard
         from lit_llama.train import fit
         from lit_llama.trunk import check_reuse
 
-        if whole_model and self.quantize != "none":
+        if self.quantize != quantization(self.model):
             raise UserError(f"{self.method} trains every weight: none stays as it is to be kept in fewer bits")
         if self.cache_trunk:
             check_reuse(self.model, self.train, len(self.task.train))
@@ -157,7 +158,7 @@ class Job:
                 f"the longest sample has {longest} tokens, and what {self.method} puts in front leaves {room} of the "
                 f"context of {self.model.config.block_size}; pass --train.max_seq_length {room}"
             )
-        ranks.first("estimate the memory", lambda: self.check_memory(arguments, longest, whole_model))
+        ranks.first("estimate the memory", lambda: self.check_memory(arguments, longest))
         if self.sharded:
             shard(self.fabric, self.model, self.dtype)
         if start is not None and not self.run.resume:
@@ -188,7 +189,7 @@ class Job:
             return nullcontext(splits)
         return cached_trunk(self.fabric, self.model, splits, self.train.micro_batch_tokens, self.run.out_dir)
 
-    def check_memory(self, arguments: dict, longest: int, whole_model: bool) -> None:
+    def check_memory(self, arguments: dict, longest: int) -> None:
         """Warn, or raise UserError, where the largest micro-batch of the training data will not fit the device."""
         from lit_llama.memory import check_room, estimate
         from lit_llama.train import share
@@ -213,22 +214,23 @@ class Job:
             quantize=self.quantize,
         )
         sharing = self.devices if self.fabric.device.type == "cpu" else 1  # processes in the same memory
-        if warning := check_room(found, self.room // sharing, sum(lengths), longest, self.savings(whole_model)):
+        if warning := check_room(found, self.room // sharing, sum(lengths), longest, self.savings()):
             print(warning, file=sys.stderr)
 
-    def savings(self, whole_model: bool) -> list[str]:
+    def savings(self) -> list[str]:
         """What saves memory and can still be passed to this run."""
         import torch
 
         from lit_llama.devices import multiplies_bf16
 
         device, narrow = self.fabric.device, self.quantize != "none"
-        frozen = not (self.sharded or narrow or whole_model)
+        frozen = not (self.sharded or narrow or all(p.requires_grad for p in self.model.transformer.h.parameters()))
+        several = "" if self.fabric.world_size > 1 else " with more --devices"
         flags = {
             "--precision bf16-true": self.dtype == torch.float32 and multiplies_bf16(device),
             "--quantize int8": frozen,
             "--checkpointing": not self.block_options["checkpointing"],
-            "--strategy fsdp": frozen
+            f"--strategy fsdp{several}": frozen
             and device.type == "cuda"
             and not (self.block_options["compile"] or self.cache_trunk),
             "a lower --train.max_seq_length": True,

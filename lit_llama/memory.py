@@ -152,7 +152,7 @@ def check_room(found: Estimate, room: int, batch_tokens: int, longest: int, savi
         return ""
     text = f"a step takes about {found.total / 1e9:.2f} GB on each device, where {room / 1e9:.2f} GB are free; "
     fitting = int(batch_tokens * (WARN_ABOVE * room - found.lasting) / (found.activations + found.logits))
-    if fitting >= longest:
+    if longest <= fitting < batch_tokens:
         text += f"pass --train.micro_batch_tokens {fitting}"
     else:
         text += f"pass one or more of {', '.join(savings)}, or take another method"

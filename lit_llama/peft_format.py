@@ -84,6 +84,8 @@ def import_peft(
     that the method here does not have, and for tensors that are not the base's.
     """
     source, config = Path(source), load_config(checkpoint_dir)
+    if max_seq_length < 1:
+        raise UserError(f"--max_seq_length {max_seq_length} must be at least 1")
     settings = read_json(source / SETTINGS_FILE)
     check_settings(settings, source / SETTINGS_FILE)
     if (source / PICKLE).exists() and not (source / WEIGHTS_FILE).exists():
@@ -95,9 +97,14 @@ def import_peft(
     given = {name: tensor.float() for name, tensor in stored.items()}
     try:
         method, arguments, tensors = FROM_PEFT[settings["peft_type"]](config, settings, given)
+        expected = kept_shapes(config, method, arguments)
+    except UserError:
+        raise
     except KeyError as error:
         raise UserError(f"{source} lacks {error}") from None
-    check_tensors(shapes(tensors), kept_shapes(config, method, arguments), source / WEIGHTS_FILE)
+    except (TypeError, ValueError, AttributeError) as error:  # a text where a number belongs, and the like
+        raise UserError(f"{source / SETTINGS_FILE} does not fit {settings['peft_type']}: {error}") from None
+    check_tensors(shapes(tensors), expected, source / WEIGHTS_FILE)
     description = {
         "method": method,
         "arguments": arguments,
@@ -135,7 +142,7 @@ KNOWN = {
     "PREFIX_TUNING": PROMPT_SIZES | {"encoder_hidden_size", "prefix_projection", "init_weights"},
     "PROMPT_TUNING": PROMPT_SIZES | {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"},
     "LORA": {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "init_lora_weights"}
-    | {"layers_pattern", "megatron_core", "qalora_group_size"},
+    | {"layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size"},
 }
 OFF: tuple = (None, False, "none", [], {})
 PLAIN_STARTS = (True, False, "gaussian")  # "pissa" and others change the base's weights before training
@@ -264,6 +271,8 @@ def lora_to_peft(config: LLaMAConfig, arguments: dict, tensors: Tensors) -> tupl
         "target_modules": sorted({name.split(".")[-3] for name in names.values()}),
         "bias": "none",
     }
+    if arguments.get("start_layer"):  # PEFT would add pairs to all blocks
+        settings["layers_to_transform"] = list(range(arguments["start_layer"], config.n_layer))
     return settings, {names[name]: tensor for name, tensor in tensors.items()}
 
 
@@ -272,6 +281,11 @@ def lora_from_peft(config: LLaMAConfig, settings: dict, tensors: Tensors) -> tup
     if settings.get("use_rslora"):
         alpha *= math.sqrt(r)  # its scale is alpha / sqrt(r)
     arguments = dict(r=r, alpha=alpha, dropout=settings.get("lora_dropout", 0.0), targets=list(TARGETS))
+    if (layers := settings.get("layers_to_transform")) is not None:
+        layers = [layers] if isinstance(layers, int) else sorted(layers)
+        arguments["start_layer"] = config.n_layer - len(layers)
+        if not layers or layers != list(range(arguments["start_layer"], config.n_layer)):
+            raise UserError(f"layers_to_transform {layers}: LoRA here stands in the top blocks, up to the last one")
     ours = {theirs: name for name, theirs in lora_names(config, arguments).items()}
     if foreign := sorted(set(tensors) - set(ours)):
         modules = sorted({name.split(".")[-3] for name in ours})

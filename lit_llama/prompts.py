@@ -66,12 +66,16 @@ def llama2(messages: list[Message]) -> Iterator[Piece]:
     system = ""
     for message in messages:
         if message["role"] == "system":
-            system = f"<<SYS>>\n{message['content']}\n<</SYS>>\n\n"
+            system += f"<<SYS>>\n{message['content']}\n<</SYS>>\n\n"
         elif message["role"] == "user":
             yield BOS, False
             yield f"[INST] {system}{user_text(message)} [/INST]", False
             system = ""
         else:
+            if system:  # no turn of a user's that it could go into
+                yield BOS, False
+                yield f"[INST] {system}[/INST]", False
+                system = ""
             yield message["content"], True
             yield EOS, True
 

@@ -18,19 +18,22 @@ from lit_llama.trained import read_method
 
 
 def quality(file: Path) -> dict:
-    """Share of right answers and loss per token of what scripts/evaluate.py wrote, with their intervals."""
+    """Share of right answers and loss per token of what scripts/evaluate.py wrote, with their intervals.
+
+    Plain texts ask nothing: of them there is the loss alone.
+    """
     rows = read_json(file)["samples"]
     losses, counts = [row["loss"] for row in rows], [row["n_targets"] for row in rows]
     asked = [row for row in rows if row["right"] is not None]
     right = sum(row["right"] for row in asked)
-    return {
-        "right": right / len(asked),
-        "right_interval": share_interval(right, len(asked)),
-        "loss": sum(losses) / sum(counts),
-        "loss_interval": loss_interval(losses, counts),
-        "n_test": len(asked),
-        "answers": {str(row["row"]): row["right"] for row in asked},
-    }
+    figures = {"loss": sum(losses) / sum(counts), "loss_interval": loss_interval(losses, counts), "n_test": len(rows)}
+    if asked:
+        figures |= {
+            "right": right / len(asked),
+            "right_interval": share_interval(right, len(asked)),
+            "answers": {str(row["row"]): row["right"] for row in asked},
+        }
+    return figures
 
 
 def lowest_loss(out_dir: Path) -> float:
@@ -70,9 +73,9 @@ def markdown(results: dict[str, dict]) -> str:
         if "right" in row:
             cells += [f"{row['right']:.1%} ({spread(row['right_interval'], '.1%')})"]
             cells += [paired(row, full) if full and row is not full else ""]
-            cells += [f"{row['loss']:.4f} ({spread(row['loss_interval'], '.4f')})"]
         else:
-            cells += [""] * 3
+            cells += [""] * 2
+        cells += [f"{row['loss']:.4f} ({spread(row['loss_interval'], '.4f')})" if "loss" in row else ""]
         cells += [f"{row['train_loss']:.4f}" if "train_loss" in row else ""]
         if "seconds" in row:
             cells += [f"{row['gflop_per_token']:.2f}", f"{row['seconds'] / 60:.1f}"]

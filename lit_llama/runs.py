@@ -1,7 +1,7 @@
 """A training run's folder: who may write into it, what it is made of, and how to go on after a stop.
 
 ``trained.safetensors`` and ``method.json`` (the best validated step), ``metrics.csv`` (every step), ``config.yaml``
-(the command line, resolved), ``costs.json`` (memory) and ``state/`` (the last saved step).
+(the command line, resolved), ``costs.json`` (seconds, memory) and ``state/`` (the last saved step).
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ MAY_CHANGE = (
     "train.save_every ",
 )
 OWN = ("lr_scale", "weight_decay", "betas")  # of an optimizer's groups: what a finetune script sets for each
-METRICS_FILE, CONFIG_FILE, STATE_FILE = "metrics.csv", "config.yaml", "state/state.safetensors"
-COSTS_FILE = "costs.json"
+METRICS_FILE, COSTS_FILE = "metrics.csv", "costs.json"
+CONFIG_FILE, STATE_FILE = "config.yaml", "state/state.safetensors"
 
 
 class Run:
@@ -188,12 +188,13 @@ class Run:
     def accept_changes(self, description: dict) -> bool:
         """Whether a resumed run has other settings than it began with: UserError, unless they were allowed."""
         before = {"quantize": "none", **read_json(self.out_dir / METHOD_FILE)}  # older runs do not say it
-        changes = differences(before, description)
-        changes = [change for change in changes if not change.startswith(MAY_CHANGE)]
-        if changes and not self.allow_changes:
+        changes = [change for change in differences(before, description) if not change.startswith(MAY_CHANGE)]
+        fits = not any(change.startswith(RECIPE) for change in changes)  # what was trained so far, the best step too
+        if changes and not (fits and self.allow_changes):
+            way_out = "--allow_changes to go on with these" if fits else "--overwrite to start anew with these"
             raise UserError(
                 f"--resume of {self.out_dir} with other settings: {'; '.join(changes)}. Give those that the run began "
-                f"with ({CONFIG_FILE} has them), or --allow_changes to go on with these"
+                f"with ({CONFIG_FILE} has them), or {way_out}"
             )
         for change in changes:
             ranks.say(f"note: going on with other settings: {change}")

@@ -157,6 +157,11 @@ def read_method(trained_dir: Path | str) -> dict:
     return method
 
 
+def base_method(checkpoint_dir: Path | str) -> dict:
+    """The method.json of a base that finetune/full.py wrote, which says how to ask it; {} for any other base."""
+    return read_method(checkpoint_dir) if (Path(checkpoint_dir) / METHOD_FILE).exists() else {}
+
+
 def check_fields(content: dict, kinds: dict[str, type], path: Path) -> None:
     """UserError unless ``content`` has each field, and of its type."""
     for field, kind in kinds.items():

@@ -14,11 +14,12 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from lit_llama import cli
 from lit_llama.bars import Bar
-from lit_llama.comparison import METHODS, Job, ablation_jobs, pilot_jobs, variant_jobs
+from lit_llama.comparison import METHODS, ScriptRun, ablation_jobs, pilot_jobs, variant_jobs
 from lit_llama.settings import DEFAULT_BASE
 
 ROOT = Path(__file__).parent.parent
@@ -90,7 +91,7 @@ def main(
     if ablations:
         jobs = ablation_jobs(folder, load_config(checkpoint_dir).n_layer, steps, ablation_steps)
     else:
-        jobs = [Job(name, name, folder / name, 0 if name == "features" else steps) for name in methods]
+        jobs = [ScriptRun(name, name, folder / name, 0 if name == "features" else steps) for name in methods]
         jobs += variant_jobs(folder, variants or {}, steps)
         tried = dict.fromkeys(job.method for job in jobs) if pilot else ()
         trials = pilot_jobs(folder, tried, max(1, pilot_samples // batch_size))
@@ -141,7 +142,7 @@ def keep_settings(path: Path, settings: dict) -> None:
 # ---------------------------------------------------------------------------------------------- running
 
 
-def run_jobs(trials: list[Job], jobs: list[Job], settings: dict, failed: dict[str, str], bar: Bar) -> None:
+def run_jobs(trials: list[ScriptRun], jobs: list[ScriptRun], settings: dict, failed: dict[str, str], bar: Bar) -> None:
     """Train the trials, then each job at the learning rate of its method's best trial, and evaluate it."""
     from lit_llama.report import learning_rate, lowest_loss
 
@@ -173,7 +174,7 @@ def several_devices(settings: dict, method: str = "") -> list[str]:
     return ["--devices", str(settings["devices"]), "--strategy", strategy]
 
 
-def train(job: Job, flags: list[str], failed: dict[str, str], bar: Bar) -> bool:
+def train(job: ScriptRun, flags: list[str], failed: dict[str, str], bar: Bar) -> bool:
     """Run a finetune script unless it has run; the bar follows its metrics.csv. Whether there is a trained folder."""
     from lit_llama.runs import STATE_FILE, read_metrics
 
@@ -187,7 +188,11 @@ def train(job: Job, flags: list[str], failed: dict[str, str], bar: Bar) -> bool:
             command += ["--train.max_steps", str(job.steps), "--train.eval_every", str(eval_every)]
         resumable = (job.out_dir / STATE_FILE).exists()
         command += ["--resume"] if resumable else ["--overwrite"]
-        log = run_process(command, job.out_dir, lambda: bar.update(before + len(read_metrics(job.out_dir)) - bar.n))
+
+        def follow() -> None:
+            bar.update(before + len(read_metrics(job.out_dir)) - bar.n)
+
+        log = run_process(command, job.out_dir / "train.log", follow)
         if log is None:
             shutil.rmtree((job.out_dir / STATE_FILE).parent, ignore_errors=True)  # three times the model, of "full"
         else:
@@ -203,15 +208,15 @@ def evaluate(name: str, file: Path, settings: dict, flags: list[str], failed: di
         command += ["--data", settings["data"], "--split", settings["split"]]
         if settings["max_test_samples"] is not None:
             command += ["--max_samples", str(settings["max_test_samples"])]
-        log = run_process(command, file.parent, lambda: None)
+        log = run_process(command, file.with_suffix(".log"), lambda: None)
         if log is not None:
             failed[name] = log
 
 
-def run_process(command: list[str], folder: Path, tick) -> str | None:
-    """None when it went well, else the last line of what it said; all of that is kept in log.txt beside its output."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "w+", encoding="utf-8") as log:
+def run_process(command: list[str], log_file: Path, tick: Callable[[], object]) -> str | None:
+    """None when it went well, else the last line of what it said; all of that is kept in ``log_file``."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with open(log_file, "w+", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         try:
             while process.poll() is None:
@@ -229,7 +234,12 @@ def run_process(command: list[str], folder: Path, tick) -> str | None:
 
 
 def report(
-    folder: Path, name: str, jobs: list[Job], bases: dict[str, tuple[int, Path]], settings: dict, failed: dict[str, str]
+    folder: Path,
+    name: str,
+    jobs: list[ScriptRun],
+    bases: dict[str, tuple[int, Path]],
+    settings: dict,
+    failed: dict[str, str],
 ) -> None:
     """Measure what did not fail, and write it as a .json file, as a table, and as plots."""
     from lit_llama.data import load_task
@@ -253,7 +263,7 @@ def report(
         plot_comparison(folder, results)
 
 
-def measure(job: Job, samples: list, file: Path) -> dict:
+def measure(job: ScriptRun, samples: list, file: Path) -> dict:
     """All figures of one finished run."""
     from lit_llama.checkpoint import load_model
     from lit_llama.files import read_json

@@ -46,7 +46,7 @@ def main(
     from lit_llama.checkpoint import load_config
     from lit_llama.configs import CONFIGS
     from lit_llama.devices import PRECISIONS, STRATEGIES, held_memory
-    from lit_llama.memory import NARROW_BYTES, estimate
+    from lit_llama.memory import NARROW_BYTES, estimate, imagined
     from lit_llama.methods import METHODS
     from lit_llama.model import LLaMAConfig
 
@@ -61,9 +61,9 @@ def main(
     for name, value in dict(devices=devices, micro_batch_tokens=micro_batch_tokens, seq_length=seq_length).items():
         if value < 1:
             raise cli.UserError(f"--{name} {value} must be at least 1")
-    tokens = min(seq_length, config.block_size)
-    rows = max(1, micro_batch_tokens // tokens)
     try:
+        tokens = min(seq_length, imagined(config, method, arguments, PRECISIONS[precision]).text_room)
+        rows = max(1, micro_batch_tokens // tokens)
         found = estimate(
             config,
             method,

@@ -12,7 +12,7 @@ from tools import make_base
 
 from lit_llama.batches import Encoded
 from lit_llama.intervals import loss_interval, paired_difference, share_interval
-from lit_llama.report import flops_per_token
+from lit_llama.report import flops_per_token, markdown, quality
 
 COMPARE = "scripts/compare_methods.py"
 
@@ -55,7 +55,7 @@ def test_every_figure_is_there(compared):
 
 def test_what_is_finished_is_not_run_again(compared):
     out, flags = compared
-    times = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name in ("metrics.csv", "log.txt")}
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".csv", ".log")}
     assert times
     succeed(COMPARE, *flags)
     assert times == {path: path.stat().st_mtime_ns for path in times}
@@ -105,11 +105,20 @@ def test_ablations_vary_one_thing(folder, tmp_path):  # noqa: F811
     assert (tmp_path / "gate.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_plain_texts_have_a_loss_and_nothing_to_be_right_about(tmp_path):
+    rows = [{"row": i, "loss": 2.0, "n_targets": 4, "right": None} for i in range(5)]
+    (tmp_path / "validation.json").write_text(json.dumps({"samples": rows}))
+    found = quality(tmp_path / "validation.json")
+    assert found["loss"] == 0.5 and found["n_test"] == 5 and "right" not in found
+    assert markdown({"lora": found}).splitlines()[2].split(" | ")[3:6] == ["", "", "0.5000 (0.5000 to 0.5000)"]
+
+
 def test_mistakes_are_answered_in_one_line(folder, tmp_path):  # noqa: F811
     data = ["--data", folder / "sums", "--out_dir", tmp_path / "out"]
     refuse(COMPARE, *data, "--methods", "[qlora]", message="choose from features, output_layers")
     wrong = [("lora", "lora --r 4"), ("mine", "qlora --r 4"), ("mine", "features"), ("base, mine", "lora")]
-    for name, words in [*wrong, ("mine", "full --head classifier"), ("mine", "lora --data=mine")]:
+    wrong += [("mine", "full --head classifier"), ("mine", "lora --data=mine"), ("mine", "lora --train.epochs 3")]
+    for name, words in wrong:
         message = f"--variants '{name}': '{words}' must be"
         refuse(COMPARE, *data, "--variants", json.dumps({name: words}), message=message)
     refuse(COMPARE, *data, "--variants", '{"mine": "lora \\"--r"}', message="No closing quotation")

@@ -281,10 +281,12 @@ def test_download_hub(tmp_path, monkeypatch, capsys):
     theirs, out = tiny_hf(), tmp_path / "ours"
     theirs.save_pretrained(tmp_path / "hub")
     (tmp_path / "hub/pytorch_model.bin").write_text("not asked for: there are safetensors")
+    (tmp_path / "hub/chat_template.jinja").write_text("[INST] the only place of a template")
     asked = fake_hub(monkeypatch, tmp_path / "hub")
     download_hub("owner/tiny", out)
     assert load_config(out).name == "tiny" and "owner/tiny at commit 0123abcd" in capsys.readouterr().out
-    assert [call["allow_patterns"][-1] for call in asked] == ["tokenizer.model", "*.safetensors"]
+    assert [call["allow_patterns"][-1] for call in asked] == ["chat_template.jinja", "*.safetensors"]
+    assert (out / "chat_template.jinja").read_text().startswith("[INST]")
     assert all(call["revision"] == "0123abcd" for call in asked)  # one commit, whatever is pushed meanwhile
     check_logits(out, theirs)
     shutil.rmtree(out)

@@ -191,6 +191,16 @@ def test_generation_prompts_are_what_training_masks(tokenizer, style):
     assert encoded.targets[-1] in stop_ids(style, tokenizer)
 
 
+def test_llama2_says_every_system_message(tokenizer):
+    system = [{"role": "system", "content": text} for text in ("Be brief.", "Be kind.")]
+    said = "<<SYS>>\nBe brief.\n<</SYS>>\n\n<<SYS>>\nBe kind.\n<</SYS>>\n\n"
+    for turns, user in (([], ""), ([{"role": "user", "content": "one"}], "one ")):
+        sample = sample_of({"messages": [*system, *turns, {"role": "assistant", "content": "1"}]})
+        encoded = encode_sample(sample, "llama2", tokenizer, 512)
+        assert f"[INST] {said}{user}[/INST]" in tokenizer.decode(encoded.ids)
+        assert answers(encoded, tokenizer) == "1<|im_end|>"
+
+
 def test_chatml_text(tokenizer):
     text = tokenizer.decode(encode_prompt(CONVERSATION[:2], "chatml", tokenizer))
     assert text == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"

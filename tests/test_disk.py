@@ -14,7 +14,7 @@ from test_train import ARGS, places, start  # noqa: F401  (places is a fixture)
 
 import lit_llama.files
 from lit_llama.cli import UserError
-from lit_llama.files import open_tensors, read_tensors, save_tensors, whole_file, whole_folder
+from lit_llama.files import open_tensors, read_tensors, remove_unfinished, save_tensors, whole_file, whole_folder
 from lit_llama.lock import held, lock_folder
 from lit_llama.runs import STATE_FILE, Run
 
@@ -165,6 +165,16 @@ def test_a_rename_is_flushed_with_its_folder(tmp_path, monkeypatch):
     with whole_file(tmp_path / "a") as temporary:
         temporary.write_text("x")
     assert events == [False, "rename", True] or sys.platform != "linux"
+
+
+def test_only_what_a_killed_run_left_is_removed(tmp_path):
+    ours = [".method.json.123.tmp", ".trunk.tmp", ".tmpAb12xY"]
+    others = [".tmp_notes", ".vim.tmp", "method.json", ".tmp"]
+    for name in ours + others:
+        (tmp_path / name).touch()
+    (tmp_path / ".run.123.tmp").mkdir()
+    remove_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, ".run.123.tmp"])
 
 
 @pytest.mark.parametrize("place", ["header", "number", "checksum", "entry"])

@@ -118,6 +118,8 @@ def test_what_is_said_about_the_room():
     without = check_room(found, 1250, 320, longest=71, savings=["--checkpointing", "--quantize int8"])
     assert "micro_batch_tokens" not in without
     assert without.endswith("; pass one or more of --checkpointing, --quantize int8, or take another method")
+    update = Estimate(600, 20, 20, 40, activations=20, logits=12, update=300)  # AdamW's own, whatever the micro-batch
+    assert "micro_batch_tokens" not in check_room(update, 1250, 320, longest=60, savings=["--checkpointing"])
     with pytest.raises(UserError, match="pass one or more of --strategy fsdp, or take another method"):
         check_room(found, 900, 320, 60, ["--strategy fsdp"])
 
@@ -156,6 +158,8 @@ def test_the_script_prints_a_table(tmp_path):
     if (status := Path("/proc/self/status")).exists():
         held = float(re.fullmatch(r"the interpreter and its libraries, here +([\d.]+) GB on top", last)[1])
         assert held == pytest.approx(int(status.read_text().split("VmRSS:")[1].split()[0]) * 1024 / 1e9, rel=0.1)
+    whole = succeed("scripts/estimate_memory.py", *flags[:2], "--method", "soft_prompt", "--seq_length", 10**6)
+    assert f" x {TINY['block_size'] - 20} tokens" in whole  # the prompt's 20 need room, too
     refuse("scripts/estimate_memory.py", *flags, "--arguments", "{rank: 4}", message="do not fit lora")
     refuse("scripts/estimate_memory.py", "--model", "8B", message="neither a folder with a base nor one of 7B, 13B")
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from test_scripts import metrics, refuse, succeed
+from test_scripts import metrics, refuse, run, succeed
 from tools import make_base, sums, write_rows
 
 from lit_llama.checkpoint import load_model
@@ -103,6 +103,9 @@ def test_a_classifiers_head_and_what_labels_with_it(folder, method):
     assert {line.split()[0] for line in lines} == {"bird", "fruit", "tool"}
     refuse("generate/adapter.py", "--trained_dir", out, "--prompt", "owl", message="see generate/classify.py")
     refuse(f"finetune/{method}.py", *flags[:2], "--data", folder / "sums", "--head", "classifier", message="no label")
+    if method == "full":
+        narrow = ["--quantize", "int8", "--overwrite"]
+        refuse(f"finetune/{method}.py", *flags, *narrow, message="none stays as it is to be kept in fewer bits")
 
 
 @pytest.mark.parametrize("classifier", ["logistic", "forest"])
@@ -203,6 +206,18 @@ def test_a_file_of_requests_is_answered_in_one_batch(folder, tmp_path):
         assert answers[i]["answer"] == single.strip()
     requests.write_text('{"prompt": "x"}\n{"input": "y"}\n')
     refuse("generate/batch.py", "--requests", requests, message=r"requests.jsonl:2: a request needs a \"prompt\"")
+
+
+def test_a_whole_model_is_asked_as_it_was_trained(folder, tmp_path):
+    out, prompt = tmp_path / "out", "add 1 and 1"
+    flags = ["--checkpoint_dir", folder / "base", "--data", folder / "sums", *STEPS, "--prompt_style", "alpaca"]
+    succeed("finetune/full.py", *flags, "--out_dir", out)
+    asked = ["--checkpoint_dir", out, "--max_new_tokens", 9]
+    answer = succeed("generate/base.py", *asked, "--prompt", prompt).strip()
+    (tmp_path / "requests.jsonl").write_text(json.dumps({"prompt": prompt}))
+    row = json.loads(succeed("generate/batch.py", *asked, "--requests", tmp_path / "requests.jsonl"))
+    said = run("generate/chat.py", *asked, stdin=f"{prompt}\n").stdout.strip()
+    assert row["answer"] == said == answer
 
 
 def test_examples_in_the_prompt(folder):

@@ -38,6 +38,7 @@ OURS = {
     "soft_prompt": ("soft_prompt", dict(prompt_length=4)),
     "lora": ("lora", dict(r=3, alpha=16, dropout=0.1, targets=["q", "v"])),
     "lora on all": ("lora", dict(r=3, alpha=5.0, dropout=0.0, targets=list(TARGETS))),
+    "lora on top": ("lora", dict(r=3, alpha=16, dropout=0.0, targets=["q"], start_layer=1)),
 }
 CAUSAL = dict(task_type="CAUSAL_LM")
 THEIRS = {
@@ -49,6 +50,7 @@ THEIRS = {
     "soft_prompt": lambda: PromptTuningConfig(num_virtual_tokens=4, **CAUSAL),
     "lora": lambda: LoraConfig(r=3, lora_alpha=16, target_modules=["q_proj", "v_proj"], **CAUSAL),
     "lora on all": lambda: LoraConfig(r=3, lora_alpha=5, target_modules=MODULES, lora_dropout=0.1, **CAUSAL),
+    "lora on top": lambda: LoraConfig(r=3, target_modules=["q_proj"], layers_to_transform=[1, 2], **CAUSAL),
     "lora, rank-stabilized": lambda: LoraConfig(r=3, target_modules="all-linear", use_rslora=True, **CAUSAL),
 }
 
@@ -89,8 +91,12 @@ def test_export(tmp_path, case, shape):
     base = make_base(tmp_path / "base", **SHAPES[shape])
     trained = train_ours(base, tmp_path / "trained", case)
     export_peft(trained, tmp_path / "peft")
-    theirs = PeftModel.from_pretrained(transformers_model(load_model(base)), tmp_path / "peft")
+    trainable = case.startswith(("adapter", "lora"))  # PEFT goes on training no prompt
+    theirs = PeftModel.from_pretrained(transformers_model(load_model(base)), tmp_path / "peft", is_trainable=trainable)
     same_logits(load_trained_folder(trained)[0], theirs, base)
+    written = load_file(tmp_path / "peft/adapter_model.safetensors").values()
+    trains = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    assert not trainable or trains == sum(tensor.numel() for tensor in written)  # what was trained here, and no more
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -180,6 +186,10 @@ def test_what_is_not_imported(tmp_path):
     path.write_text(json.dumps({key: value for key, value in settings.items() if key != "r"}))
     with pytest.raises(UserError, match="lacks 'r'"):
         import_peft(tmp_path / "peft", base, out)
+    for key, value in {"r": "8", "lora_alpha": None, "lora_dropout": "x", "layers_to_transform": "all"}.items():
+        path.write_text(json.dumps({**settings, key: value}))
+        with pytest.raises(UserError, match="adapter_config.json does not fit LORA|layers_to_transform"):
+            import_peft(tmp_path / "peft", base, out)
     path.write_text(json.dumps(settings))
     weights = tmp_path / "peft/adapter_model.safetensors"
     tensors = load_file(weights)

@@ -29,13 +29,13 @@ def run_process(script: str, *flags: object, cwd: Path = ROOT) -> subprocess.Com
     return subprocess.run(command(script, *flags), cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
-def run(script: str, *flags: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+def run(script: str, *flags: object, cwd: Path = ROOT, stdin: str = "") -> subprocess.CompletedProcess:
     """The script as ``__main__``, but in this process: importing torch a hundred times takes minutes."""
     stdout, stderr = io.StringIO(), io.StringIO()
     code = 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
         patch.setattr(sys, "argv", command(script, *flags)[1:])
-        patch.setattr(sys, "stdin", io.StringIO())
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
         patch.chdir(cwd)
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
