@@ -66,11 +66,23 @@ def main(trained_dir: str, out_dir: str, checkpoint_dir: str | None = None, dtyp
         save_prompts(model, method, Path(out_dir))
 
 
+def base_weights(model: "LLaMA") -> "dict[str, Tensor]":
+    """What lies under the base's own keys: without what a method added."""
+    import torch
+
+    from lit_llama.model import LLaMA
+
+    with torch.device("meta"):
+        base = LLaMA(model.config)
+    weights = model.state_dict()
+    return {name: weights[name] for name in base.state_dict()}
+
+
 def merge_lora(model: "LLaMA") -> "tuple[LLaMAConfig, dict[str, Tensor]]":
     """W + alpha/r * B A for each matrix with a pair: config and weights of the plain model."""
     from lit_llama.methods.lora import places
 
-    merged = {name: tensor for name, tensor in model.state_dict().items() if ".lora." not in name}
+    merged = base_weights(model)
     if model.config.tie_embeddings:
         del merged["lm_head.weight"]
     names = {id(layer): name for name, layer in model.named_modules()}
@@ -87,8 +99,7 @@ def merge_scales(model: "LLaMA") -> "tuple[LLaMAConfig, dict[str, Tensor]]":
     """s * (W x + b) as (diag(s) W) x + s * b: config and weights of a model with biases, without the prompts."""
     import torch
 
-    added = ("scale_bias", "adapter_wte", "gating_factor")
-    merged = {name: t for name, t in model.state_dict().items() if not any(part in name for part in added)}
+    merged = base_weights(model)
     scaled_head = hasattr(model.lm_head, "scale_bias")
     config = replace(model.config, bias=True, tie_embeddings=model.config.tie_embeddings and not scaled_head)
     for name, layer in model.named_modules():
@@ -107,10 +118,12 @@ def merge_scales(model: "LLaMA") -> "tuple[LLaMAConfig, dict[str, Tensor]]":
 def save_prompts(model: "LLaMA", method: dict, base: Path) -> None:
     """Write what of adapter_v2 cannot be merged as a trained folder of adapter, over the merged base."""
     from lit_llama.files import save_tensors, write_json
-    from lit_llama.trained import METHOD_FILE, TRAINED_FILE, describe_base, trained_tensors
+    from lit_llama.methods.adapter import AdapterAttention
+    from lit_llama.trained import METHOD_FILE, TRAINED_FILE, describe_base
 
-    names = ("adapter_wte", "gating_factor")
-    prompts = {name: t for name, t in trained_tensors(model).items() if any(part in name for part in names)}
+    adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, AdapterAttention)}
+    prompts = {f"{name}.adapter_wte.weight": layer.adapter_wte.weight for name, layer in adapted.items()}
+    prompts |= {f"{name}.gating_factor": layer.gating_factor for name, layer in adapted.items()}
     arguments = {key: method["arguments"][key] for key in ("prompt_length", "start_layer")}
     changes = {
         "method": "adapter",
