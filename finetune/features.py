@@ -43,7 +43,7 @@ def main(
     """
     from lit_llama.bars import Bar
     from lit_llama.checkpoint import load_model
-    from lit_llama.data import load_task
+    from lit_llama.data import check_data, load_task
     from lit_llama.devices import base_dtype, launch
     from lit_llama.download import ensure_base
     from lit_llama.files import save_arrays, write_json
@@ -58,6 +58,7 @@ def main(
             raise cli.UserError(f"--{name} {value} must be at least 1")
     if not 0 <= seed < 2**32:
         raise cli.UserError(f"--seed {seed} must lie within 0 and {2**32 - 1}")
+    check_data(data)  # before anything is fetched
     ensure_base(checkpoint_dir, yes)
     fabric = launch()
     run = Run(fabric, out_dir or f"out/features/{Path(data).stem}", checkpoint_dir, overwrite=overwrite)

@@ -30,7 +30,8 @@ def load_classifier(
     """What tells the probability of each label, and the folder's method.json with the labels in its arguments."""
     method, path = read_method(trained_dir), Path(trained_dir) / METHOD_FILE
     if not is_classifier(method):
-        raise UserError(f"{path} is of {method['method']} with a language head: it answers with text, not with labels")
+        name = method["method"]
+        raise UserError(f"{path} is of {name} with a language head: it answers with text, see generate/adapter.py")
     if method["method"] == "features":
         model = load_model(check_base(method["base"], checkpoint_dir, path), dtype, device)
         tensors, _ = read_tensors(Path(trained_dir) / TRAINED_FILE)

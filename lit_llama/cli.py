@@ -95,7 +95,8 @@ def in_our_words(message: str, flags: list[str]) -> str:
         return f"missing: --{match[1].replace(', ', ', --')}; --help says what they are"
     if match := re.match(r'Parser key "(.+?)": (.*Expected .*) (?:Got|Given) value: (.*)', message):
         types = re.findall(r"Expected an? (?:<class ')?(?:typing\.)?(\w+\[.*?\]|\w+)", match[2])
-        return f"--{match[1]} {match[3]}: expected {' or '.join(name for name in types if name != 'NoneType')}"
+        example = ", in brackets: '[a, b]'" if any(name.startswith(("tuple", "list")) for name in types) else ""
+        return f"--{match[1]} {match[3]}: expected {' or '.join(name for name in types if name != 'NoneType')}{example}"
     return re.sub(r'^Parser key "(.+?)": ', r"--\1: ", message)[:300]  # it may quote a whole file
 
 

@@ -34,9 +34,8 @@ def load_splits(data: Path | str | list[dict], val_fraction: float = 0.1) -> tup
     if isinstance(data, list):
         samples = [replace(to_sample(row, f"row {i + 1}"), row=i) for i, row in enumerate(data)]
         return split_by_hash(samples, "data", val_fraction)
+    check_data(data)
     path = Path(data)
-    if not path.exists():
-        raise UserError(f"--data {path} is missing; give a file ({', '.join(SUFFIXES)}) or a folder with train.*")
     train_file, val_file = (
         (path, None) if path.is_file() else (split_file(path, "train"), split_file(path, "validation"))
     )
@@ -48,13 +47,25 @@ def load_splits(data: Path | str | list[dict], val_fraction: float = 0.1) -> tup
     return split_by_hash(train, str(path), val_fraction)
 
 
+def check_data(data: Path | str | list[dict]) -> None:
+    """UserError where it is the name of nothing."""
+    if not isinstance(data, list) and not Path(data).exists():
+        raise UserError(
+            f"--data {data} is missing, seen from {Path.cwd()}; give a file ({', '.join(SUFFIXES)}) or a folder with "
+            "train.*"
+        )
+
+
 def split_by_hash(samples: list[Sample], where: str, val_fraction: float) -> tuple[list[Sample], list[Sample]]:
     """Training and validation samples; ``where`` they come from, for messages to the user."""
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction {val_fraction} must lie between 0 and 1")
     held_out = [hash_fraction(sample.key()) < val_fraction for sample in samples]
     if all(held_out) or not any(held_out):
-        raise UserError(f"{where}: {len(samples)} rows are too few to split off {val_fraction:.0%} for validation")
+        raise UserError(
+            f"{where}: {len(samples)} rows are too few to split off {val_fraction:.0%} for validation; give more, or a "
+            "folder with train.* and validation.*"
+        )
     return (
         [sample for sample, out in zip(samples, held_out, strict=True) if not out],
         [sample for sample, out in zip(samples, held_out, strict=True) if out],
@@ -195,8 +206,9 @@ def load_task(
         encode_samples(split, style, tokenizer, max_seq_length) for split in samples
     )
     seen = {sample.key() for sample in train}
+    dropped = sum(map(len, samples)) - len(train) - len(validation)
     notes = {
-        "dropped: no answer begins within max_seq_length": sum(map(len, samples)) - len(train) - len(validation),
+        "dropped: nothing to learn within max_seq_length (an empty answer?)": dropped,
         "cut to max_seq_length": sum(ids.cut for ids in train_ids + val_ids),
         "of validation also in training": sum(sample.key() in seen for sample in validation),
     }

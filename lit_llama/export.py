@@ -43,6 +43,10 @@ def whole_model(checkpoint_dir: Path) -> LLaMAConfig:
             f"{folder} holds what {read_method(folder)['method']} learned, not a whole model: scripts/merge_lora.py "
             "merges lora and adapter_v2 into their base; scripts/export_peft.py writes an adapter over it"
         )
+    if not (folder / CONFIG_FILE).exists():
+        raise UserError(
+            f"{folder} holds no model; give a base, what finetune/full.py wrote, or what scripts/merge_lora.py wrote"
+        )
     config, found = load_config(folder), {}
     for path in weight_files(folder):
         with open_tensors(path) as file:

@@ -7,6 +7,7 @@ the signature are no strings, for which jsonargparse would import all that TYPE_
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,7 +77,7 @@ class Job:
             strategy: ddp, with the base on every device; fsdp, in pieces, where it does not fit one; or auto.
             precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
             logger: "tensorboard" shows the figures of metrics.csv there, too; it reads them from out_dir.
-            compile: Compile the blocks by torch.compile: a minute or more once, then about a tenth faster.
+            compile: Compile the blocks by torch.compile: minutes once; in float32 on a CPU nothing is gained.
             checkpointing: Compute activations again in the backward pass: less memory, a third more work.
             quantize: Keep the frozen base's weights in "int8", or on CUDA in "nf4".
             cache_trunk: Compute what lies below the first changed block once for each sample, not in every epoch.
@@ -89,7 +90,7 @@ class Job:
 
         from lit_llama import ranks
         from lit_llama.checkpoint import load_model
-        from lit_llama.data import load_task
+        from lit_llama.data import check_data, load_task
         from lit_llama.devices import base_dtype, free_memory, launch, named_loggers
         from lit_llama.download import ensure_base
         from lit_llama.evaluate import Comparison
@@ -110,11 +111,14 @@ class Job:
                 f"note: --train.batch_size {train.batch_size} gives work to only {train.batch_size} of "
                 f"{self.fabric.world_size} devices; a larger one, with a higher --train.learning_rate, to all"
             )
+        check_data(data)  # before anything is fetched
         ranks.first(f"fetch {checkpoint_dir}", lambda: ensure_base(checkpoint_dir, yes))
         self.run = Run(self.fabric, folder, checkpoint_dir, resume, overwrite, allow_changes)
         self.task = load_task(data, checkpoint_dir, prompt_style, train.max_seq_length, head == "classifier")
-        train.total_steps(len(self.task.train))  # an impossible warm-up is refused before anything is written
+        steps = train.total_steps(len(self.task.train))  # an impossible warm-up is refused before anything is written
         ranks.say(self.task.summary)
+        passes = train.epochs or steps * train.batch_size / len(self.task.train)
+        ranks.say(f"{steps:,} steps of {train.batch_size}: {passes:.1f} times through the samples to train on")
         self.comparison = Comparison(self.fabric, self.task, eval_samples)
         torch.manual_seed(train.seed)
         self.room = free_memory(self.fabric.device)  # before the base is read: it is part of what a run takes
@@ -163,10 +167,12 @@ class Job:
             shard(self.fabric, self.model, self.dtype)
         if start is not None and not self.run.resume:
             start()
+        begin = partial(self.run.begin, self.method, arguments, self.checkpoint_dir, self.task, self.train, self.model)
+        if self.run.resume:  # where other settings are refused, before anything is answered
+            begin(optimizer, whole_model)
         self.comparison.answer("before", self.model)
-        self.run.begin(
-            self.method, arguments, self.checkpoint_dir, self.task, self.train, self.model, optimizer, whole_model
-        )
+        if not self.run.resume:  # only now: an --overwrite that is stopped before here loses nothing
+            begin(optimizer, whole_model)
         with self.samples() as (train_data, val_data), block_forwards(self.model, **self.block_options):
             fit(self.fabric, self.model, optimizer, train_data, val_data, self.train, self.run)
         self.run.save_costs(seconds=sum(float(row["seconds"]) for row in read_metrics(self.run.out_dir)))

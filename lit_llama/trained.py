@@ -144,7 +144,9 @@ def read_method(trained_dir: Path | str) -> dict:
     """The method.json of a trained folder."""
     path = Path(trained_dir) / METHOD_FILE
     if not path.exists():
-        raise UserError(f"{path} is missing: {trained_dir} is not what a finetune script wrote")
+        raise UserError(
+            f"{path} is missing: {trained_dir} is not what a finetune script wrote; run one, or pass its --out_dir"
+        )
     method = read_json(path)
     check_fields(method, {"method": str, "arguments": dict, "base": dict, "prompt_style": str}, path)
     check_fields(method["base"], {"checkpoint_dir": str, "name": str, "fingerprint": str}, path)

@@ -10,6 +10,7 @@ belongs to a sample: padding is work, but no token. One JSON object per line goe
 """
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,7 @@ def main(
         kinds: What to measure, of train, decode and load.
         methods: Finetuning methods; litgpt and peft have adapter and lora.
         variants: A precision each, bf16-true, 32-true or auto (the faster one), with options behind: auto+compile+int8.
-        against: Other projects, litgpt and peft, where they are installed; at the first variant's precision.
+        against: Other projects, litgpt and peft, at the first variant's precision; pip install those named.
         model: The shapes to measure with: a name in lit_llama/configs.py or a folder with a base; weights are random.
         checkpoint_dir: A base, for its tokenizer and for the time to load it; the default one is offered for download.
         data: The samples to train on.
@@ -73,6 +74,8 @@ def main(
     for name, value in (counts | sizes).items():
         if value < 1:
             raise cli.UserError(f"--{name} {value} must be at least 1")
+    if missing := [name for name in against if name in OTHERS and find_spec(name) is None]:
+        raise cli.UserError(f"--against {', '.join(missing)}: not installed; pip install it, or leave it out")
     ours, others = choose(kinds, methods, variants, against, model, sizes)
     ensure_base(checkpoint_dir, yes)
     task = load_task(data, checkpoint_dir, None, min(512, load_config(checkpoint_dir).block_size))

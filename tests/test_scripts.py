@@ -83,6 +83,7 @@ def metrics(out_dir: Path) -> list[dict]:
 def test_finetune_says_what_it_did_and_what_to_do_next(places):
     folder, _, printed = places
     assert "40 samples to train on, 13 to validate, prompt style chatml" in printed
+    assert "\n6 steps of 2: 0.3 times through the samples to train on\n" in printed
     assert "adapter trains 648 of " in printed
     matches = [line for line in printed.splitlines() if "exact match" in line]
     assert re.fullmatch(r"exact match before: [\d.]+ %", matches[-2])
@@ -119,6 +120,7 @@ def test_a_run_resumes_with_its_own_settings_alone(places):
     flags = [*flags, "--out_dir", folder / "out", "--resume"]
     refuse("finetune/adapter.py", *flags, "--gate_lr_scale", 0.5, message="optimizer was .*0.25.*, now .*0.5")
     refuse("finetune/adapter.py", *flags, "--prompt_length", 5, message="arguments.prompt_length was 10, now 5")
+    assert "before:" not in run("finetune/adapter.py", *flags, "--prompt_length", 5).stderr  # nobody waits for answers
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(places, tmp_path):
