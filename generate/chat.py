@@ -29,7 +29,8 @@ def main(
         trained_dir: Folder that a finetune script wrote; without it the base alone answers.
         checkpoint_dir: Folder of the base; by default the one trained on, or the default base.
         system: Who the model is to be, said once before everything else.
-        prompt_style: Of a base alone: alpaca, chatml, llama2, llama3 or plain; by default what its tokenizer tells.
+        prompt_style: Of a base alone: alpaca, chatml, llama2, llama3 or plain; by default what it was trained in, or
+            its tokenizer tells.
         max_new_tokens: The longest answer.
         sampling: How the next token is chosen.
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.

@@ -42,15 +42,18 @@ def ensure_base(folder: Path | str, yes: bool) -> None:
 
 
 def refuse_trained(folder: Path) -> None:
-    from lit_llama.checkpoint import INDEX_FILE, MODEL_FILE  # here, so that a script's --help stays fast
+    from lit_llama.checkpoint import CONFIG_FILE, INDEX_FILE, MODEL_FILE  # here, so that a script's --help stays fast
     from lit_llama.trained import base_method
 
     method = base_method(folder)
-    if method and not ((folder / MODEL_FILE).exists() or (folder / INDEX_FILE).exists()):
-        raise UserError(
-            f"{folder} holds what {method['method']} learned over {method['base']['checkpoint_dir']}, not a base: pass "
-            "that as --checkpoint_dir, and this to generate/ or scripts/evaluate.py as --trained_dir"
-        )
+    if not method or (folder / MODEL_FILE).exists() or (folder / INDEX_FILE).exists():
+        return
+    if (folder / CONFIG_FILE).exists():  # finetune/full.py writes it when it begins
+        raise UserError(f"{folder} holds no weights yet: its run was stopped before the first validation; --resume it")
+    raise UserError(
+        f"{folder} holds what {method['method']} learned over {method['base']['checkpoint_dir']}, not a base: pass "
+        "that as --checkpoint_dir, and this to generate/ or scripts/evaluate.py as --trained_dir"
+    )
 
 
 def agrees(question: str) -> bool:

@@ -83,7 +83,7 @@ class Job:
             cache_trunk: Compute what lies below the first changed block once for each sample, not in every epoch.
             resume: Go on with the run that out_dir holds.
             overwrite: Start anew in an out_dir that holds a run.
-            allow_changes: With resume, go on although data, base or settings are others than the run began with.
+            allow_changes: With resume, go on although data, base or settings of training are others than before.
             yes: Do not ask before a download.
         """
         import torch
@@ -118,7 +118,7 @@ class Job:
         steps = train.total_steps(len(self.task.train))  # an impossible warm-up is refused before anything is written
         ranks.say(self.task.summary)
         passes = train.epochs or steps * train.batch_size / len(self.task.train)
-        ranks.say(f"{steps:,} steps of {train.batch_size}: {passes:.1f} times through the samples to train on")
+        ranks.say(f"{steps:,} steps of {train.batch_size}: {passes:.2g} times through the samples to train on")
         self.comparison = Comparison(self.fabric, self.task, eval_samples)
         torch.manual_seed(train.seed)
         self.room = free_memory(self.fabric.device)  # before the base is read: it is part of what a run takes
@@ -152,7 +152,7 @@ class Job:
         from lit_llama.trunk import check_reuse
 
         if self.quantize != quantization(self.model):
-            raise UserError(f"{self.method} trains every weight: none stays as it is to be kept in fewer bits")
+            raise UserError(f"{self.method} trains every block: none stays as it is, to be kept in fewer bits")
         if self.cache_trunk:
             check_reuse(self.model, self.train, len(self.task.train))
         longest = max(len(sample.ids) for sample in self.task.train + self.task.validation)

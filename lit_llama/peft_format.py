@@ -102,8 +102,9 @@ def import_peft(
         raise
     except KeyError as error:
         raise UserError(f"{source} lacks {error}") from None
-    except (TypeError, ValueError, AttributeError) as error:  # a text where a number belongs, and the like
-        raise UserError(f"{source / SETTINGS_FILE} does not fit {settings['peft_type']}: {error}") from None
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:  # a text where a number belongs, ...
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{source / SETTINGS_FILE} does not fit {settings['peft_type']}: {reason}") from None
     check_tensors(shapes(tensors), expected, source / WEIGHTS_FILE)
     description = {
         "method": method,
@@ -281,10 +282,10 @@ def lora_from_peft(config: LLaMAConfig, settings: dict, tensors: Tensors) -> tup
     if settings.get("use_rslora"):
         alpha *= math.sqrt(r)  # its scale is alpha / sqrt(r)
     arguments = dict(r=r, alpha=alpha, dropout=settings.get("lora_dropout", 0.0), targets=list(TARGETS))
-    if (layers := settings.get("layers_to_transform")) is not None:
+    if (layers := settings.get("layers_to_transform")) not in (None, []):
         layers = [layers] if isinstance(layers, int) else sorted(layers)
         arguments["start_layer"] = config.n_layer - len(layers)
-        if not layers or layers != list(range(arguments["start_layer"], config.n_layer)):
+        if layers != list(range(arguments["start_layer"], config.n_layer)):
             raise UserError(f"layers_to_transform {layers}: LoRA here stands in the top blocks, up to the last one")
     ours = {theirs: name for name, theirs in lora_names(config, arguments).items()}
     if foreign := sorted(set(tensors) - set(ours)):

@@ -62,22 +62,22 @@ def llama3(messages: list[Message]) -> Iterator[Piece]:
 
 
 def llama2(messages: list[Message]) -> Iterator[Piece]:
-    """[INST] ... [/INST] answer </s>: Llama 2's chat models; a system message goes into the first turn."""
+    """[INST] ... [/INST] answer </s>: Llama 2's chat models; a system message goes into the user's turn behind it."""
     system = ""
     for message in messages:
+        if system and message["role"] != "user":
+            break
         if message["role"] == "system":
-            system += f"<<SYS>>\n{message['content']}\n<</SYS>>\n\n"
+            system = f"<<SYS>>\n{message['content']}\n<</SYS>>\n\n"
         elif message["role"] == "user":
             yield BOS, False
             yield f"[INST] {system}{user_text(message)} [/INST]", False
             system = ""
         else:
-            if system:  # no turn of a user's that it could go into
-                yield BOS, False
-                yield f"[INST] {system}[/INST]", False
-                system = ""
             yield message["content"], True
             yield EOS, True
+    if system:
+        raise UserError("llama2 puts a system message into the user's turn right behind it, and there is none")
 
 
 ALPACA_INTRO = (

@@ -71,7 +71,8 @@ CONFIG_FILE, STATE_FILE = "config.yaml", "state/state.safetensors"
 class Run:
     """The folder ``out_dir`` of one run, locked for as long as the process lives.
 
-    A folder that holds a run needs ``resume`` or ``overwrite``. ``allow_changes`` resumes with other settings, too.
+    A folder that holds a run needs ``resume`` or ``overwrite``. ``allow_changes`` resumes with another
+    base, too, or other data or settings of training.
     """
 
     def __init__(
@@ -85,7 +86,6 @@ class Run:
     ) -> None:
         self.fabric, self.out_dir, self.resume, self.allow_changes = fabric, Path(out_dir), resume, allow_changes
         self.best_loss, self.best_step = math.inf, 0
-        self.new_goal = False  # resumed with other data or another base: old losses say nothing about the best step
         self.trained_file = TRAINED_FILE
         if resume and overwrite:
             raise UserError("--resume goes on with a run and --overwrite starts it anew: give one of them")
@@ -160,7 +160,7 @@ class Run:
             "method": method,
             "arguments": arguments,
             "trained_numbers": numbers,
-            "base": describe_base(checkpoint_dir),
+            "base": (base := describe_base(checkpoint_dir)),
             "base_dtype": str(model.dtype).removeprefix("torch."),
             "quantize": quantization(model),
             "prompt_style": task.prompt_style,
@@ -174,6 +174,7 @@ class Run:
             "version": __version__,
         }
         self.recipe = {key: description[key] for key in RECIPE}
+        self.goal = [base["fingerprint"], task.fingerprint]  # losses of another say nothing about the best step
         if self.resume and not self.accept_changes(description):
             return
         if self.fabric.is_global_zero:
@@ -198,7 +199,6 @@ class Run:
             )
         for change in changes:
             ranks.say(f"note: going on with other settings: {change}")
-        self.new_goal = any(change.startswith(("base.fingerprint ", "data_fingerprint ")) for change in changes)
         return bool(changes)
 
     # the state to go on from
@@ -209,7 +209,7 @@ class Run:
             tensors = {f"trained.{name}": tensor for name, tensor in trained_tensors(model).items()}
             for i, values in optimizer.state_dict()["state"].items():
                 tensors.update({f"optimizer.{i}.{key}": value for key, value in values.items()})
-            numbers = {"step": step, "best_loss": self.best_loss, "best_step": self.best_step}
+            numbers = {"step": step, "best_loss": self.best_loss, "best_step": self.best_step, "goal": self.goal}
             save_tensors(self.out_dir / STATE_FILE, tensors, numbers)
         ranks.meet(self.fabric, "save the state")  # no rank may leave, and so end the job, before the file is whole
 
@@ -229,7 +229,7 @@ class Run:
                 _, i, key = name.split(".")
                 state.setdefault(int(i), {})[key] = tensors[name].clone()  # not mapped: the file will be replaced
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        if not self.new_goal:
+        if numbers.get("goal", self.goal) == self.goal:
             self.best_loss, self.best_step = numbers["best_loss"], numbers["best_step"]
         if self.fabric.is_global_zero:
             self.cut_metrics(numbers["step"])

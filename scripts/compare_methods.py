@@ -81,6 +81,7 @@ def main(
     if strategy == "fsdp":
         check_sharding(devices)
     methods = possible_methods(methods, Path(data))
+    shots = possible_shots(shots, Path(data))
     ensure_base(checkpoint_dir, yes)
     folder = Path(out_dir or f"out/compare/{Path(data).stem}")
     split = "test" if split_file(Path(data), "test") else "validation"
@@ -124,6 +125,16 @@ def possible_methods(methods: tuple[str, ...], data: Path) -> tuple[str, ...]:
         print(f"features is left out: the rows of {data} have no labels")
         return tuple(name for name in methods if name != "features")
     return methods
+
+
+def possible_shots(shots: tuple[int, ...], data: Path) -> tuple[int, ...]:
+    """Without examples in the prompt, where the rows are plain texts, which ask nothing."""
+    from lit_llama.data import load_splits
+
+    if any(shots) and not any(sample.messages for sample in load_splits(data)[0]):
+        print(f"examples in the prompt are left out: the rows of {data} ask nothing")
+        return tuple(count for count in shots if not count)
+    return shots
 
 
 def keep_settings(path: Path, settings: dict) -> None:

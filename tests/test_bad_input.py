@@ -253,7 +253,10 @@ CASES |= {
         "trained on tiny .fingerprint",
     ),
     "no trained folder": (lambda place: [*TRAINED, "--trained_dir", "none"], "not what a finetune script wrote"),
-    "labels asked of text": (lambda place: ["generate/classify.py", *TRAINED[1:3], "--prompt", "a"], "not with labels"),
+    "labels asked of text": (
+        lambda place: ["generate/classify.py", *TRAINED[1:3], "--prompt", "a"],
+        "see generate.adapter",
+    ),
     "merged into what exists": (
         lambda place: ["scripts/merge_lora.py", "--trained_dir", "out", "--out_dir", "base"],
         "which cannot be merged",

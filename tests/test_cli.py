@@ -65,6 +65,8 @@ def test_an_unknown_flag_is_answered_with_the_nearest():
 
 def test_values_that_do_not_fit_are_named():
     assert mistake("--train.epochs", "x") == "--train.epochs x: expected int"
+    said = mistake("--methods", "adapter", script="scripts/compare_methods.py")
+    assert said == "--methods adapter: expected tuple, in brackets: '[a, b]'"
     assert mistake("--resume", "perhaps") == "--resume perhaps: expected bool"
     assert mistake("--prompt_length") == "argument --prompt_length: expected one argument"
     assert mistake("--config", "none.yaml").startswith("--config: File does not exist")

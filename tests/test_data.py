@@ -191,14 +191,15 @@ def test_generation_prompts_are_what_training_masks(tokenizer, style):
     assert encoded.targets[-1] in stop_ids(style, tokenizer)
 
 
-def test_llama2_says_every_system_message(tokenizer):
-    system = [{"role": "system", "content": text} for text in ("Be brief.", "Be kind.")]
-    said = "<<SYS>>\nBe brief.\n<</SYS>>\n\n<<SYS>>\nBe kind.\n<</SYS>>\n\n"
-    for turns, user in (([], ""), ([{"role": "user", "content": "one"}], "one ")):
-        sample = sample_of({"messages": [*system, *turns, {"role": "assistant", "content": "1"}]})
-        encoded = encode_sample(sample, "llama2", tokenizer, 512)
-        assert f"[INST] {said}{user}[/INST]" in tokenizer.decode(encoded.ids)
-        assert answers(encoded, tokenizer) == "1<|im_end|>"
+def test_llama2_loses_no_system_message(tokenizer):
+    system, user, answer = CONVERSATION[:3]
+    for messages in ([system, answer], [system, system, user, answer], [user, system, answer]):
+        sample = sample_of({"messages": messages})
+        with pytest.raises(UserError, match="test:1: llama2 puts a system message into the user's turn"):
+            encode_sample(sample, "llama2", tokenizer, 512)
+        assert encode_sample(sample, "chatml", tokenizer, 512) is not None
+    whole = encode_sample(sample_of({"messages": [user, answer, system, user, answer]}), "llama2", tokenizer, 512)
+    assert "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\none [/INST]" in tokenizer.decode(whole.ids)
 
 
 def test_chatml_text(tokenizer):

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import threading
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -362,7 +363,10 @@ def test_a_best_step_counts_for_its_own_validation_data_alone(fabric, places, tm
     write_rows(tmp_path / "data" / "validation.json", sums(60)[51:])
     monkeypatch.setattr("lit_llama.train.validate", lambda *_: 2.0)
     other = (places[0], tmp_path / "data")
-    start(fabric, other, tmp_path / "out", resume=True, allow_changes=True, max_steps=9)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # after method.json, before any state
+        patch.setattr(Run, "load_state", Mock(side_effect=KeyboardInterrupt))
+        start(fabric, other, tmp_path / "out", resume=True, allow_changes=True, max_steps=9)
+    start(fabric, other, tmp_path / "out", resume=True, max_steps=9)
     assert read_tensors(tmp_path / "out" / STATE_FILE)[1]["best_step"] == 9
 
 
