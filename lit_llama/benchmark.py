@@ -106,7 +106,7 @@ def measure(kind: str, contenders: list[Contender], work: list[list[tuple]], lim
                 bar.update()
                 if number:
                     seconds, computed, peaks = zip(*answers, strict=True)
-                    peak = max((peak for peak in peaks if peak is not None), default=None)  # Windows does not tell
+                    peak = max(peak or 0 for peak in peaks)  # Windows does not tell
                     found.append((sum(seconds), sum(computed), peak, count_tokens(kind, jobs)))
     for end, process in zip(ends, processes, strict=True):
         end.send(None)
@@ -132,8 +132,7 @@ def to_row(kind: str, contender: Contender, found: list[tuple], work: list[list[
     row = {"kind": kind, "name": contender.name, "tokens_per_s": statistics.median(rates)}
     row |= {"least": min(rates), "most": max(rates), "rounds": rates}
     row["of_limit"] = row["tokens_per_s"] / limit_of(kind, contender, limit, samples)
-    peaks = [peak for _, _, peak, _ in found if peak is not None]
-    row["peak_mib"] = max(peaks) / 2**20 if peaks else None
+    row["peak_mib"] = max(peak for _, _, peak, _ in found) / 2**20 or None
     if kind == "train":
         row["padding"] = 1 - sum(tokens for *_, tokens in found) / sum(computed for _, computed, _, _ in found)
     return row

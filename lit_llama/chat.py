@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from lit_llama.checkpoint import MODEL_FILE, fingerprint, load_model
+from lit_llama.classify import is_classifier
 from lit_llama.cli import UserError
 from lit_llama.generate import decode, stream_text
 from lit_llama.model import LLaMA
@@ -187,7 +188,7 @@ class Chat:
             self.use(self.base, self.base_style)
             return f"{self.base.config.name} alone"
         method = read_method(Path(folder))
-        if method["arguments"].get("labels") is not None:
+        if is_classifier(method):
             raise UserError(f"{folder} answers with labels: ask it with generate/classify.py")
         if (Path(folder) / MODEL_FILE).exists():
             weight = self.base.transformer.wte.weight

@@ -80,8 +80,7 @@ def main(
         raise cli.UserError(f"--strategy {strategy!r} is none of {', '.join(STRATEGIES)}")
     if strategy == "fsdp":
         check_sharding(devices)
-    methods = possible_methods(methods, Path(data))
-    shots = possible_shots(shots, Path(data))
+    methods, shots = possible_runs(methods, shots, Path(data))
     ensure_base(checkpoint_dir, yes)
     folder = Path(out_dir or f"out/compare/{Path(data).stem}")
     split = "test" if split_file(Path(data), "test") else "validation"
@@ -112,8 +111,13 @@ def main(
         raise cli.UserError(f"{len(failed)} of the runs failed, the same command tries them again: {lines}")
 
 
-def possible_methods(methods: tuple[str, ...], data: Path) -> tuple[str, ...]:
-    """Without features, where the rows have no labels; UserError for an unknown one."""
+def possible_runs(
+    methods: tuple[str, ...], shots: tuple[int, ...], data: Path
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Methods without features where the rows have no labels, and no examples in the prompt where they ask nothing.
+
+    UserError for an unknown method.
+    """
     from lit_llama.data import load_splits
 
     unknown = set(methods) - set(METHODS)
@@ -121,20 +125,14 @@ def possible_methods(methods: tuple[str, ...], data: Path) -> tuple[str, ...]:
         raise cli.UserError(f"--methods {sorted(unknown)}: choose from {', '.join(METHODS)}")
     if not data.is_dir():
         raise cli.UserError(f"--data {data} must be a folder with train and validation files")
-    if "features" in methods and not all(sample.label for sample in load_splits(data)[0]):
+    samples, _ = load_splits(data)
+    if "features" in methods and not all(sample.label for sample in samples):
         print(f"features is left out: the rows of {data} have no labels")
-        return tuple(name for name in methods if name != "features")
-    return methods
-
-
-def possible_shots(shots: tuple[int, ...], data: Path) -> tuple[int, ...]:
-    """Without examples in the prompt, where the rows are plain texts, which ask nothing."""
-    from lit_llama.data import load_splits
-
-    if any(shots) and not any(sample.messages for sample in load_splits(data)[0]):
+        methods = tuple(name for name in methods if name != "features")
+    if any(shots) and not any(sample.messages for sample in samples):
         print(f"examples in the prompt are left out: the rows of {data} ask nothing")
-        return tuple(count for count in shots if not count)
-    return shots
+        shots = tuple(count for count in shots if not count)
+    return methods, shots
 
 
 def keep_settings(path: Path, settings: dict) -> None:

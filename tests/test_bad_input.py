@@ -404,7 +404,11 @@ FLAGS = [
     (FINETUNE, ["--out_dir", "base"], "--out_dir base is the base itself"),
     (FINETUNE, ["--out_dir", "other"], "holds a checkpoint that no run wrote"),
     (FINETUNE, ["--out_dir", "out"], "out holds a run already .*--resume .*--overwrite"),
-    (FINETUNE, ["--out_dir", "out", "--resume", "--prompt_length", 3], "prompt_length was 10, now 3.*--overwrite"),
+    (
+        FINETUNE,
+        ["--out_dir", "out", "--resume", "--prompt_length", 3],
+        "arguments.prompt_length was 10, now 3.*--overwrite",
+    ),
     (FINETUNE, ["--out_dir", "out", "--resume", "--allow_changes", "--prompt_length", 3], "now 3.*--overwrite"),
     (FINETUNE, ["--checkpoint_dir", "out"], "out holds what adapter learned over base, not a base"),
     (BASE, ["--checkpoint_dir", "out"], "out holds what adapter learned over base, not a base"),
