@@ -6,9 +6,24 @@
 Paper: https://arxiv.org/abs/2304.15010. What it adds to the model: lit_llama/methods/adapter_v2.py.
 """
 
-from lit_llama import cli
-from lit_llama.job import Job
-from lit_llama.settings import TrainArgs
+import torch
+
+from lit_llama import cli, ranks
+from lit_llama.batches import collate, step_indices
+from lit_llama.blocks import unwrap_blocks, wrap_blocks
+from lit_llama.checkpoint import load_model
+from lit_llama.data import check_data, load_task
+from lit_llama.devices import base_dtype, broadcast_trained, launch
+from lit_llama.download import ensure_base
+from lit_llama.evaluate import BeforeAfter
+from lit_llama.methods.adapter_v2 import add_adapter_v2
+from lit_llama.quantize import quantize_base
+from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
+from lit_llama.sharding import check_together, shard
+from lit_llama.train.loss import clip_gradient, split_by_tokens, sum_over_ranks, target_loss, validate
+from lit_llama.train.run import Run, default_out_dir
+from lit_llama.train.schedule import learning_rate_at
+from lit_llama.trained import count_trainable, describe_run, trained_tensors
 
 
 def main(
@@ -18,7 +33,23 @@ def main(
     # Prompts learn at the full rate, all that starts at the base's own values at a tenth of it.
     other_lr_scale: float = 0.1,
     train: TrainArgs = TrainArgs(max_steps=450, batch_size=4, learning_rate=1e-2, weight_decay=0.02, eval_every=150),
-    **shared,
+    data: Data = "data/bookings",
+    checkpoint_dir: str = DEFAULT_BASE,
+    out_dir: str | None = None,
+    prompt_style: str | None = None,
+    eval_samples: int = 200,
+    devices: int = 1,
+    num_nodes: int = 1,
+    strategy: str = "auto",
+    precision: str = "auto",
+    compile: bool = False,
+    checkpointing: bool = False,
+    quantize: str = "none",
+    logger: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_changes: bool = False,
+    yes: bool = False,
 ) -> None:
     """Finetune a base with LLaMA-Adapter V2.
 
@@ -27,19 +58,41 @@ def main(
         start_layer: The first block that gets a prompt.
         scale_head: Whether the language head, too, gets a scale and a bias.
         other_lr_scale: All but the prompts learn at this share of the learning rate.
-        train: The settings that every finetune script shares.
     """
-    import torch
+    check_together(strategy, compile, quantize)
+    out_dir = out_dir or default_out_dir("adapter_v2", data)
+    fabric = launch(devices, num_nodes, strategy, logger, out_dir)
+    check_data(data)
+    ranks.first(f"fetch {checkpoint_dir}", lambda: ensure_base(checkpoint_dir, yes))
 
-    from lit_llama.methods.adapter_v2 import add_adapter_v2
-    from lit_llama.trained import trained_tensors
+    # Data: token ids, with a target only where the answer is
+    task = load_task(data, checkpoint_dir, prompt_style, train.max_seq_length)
+    total_steps = train.total_steps(len(task.train))
+    ranks.say(f"{task.summary}\n{train.summary(len(task.train), fabric.world_size)}")
 
-    job = Job("adapter_v2", train, head="language", **shared)
+    # Run: the folder that everything is written to
     arguments = dict(prompt_length=prompt_length, start_layer=start_layer, scale_head=scale_head)
-    add_adapter_v2(job.model, **arguments)
+    dtype = base_dtype(precision, fabric.device)
+    rates = dict(lr_scale=other_lr_scale)
+    settings = describe_run("adapter_v2", arguments, checkpoint_dir, task, train, dtype, quantize, **rates)
+    run = Run(fabric, out_dir, settings, resume, overwrite, allow_changes)
 
-    prompts = [block.attn.adapter_wte.weight for block in job.model.transformer.h[start_layer:]]
-    others = [tensor for tensor in trained_tensors(job.model).values() if not any(tensor is p for p in prompts)]
+    # Model: freeze the base, then add the method; what requires a gradient afterwards is trained
+    model = load_model(checkpoint_dir, dtype, fabric.device, sharded=strategy == "fsdp").requires_grad_(False)
+    quantize_base(model, quantize)
+    answers = BeforeAfter(fabric, task, eval_samples)
+    answers.ask("before", model)
+    torch.manual_seed(train.seed)
+    add_adapter_v2(model, **arguments)
+    if strategy == "fsdp":
+        shard(fabric, model, dtype)
+    ranks.say(count_trainable(model))
+    broadcast_trained(fabric, model)
+    wrap_blocks(model, compile, checkpointing)
+
+    # Optimizer: weight decay on the prompts alone; all else learns more slowly
+    prompts = [block.attn.adapter_wte.weight for block in model.transformer.h[start_layer:]]
+    others = [tensor for tensor in trained_tensors(model).values() if not any(tensor is p for p in prompts)]
     optimizer = torch.optim.AdamW(
         [
             {"params": prompts, "weight_decay": train.weight_decay},
@@ -48,7 +101,37 @@ def main(
         lr=train.learning_rate,
         betas=(0.9, 0.95),
     )
-    job.finetune(optimizer, arguments)
+
+    # Loop: a resumed run starts where it stopped; Ctrl-C finishes the step, saves, and stops
+    model.train()
+    for step in run.steps(model, optimizer, total_steps, train.save_every):
+        batch = [task.train[i] for i in step_indices(step, train.batch_size, len(task.train), train.seed, train.epochs)]
+        n_targets = sum(sample.n_targets for sample in batch)
+
+        loss = torch.zeros((), device=fabric.device)
+        for micro_batch in split_by_tokens(batch, train.micro_batch_tokens, fabric, model):
+            micro_loss = target_loss(model, *collate(micro_batch, fabric.device)) / n_targets
+            fabric.backward(micro_loss)
+            loss += micro_loss.detach()
+        loss = sum_over_ranks(fabric, model, loss)  # and the gradients
+
+        lr = learning_rate_at(step, total_steps, train)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        grad_norm = clip_gradient(model, train.clip, step, batch)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        run.log(step, loss=loss.item(), lr=lr, grad_norm=grad_norm, tokens=sum(len(sample.ids) for sample in batch))
+        if (step + 1) % train.eval_every == 0 or step + 1 == total_steps:
+            run.keep_best(model, validate(fabric, model, task.validation, train.micro_batch_tokens))
+
+    # The model at its best validated step, and what it answers
+    run.load_best(model)
+    unwrap_blocks(model)
+    answers.ask("after", model)
+    answers.show()
+    ranks.say(f'\nsaved in {out_dir}; try: python generate/adapter.py --trained_dir {out_dir} --prompt "..."')
 
 
 if __name__ == "__main__":

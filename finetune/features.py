@@ -7,16 +7,24 @@ What a text's vector is, and what is kept of the classifier: lit_llama/methods/f
 """
 
 import time
-from pathlib import Path
 
-from lit_llama import cli
-from lit_llama.settings import DEFAULT_BASE
+from lit_llama import __version__, cli
+from lit_llama.bars import Bar
+from lit_llama.checkpoint import load_model
+from lit_llama.data import check_data, load_task
+from lit_llama.devices import base_dtype, launch
+from lit_llama.download import ensure_base
+from lit_llama.files import save_arrays
+from lit_llama.methods.features import CLASSIFIERS, fit_classifier, probabilities, text_vectors
+from lit_llama.settings import DEFAULT_BASE, Data
+from lit_llama.train.run import Run, default_out_dir
+from lit_llama.trained import TRAINED_FILE, describe_base
 
 
 def main(
     classifier: str = "logistic",
     checkpoint_dir: str = DEFAULT_BASE,
-    data: str = "data/intents",
+    data: Data = "data/intents",
     out_dir: str | None = None,
     prompt_style: str | None = None,
     max_samples: int | None = None,
@@ -41,16 +49,6 @@ def main(
         overwrite: Start anew in an out_dir that holds a run.
         yes: Do not ask before a download.
     """
-    from lit_llama.bars import Bar
-    from lit_llama.checkpoint import load_model
-    from lit_llama.data import check_data, load_task
-    from lit_llama.devices import base_dtype, launch
-    from lit_llama.download import ensure_base
-    from lit_llama.files import save_arrays, write_json
-    from lit_llama.methods.features import CLASSIFIERS, fit_classifier, probabilities, text_vectors
-    from lit_llama.runs import Run, save_command_line
-    from lit_llama.trained import METHOD_FILE, TRAINED_FILE, describe_base
-
     if classifier not in CLASSIFIERS:
         raise cli.UserError(f"--classifier {classifier!r} is none of {', '.join(CLASSIFIERS)}")
     for name, value in dict(max_samples=max_samples, max_seq_length=max_seq_length).items():
@@ -61,9 +59,19 @@ def main(
     check_data(data)  # before anything is fetched
     ensure_base(checkpoint_dir, yes)
     fabric = launch()
-    run = Run(fabric, out_dir or f"out/features/{Path(data).stem}", checkpoint_dir, overwrite=overwrite)
     task = load_task(data, checkpoint_dir, prompt_style, max_seq_length, classify=True)
     print(task.summary)
+    settings = {
+        "method": "features",
+        "arguments": {"classifier": classifier, "labels": task.labels},
+        "base": describe_base(checkpoint_dir),
+        "prompt_style": task.prompt_style,
+        "data": task.data,
+        "data_fingerprint": task.fingerprint,
+        "train": {"max_seq_length": max_seq_length, "seed": seed},
+        "version": __version__,
+    }
+    run = Run(fabric, out_dir or default_out_dir("features", data), settings, overwrite=overwrite)
     model = load_model(checkpoint_dir, base_dtype(precision, fabric.device), fabric.device)
 
     started = time.perf_counter()
@@ -76,20 +84,10 @@ def main(
     for name in splits:
         say_accuracy(name, [labels[i] for i in probabilities(arrays, vectors[name]).argmax(1)], answers[name])
 
-    run.remove()
-    run.save_costs(seconds)
+    settings["arguments"]["labels"] = labels  # of the samples that were trained on
+    run.start(sum(array.size for array in arrays.values()))
     save_arrays(run.out_dir / TRAINED_FILE, arrays)
-    method = {
-        "method": "features",
-        "arguments": {"classifier": classifier, "labels": labels},
-        "trained_numbers": sum(array.size for array in arrays.values()),
-        "base": describe_base(checkpoint_dir),
-        "prompt_style": task.prompt_style,
-        "data": task.data,
-        "train": {"max_seq_length": max_seq_length, "seed": seed},
-    }
-    write_json(run.out_dir / METHOD_FILE, method)
-    save_command_line(run.out_dir)
+    run.save_costs(seconds)
     print(f'\nsaved in {run.out_dir}; try: python generate/classify.py --trained_dir {run.out_dir} --prompt "..."')
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lit_llama import ranks
-from lit_llama.blocks import block_forwards
+from lit_llama.blocks import wrap_blocks
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
 from lit_llama.devices import base_dtype, default_device, launch_sharded
@@ -60,8 +60,8 @@ def answering(
     dtype = base_dtype(precision, device)
     loaded = load_answerer(trained_dir, checkpoint_dir, prompt_style, dtype, device, quantize, fabric)
     pack(loaded.model, compiled=compile)
-    with block_forwards(loaded.model, compile=compile):
-        yield loaded, fabric
+    wrap_blocks(loaded.model, compile=compile)
+    yield loaded, fabric
 
 
 def load_answerer(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -12,39 +10,31 @@ from torch.utils.checkpoint import checkpoint
 from lit_llama.model import LLaMA
 
 
-@contextmanager
-def block_forwards(model: LLaMA, compile: bool = False, checkpointing: bool = False) -> Iterator[None]:
-    """Replace the forward pass of every block, and put the plain one back afterwards.
+def wrap_blocks(model: LLaMA, compile: bool = False, checkpointing: bool = False) -> None:
+    """Replace the forward pass of every block; ``unwrap_blocks`` puts the plain one back.
 
     ``compile``: by torch.compile, each block alone and for all lengths: a minute or more once, then fewer and larger
     kernels.
     ``checkpointing``: keep a block's input alone and compute the rest again in the backward pass
     (https://arxiv.org/abs/1604.06174). Blocks below the first one that trains build no graph, and are left out.
     """
-    blocks, first = model.transformer.h, first_trained(model)
-    for i, block in enumerate(blocks):
+    first = first_trained(model)
+    if compile:  # by default it takes a block for another one that differs in its hooks alone, as LoRA's do
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        # and gives up after eight variants: with a method or without, a gradient or not, padding or not, in validation
+        torch._dynamo.config.cache_size_limit = 64
+    for i, block in enumerate(model.transformer.h):
         forward = block.forward
         if compile:
             forward = torch.compile(forward, dynamic=True)
         if checkpointing and i >= first:
             forward = partial(checkpoint, forward, use_reentrant=False)
         block.forward = forward
-    try:
-        with tell_blocks_apart() if compile else nullcontext():
-            yield
-    finally:
-        for block in blocks:
-            del block.forward  # the class's own is left
 
 
-def tell_blocks_apart() -> AbstractContextManager:
-    """Settings of torch.compile for blocks that share one function and differ in what they do.
-
-    By default it takes a block for another one that differs in its hooks alone, as LoRA's do; and it gives up after
-    eight variants, of which there are more: with a method or without, an input that has a gradient or not, padding or
-    not, in training and in validation.
-    """
-    return torch._dynamo.config.patch(skip_nnmodule_hook_guards=False, cache_size_limit=64)
+def unwrap_blocks(model: LLaMA) -> None:
+    for block in model.transformer.h:
+        block.__dict__.pop("forward", None)  # the class's own is left
 
 
 def first_trained(model: LLaMA) -> int:

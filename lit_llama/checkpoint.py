@@ -174,15 +174,21 @@ def check_dtypes(headers: dict[str, tuple[tuple[int, ...], str]], known: tuple[s
 
 
 def load_model(
-    folder: Path | str, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
+    folder: Path | str,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+    sharded: bool = False,
 ) -> LLaMA:
     """The model of a checkpoint folder, in ``dtype`` (as it is stored: None) on ``device``.
 
     UserError where the weights do not fit the config.
 
     It is made on the meta device and takes each tensor as it is read: at most one tensor exists twice. On the CPU a
-    tensor that is stored in ``dtype`` already stays memory-mapped and is not copied at all.
+    tensor that is stored in ``dtype`` already stays memory-mapped and is not copied at all. So do all tensors of a
+    model that is to be ``sharded``: sharding.py casts and moves them block by block.
     """
+    if sharded:
+        dtype, device = None, "cpu"
     config, files = load_config(folder), weight_files(folder)
     check_headers(config, files, Path(folder))
     state: dict[str, Tensor] = {}

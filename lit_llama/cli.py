@@ -12,16 +12,11 @@ from difflib import get_close_matches
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
+from lit_llama.common.errors import Interrupted, UserError
+from lit_llama.settings import SHARED_FLAGS
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
-
-
-class UserError(ValueError):
-    """Something the user can put right: the message says what was found, with the numbers, and the way out."""
-
-
-class Interrupted(Exception):
-    """Training was stopped by the user after its state was saved."""
 
 
 def run(main: Callable, leading: str | None = None) -> None:
@@ -65,12 +60,14 @@ command_line: str | None = None  # the resolved settings as YAML, for a run to s
 
 
 def parser_of(main: Callable) -> ArgumentParser:
-    """The parser of a script: a flag for each argument of ``main``, with the sentence that its docstring has for it."""
+    """A flag for each argument of ``main``; its help is a line of the docstring's Args, or of SHARED_FLAGS."""
     from jsonargparse import auto_parser
 
     parser = auto_parser(main, as_positional=False)
     parser.exit_on_error = False  # jsonargparse prints the usage, a screenful, before what is wrong
     parser.allow_abbrev = False
+    for action in parser._actions:
+        action.help = action.help or SHARED_FLAGS.get(action.dest)
     return parser
 
 

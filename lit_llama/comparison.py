@@ -41,7 +41,7 @@ class ScriptRun:
 
     @property
     def trained(self) -> bool:
-        from lit_llama.runs import COSTS_FILE, read_metrics
+        from lit_llama.train.run import COSTS_FILE, read_metrics
 
         if self.method == "features":
             return (self.out_dir / COSTS_FILE).exists()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_llama.batches import IGNORE, Encoded, collate, micro_batches
-from lit_llama.blocks import block_forwards
+from lit_llama.blocks import wrap_blocks
 from lit_llama.checkpoint import load_config
 from lit_llama.cli import UserError
 from lit_llama.configs import CONFIGS
@@ -26,7 +26,7 @@ from lit_llama.generate import generate
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.quantize import pack, quantize_base
-from lit_llama.train import target_loss
+from lit_llama.train.loss import target_loss
 from lit_llama.trained import trained_tensors
 
 
@@ -105,9 +105,9 @@ def build_ours(contender: Contender, kind: str, device: torch.device, stack: Exi
     open_gates(model)
     if kind == "decode":
         pack(model, compiled="compile" in options)
-        stack.enter_context(block_forwards(model, compile="compile" in options))
+        wrap_blocks(model, compile="compile" in options)
         return lambda prompt, count: sum(1 for _ in generate(model, prompt, count, stop=set()))
-    stack.enter_context(block_forwards(model, compile="compile" in options, checkpointing="checkpointing" in options))
+    wrap_blocks(model, compile="compile" in options, checkpointing="checkpointing" in options)
     optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=1e-3)
 
     def step(samples: list[Encoded]) -> int:

@@ -185,6 +185,7 @@ def load_task(
     prompt_style: str | None,
     max_seq_length: int,
     classify: bool = False,
+    n_virtual: int = 0,
 ) -> Task:
     """Read, split and encode ``data`` for a base; ``summary`` says what was found and what was dropped.
 
@@ -205,6 +206,12 @@ def load_task(
     (train, train_ids), (validation, val_ids) = (
         encode_samples(split, style, tokenizer, max_seq_length) for split in samples
     )
+    longest = max(len(sample.ids) for sample in train_ids + val_ids)
+    if longest + n_virtual > block_size:
+        raise UserError(
+            f"the longest sample has {longest} tokens, and the {n_virtual} in front leave {block_size - n_virtual} of "
+            f"the base's context of {block_size}; pass --train.max_seq_length {block_size - n_virtual}"
+        )
     seen = {sample.key() for sample in train}
     dropped = sum(map(len, samples)) - len(train) - len(validation)
     notes = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,9 @@ import torch
 
 from lit_llama import ranks
 from lit_llama.cli import UserError
+from lit_llama.model import LLaMA
 from lit_llama.sharding import check_sharding
+from lit_llama.trained import trained_tensors
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -24,7 +25,13 @@ STRATEGIES = {"auto": "auto", "ddp": "ddp", "fsdp": "ddp"}
 PRECISIONS = {"bf16-true": torch.bfloat16, "32-true": torch.float32}
 
 
-def launch(devices: int = 1, num_nodes: int = 1, strategy: str = "auto", loggers: Sequence[Logger] = ()) -> Fabric:
+def launch(
+    devices: int = 1,
+    num_nodes: int = 1,
+    strategy: str = "auto",
+    logger: str | None = None,
+    out_dir: Path | str = "",
+) -> Fabric:
     """Start Fabric on the machine's accelerator, with one process for each device; torchrun's or srun's if it was one
     of them that started this program.
 
@@ -46,7 +53,7 @@ def launch(devices: int = 1, num_nodes: int = 1, strategy: str = "auto", loggers
             num_nodes=num_nodes,
             strategy=STRATEGIES[strategy],
             precision="32-true",
-            loggers=list(loggers),
+            loggers=named_loggers(logger, Path(out_dir)),
         )
         fabric.launch()
         ranks.connect(fabric)
@@ -67,6 +74,14 @@ def launch_sharded(devices: int, num_nodes: int, quantize: str | None) -> Fabric
             f"leave out --quantize {quantize}, or take one device"
         )
     return launch(devices, num_nodes, "fsdp")
+
+
+@torch.no_grad()
+def broadcast_trained(fabric: Fabric, model: LLaMA) -> None:
+    """Give every rank rank 0's trained tensors: what they are computed from may round differently on other machines."""
+    if fabric.world_size > 1:
+        for tensor in trained_tensors(model).values():
+            torch.distributed.broadcast(tensor.detach(), src=0)
 
 
 def named_loggers(name: str | None, out_dir: Path) -> list[Logger]:

@@ -24,7 +24,7 @@ from lit_llama.prompts import encode_prompt, stop_ids, user_text
 from lit_llama.samples import Sample, read_samples
 from lit_llama.sharding import keep_in_step
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.train import target_vectors
+from lit_llama.train.loss import target_vectors
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -128,7 +128,7 @@ def is_right(answer: str, sample: Sample) -> bool:
     return answer.strip() == sample.answer.strip()
 
 
-class Comparison:
+class BeforeAfter:
     """The answers to held-out samples at several points of a run, shared among the ranks, and how many are right."""
 
     def __init__(self, fabric: Fabric, task: Task, n_samples: int) -> None:
@@ -139,8 +139,12 @@ class Comparison:
         self.samples = task.held_out[: self.n_samples]
         self.answers: dict[str, list[str]] = {}
 
-    def answer(self, when: str, model: LLaMA) -> None:
-        task, labels = self.task, self.task.labels
+    def ask(self, when: str, model: LLaMA) -> None:
+        """Answer the samples, if ``model`` can: a base to be sharded is not on its device yet, and has no labels."""
+        wte, labels = model.transformer.wte.weight, self.task.labels
+        if wte.device.type != self.fabric.device.type or labels and model.lm_head.out_features != len(labels):
+            return
+        task = self.task
         if labels is not None:
             prompts = [sample.ids for sample in task.validation[: self.n_samples]]
             chosen = shared(self.fabric, model, prompts, lambda own: list(label_shares(model, own).argmax(1)))

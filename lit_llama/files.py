@@ -92,8 +92,8 @@ def write_error(path: Path, error: OSError) -> UserError:
     return UserError(f"{path} cannot be written ({error.strerror or error}): {way_out}; what was there is untouched")
 
 
-# Names of ``whole_file`` and of trunk.py, and those that safetensors writes under. Nothing else in a folder is ours.
-UNFINISHED = re.compile(r"\..+\.\d+\.tmp|\.trunk\.tmp|\.tmp[0-9A-Za-z]{6}")
+# Names of ``whole_file``, and those that safetensors writes under. Nothing else in a folder is ours.
+UNFINISHED = re.compile(r"\..+\.\d+\.tmp|\.tmp[0-9A-Za-z]{6}")
 
 
 def remove_unfinished(folder: Path) -> None:

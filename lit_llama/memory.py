@@ -21,10 +21,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lit_llama.blocks import block_forwards
+from lit_llama.blocks import wrap_blocks
 from lit_llama.cli import UserError
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.train import BUCKET_NUMBERS, target_loss
+from lit_llama.train.loss import BUCKET_PARAMETERS, target_loss
 from lit_llama.trained import trained_tensors
 
 aten = torch.ops.aten
@@ -197,7 +197,7 @@ def estimate(
     trained = sum(p.nbytes for p in params)
     state, update = optimizer_step(params, foreach=device_type == "cuda")
     if devices > 1:
-        update = max(update, min(trained, 4 * max(BUCKET_NUMBERS, *(p.numel() for p in params))))
+        update = max(update, min(trained, 4 * max(BUCKET_PARAMETERS, *(p.numel() for p in params))))
     if sharded:  # one block gathered for use, and one on its way
         frozen -= max(0, sum(blocks) - sum(blocks) // devices - 2 * max(blocks))
     with FakeTensorMode() if device_type == "cpu" else FusedAttention():
@@ -219,7 +219,8 @@ def one_pass(model: LLaMA, ledger: Ledger, lengths: list[int], checkpointing: bo
             ledger.note(param.grad)
     before, at_head = ledger.now, []
     model.lm_head.register_forward_pre_hook(lambda *_: at_head.append(ledger.now))
-    with block_forwards(model, checkpointing=checkpointing), ledger:
+    wrap_blocks(model, checkpointing=checkpointing)
+    with ledger:
         target_loss(model.train(), ids, targets, lengths).backward()
     return at_head[0] - before, ledger.peak - at_head[0]
 

@@ -69,10 +69,10 @@ def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
     plt = pyplot()
     if plt is None:
         return
-    points = {name: row for name, row in results.items() if "trained_numbers" in row and "right" in row}
-    levels = {name: row for name, row in results.items() if "trained_numbers" not in row}
+    points = {name: row for name, row in results.items() if "trained_parameters" in row and "right" in row}
+    levels = {name: row for name, row in results.items() if "trained_parameters" not in row}
     axes = {
-        "trained_numbers": ("numbers trained", 1, "log"),
+        "trained_parameters": ("numbers trained", 1, "log"),
         "peak_memory": ("peak memory in training (GB)", 1e9, "linear"),
     }
     for key, (label, unit, scale) in axes.items():

@@ -12,8 +12,8 @@ from lit_llama.batches import Encoded, collate
 from lit_llama.files import read_json
 from lit_llama.intervals import loss_interval, paired_difference, share_interval
 from lit_llama.model import LLaMA
-from lit_llama.runs import read_metrics
-from lit_llama.train import target_loss
+from lit_llama.train.run import read_metrics
+from lit_llama.train.loss import target_loss
 from lit_llama.trained import read_method
 
 
@@ -66,8 +66,8 @@ def markdown(results: dict[str, dict]) -> str:
     full = results.get("full")
     for name, row in results.items():
         cells = [name]
-        if "trained_numbers" in row:
-            cells += [f"{row['trained_numbers']:,}", f"{row['trained_share']:.3%}"]
+        if "trained_parameters" in row:
+            cells += [f"{row['trained_parameters']:,}", f"{row['trained_share']:.3%}"]
         else:
             cells += ["0", "0 %"]
         if "right" in row:

@@ -4,10 +4,38 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
+
+if TYPE_CHECKING:
+    Data = str | list[dict]  # a path, or from Python the rows themselves
+else:
+    Data = str  # what the command line can say
 
 DEFAULT_BASE = "checkpoints/smollm2-135m-instruct"
+
+# The flags that all finetune scripts have, for --help.
+SHARED_FLAGS = {
+    "train": "The settings of the training loop.",
+    "data": "A .json, .jsonl, .csv or .txt file, or a folder with train and validation files.",
+    "checkpoint_dir": "Folder of the base. The default one is offered for download if it is missing.",
+    "out_dir": "Folder for the results. Default: out/, the method and the name of the data.",
+    "prompt_style": "alpaca, chatml, llama2, llama3 or plain. Default: what the base's tokenizer tells.",
+    "eval_samples": "Held-out samples to answer before and after training; 0 for none.",
+    "devices": "Processes per node, one for each device.",
+    "num_nodes": "Number of machines.",
+    "strategy": "ddp: the base on every device; fsdp: sharded across them, if it does not fit on one; or auto.",
+    "precision": "Precision of the base's weights: bf16-true, 32-true, or auto for the faster one.",
+    "compile": "Compile the blocks with torch.compile: minutes once; no gain in float32 on a CPU.",
+    "checkpointing": "Recompute activations in the backward pass: less memory, a third more work.",
+    "quantize": "Keep the frozen base's weights in int8, or on CUDA in nf4.",
+    "logger": '"tensorboard" also shows the figures of metrics.csv there; it reads them from out_dir.',
+    "resume": "Continue the run in out_dir.",
+    "overwrite": "Replace the run in out_dir.",
+    "allow_changes": "With resume: continue although data, base or settings of training have changed.",
+    "yes": "Do not ask before a download.",
+}
 
 
 @dataclass
@@ -63,6 +91,18 @@ class TrainArgs:
         if (self.warmup_steps or 0) >= steps:
             raise UserError(f"--train.warmup_steps {self.warmup_steps} must be less than the {steps} steps in all")
         return steps
+
+    def summary(self, n_samples: int, world_size: int = 1) -> str:
+        """How often the steps go through the samples, and whether every device has work."""
+        steps = self.total_steps(n_samples)
+        passes = self.epochs or steps * self.batch_size / n_samples
+        text = f"{steps:,} steps of {self.batch_size}: {passes:.2g} times through the samples to train on"
+        if self.batch_size < world_size:
+            text += (
+                f"\nnote: --train.batch_size {self.batch_size} gives work to only {self.batch_size} of {world_size} "
+                "devices; a larger one, with a higher --train.learning_rate, to all"
+            )
+        return text
 
 
 @dataclass

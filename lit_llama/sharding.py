@@ -8,7 +8,8 @@ it stays whole, in float32 and on every rank, so that its gradient, clipping, op
 without sharding. So do the embedding, the last norm and the head, 0.5 of the 13 GB of LLaMA-7B.
 
 To gather is a collective, so all ranks must pass through the model equally often: one without work of its own in a step
-passes with a loss of weight 0 (``idle_passes``), one that has answered its samples goes along (``keep_in_step``).
+passes with samples that have no targets (train/loss.py), one that has answered its samples goes along
+(``keep_in_step``).
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ from lit_llama.model import LLaMA
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+
+def check_together(strategy: str, compile: bool, quantize: str) -> None:
+    """UserError for flags that cannot be had together."""
+    if strategy == "fsdp" and (compile or quantize != "none"):
+        raise UserError("--strategy fsdp goes with neither --compile nor --quantize; pass ddp")
 
 
 def check_sharding(world_size: int) -> None:
@@ -79,11 +86,6 @@ def place(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     for param in module.parameters():
         if not is_piece(param):
             param.data = param.data.to(device, param.dtype if param.requires_grad else dtype)
-
-
-def idle_passes(model: LLaMA, passes: list[int], rank: int) -> int:
-    """How often a rank must pass through ``model`` for nothing, when its ranks have work for so many ``passes``."""
-    return max(passes) - passes[rank] if is_sharded(model) else 0
 
 
 @contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lit_llama import ranks
+from lit_llama import __version__, ranks
 from lit_llama.checkpoint import (
     MODEL_FILE,
     check_dtypes,
@@ -19,7 +21,11 @@ from lit_llama.checkpoint import (
 from lit_llama.cli import UserError
 from lit_llama.files import read_json, read_tensors, tensor_headers
 from lit_llama.model import LLaMA
-from lit_llama.quantize import quantization, quantize_base
+from lit_llama.quantize import count_numbers, quantization, quantize_base
+
+if TYPE_CHECKING:  # data is loaded above this module
+    from lit_llama.data import Task
+    from lit_llama.settings import TrainArgs
 
 TRAINED_FILE, METHOD_FILE = "trained.safetensors", "method.json"
 DTYPES = {torch.float32: "F32", torch.float64: "F64"}  # what trains is float32; a test's whole model may be float64
@@ -29,6 +35,12 @@ RECIPE = ("method", "arguments", "prompt_style")  # of method.json, repeated in 
 def trained_tensors(model: LLaMA) -> dict[str, Tensor]:
     """What trains, by name: freeze first, then add, and nothing else is left."""
     return {name: param for name, param in model.named_parameters() if param.requires_grad}
+
+
+def count_trainable(model: LLaMA) -> str:
+    """How many parameters are trained, as a line for the user."""
+    trainable, total = sum(tensor.numel() for tensor in trained_tensors(model).values()), count_numbers(model)
+    return f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)"
 
 
 def kept_tensors(model: LLaMA) -> dict[str, Tensor]:
@@ -42,6 +54,35 @@ def describe_base(checkpoint_dir: Path | str) -> dict:
         "checkpoint_dir": Path(checkpoint_dir).as_posix(),  # read on Windows and elsewhere
         "name": load_config(checkpoint_dir).name,
         "fingerprint": fingerprint(checkpoint_dir),
+    }
+
+
+def describe_run(
+    method: str,
+    arguments: dict,
+    checkpoint_dir: Path | str,
+    task: Task,
+    train: TrainArgs,
+    dtype: torch.dtype,
+    quantize: str = "none",
+    **rates: float,
+) -> dict:
+    """What method.json says of a run: all that generation and a resumed run need to know.
+
+    ``arguments`` are those of the method's function; ``rates`` are further settings of the optimizer.
+    """
+    return {
+        "method": method,
+        "arguments": arguments,
+        "base": describe_base(checkpoint_dir),
+        "base_dtype": str(dtype).removeprefix("torch."),
+        "quantize": quantize,
+        "prompt_style": task.prompt_style,
+        "data": task.data,
+        "data_fingerprint": task.fingerprint,
+        "train": asdict(train),
+        **rates,
+        "version": __version__,
     }
 
 
@@ -150,6 +191,7 @@ def read_method(trained_dir: Path | str) -> dict:
     method = read_json(path)
     check_fields(method, {"method": str, "arguments": dict, "base": dict, "prompt_style": str}, path)
     check_fields(method["base"], {"checkpoint_dir": str, "name": str, "fingerprint": str}, path)
+    method.setdefault("trained_parameters", method.get("trained_numbers"))  # its name in older folders
     method.setdefault("quantize", "none")  # folders written before the field existed lack it
     check_fields(method, {"quantize": str}, path)
     check_fields(method.setdefault("train", {"max_seq_length": 512}), {"max_seq_length": int}, path)

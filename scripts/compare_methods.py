@@ -69,7 +69,7 @@ def main(
     from lit_llama.data import split_file
     from lit_llama.devices import STRATEGIES
     from lit_llama.download import ensure_base
-    from lit_llama.runs import save_command_line
+    from lit_llama.train.run import save_command_line
     from lit_llama.sharding import check_sharding
 
     sizes = dict(n_samples=n_samples, pilot_samples=pilot_samples, batch_size=batch_size, devices=devices)
@@ -138,10 +138,10 @@ def possible_runs(
 def keep_settings(path: Path, settings: dict) -> None:
     """Refuse to mix runs of other settings with those that are finished."""
     from lit_llama.files import read_json, write_json
-    from lit_llama.runs import differences
+    from lit_llama.train.run import differences
 
     earlier = {"devices": 1, "strategy": "auto"}  # of a comparison that was begun before there was a choice
-    if path.exists() and (changes := differences({**earlier, **read_json(path)}, settings)):
+    if path.exists() and (changes := differences({**earlier, **read_json(path)}, settings).values()):
         raise cli.UserError(
             f"{path.parent} holds a comparison with other settings: {'; '.join(changes)}; pass another --out_dir"
         )
@@ -185,7 +185,7 @@ def several_devices(settings: dict, method: str = "") -> list[str]:
 
 def train(job: ScriptRun, flags: list[str], failed: dict[str, str], bar: Bar) -> bool:
     """Run a finetune script unless it has run; the bar follows its metrics.csv. Whether there is a trained folder."""
-    from lit_llama.runs import STATE_FILE, read_metrics
+    from lit_llama.train.run import STATE_FILE, read_metrics
 
     bar.set_description(job.name)
     before = bar.n
@@ -255,7 +255,7 @@ def report(
     from lit_llama.files import write_json
     from lit_llama.plots import plot_ablations, plot_comparison
     from lit_llama.report import markdown, quality
-    from lit_llama.runs import read_metrics
+    from lit_llama.train.run import read_metrics
 
     done = [job for job in jobs if job.name not in failed]
     sample = load_task(settings["data"], settings["checkpoint_dir"], None, 512).train[: settings["batch_size"]]
@@ -277,7 +277,7 @@ def measure(job: ScriptRun, samples: list, file: Path) -> dict:
     from lit_llama.checkpoint import load_model
     from lit_llama.files import read_json
     from lit_llama.report import flops_per_token, learning_rate, lowest_loss, quality
-    from lit_llama.runs import COSTS_FILE, read_metrics
+    from lit_llama.train.run import COSTS_FILE, read_metrics
     from lit_llama.trained import load_trained_folder, read_method
 
     method = read_method(job.out_dir)
@@ -290,8 +290,8 @@ def measure(job: ScriptRun, samples: list, file: Path) -> dict:
     rows = read_metrics(job.out_dir)
     weights = [path for path in job.out_dir.glob("*.safetensors")]
     figures = {
-        "trained_numbers": method["trained_numbers"],
-        "trained_share": method["trained_numbers"] / sum(tensor.numel() for tensor in model.parameters()),
+        "trained_parameters": method["trained_parameters"],
+        "trained_share": method["trained_parameters"] / sum(tensor.numel() for tensor in model.parameters()),
         "gflop_per_token": flops_per_token(model, samples) / 1e9,
         **read_json(job.out_dir / COSTS_FILE),  # seconds, peak_memory
         "kept_bytes": sum(path.stat().st_size for path in weights),

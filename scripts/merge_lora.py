@@ -46,7 +46,7 @@ def main(trained_dir: str, out_dir: str, checkpoint_dir: str | None = None, dtyp
     from lit_llama.checkpoint import save_checkpoint
     from lit_llama.convert import copy_tokenizer
     from lit_llama.files import whole_folder
-    from lit_llama.runs import save_command_line
+    from lit_llama.train.run import save_command_line
     from lit_llama.trained import load_trained_folder, read_method
 
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -128,7 +128,7 @@ def save_prompts(model: "LLaMA", method: dict, base: Path) -> None:
     changes = {
         "method": "adapter",
         "arguments": arguments,
-        "trained_numbers": sum(tensor.numel() for tensor in prompts.values()),
+        "trained_parameters": sum(tensor.numel() for tensor in prompts.values()),
         "base": describe_base(base),
     }
     save_tensors(base / "adapter" / TRAINED_FILE, prompts)

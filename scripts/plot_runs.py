@@ -19,7 +19,7 @@ def main(runs: list[str], out_file: str = "out/runs.png") -> None:
         out_file: The picture to write: .png, .svg or .pdf.
     """
     from lit_llama.plots import plot_runs
-    from lit_llama.runs import read_metrics
+    from lit_llama.train.run import read_metrics
 
     metrics = {run: read_metrics(Path(run)) for run in runs}
     if missing := [run for run, rows in metrics.items() if not rows]:

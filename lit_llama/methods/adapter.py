@@ -90,10 +90,12 @@ def start_from_text(model: LLaMA, ids: list[int]) -> None:
 
     Their keys and values are such as the block's attention knows. Those of N(0, 1) mean nothing, and in SmolLM2-135M
     are about three (keys) and up to eight times (values) as large. Prefix tuning gains from real words, too (Li & Liang
-    2021, section 7.4, https://arxiv.org/abs/2101.00190). The gates must be zero, or a block would read what the prompts
-    below make of the text. A text of fewer tokens than K + 1 is repeated.
+    2021, section 7.4, https://arxiv.org/abs/2101.00190). A text of fewer tokens than K + 1 is repeated. UserError
+    unless the gates are zero: a block would read what the prompts below make of the text.
     """
     adapted = [block.attn for block in model.transformer.h if isinstance(block.attn, AdapterAttention)]
+    if any(attn.gating_factor.any() for attn in adapted):
+        raise UserError("prompts start from a text only where gates start at zero: pass --prompt_init normal")
     K, device = adapted[0].adapter_wte.num_embeddings, adapted[0].adapter_wte.weight.device
     length = min(max(len(ids), K + 1), model.context)
     text = torch.tensor([(ids * (K + 1))[:length]], device=device)
