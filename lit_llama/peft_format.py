@@ -109,7 +109,7 @@ def import_peft(
     description = {
         "method": method,
         "arguments": arguments,
-        "trained_numbers": sum(tensor.numel() for tensor in tensors.values()),
+        "trained_parameters": sum(tensor.numel() for tensor in tensors.values()),
         "base": describe_base(checkpoint_dir),
         "prompt_style": choose_style(prompt_style, Tokenizer(checkpoint_dir)),
         "train": {"max_seq_length": max_seq_length},

@@ -12,8 +12,8 @@ from lit_llama.batches import Encoded, collate
 from lit_llama.files import read_json
 from lit_llama.intervals import loss_interval, paired_difference, share_interval
 from lit_llama.model import LLaMA
-from lit_llama.train.run import read_metrics
 from lit_llama.train.loss import target_loss
+from lit_llama.train.run import read_metrics
 from lit_llama.trained import read_method
 
 

@@ -69,8 +69,8 @@ def main(
     from lit_llama.data import split_file
     from lit_llama.devices import STRATEGIES
     from lit_llama.download import ensure_base
-    from lit_llama.train.run import save_command_line
     from lit_llama.sharding import check_sharding
+    from lit_llama.train.run import save_command_line
 
     sizes = dict(n_samples=n_samples, pilot_samples=pilot_samples, batch_size=batch_size, devices=devices)
     for name, value in sizes.items():
