@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -52,8 +53,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """As ``atomic_write`` for a folder that does not exist yet."""
     path = Path(path)
-    if path.exists():
-        raise UserError(f"{path} exists already; remove it or choose another folder")
+    check_new(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -67,6 +67,27 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise write_error(path, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_writable(path: Path | str) -> None:
+    """Raise UserError if the file ``path`` could not be written; for scripts to call before their work."""
+    above = Path(path).absolute().parent
+    try:
+        if Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        while not above.exists():
+            above = above.parent
+        with TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise write_error(path, error) from None
+
+
+def check_new(path: Path | str) -> None:
+    """Raise UserError if the file or folder ``path`` exists already, or could not be written."""
+    if Path(path).exists():
+        raise UserError(f"{path} exists already; remove it or choose another name")
+    check_writable(path)
 
 
 def flush(path: Path) -> None:
@@ -86,8 +107,8 @@ def flush_folder(folder: Path) -> None:
         os.close(opened)
 
 
-def write_error(path: Path, error: OSError) -> UserError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+def write_error(path: Path | str, error: OSError) -> UserError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: numpy wrote less than it should
     way_out = "make room and try again" if full else "choose a place that you may write to"
     return UserError(f"{path} cannot be written ({error.strerror or error}): {way_out}; what was there is untouched")
 

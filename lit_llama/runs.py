@@ -245,7 +245,10 @@ class Run:
     def cut_metrics(self, step: int) -> None:
         """Forget the steps after ``step``: they are about to be taken again."""
         kept = [row for row in read_metrics(self.out_dir) if int(row["step"]) <= step]
-        with atomic_write(self.out_dir / METRICS_FILE) as path, open(path, "w", newline="", encoding="utf-8") as file:
+        with (
+            atomic_write(self.out_dir / METRICS_FILE) as temporary,
+            open(temporary, "w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.DictWriter(file, METRICS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(kept)
@@ -339,7 +342,7 @@ def save_command_line(folder: Path) -> None:
 def read_metrics(out_dir: Path) -> list[dict]:
     """The steps so far of a run, that may be going on: without a last line that is still being written.
 
-    Raises UserError with the line where a column of METRICS is missing or is not a number; val_loss may be empty.
+    Raises UserError with the line where a value is not a number; only the validation loss may be empty.
     """
     path = out_dir / METRICS_FILE
     if not path.exists():
@@ -350,11 +353,11 @@ def read_metrics(out_dir: Path) -> list[dict]:
         for row in reader:
             if list(row) != METRICS:
                 raise ValueError
-            int(row["step"]), [float(row[name]) for name in METRICS if row[name] or name != "val_loss"]
+            int(row["step"]), [float(value) for name, value in row.items() if value != "" or name != "val_loss"]
             rows.append(row)
     except (csv.Error, TypeError, ValueError):
         names = ", ".join(METRICS)
-        raise UserError(f"{path}:{reader.line_num}: expected a number for each of {names}; correct that line") from None
+        raise UserError(f"{path}:{reader.line_num}: expected numbers for {names}; correct that line") from None
     return rows
 
 

@@ -37,11 +37,12 @@ def main(
         val_fraction: The part held out, chosen by a hash of each record.
     """
     from lit_llama.data import hash_fraction
-    from lit_llama.files import atomic_write
+    from lit_llama.files import atomic_write, check_writable
     from lit_llama.samples import json_rows, to_sample
 
     if not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction {val_fraction} must lie between 0 and 1")
+    check_writable(Path(out_dir) / "train.json")
     content = fetch(source)
     found = hashlib.sha256(content).hexdigest()
     print(f"{source}: {len(content):,} bytes, sha256 {found}")

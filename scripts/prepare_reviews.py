@@ -38,8 +38,9 @@ def main(out_dir: str = "data/reviews", source: str = URL, seed: int = 1337) -> 
         source: Address of the archive, or a folder that holds its two files.
         seed: Of the split; the same seed gives the same bytes.
     """
-    from lit_llama.files import atomic_write
+    from lit_llama.files import atomic_write, check_writable
 
+    check_writable(Path(out_dir) / "train.json")
     rows, seen = [], set()
     for label, content in read_source(source).items():
         sentences = [line.strip() for line in decode(content).split("\n") if line.strip()]

@@ -429,7 +429,7 @@ def test_resume_with_metrics_edited_by_hand(fabric, places, tmp_path):
     start(fabric, places, tmp_path / "out", resume=True)
     assert path.read_bytes() == whole
     path.write_bytes(whole.replace(b"\n2,", b"\ntwo,"))
-    with pytest.raises(UserError, match=r"metrics.csv:3: expected a number for each of step, .*; correct that line"):
+    with pytest.raises(UserError, match=r"metrics.csv:3: expected numbers for step, .*; correct that line"):
         start(fabric, places, tmp_path / "out", resume=True)
     path.unlink()
     start(fabric, places, tmp_path / "out", resume=True)
