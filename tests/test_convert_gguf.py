@@ -238,7 +238,7 @@ def test_ensure_base_asks_once(tmp_path, monkeypatch, capsys):
     download.agree.cache_clear()
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: False))
     ensure_base(default, yes=False)
-    assert capsys.readouterr().out.endswith("fetching it now: there is no terminal to ask on\n")
+    assert capsys.readouterr().out.endswith("there is no terminal to ask on, so it will be fetched\n")
     assert fetched == [default, default]
 
 
