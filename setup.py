@@ -34,6 +34,7 @@ setup(
         "sentencepiece>=0.2",
         "jsonargparse[signatures]>=4.49",
         "tqdm>=4.66",
+        "filelock>=3.13",
         "safetensors>=0.4.5",
         "tokenizers>=0.20",
         "gguf>=0.16",

@@ -10,6 +10,7 @@ is not computed again: its keys and values stay in the cache.
 import sys
 
 from lit_llama import cli
+from lit_llama.download import ask_for_base, ensure_base
 from lit_llama.settings import DEFAULT_BASE, Sampling
 
 
@@ -36,10 +37,12 @@ def main(
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
         yes: Do not ask before a download.
     """
-    from lit_llama.chat import Chat, converse
+    if not trained_dir:
+        ask_for_base(checkpoint_dir or DEFAULT_BASE, yes)
+
+    from lit_llama.chat import Chat, converse, edit_lines
     from lit_llama.checkpoint import load_model
     from lit_llama.devices import base_dtype, default_device
-    from lit_llama.download import ensure_base
     from lit_llama.prompts import choose_style
     from lit_llama.tokenizer import Tokenizer
     from lit_llama.trained import base_method, read_method
@@ -66,10 +69,7 @@ def main(
     on_terminal = sys.stdin.isatty()
     if on_terminal:
         say(f"{base.config.name}; /help for help\n")
-        try:
-            import readline  # noqa: F401  input() then lets one edit the line and recall earlier ones
-        except ImportError:  # Windows' terminal does so itself
-            pass
+        edit_lines()
     converse(chat, lambda: input("> " if on_terminal else ""), say)
 
 

@@ -20,7 +20,7 @@ import torch
 
 from lit_llama.checkpoint import MODEL_FILE, fingerprint, load_model
 from lit_llama.classify import is_classifier
-from lit_llama.cli import UserError
+from lit_llama.cli import UserError, describe
 from lit_llama.generate import decode, stream_text
 from lit_llama.model import LLaMA
 from lit_llama.prompts import STYLES, Control, Message, encode_control, stop_ids
@@ -33,7 +33,8 @@ CACHE_STEP = 1024  # the cache grows by these many slots: the whole context of a
 HELP = """\
 /system TEXT   say who the model is to be; without TEXT nobody in particular
 /reset         forget the conversation
-/load FOLDER   put what a finetune script wrote over the same base; without FOLDER the base alone
+/load FOLDER   load what a finetune script wrote over the same base, or without FOLDER the base alone, and start a
+               new conversation; /load --keep FOLDER keeps this one
 /help          this list
 /quit          leave; so does Ctrl-D
 Ctrl-C stops an answer."""
@@ -166,12 +167,15 @@ class Chat:
         commands: dict[str, Callable[[str], str]] = {
             "/system": self.set_system,
             "/reset": self.reset,
-            "/load": self.load,
+            "/load": self.swap,
             "/help": lambda _: HELP,
         }
         if name not in commands:
             raise UserError(f"{name} is none of {', '.join(commands)}, /quit")
-        return commands[name](argument.strip())
+        try:
+            return commands[name](argument.strip())
+        except OSError as error:
+            raise UserError(describe(error)) from None
 
     def set_system(self, text: str) -> str:
         self.system = [{"role": "system", "content": text}] if text else []
@@ -180,6 +184,17 @@ class Chat:
     def reset(self, _: str = "") -> str:
         self.turns = []
         return "the conversation starts anew"
+
+    def swap(self, argument: str) -> str:
+        """Load a folder and start a new conversation, because old answers would be examples for the new model.
+
+        With --keep in front the conversation stays.
+        """
+        option, _, rest = argument.partition(" ")
+        if option == "--keep":
+            return self.load(rest.strip())
+        loaded, self.turns = self.load(argument), []
+        return f"{loaded}; a new conversation begins"
 
     def load(self, folder: str) -> str:
         """Answer with what ``folder`` holds, over the base that is loaded already; "" goes back to the base."""
@@ -211,6 +226,15 @@ def same_weights(base: LLaMA) -> LLaMA:
     model.load_state_dict(base.state_dict(), assign=True)
     model.tie_weights()
     return model
+
+
+def edit_lines() -> None:
+    """Let ``input`` edit a line, recall earlier ones, and take several pasted lines as one, where it can."""
+    try:
+        import readline
+    except ImportError:  # on Windows the terminal edits and recalls
+        return
+    readline.parse_and_bind("set enable-bracketed-paste on")  # GNU's; libedit ignores it
 
 
 def converse(chat: Chat, read: Callable[[], str], write: Callable[[str], None]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import sys
 from argparse import ArgumentError
@@ -22,15 +23,17 @@ if TYPE_CHECKING:
 def run(main: Callable, leading: str | None = None) -> None:
     """Call ``main`` with the command line's flags; what stands before the first one is the list ``leading``.
 
-    A UserError, and a file that cannot be read or written, end the program with one line and exit code 2, Ctrl-C with
-    130; of several processes one says so.
+    A UserError, a file that cannot be read or written, and too little memory end the program with one line and exit
+    code 2, Ctrl-C with 130; of several processes one says so.
     """
     from jsonargparse import Namespace
 
     from lit_llama.ranks import leave
 
     global command_line
+    open_closed_streams()
     write_utf8()
+    config = Namespace()
     try:
         parser = parser_of(main)
         config = parse(parser, gather(sys.argv[1:], leading) if leading else sys.argv[1:])
@@ -40,12 +43,56 @@ def run(main: Callable, leading: str | None = None) -> None:
         main(**arguments)
     except UserError as error:
         leave(f"error: {error}", 2, failed=True)
-    except OSError as error:
-        leave(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", 2, failed=True)
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+            leave(f"error: {out_of_memory(str(error), config)}", 2, failed=True)
+        if not isinstance(error, OSError):
+            raise
+        leave(f"error: {describe(error)}", 2, failed=True)
     except Interrupted as stopped:
         leave(str(stopped), 130, failed=False)
     except KeyboardInterrupt:
         leave("interrupted", 130, failed=True)
+
+
+def describe(error: OSError) -> str:
+    return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}"
+
+
+# What torch's allocators, their libraries and the operating system say.
+OUT_OF_MEMORY = re.compile("(?i)out of memory|can.t allocate|cannot allocate|not enough memory|bad_alloc|ALLOC_FAILED")
+LESS_MEMORY = {  # flags, and the value that takes less memory; None for any lower one
+    "train.micro_batch_tokens": None,
+    "micro_batch_tokens": None,
+    "batch_size": None,
+    "train.max_seq_length": None,
+    "max_seq_length": None,
+    "max_new_tokens": None,
+    "checkpointing": True,
+    "quantize": "int8",
+    "precision": "bf16-true",
+}
+
+
+def out_of_memory(message: str, config: Namespace) -> str:
+    """One line for the user: what was asked for, and which of the script's flags lower it."""
+    asked = re.search(r"(?:tried|unable) to (?:allocate|mmap) ([\d.,]+ ?\w+)", message, re.I)
+    ways = [
+        f"a lower --{flag}" if value is None else f"--{flag}" if value is True else f"--{flag} {value}"
+        for flag, value in LESS_MEMORY.items()
+        if flag in config and config[flag] not in (value, "nf4")
+    ]
+    return (
+        f"not enough memory{f' (tried to allocate {asked[1]})' if asked else ''}; free some, or pass "
+        f"{', '.join(ways) or 'a smaller model'}"
+    )
+
+
+def open_closed_streams() -> None:
+    """Let a standard stream that is closed, as with ``<&-``, be an empty one: libraries do not expect None."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 def write_utf8() -> None:

@@ -22,7 +22,7 @@ from lit_llama.bars import track
 from lit_llama.checkpoint import save_checkpoint, shard_files, tensor_shapes
 from lit_llama.cli import UserError
 from lit_llama.configs import CONFIGS, LLAMA_31_SCALING
-from lit_llama.files import read_json, read_tensors, whole_file, whole_folder
+from lit_llama.files import atomic_write, read_json, read_tensors, whole_folder
 from lit_llama.layouts import layer_names, to_half_split
 from lit_llama.model import CausalSelfAttention, LLaMAConfig
 
@@ -125,7 +125,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     if not found:
         print(f"note: {source} has no tokenizer.json or tokenizer.model; text will need one", file=sys.stderr)
     for name in found + [name for name in SETTINGS_FILES if (source / name).exists()]:
-        with whole_file(folder / name) as temporary:
+        with atomic_write(folder / name) as temporary:
             shutil.copyfile(source / name, temporary)
 
 

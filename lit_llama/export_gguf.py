@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lit_llama.checkpoint import tensor_shapes
 from lit_llama.cli import UserError
 from lit_llama.export import exported_tensors, trained_style, whole_model
-from lit_llama.files import whole_file
+from lit_llama.files import atomic_write, check_new
 from lit_llama.gguf_vocabulary import vocabulary_fields
 from lit_llama.model import LLaMAConfig, rope_frequencies
 
@@ -36,8 +36,7 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, type: str = "f16", prompt_
     ``prompt_style``: as for ``export_hf``.
     """
     out_file = Path(out_file)
-    if out_file.exists():
-        raise UserError(f"{out_file} exists already; remove it or choose another name")
+    check_new(out_file)
     config, (quantization, file_type) = whole_model(checkpoint_dir), TYPES[type]
     writer = GGUFWriter(None, "llama")
     add_config(writer, config, file_type)
@@ -49,7 +48,7 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, type: str = "f16", prompt_
         block, block_bytes = gguf.GGML_QUANT_SIZES[stored]
         nbytes = tensor.numel() // block * block_bytes
         writer.add_tensor_info(name, tuple(tensor.shape), np.dtype(np.float32), nbytes, stored)
-    with whole_file(out_file) as temporary, closing(writer):
+    with atomic_write(out_file) as temporary, closing(writer):
         writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from lit_llama.cli import UserError
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; on success flush it to disk and rename it, on failure remove it.
 
     UserError, and the file of that name as it was, when the disk is full or the folder may not be written to.
@@ -50,10 +51,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """As ``whole_file`` for a folder that does not exist yet."""
+    """As ``atomic_write`` for a folder that does not exist yet."""
     path = Path(path)
-    if path.exists():
-        raise UserError(f"{path} exists already; remove it or choose another folder")
+    check_new(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -67,6 +67,27 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise write_error(path, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_writable(path: Path | str) -> None:
+    """Raise UserError if the file ``path`` could not be written; for scripts to call before their work."""
+    above = Path(path).absolute().parent
+    try:
+        if Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        while not above.exists():
+            above = above.parent
+        with TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise write_error(path, error) from None
+
+
+def check_new(path: Path | str) -> None:
+    """Raise UserError if the file or folder ``path`` exists already, or could not be written."""
+    if Path(path).exists():
+        raise UserError(f"{path} exists already; remove it or choose another name")
+    check_writable(path)
 
 
 def flush(path: Path) -> None:
@@ -86,13 +107,13 @@ def flush_folder(folder: Path) -> None:
         os.close(opened)
 
 
-def write_error(path: Path, error: OSError) -> UserError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+def write_error(path: Path | str, error: OSError) -> UserError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: numpy wrote less than it should
     way_out = "make room and try again" if full else "choose a place that you may write to"
     return UserError(f"{path} cannot be written ({error.strerror or error}): {way_out}; what was there is untouched")
 
 
-# Names of ``whole_file``, and those that safetensors writes under. Nothing else in a folder is ours.
+# Names of ``atomic_write``, and those that safetensors writes under. Nothing else in a folder is ours.
 UNFINISHED = re.compile(r"\..+\.\d+\.tmp|\.tmp[0-9A-Za-z]{6}")
 
 
@@ -104,7 +125,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -132,7 +153,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict | None = No
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One entry in the header: safetensors writes several of them in any order, and equal runs give equal bytes.
     header = json.dumps({**(about or {}), "crc32": checksum(tensors, about or {})}, sort_keys=True)
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         try:
             save_file(tensors, temporary, {"format": "pt"} if foreign else {ABOUT: header})
         except SafetensorError as error:

@@ -13,7 +13,7 @@ from gguf import GGUFReader, TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from lit_llama.cli import UserError
-from lit_llama.files import whole_file, write_json
+from lit_llama.files import atomic_write, write_json
 from lit_llama.tokenizer import JSON_FILE, SETTINGS_FILE
 
 # Llama 3's: contractions, words with one leading character, up to three digits, punctuation, line ends, spaces.
@@ -61,7 +61,7 @@ def write_tokenizer(meta: dict, folder: Path) -> None:
         bos = settings["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing([bos, "$A"], None, [(bos, tokens.index(bos))])
 
-    with whole_file(Path(folder) / JSON_FILE) as temporary:
+    with atomic_write(Path(folder) / JSON_FILE) as temporary:
         tokenizer.save(str(temporary))
     write_json(Path(folder) / SETTINGS_FILE, {"tokenizer_class": "PreTrainedTokenizerFast", **settings})
 

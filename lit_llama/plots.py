@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from lit_llama.cli import UserError
+from lit_llama.files import atomic_write
 
 
 def pyplot():
@@ -49,8 +51,13 @@ def plot_runs(path: Path, runs: dict[str, list[dict]]) -> None:
     speed.set(xlabel="step", ylabel="tokens/s", ylim=(0, None))
     for ax in axes.flat:
         ax.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     plt.close(figure)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120, format=path.suffix[1:])
 
 
 def running_mean(values: list[float]) -> list[float]:
@@ -100,7 +107,7 @@ def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
         ax.annotate("\n".join(beyond), (0.99, 0.02), xycoords="axes fraction", ha="right", va="bottom")
         ax.set_ylim(bottom, top)
         figure.legend(loc="outside right upper", title="from left to right")
-        figure.savefig(folder / f"quality_by_{key}.png", dpi=120)
+        save_figure(figure, folder / f"quality_by_{key}.png")
         plt.close(figure)
 
 
@@ -119,5 +126,5 @@ def plot_ablations(folder: Path, curves: dict[str, list[float]]) -> None:
         ax.plot(range(1, len(losses) + 1), losses, label=name)
     ax.set(xlabel="step", ylabel="training loss per token")
     ax.legend()
-    figure.savefig(folder / "gate.png", dpi=120)
+    save_figure(figure, folder / "gate.png")
     plt.close(figure)

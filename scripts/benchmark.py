@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_llama import cli
+from lit_llama.download import ask_for_base, ensure_base
 from lit_llama.settings import DEFAULT_BASE
 
 if TYPE_CHECKING:
@@ -61,13 +62,16 @@ def main(
         results: A .jsonl file to write the figures to.
         yes: Do not ask before a download.
     """
+    ask_for_base(checkpoint_dir, yes)
+
     import torch
 
     from lit_llama.batches import step_indices
     from lit_llama.benchmark import limits, measure, measure_load, table
     from lit_llama.checkpoint import load_config
-    from lit_llama.data import load_task
-    from lit_llama.download import ensure_base
+    from lit_llama.data import load_splits, load_task
+    from lit_llama.files import atomic_write, check_writable
+    from lit_llama.samples import read_text
 
     sizes = dict(micro_batch_tokens=micro_batch_tokens, micro_batch_samples=micro_batch_samples)
     counts = dict(rounds=rounds, steps=steps, batch_size=batch_size, new_tokens=new_tokens)
@@ -77,6 +81,9 @@ def main(
     if missing := [name for name in against if name in OTHERS and find_spec(name) is None]:
         raise cli.UserError(f"--against {', '.join(missing)}: not installed; pip install it, or leave it out")
     ours, others = choose(kinds, methods, variants, against, model, sizes)
+    load_splits(data)  # refuses what it cannot read before anything is fetched
+    if results is not None:
+        check_writable(results)
     ensure_base(checkpoint_dir, yes)
     task = load_task(data, checkpoint_dir, None, min(512, load_config(checkpoint_dir).block_size))
     precision = ours[0].precision
@@ -103,9 +110,9 @@ def main(
             work = [[(list(range(5, 69)), new_tokens)]] * (rounds + 1)
         rows += measure(kind, contenders, work, limit)
     if results is not None:
-        Path(results).parent.mkdir(parents=True, exist_ok=True)
-        with open(results, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        earlier = read_text(Path(results)) if Path(results).exists() else ""
+        with atomic_write(Path(results)) as temporary:
+            temporary.write_text(earlier + "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(table(rows))
 
 

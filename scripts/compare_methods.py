@@ -20,6 +20,7 @@ from pathlib import Path
 from lit_llama import cli
 from lit_llama.bars import Bar
 from lit_llama.comparison import METHODS, ScriptRun, ablation_jobs, pilot_jobs, variant_jobs
+from lit_llama.download import ask_for_base, ensure_base
 from lit_llama.settings import DEFAULT_BASE
 
 ROOT = Path(__file__).parent.parent
@@ -65,10 +66,12 @@ def main(
         seed: Of the order of samples and of everything drawn at random.
         yes: Do not ask before a download.
     """
+    ask_for_base(checkpoint_dir, yes)
+
     from lit_llama.checkpoint import load_config
     from lit_llama.data import split_file
     from lit_llama.devices import STRATEGIES
-    from lit_llama.download import ensure_base
+    from lit_llama.files import check_writable
     from lit_llama.sharding import check_sharding
     from lit_llama.train.run import save_command_line
 
@@ -81,8 +84,9 @@ def main(
     if strategy == "fsdp":
         check_sharding(devices)
     methods, shots = possible_runs(methods, shots, Path(data))
-    ensure_base(checkpoint_dir, yes)
     folder = Path(out_dir or f"out/compare/{Path(data).stem}")
+    check_writable(folder / "settings.json")
+    ensure_base(checkpoint_dir, yes)
     split = "test" if split_file(Path(data), "test") else "validation"
     settings = dict(data=data, split=split, n_samples=n_samples, batch_size=batch_size, seed=seed, pilot=pilot)
     settings |= dict(checkpoint_dir=checkpoint_dir, max_test_samples=max_test_samples, pilot_samples=pilot_samples)
@@ -252,7 +256,7 @@ def report(
 ) -> None:
     """Measure what did not fail, and write it as a .json file, as a table, and as plots."""
     from lit_llama.data import load_task
-    from lit_llama.files import write_json
+    from lit_llama.files import atomic_write, write_json
     from lit_llama.plots import plot_ablations, plot_comparison
     from lit_llama.report import markdown, quality
     from lit_llama.train.run import read_metrics
@@ -263,7 +267,8 @@ def report(
     results |= {base: quality(file) for base, (_, file) in bases.items() if base not in failed}
     write_json(folder / f"{name}.json", {"settings": settings, "results": results, "failed": failed})
     table = markdown(results)
-    (folder / f"{name}.md").write_text(table, encoding="utf-8")
+    with atomic_write(folder / f"{name}.md") as temporary:
+        temporary.write_text(table, encoding="utf-8")
     print(f"\n{table}\nwrote {folder / name}.json and .md")
     if name == "ablations":
         curves = {job.name: [float(row["loss"]) for row in read_metrics(job.out_dir)] for job in done}

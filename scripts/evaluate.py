@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lit_llama import cli
+from lit_llama.download import ask_for_base
+from lit_llama.settings import DEFAULT_BASE
 
 if TYPE_CHECKING:
     import torch
@@ -61,11 +63,15 @@ def main(
             fsdp none.
         results: A .json file to write each sample's loss and answer to.
     """
+    if not trained_dir:
+        ask_for_base(checkpoint_dir or DEFAULT_BASE)
+
     from lit_llama import ranks
     from lit_llama.answerer import load_answerer
     from lit_llama.classify import is_classifier
     from lit_llama.data import split_file
     from lit_llama.devices import base_dtype, launch
+    from lit_llama.files import check_writable
     from lit_llama.samples import read_samples
     from lit_llama.trained import read_method
 
@@ -84,6 +90,8 @@ def main(
     file = split_file(Path(data), split) if Path(data).is_dir() else Path(data)
     if file is None:
         raise cli.UserError(f"{data} holds no {split} file; give the file to evaluate, or another --split")
+    if results is not None:
+        check_writable(results)
     samples = read_samples(file)[:max_samples]
     fabric = launch(devices, num_nodes, strategy)
     dtype = base_dtype(precision, fabric.device)

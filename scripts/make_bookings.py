@@ -320,9 +320,11 @@ def write_messages(rng: random.Random, phrasings: list[str], split: str, count: 
 
 
 def save_rows(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    from lit_llama.files import atomic_write
+
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8", newline="\n")
+    with atomic_write(path) as temporary:
+        temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8", newline="\n")
 
 
 def main(out_dir: str = "data", seed: int = 1337) -> None:

@@ -45,12 +45,13 @@ def main(trained_dir: str, out_dir: str, checkpoint_dir: str | None = None, dtyp
 
     from lit_llama.checkpoint import save_checkpoint
     from lit_llama.convert import copy_tokenizer
-    from lit_llama.files import whole_folder
+    from lit_llama.files import check_new, whole_folder
     from lit_llama.train.run import save_command_line
     from lit_llama.trained import load_trained_folder, read_method
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise cli.UserError(f"--dtype {dtype!r} is none of float32, bfloat16, float16")
+    check_new(out_dir)  # before the weights are loaded
     method = read_method(trained_dir)
     if method["method"] not in ("lora", "adapter_v2"):
         why = WHY_NOT.get(method["method"], "it is unknown here")

@@ -18,13 +18,16 @@ def main(runs: list[str], out_file: str = "out/runs.png") -> None:
         runs: Folders that finetune scripts write; they may stand in front, without the flag.
         out_file: The picture to write: .png, .svg or .pdf.
     """
+    from lit_llama.files import check_writable
     from lit_llama.plots import plot_runs
     from lit_llama.train.run import read_metrics
 
+    if Path(out_file).suffix not in (".png", ".svg", ".pdf"):
+        raise cli.UserError(f"--out_file {out_file} must end in .png, .svg or .pdf")
+    check_writable(out_file)
     metrics = {run: read_metrics(Path(run)) for run in runs}
     if missing := [run for run, rows in metrics.items() if not rows]:
         raise cli.UserError(f"{', '.join(missing)}: no step in a metrics.csv there; give folders that a run wrote")
-    Path(out_file).parent.mkdir(parents=True, exist_ok=True)
     plot_runs(Path(out_file), metrics)
     print(f"wrote {out_file}")
 

@@ -37,11 +37,12 @@ def main(
         val_fraction: The part held out, chosen by a hash of each record.
     """
     from lit_llama.data import hash_fraction
-    from lit_llama.files import whole_file
+    from lit_llama.files import atomic_write, check_writable
     from lit_llama.samples import json_rows, to_sample
 
     if not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction {val_fraction} must lie between 0 and 1")
+    check_writable(Path(out_dir) / "train.json")
     content = fetch(source)
     found = hashlib.sha256(content).hexdigest()
     print(f"{source}: {len(content):,} bytes, sha256 {found}")
@@ -59,7 +60,7 @@ def main(
     held_out = [hash_fraction(json.dumps(record, sort_keys=True)) < val_fraction for record in records]
     for name, part in (("train", False), ("validation", True)):
         rows = [record for record, out_of_train in zip(records, held_out, strict=True) if out_of_train is part]
-        with whole_file(out / f"{name}.json") as temporary:
+        with atomic_write(out / f"{name}.json") as temporary:
             lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
             temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
         print(f"{out / name}.json: {len(rows):,} records")

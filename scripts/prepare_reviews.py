@@ -38,8 +38,9 @@ def main(out_dir: str = "data/reviews", source: str = URL, seed: int = 1337) -> 
         source: Address of the archive, or a folder that holds its two files.
         seed: Of the split; the same seed gives the same bytes.
     """
-    from lit_llama.files import whole_file
+    from lit_llama.files import atomic_write, check_writable
 
+    check_writable(Path(out_dir) / "train.json")
     rows, seen = [], set()
     for label, content in read_source(source).items():
         sentences = [line.strip() for line in decode(content).split("\n") if line.strip()]
@@ -54,7 +55,7 @@ def main(out_dir: str = "data/reviews", source: str = URL, seed: int = 1337) -> 
     held_out = TEST + VALIDATION
     splits = {"test": rows[:TEST], "validation": rows[TEST:held_out], "train": rows[held_out:]}
     for name, part in splits.items():
-        with whole_file(Path(out_dir) / f"{name}.json") as temporary:
+        with atomic_write(Path(out_dir) / f"{name}.json") as temporary:
             lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in part)
             temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
         print(f"{Path(out_dir) / name}.json: {len(part):,} sentences")

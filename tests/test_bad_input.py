@@ -430,7 +430,7 @@ FLAGS = [
     (EVALUATE, ["--shots", -1], "--shots -1 must not be negative"),
     (EVALUATE, ["--results", "none/there/data.json/x", "--max_samples", 0], "--max_samples 0 must be at least 1"),
     (HF, [], "hf/config.json is missing"),
-    (HF, ["--out_dir", "base"], "base exists already; remove it or choose another folder"),
+    (HF, ["--out_dir", "base"], "base exists already; remove it or choose another name"),
     (HF, ["--dtype", "int8"], "--dtype int8: expected .*float16"),
     (["scripts/convert_gguf_checkpoint.py", "--out_dir", "new"], ["--source", "none.gguf"], "none.gguf is missing"),
     (["scripts/convert_gguf_checkpoint.py", "--out_dir", "new"], ["--source", WEIGHTS], "is not a whole GGUF file"),

@@ -1,14 +1,17 @@
 """The chat without a terminal: what is fed to the model, what is answered, and what the commands do."""
 
 import copy
-import time
+import errno
+import os
+import signal
+import sys
 
 import pytest
 import torch
 from test_methods import shake
 from tools import make_base
 
-from lit_llama.chat import CACHE_STEP, Chat, converse, same_weights
+from lit_llama.chat import CACHE_STEP, Chat, converse, edit_lines, same_weights
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
 from lit_llama.files import save_tensors, write_json
@@ -181,15 +184,50 @@ def test_load_swaps_the_method_and_leaves_the_base_alone(chat, trained_dirs, met
     assert chat.model is chat.base
 
 
-def test_load_is_quick_and_keeps_the_conversation(chat, trained_dirs):
+def test_load_starts_a_new_conversation_unless_asked_to_keep_it(chat, trained_dirs):
     say(chat, "a")
-    chat.load(str(trained_dirs["lora"]))  # the base's fingerprint is taken once
-    started = time.perf_counter()
-    chat.load(str(trained_dirs["adapter"]))
-    assert time.perf_counter() - started < 1
+    assert "a new conversation" not in chat.command(f"/load --keep {trained_dirs['adapter']}")
     assert len(chat.turns) == 2
     say(chat, "b")
     assert len(chat.turns) == 4
+    assert chat.command("/load --keep") == "tiny alone"
+    with pytest.raises(UserError):
+        chat.command("/load nothing")
+    assert len(chat.turns) == 4 and chat.model is chat.base
+    assert chat.command(f"/load {trained_dirs['lora']}").endswith(" ms; a new conversation begins")
+    assert chat.turns == []
+
+
+def test_a_command_that_fails_does_not_end_the_chat(chat, monkeypatch):
+    def closed(folder):
+        raise PermissionError(errno.EACCES, "Permission denied", "closed/method.json")
+
+    monkeypatch.setattr("lit_llama.chat.read_method", closed)
+    written = talk(chat, "/load closed", "hello")
+    assert written.startswith("error: closed/method.json: Permission denied\n")
+    assert len(chat.turns) == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX terminal")
+def test_pasted_lines_are_one_turn():
+    import pty
+
+    readline = pytest.importorskip("readline")
+    if "libedit" in readline.__doc__:
+        pytest.skip("libedit knows no bracketed paste")
+    child, terminal = pty.fork()
+    if child == 0:
+        signal.alarm(20)  # rather than wait for ever
+        sys.stdin, sys.stdout = open(0, encoding="utf-8"), open(1, "w", encoding="utf-8")
+        edit_lines()
+        print("read", [input("> "), input("> ")], flush=True)
+        os._exit(0)
+    os.write(terminal, b"\x1b[200~one\rtwo\rthree\x1b[201~\rfour\r")
+    seen = b""
+    while b"read [" not in seen:
+        seen += os.read(terminal, 1000)
+    os.waitpid(child, 0)
+    assert b"read ['one\\ntwo\\nthree', 'four']" in seen
 
 
 def test_load_refuses_what_does_not_fit(chat, tmp_path, trained_dirs):
@@ -229,7 +267,7 @@ def talk(chat: Chat, *lines, write=None) -> str:
 
 def test_commands(chat, trained_dirs):
     written = talk(
-        chat, "/help", "/system Be kind.", "", "hello", "/load " + str(trained_dirs["lora"]), "/jump", "/quit", "never"
+        chat, "/help", "/system Be kind", "", "hello", f"/load --keep {trained_dirs['lora']}", "/jump", "/quit", "never"
     )
     assert "/load FOLDER" in written and "the system message is set" in written and "lora over tiny, in " in written
     assert "error: /jump is none of /system, /reset, /load, /help, /quit" in written

@@ -12,7 +12,7 @@ from tools import make_base
 
 from lit_llama.checkpoint import fingerprint, load_config, load_model, save_checkpoint, tensor_shapes, weight_files
 from lit_llama.cli import UserError
-from lit_llama.files import save_tensors, whole_file, whole_folder, write_json
+from lit_llama.files import atomic_write, save_tensors, whole_folder, write_json
 from lit_llama.methods.adapter import add_adapter
 from lit_llama.trained import describe_base, load_trained_folder, trained_tensors
 
@@ -43,7 +43,7 @@ def edit_json(path, **changes):
 
 def test_a_file_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):
     (tmp_path / "a").write_text("old")
-    with pytest.raises(RuntimeError), whole_file(tmp_path / "a") as temporary:
+    with pytest.raises(RuntimeError), atomic_write(tmp_path / "a") as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"

@@ -1,12 +1,15 @@
 """The command line of every script: fast and complete help, mistakes in one line, no bars or colours in a log."""
 
+import errno
 import io
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from tools import script_parser
 
 from lit_llama import bars, cli
@@ -97,6 +100,59 @@ def test_a_mistake_is_one_line_and_exit_code_2(monkeypatch, capsys):
     captured = capsys.readouterr()
     assert stop.value.code == 2 and captured.out == ""
     assert captured.err == "error: unknown flag --rat; did you mean --rate?\n"
+
+
+def error_of(action) -> BaseException:
+    with pytest.raises(Exception) as caught:  # noqa: B017
+        action()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("unable to mmap 538082424 bytes from file <a>: Cannot allocate memory (12)"),
+        error_of(lambda: torch.empty(2**50)),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 538082424 bytes."),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of"),
+        torch.OutOfMemoryError("MPS backend out of memory (MPS allocated: 5.05 GB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_too_little_memory_is_one_line_with_the_flags_that_need_less(monkeypatch, capsys, error):
+    def main(batch_size: int = 32, checkpointing: bool = False, quantize: str = "int8", rate: float = 1.0) -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    said = capsys.readouterr().err
+    sizes = ("538082424 bytes", "4503599627370496 bytes", "20.00 MiB")
+    asked = next((f" (tried to allocate {size})" for size in sizes if size in str(error)), "")
+    assert stop.value.code == 2
+    assert said == f"error: not enough memory{asked}; free some, or pass a lower --batch_size, --checkpointing\n"
+
+
+def test_other_runtime_errors_are_raised(monkeypatch):
+    def main() -> None:
+        raise RuntimeError("the tensors do not fit")
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(RuntimeError, match="do not fit"):
+        cli.run(main)
+
+
+def test_closed_standard_streams_are_empty(monkeypatch):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    cli.run(lambda: print("nobody reads this"))
+    with pytest.raises(EOFError):
+        input()
+    assert not sys.stdin.isatty()
 
 
 def test_print_config_can_be_read_again(tmp_path):

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from lit_llama import download
 from lit_llama.checkpoint import load_config, load_model
 from lit_llama.convert_gguf import convert_gguf
-from lit_llama.download import DEFAULT_BASE, download_hub, ensure_base, fetch_default_gguf
+from lit_llama.download import DEFAULT_BASE, ask_for_base, download_hub, ensure_base, fetch_default_gguf
 from lit_llama.model import LLaMAConfig
 
 ROOT = Path(__file__).parent.parent
@@ -223,19 +223,22 @@ def test_download_default(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("evil*")) and not list(temporary.iterdir())
 
 
-def test_ensure_base_asks(tmp_path, monkeypatch):
+def test_ensure_base_asks_once(tmp_path, monkeypatch, capsys):
     ensure_base(tmp_path, yes=False)  # it exists
     other, default = tmp_path / "llama", tmp_path / Path(DEFAULT_BASE).name
     refused("scripts/download.py", other, ensure_base, other, yes=True)
-    fetched = []
+    fetched, answers = [], ["n", "y"]
     monkeypatch.setattr(download, "download_default", fetched.append)
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setattr("builtins.input", lambda prompt: "n")
-    refused("nothing was fetched", default, ensure_base, default, yes=False)
-    monkeypatch.setattr("builtins.input", lambda prompt: "y")
-    ensure_base(default, yes=False)
+    monkeypatch.setattr("builtins.input", lambda prompt: answers.pop(0))
+    refused("nothing was fetched", default, ask_for_base, default)
+    ask_for_base(str(default))
+    ensure_base(default, yes=False)  # asked already
+    assert answers == [] and "no terminal" not in capsys.readouterr().out
+    download.agree.cache_clear()
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: False))
     ensure_base(default, yes=False)
+    assert capsys.readouterr().out.endswith("there is no terminal to ask on, so it will be fetched\n")
     assert fetched == [default, default]
 
 
@@ -316,5 +319,5 @@ def test_scripts(tmp_path):
     assert run(*args, "--dtype", "bfloat16").stdout == f"wrote {tmp_path / 'ours'}\n"
     again = run(*args)
     assert again.returncode == 2 and again.stderr == (
-        f"error: {tmp_path / 'ours'} exists already; remove it or choose another folder\n"
+        f"error: {tmp_path / 'ours'} exists already; remove it or choose another name\n"
     )

@@ -3,20 +3,35 @@
 import errno
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.fabric import Fabric
+from test_scripts import ROOT, refuse
 from test_train import ARGS, places, start  # noqa: F401  (places is a fixture)
+from tools import make_base, script_parser
 
 import lit_llama.files
 from lit_llama.cli import UserError
-from lit_llama.files import open_tensors, read_tensors, remove_unfinished, save_tensors, whole_file, whole_folder
-from lit_llama.lock import held, lock_folder
-from lit_llama.runs import STATE_FILE, Run
+from lit_llama.export import export_hf
+from lit_llama.export_gguf import export_gguf
+from lit_llama.files import (
+    atomic_write,
+    check_new,
+    check_writable,
+    open_tensors,
+    read_tensors,
+    remove_unfinished,
+    save_tensors,
+    whole_folder,
+)
+from lit_llama.plots import plot_runs
+from lit_llama.runs import LOCK_FILE, METRICS, STATE_FILE, Run
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
 
@@ -56,20 +71,105 @@ def check_that_it_goes_on(fabric, places, tmp_path, monkeypatch, message) -> Non
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-@posix
-def test_a_file_that_may_not_grow(fabric, places, tmp_path, monkeypatch):  # noqa: F811
+@contextmanager
+def small_files():
+    """Yield a function after whose call no file may grow beyond 900 bytes: writes stop half-way, as on a full disk."""
     import resource
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        fail_after_step(monkeypatch, 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (900, limits[1])))
-        with pytest.raises(UserError, match="state.safetensors cannot be written .File too large.: make room"):
-            start(fabric, places, tmp_path / "out")
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (900, limits[1]))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    monkeypatch.undo()
+
+
+@posix
+def test_a_file_that_may_not_grow(fabric, places, tmp_path, monkeypatch):  # noqa: F811
+    with small_files() as begin, monkeypatch.context() as patch:
+        fail_after_step(patch, 3, begin)
+        with pytest.raises(UserError, match="state.safetensors cannot be written .File too large.: make room"):
+            start(fabric, places, tmp_path / "out")
     assert read_tensors(tmp_path / "out" / STATE_FILE)[1]["step"] == 2
     start(fabric, places, tmp_path / "out", resume=True)
+
+
+def plot(path: Path) -> None:
+    row = {name: "1" for name in METRICS}
+    plot_runs(path, {"run": [row]})
+
+
+def bookings(path: Path) -> None:
+    script_parser(ROOT / "scripts/make_bookings.py")  # imports it
+    sys.modules["script_scripts_make_bookings"].save_rows(path, [{"text": "x" * 10_000}])
+
+
+@posix
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.png", plot),
+        ("a.svg", plot),
+        ("a.json", bookings),
+        ("new.gguf", lambda path: export_gguf(path.parent / "base", path)),
+        ("new", lambda path: export_hf(path.parent / "base", path)),
+    ],
+)
+def test_every_output_is_written_whole_or_not_at_all(tmp_path, name, write):
+    make_base(tmp_path / "base")
+    if not name.startswith("new"):
+        (tmp_path / name).write_bytes(b"the old one")
+    before = files(tmp_path)
+    with small_files() as begin:
+        begin()
+        with pytest.raises(UserError, match=f"{name}.* cannot be written .*: make room and try again; what was there"):
+            write(tmp_path / name)
+    assert files(tmp_path) == before
+
+
+# The log of another process, and the one file that grows by a line a step.
+NOT_ATOMIC = ['open(log_file, "w+"', 'open(self.out_dir / METRICS_FILE, "a"']
+
+
+def test_there_is_one_way_to_write():
+    writes = re.compile(r'\.write_(text|bytes)\(|savefig\(|copyfile\(|save_file\(|[^.]open\([^)]*"[wax]|r\.save\(')
+    for folder in ("lit_llama", "finetune", "generate", "scripts"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                allowed = any(text in line for text in ("temporary", *NOT_ATOMIC))
+                assert allowed or not writes.search(line), f"{path.name}: {line}"
+
+
+def test_an_output_is_checked_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    check_writable(tmp_path / "new/folders/a.json")
+    check_writable(tmp_path / "file")
+    before = sorted(tmp_path.rglob("*"))
+    for place, reason in ((tmp_path, "Is a directory"), (tmp_path / "file/a.json", "Not a directory")):
+        with pytest.raises(UserError, match=f"cannot be written .{reason}.: choose a place that you may write to"):
+            check_writable(place)
+    with pytest.raises(UserError, match="exists already"):
+        check_new(tmp_path / "file")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["scripts/evaluate.py", "--data", "data/bookings", "--results"],
+        ["scripts/benchmark.py", "--results"],
+        ["scripts/compare_methods.py", "--out_dir"],
+        ["scripts/prepare_alpaca.py", "--out_dir"],
+        ["scripts/prepare_reviews.py", "--out_dir"],
+        ["scripts/download.py", "--out_dir"],
+        ["scripts/export_gguf.py", "--checkpoint_dir", "base", "--out_file"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_scripts_check_their_output_before_they_fetch_or_load(tmp_path, monkeypatch, command):
+    for fetch in ("urllib.request.urlopen", "subprocess.run", "lit_llama.checkpoint.load_model"):
+        monkeypatch.setattr(fetch, None)
+    (tmp_path / "file").touch()
+    refuse(*command, tmp_path / "file/out", message="out.* cannot be written .Not a directory.: choose a place")
 
 
 def no_space(*_, **__):
@@ -94,7 +194,6 @@ def without_permission(folder: Path, pipe) -> None:
     if os.getuid() == 0:
         os.setgid(65534)
         os.setuid(65534)
-    held.clear()  # the lock of the process it was forked from
     said = []
     for write in (
         lambda: Run(Fabric(accelerator="cpu", devices=1), folder, "base", resume=True),
@@ -130,39 +229,36 @@ def test_a_folder_without_write_permission(fabric, places, tmp_path):  # noqa: F
     assert files(tmp_path / "out") == before
 
 
-HOLD = "import sys; from lit_llama.lock import lock_folder; print(lock_folder(sys.argv[1]), flush=True); input()"
+HOLD = """
+import sys
+from filelock import FileLock
+
+lock = FileLock(sys.argv[1])
+lock.acquire(blocking=False)
+print(flush=True)
+input()
+"""
 
 
 def test_two_runs_into_one_folder(fabric, tmp_path):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout.readline() == "None\n"
-    with pytest.raises(UserError, match=f"is being written by process {holder.pid} on .*wait until it ends"):
+    command = [sys.executable, "-c", HOLD, tmp_path / LOCK_FILE]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline().strip() == b""
+    with pytest.raises(UserError, match="another process is writing into .*; wait until it ends, stop it, or"):
         Run(fabric, tmp_path, "base")
     holder.kill()
     holder.wait()
-    Run(fabric, tmp_path, "base")  # a dead run keeps no lock
-    assert lock_folder(tmp_path) is None  # this process has it already
-    code = HOLD.replace("; input()", "")
-    second = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert second.stdout.startswith(f"process {os.getpid()} on ")
-
-
-def test_a_file_system_without_locks_is_a_note(tmp_path, monkeypatch, capsys):
-    def no_locks(file):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("lit_llama.lock.lock_file", no_locks)
-    assert lock_folder(tmp_path) is None
-    assert "No locks available" in capsys.readouterr().err
+    run = Run(fabric, tmp_path, "base")  # a dead run keeps no lock
+    Run(fabric, tmp_path, "base")  # this process has it already
+    refused = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+    assert b"Timeout" in refused.stderr and run.folder_lock.is_locked
 
 
 def test_a_rename_is_flushed_with_its_folder(tmp_path, monkeypatch):
     events, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: (events.append(os.path.isdir(f"/proc/self/fd/{file}")), fsync(file)))
     monkeypatch.setattr(os, "replace", lambda *names: (events.append("rename"), replace(*names)))
-    with whole_file(tmp_path / "a") as temporary:
+    with atomic_write(tmp_path / "a") as temporary:
         temporary.write_text("x")
     assert events == [False, "rename", True] or sys.platform != "linux"
 

@@ -20,7 +20,7 @@ from lit_llama.data import load_task
 from lit_llama.files import open_tensors, read_json, read_tensors
 from lit_llama.methods.adapter import add_adapter
 from lit_llama.methods.lora import add_lora
-from lit_llama.runs import STATE_FILE, Run
+from lit_llama.runs import STATE_FILE, Run, read_metrics
 from lit_llama.train import TrainArgs, fit, learning_rate_at, share, step_gradient, target_loss, train_step, validate
 from lit_llama.trained import trained_tensors
 
@@ -398,3 +398,39 @@ def test_an_overwrite_that_fails_early_loses_nothing(fabric, places, tmp_path):
     before = (tmp_path / "trained.safetensors").read_bytes()
     Run(fabric, tmp_path, "base", overwrite=True)  # and then the data turns out to be missing, say
     assert (tmp_path / "trained.safetensors").read_bytes() == before
+
+
+HEADER = "step,loss,lr,tokens,seconds,val_loss\n"
+
+
+@pytest.mark.parametrize(
+    "content, line",
+    [
+        (HEADER + "1,0.5,0.1,9,0.2,\n2,abc,0.1,9,0.2,\n", 3),
+        (HEADER + "1.5,0.5,0.1,9,0.2,\n", 2),
+        (HEADER + "1,0.5,0.1\n", 2),
+        (HEADER + "1,0.5,0.1,9,0.2,,7\n", 2),
+        ("1,0.5,0.1,9,0.2,\n2,0.5,0.1,9,0.2,\n", 2),
+        ("step;loss\n1;2\n", 2),
+        (HEADER + "1,\udcff,0.1,9,0.2,\n", 2),
+    ],
+)
+def test_metrics_edited_by_hand(tmp_path, content, line):
+    (tmp_path / "metrics.csv").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=f"metrics.csv:{line}: "):
+        read_metrics(tmp_path)
+
+
+def test_resume_with_metrics_edited_by_hand(fabric, places, tmp_path):
+    start(fabric, places, tmp_path / "out")
+    path = tmp_path / "out/metrics.csv"
+    whole = path.read_bytes()
+    path.write_bytes(b"\xef\xbb\xbf" + whole.replace(b"\n", b"\r\n") + b"\r\n")  # as saved on Windows
+    start(fabric, places, tmp_path / "out", resume=True)
+    assert path.read_bytes() == whole
+    path.write_bytes(whole.replace(b"\n2,", b"\ntwo,"))
+    with pytest.raises(UserError, match=r"metrics.csv:3: expected numbers for step, .*; correct that line"):
+        start(fabric, places, tmp_path / "out", resume=True)
+    path.unlink()
+    start(fabric, places, tmp_path / "out", resume=True)
+    assert path.read_text() == HEADER

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from filelock import FileLock, Timeout
 
 from lit_llama import cli, ranks
 from lit_llama.bars import Bar
@@ -27,16 +28,16 @@ from lit_llama.cli import Interrupted, UserError
 from lit_llama.convert import copy_tokenizer
 from lit_llama.devices import peak_memory
 from lit_llama.files import (
+    atomic_write,
     read_json,
     read_tensors,
     remove_unfinished,
     save_tensors,
-    whole_file,
     write_error,
     write_json,
 )
-from lit_llama.lock import lock_folder
 from lit_llama.model import LLaMA
+from lit_llama.samples import read_text
 from lit_llama.signals import catch_interrupt
 from lit_llama.trained import METHOD_FILE, RECIPE, TRAINED_FILE, kept_tensors, load_trained, trained_tensors
 
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 METRICS_FILE, COSTS_FILE = "metrics.csv", "costs.json"
-CONFIG_FILE, STATE_FILE = "config.yaml", "state/state.safetensors"
+CONFIG_FILE, LOCK_FILE, STATE_FILE = "config.yaml", ".lock", "state/state.safetensors"
 # A resumed run may differ in these settings: they are names, or change how much memory is used and no result.
 MAY_CHANGE = {"base.checkpoint_dir", "base.name", "data", "version", "train.micro_batch_tokens", "train.save_every"}
 
@@ -76,6 +77,8 @@ class Run:
         self.step, self.best_loss, self.best_step = 0, math.inf, 0
         self.row: dict[str, float] = {}  # the figures of the current step
         self.step_began, self.tokens, self.seconds = 0.0, 0.0, 0.0
+        # A singleton: from Python a second run may resume the first one's folder in the same process.
+        self.folder_lock = FileLock(self.out_dir.resolve() / LOCK_FILE, is_singleton=True)
         if resume and overwrite:
             raise UserError("--resume continues a run and --overwrite starts it again: give one of them")
         if allow_changes and not resume:
@@ -193,18 +196,22 @@ class Run:
             save_command_line(self.out_dir)
 
     def lock(self) -> None:
-        """UserError on every rank if another process writes into the folder."""
-        owner = None
+        """Lock the folder for as long as this object lives. UserError on every rank if another process has it."""
+        taken = False
         if self.fabric.is_global_zero:
             try:
-                owner = lock_folder(self.out_dir)
+                self.out_dir.mkdir(parents=True, exist_ok=True)
+                self.folder_lock.acquire(blocking=False)
                 for folder in (self.out_dir, self.out_dir / "state"):
                     remove_unfinished(folder)
+            except Timeout:
+                taken = True
             except OSError as error:
                 raise write_error(self.out_dir, error) from None
-        if owner := self.fabric.broadcast(owner):
+        if self.fabric.broadcast(taken):
             raise UserError(
-                f"{self.out_dir} is being written by {owner}; wait until it ends, stop it, or choose another --out_dir"
+                f"another process is writing into {self.out_dir}; wait until it ends, stop it, or choose another "
+                "--out_dir"
             )
 
     def remove(self) -> None:
@@ -284,7 +291,7 @@ def default_out_dir(method: str, data: str | list[dict]) -> Path:
 def save_command_line(folder: Path) -> None:
     """Write the resolved settings of the script that runs, if one does, for ``--config`` to read."""
     if cli.command_line is not None:
-        with whole_file(folder / CONFIG_FILE) as temporary:
+        with atomic_write(folder / CONFIG_FILE) as temporary:
             temporary.write_text(cli.command_line, encoding="utf-8")
 
 
@@ -306,19 +313,29 @@ def append_row(path: Path, row: dict) -> None:
 
 def write_rows(path: Path, rows: list[dict]) -> None:
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
 def read_metrics(out_dir: Path) -> list[dict]:
-    """The steps so far of a run that may still be going on: without a last line that is still being written."""
+    """The steps so far of a run that may still be going on: without a last line that is still being written.
+
+    Raises UserError, with the line, for a value that is not a number. It may be empty: not every step has every figure.
+    """
     path = out_dir / METRICS_FILE
     if not path.exists():
         return []
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    return list(csv.DictReader(lines))
+    reader = csv.DictReader(line for line in read_text(path).splitlines(keepends=True) if line.endswith("\n"))
+    rows = []
+    try:
+        for row in reader:
+            int(row["step"]), [float(value) for value in row.values() if value != ""]  # a column too many is a list
+            rows.append(row)
+    except (csv.Error, KeyError, TypeError, ValueError):
+        raise UserError(f"{path}:{reader.line_num}: expected numbers; correct that line") from None
+    return rows
 
 
 def differences(before: dict, now: dict) -> dict[str, str]:
