@@ -14,9 +14,9 @@ from gguf import TokenType
 from sentencepiece import SentencePieceProcessor
 from tokenizers import models, pre_tokenizers
 
-from lit_llama.chat_templates import chat_template
 from lit_llama.cli import UserError
 from lit_llama.gguf_tokenizer import LLAMA3_NAMES, PRE_TOKENIZERS
+from lit_llama.prompts import chat_template
 from lit_llama.tokenizer import JSON_FILE, SENTENCEPIECE_FILE, Tokenizer
 
 

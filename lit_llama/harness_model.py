@@ -19,13 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_llama.answerer import load_answerer
-from lit_llama.chat_templates import chat_template
 from lit_llama.classify import is_classifier
 from lit_llama.cli import UserError
 from lit_llama.devices import base_dtype, default_device
 from lit_llama.generate import Sampling, generate_batch
 from lit_llama.model import LLaMA
-from lit_llama.prompts import STYLES, Control, encode_control, stop_ids
+from lit_llama.prompts import STYLES, Control, chat_template, encode_control, stop_ids
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.trained import read_method
 

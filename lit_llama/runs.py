@@ -183,7 +183,7 @@ class Run:
             write_json(self.out_dir / METHOD_FILE, description)
             if whole_model:
                 write_json(self.out_dir / MODEL_CONFIG_FILE, asdict(model.config))
-                copy_tokenizer(Path(checkpoint_dir), self.out_dir)
+                copy_tokenizer(Path(checkpoint_dir), self.out_dir, task.prompt_style)
             save_command_line(self.out_dir)
 
     def accept_changes(self, description: dict) -> bool:
