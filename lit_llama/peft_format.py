@@ -53,16 +53,18 @@ WHY_NOT = {
     "adapter_v2": "PEFT's ADAPTION_PROMPT has no scales, biases and norms that train",
     "houlsby": "PEFT has no bottleneck adapters",
     "output_layers": "it changes the base's own weights; PEFT would have to store them whole",
-    "full": "it is a whole model: scripts/export_hf.py",
+    "full": "it is a whole model: scripts/export.py --to hf",
     "features": "its classifier stands behind the model",
 }
 
 
-def export_peft(trained_dir: Path, out_dir: Path, checkpoint_dir: Path | None = None, base: str | None = None) -> None:
+def export_peft(
+    trained_dir: Path, out_dir: Path, checkpoint_dir: Path | None = None, base_model: str | None = None
+) -> None:
     """A trained folder -> an adapter folder ``out_dir`` that PEFT loads over the same base in transformers.
 
     Beside it lies the tokenizer, with the chat template of the style that was trained.
-    ``checkpoint_dir``: the base, where it moved. ``base``: what adapter_config.json calls it, a hub id or a folder.
+    ``checkpoint_dir``: the base, where it moved. ``base_model``: its name in adapter_config.json, a hub id or a folder.
     """
     method, path = read_method(trained_dir), Path(trained_dir) / METHOD_FILE
     name, arguments = method["method"], method["arguments"]
@@ -74,7 +76,7 @@ def export_peft(trained_dir: Path, out_dir: Path, checkpoint_dir: Path | None = 
     check_recipe(method, written, path)
     check_tensors(shapes(tensors), kept_shapes(config, name, arguments), Path(trained_dir) / TRAINED_FILE)
     settings, tensors = TO_PEFT[name](config, arguments, tensors)
-    about = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True}
+    about = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True}
     with whole_folder(Path(out_dir)) as folder:
         save_tensors(folder / WEIGHTS_FILE, tensors, foreign=True)
         write_json(folder / SETTINGS_FILE, {**settings, **about})
@@ -84,12 +86,12 @@ def export_peft(trained_dir: Path, out_dir: Path, checkpoint_dir: Path | None = 
 
 def import_peft(
     source: Path, checkpoint_dir: Path, out_dir: Path, prompt_style: str | None = None, max_seq_length: int = 512
-) -> str:
+) -> None:
     """An adapter folder of PEFT -> a trained folder ``out_dir`` over the base in ``checkpoint_dir``.
 
     The prompt style defaults to that of the adapter folder's chat template, if it is one of ours, else to what the
-    base's tokenizer tells; the longest sequence to a finetune script's own. Returns the method's name. Raises UserError
-    for a type or a setting that the method here does not have, and for tensors that are not the base's.
+    base's tokenizer tells; the longest sequence to a finetune script's own. Raises UserError for a type or a setting
+    that the method here does not have, and for tensors that are not the base's.
     """
     source, config = Path(source), load_config(checkpoint_dir)
     if max_seq_length < 1:
@@ -127,7 +129,6 @@ def import_peft(
     with whole_folder(Path(out_dir)) as folder:
         save_tensors(folder / TRAINED_FILE, tensors)
         write_json(folder / METHOD_FILE, description)
-    return method
 
 
 def shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:

@@ -48,7 +48,7 @@ class Tokenizer:
         else:
             raise UserError(
                 f"{folder} holds neither {JSON_FILE} nor {SENTENCEPIECE_FILE}; copy there the one that the weights "
-                "came with, or convert the checkpoint again with one of scripts/convert_*.py"
+                "came with, or convert the checkpoint again with scripts/convert.py"
             )
         if self.backend.eos_id is None:
             raise UserError(f"{folder} does not say which token ends a text; name it in {SETTINGS_FILE} as eos_token")
