@@ -118,7 +118,7 @@ def download_hub(repo_id: str, folder: Path, revision: str | None = None) -> Non
 
     folder = Path(folder)
     refuse_existing(folder)
-    info = ask_hub(HfApi().model_info, repo_id, revision=revision, files_metadata=True)
+    info = ask_hub(HfApi().model_info, repo_id, revision=revision)
     files = [file.rfilename for file in info.siblings if "/" not in file.rfilename]
     weights = "*.safetensors" if any(name.endswith(".safetensors") for name in files) else "*.bin"
     print(f"{repo_id} at commit {info.sha}")
@@ -129,22 +129,8 @@ def download_hub(repo_id: str, folder: Path, revision: str | None = None) -> Non
         for patterns in (["*.json", "tokenizer.model", "chat_template.jinja"], [weights]):
             fetch = dict(revision=info.sha, local_dir=temporary, allow_patterns=patterns, ignore_patterns=["*/*"])
             ask_hub(snapshot_download, repo_id, **fetch)
-            check_hub_files(Path(temporary), info.siblings)
             hf_config(Path(temporary) / "config.json", repo_id)
         convert_hf(Path(temporary), folder, name=repo_id.split("/")[-1])
-
-
-def check_hub_files(folder: Path, listed: list) -> None:
-    """UserError unless each file in ``folder`` has the hash that the hub lists: git's own, or of large files sha256."""
-    known = {file.rfilename: (file.blob_id, file.lfs) for file in listed}
-    for path in (path for path in folder.iterdir() if path.is_file()):
-        blob_id, large = known.get(path.name, (None, None))
-        digest = hashlib.sha256() if large else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-        with open(path, "rb") as file:
-            while piece := file.read(2**24):
-                digest.update(piece)
-        if digest.hexdigest() != (large.sha256 if large else blob_id):
-            raise UserError(f"{path.name} came with another hash than the hub lists; nothing was kept, try again")
 
 
 def ask_hub(call: Callable, repo_id: str, **kwargs) -> Any:
