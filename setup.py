@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 HUB = ["huggingface_hub>=0.24"]
 QUANTIZE = ["bitsandbytes>=0.44"]
 PLOT = ["matplotlib>=3.8"]
-EVAL = ["lm_eval>=0.4.9"]
+EVAL = ["lm_eval[hf]>=0.4.9"]
 TENSORBOARD = ["tensorboard>=2.14"]
 TEST = [
     *PLOT,

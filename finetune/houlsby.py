@@ -55,9 +55,9 @@ def main(
     """
     check_together(strategy, compile, quantize)
     out_dir = out_dir or default_out_dir("houlsby", data)
-    fabric = launch(devices, num_nodes, strategy, logger, out_dir)
     check_data(data)
-    ranks.first(f"fetch {checkpoint_dir}", lambda: ensure_base(checkpoint_dir, yes))
+    ensure_base(checkpoint_dir, yes)  # before launch, where other processes wait for this one
+    fabric = launch(devices, num_nodes, strategy, logger, out_dir)
 
     # Data: token ids, with a target only where the answer is
     task = load_task(data, checkpoint_dir, prompt_style, train.max_seq_length)

@@ -5,7 +5,7 @@ python generate/base.py --prompt "Once upon a time" --prompt_style plain --sampl
 """
 
 from lit_llama import cli
-from lit_llama.download import ask_for_base
+from lit_llama.download import ensure_base
 from lit_llama.settings import DEFAULT_BASE, Sampling
 
 
@@ -37,7 +37,7 @@ def main(
         quantize: What the blocks' weights are kept in: none, int8, or on CUDA nf4.
         compile: Compile the blocks by torch.compile: half a minute first; in float32 on a CPU nothing is gained.
     """
-    ask_for_base(checkpoint_dir)
+    ensure_base(checkpoint_dir)
 
     from lit_llama.answerer import answering
     from lit_llama.generate import stream_answer

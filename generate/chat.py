@@ -10,7 +10,7 @@ is not computed again: its keys and values stay in the cache.
 import sys
 
 from lit_llama import cli
-from lit_llama.download import ask_for_base, ensure_base
+from lit_llama.download import ensure_base
 from lit_llama.settings import DEFAULT_BASE, Sampling
 
 
@@ -38,7 +38,7 @@ def main(
         yes: Do not ask before a download.
     """
     if not trained_dir:
-        ask_for_base(checkpoint_dir or DEFAULT_BASE, yes)
+        ensure_base(checkpoint_dir or DEFAULT_BASE, yes)
 
     from lit_llama.chat import Chat, converse, edit_lines
     from lit_llama.checkpoint import load_model
@@ -53,7 +53,6 @@ def main(
         raise cli.UserError(f"{trained_dir} is asked as it was in training; leave out --prompt_style {prompt_style}")
     if checkpoint_dir is None:
         checkpoint_dir = read_method(trained_dir)["base"]["checkpoint_dir"] if trained_dir else DEFAULT_BASE
-    ensure_base(checkpoint_dir, yes)
     device = default_device()
     base, tokenizer = load_model(checkpoint_dir, base_dtype(precision, device), device), Tokenizer(checkpoint_dir)
     style = choose_style(prompt_style or base_method(checkpoint_dir).get("prompt_style"), tokenizer)

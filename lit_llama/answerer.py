@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lit_llama import ranks
 from lit_llama.blocks import wrap_blocks
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
 from lit_llama.devices import base_dtype, default_device, launch_sharded
-from lit_llama.download import ensure_base
 from lit_llama.model import LLaMA
 from lit_llama.prompts import choose_style
 from lit_llama.quantize import pack, quantize_base
@@ -86,7 +84,6 @@ def load_answerer(
         name = f"{method['method']} over {method['base']['name']}"
     else:
         folder = Path(checkpoint_dir or DEFAULT_BASE)
-        ranks.first(f"fetch {folder}", lambda: ensure_base(folder, yes=False))
         method = base_method(folder)
         tokenizer, model = Tokenizer(folder), load_model(folder, *kept[:2]).requires_grad_(False)
         quantize_base(model, kept[2] or "none")

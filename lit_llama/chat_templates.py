@@ -6,8 +6,9 @@ only at control tokens: where there is none beside an earlier answer, that answe
 
 from __future__ import annotations
 
-from lit_llama.prompts import ALPACA_INTRO, choose_style
-from lit_llama.tokenizer import Tokenizer
+ALPACA_INTRO = (
+    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
+)
 
 # "{{-" and "{%-" drop the blanks in front, so the layout here is no part of the text.
 ALPACA = r"""
@@ -70,9 +71,12 @@ PLAIN = r"""
 TEMPLATES = {"alpaca": ALPACA, "chatml": CHATML, "llama2": LLAMA2, "llama3": LLAMA3, "plain": PLAIN}
 
 
-def chat_template(tokenizer: Tokenizer, style: str | None) -> str | None:
-    """The template of a style, or the tokenizer's own (None if it has none) where the style is None."""
-    if style is None:
-        return tokenizer.chat_template
-    lines = TEMPLATES[choose_style(style, tokenizer)].strip().splitlines()
-    return "\n".join(line for line in lines if tokenizer.bos_id is not None or line.strip() != "{{- bos_token }}")
+def template_of(style: str, bos: bool) -> str:
+    """The template of a style; ``bos``: whether texts start with a beginning of sequence."""
+    lines = TEMPLATES[style].strip().splitlines()
+    return "\n".join(line for line in lines if bos or line.strip() != "{{- bos_token }}")
+
+
+def style_of(template: str | None) -> str | None:
+    """The style that a template is of; None for a template that is not from here."""
+    return next((style for style in TEMPLATES if template in {template_of(style, bos) for bos in (True, False)}), None)

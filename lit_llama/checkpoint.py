@@ -32,7 +32,7 @@ def load_config(folder: Path | str) -> LLaMAConfig:
         missing, unknown = sorted(known - set(content)), sorted(set(content) - known)
         raise UserError(
             f"{path} is not a config of this project: missing {missing}, unknown {unknown}; "
-            "convert the checkpoint with one of scripts/convert_*.py"
+            "convert the checkpoint with scripts/convert.py"
         )
     try:
         config = LLaMAConfig(**content)

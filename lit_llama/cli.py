@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
@@ -166,3 +167,18 @@ def bare_switches(parser: ArgumentParser, args: list[str]) -> list[str]:
     for arg, following in zip(args, [*args, "--"][1:], strict=True):
         spelled += [arg, "true"] if arg in switches and following.startswith("--") else [arg]
     return spelled
+
+
+def call(function: Callable, what: str, **flags: object) -> None:
+    """Call ``function`` with the flags that were given (are not None), for a script that serves several.
+
+    UserError where ``function``, ``what`` in words, does not take one of them or needs another.
+    """
+    parameters = inspect.signature(function).parameters
+    given = {name: value for name, value in flags.items() if value is not None}
+    if foreign := [f"--{name}" for name in given if name not in parameters]:
+        raise UserError(f"{what} does not take {', '.join(foreign)}, but --{', --'.join(parameters)}")
+    needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    if missing := [f"--{name}" for name in needed if name not in given]:
+        raise UserError(f"{what} needs {', '.join(missing)}; --help says what they are")
+    function(**given)

@@ -25,6 +25,8 @@ from lit_llama.configs import CONFIGS, LLAMA_31_SCALING
 from lit_llama.files import atomic_write, read_json, read_tensors, whole_folder
 from lit_llama.layouts import layer_names, to_half_split
 from lit_llama.model import CausalSelfAttention, LLaMAConfig
+from lit_llama.prompts import write_chat_template
+from lit_llama.tokenizer import Tokenizer
 
 Tensors = Iterable[tuple[str, Tensor]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -109,8 +111,11 @@ def load_pth(path: Path) -> dict[str, Tensor]:
     return content
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files from the folder ``source``, or from the folder of that file."""
+def copy_tokenizer(source: Path, folder: Path, style: str | None = None) -> None:
+    """Copy the tokenizer's files from the folder ``source``, or from the folder of that file.
+
+    With ``style`` the chat template becomes that of the prompt style, for a model that was trained in it.
+    """
     if not source.exists():
         raise UserError(f"{source} is missing: --tokenizer takes tokenizer.json, tokenizer.model or their folder")
     source = source if source.is_dir() else source.parent
@@ -127,6 +132,8 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     for name in found + [name for name in SETTINGS_FILES if (source / name).exists()]:
         with atomic_write(folder / name) as temporary:
             shutil.copyfile(source / name, temporary)
+    if style is not None:
+        write_chat_template(folder, Tokenizer(source), style)
 
 
 def is_tiktoken(path: Path) -> bool:
@@ -290,14 +297,13 @@ def meta_tensors(folder: Path, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def convert_lit(
-    path: Path, out_dir: Path, name: str, dtype: str | None = None, tokenizer: Path | None = None
+    source: Path, out_dir: Path, name: str, dtype: str | None = None, tokenizer: Path | None = None
 ) -> LLaMAConfig:
     """lit-llama.pth of the original Lit-LLaMA -> ``out_dir``; ``name`` is 7B, 13B, 30B or 65B."""
-    path = Path(path)
     with whole_folder(out_dir) as folder:
         config = named_config(name)
-        copy_tokenizer(Path(tokenizer or find_tokenizer(path.parent)), folder)
-        write_model(folder, config, lit_tensors(path, config.vocab_size), "ours", dtype)
+        copy_tokenizer(Path(tokenizer or find_tokenizer(source.parent)), folder)
+        write_model(folder, config, lit_tensors(source, config.vocab_size), "ours", dtype)
     return config
 
 

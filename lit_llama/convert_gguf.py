@@ -23,12 +23,12 @@ from lit_llama.gguf_tokenizer import write_gguf_tokenizer
 from lit_llama.model import LLaMAConfig, rope_frequencies
 
 
-def convert_gguf(path: Path, out_dir: Path, name: str | None = None, dtype: str = "float32") -> LLaMAConfig:
+def convert_gguf(source: Path, out_dir: Path, name: str | None = None, dtype: str | None = None) -> LLaMAConfig:
     """A .gguf file of architecture "llama" -> ``out_dir``; its tokenizer comes from the file too."""
-    path = Path(path)
+    source = Path(source)
     with whole_folder(out_dir) as folder:
-        reader = open_gguf(path)
-        config = gguf_config(reader, path, name or path.stem)
+        reader = open_gguf(source)
+        config = gguf_config(reader, source, name or source.stem)
         write_gguf_tokenizer(reader, folder)
         write_model(folder, config, gguf_tensors(reader), "gguf", dtype)
     return config

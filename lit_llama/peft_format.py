@@ -1,7 +1,8 @@
 """Trained folders of adapter, prefix, soft_prompt and lora <-> the adapter folders of Hugging Face PEFT.
 
 An adapter folder holds adapter_config.json and adapter_model.safetensors
-(https://huggingface.co/docs/peft/developer_guides/checkpoint). These four compute the same in both projects:
+(https://huggingface.co/docs/peft/developer_guides/checkpoint), and often the tokenizer with the chat template of
+training, which PEFT itself says nothing about. These four compute the same in both projects:
 
     adapter      ADAPTION_PROMPT   model.layers.{i}.self_attn.adaption_prompt (1, K, C), .adaption_gate (1,)
     prefix       PREFIX_TUNING     prompt_embeddings (K, N * 2 * nkv * hs): keys, then values of each block
@@ -20,8 +21,11 @@ import torch
 from torch import Tensor
 
 from lit_llama import __version__
+from lit_llama.chat_templates import style_of
 from lit_llama.checkpoint import check_tensors, load_config
 from lit_llama.cli import UserError
+from lit_llama.convert import copy_tokenizer
+from lit_llama.export import complete_tokenizer
 from lit_llama.files import read_json, read_tensors, save_tensors, whole_folder, write_json
 from lit_llama.layouts import layer_names
 from lit_llama.methods import METHODS
@@ -29,7 +33,7 @@ from lit_llama.methods.adapter import ACTIVATIONS
 from lit_llama.methods.lora import TARGETS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prompts import choose_style
-from lit_llama.tokenizer import Tokenizer
+from lit_llama.tokenizer import Tokenizer, read_chat_template
 from lit_llama.trained import (
     METHOD_FILE,
     TRAINED_FILE,
@@ -49,38 +53,44 @@ WHY_NOT = {
     "adapter_v2": "PEFT's ADAPTION_PROMPT has no scales, biases and norms that train",
     "houlsby": "PEFT has no bottleneck adapters",
     "output_layers": "it changes the base's own weights; PEFT would have to store them whole",
-    "full": "it is a whole model: scripts/export_hf.py",
+    "full": "it is a whole model: scripts/export.py --to hf",
     "features": "its classifier stands behind the model",
 }
 
 
-def export_peft(trained_dir: Path, out_dir: Path, checkpoint_dir: Path | None = None, base: str | None = None) -> None:
+def export_peft(
+    trained_dir: Path, out_dir: Path, checkpoint_dir: Path | None = None, base_model: str | None = None
+) -> None:
     """A trained folder -> an adapter folder ``out_dir`` that PEFT loads over the same base in transformers.
 
-    ``checkpoint_dir``: the base, where it moved. ``base``: what adapter_config.json calls it, a hub id or a folder.
+    Beside it lies the tokenizer, with the chat template of the style that was trained.
+    ``checkpoint_dir``: the base, where it moved. ``base_model``: its name in adapter_config.json, a hub id or a folder.
     """
     method, path = read_method(trained_dir), Path(trained_dir) / METHOD_FILE
     name, arguments = method["method"], method["arguments"]
     if name not in TO_PEFT:
         raise UserError(f"{trained_dir} was trained with {name}: {WHY_NOT.get(name, 'unknown here')}")
-    config = load_config(check_base(method["base"], checkpoint_dir, path))
+    base_dir = check_base(method["base"], checkpoint_dir, path)
+    config = load_config(base_dir)
     tensors, written = read_tensors(Path(trained_dir) / TRAINED_FILE)
     check_recipe(method, written, path)
     check_tensors(shapes(tensors), kept_shapes(config, name, arguments), Path(trained_dir) / TRAINED_FILE)
     settings, tensors = TO_PEFT[name](config, arguments, tensors)
-    about = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True}
+    about = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True}
     with whole_folder(Path(out_dir)) as folder:
         save_tensors(folder / WEIGHTS_FILE, tensors, foreign=True)
         write_json(folder / SETTINGS_FILE, {**settings, **about})
+        copy_tokenizer(base_dir, folder)
+        complete_tokenizer(folder, config, Tokenizer(base_dir), method["prompt_style"])
 
 
 def import_peft(
     source: Path, checkpoint_dir: Path, out_dir: Path, prompt_style: str | None = None, max_seq_length: int = 512
-) -> str:
+) -> None:
     """An adapter folder of PEFT -> a trained folder ``out_dir`` over the base in ``checkpoint_dir``.
 
-    PEFT knows neither the prompt style nor the longest sequence it was trained with; they default to what the base's
-    tokenizer tells and to a finetune script's own. Returns the method's name. Raises UserError for a type or a setting
+    The prompt style defaults to that of the adapter folder's chat template, if it is one of ours, else to what the
+    base's tokenizer tells; the longest sequence to a finetune script's own. Raises UserError for a type or a setting
     that the method here does not have, and for tensors that are not the base's.
     """
     source, config = Path(source), load_config(checkpoint_dir)
@@ -106,19 +116,19 @@ def import_peft(
         reason = str(error).split("\n")[0]
         raise UserError(f"{source / SETTINGS_FILE} does not fit {settings['peft_type']}: {reason}") from None
     check_tensors(shapes(tensors), expected, source / WEIGHTS_FILE)
+    style = prompt_style or style_of(read_chat_template(source))
     description = {
         "method": method,
         "arguments": arguments,
         "trained_parameters": sum(tensor.numel() for tensor in tensors.values()),
         "base": describe_base(checkpoint_dir),
-        "prompt_style": choose_style(prompt_style, Tokenizer(checkpoint_dir)),
+        "prompt_style": choose_style(style, Tokenizer(checkpoint_dir)),
         "train": {"max_seq_length": max_seq_length},
         "version": __version__,
     }
     with whole_folder(Path(out_dir)) as folder:
         save_tensors(folder / TRAINED_FILE, tensors)
         write_json(folder / METHOD_FILE, description)
-    return method
 
 
 def shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:

@@ -8,9 +8,12 @@ plain text even where it spells one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+from lit_llama.chat_templates import ALPACA_INTRO, style_of, template_of
 from lit_llama.cli import UserError
-from lit_llama.tokenizer import Tokenizer
+from lit_llama.files import write_json
+from lit_llama.tokenizer import SETTINGS_FILE, TEMPLATE_FILE, Tokenizer, read_settings
 
 
 class Control(str):
@@ -80,9 +83,6 @@ def llama2(messages: list[Message]) -> Iterator[Piece]:
         raise UserError("llama2 puts a system message into the user's turn right behind it, and there is none")
 
 
-ALPACA_INTRO = (
-    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
-)
 ALPACA_PAIRED = ", paired with an input that provides further context"
 
 
@@ -118,7 +118,12 @@ END_OF_TURN = {"chatml": Control("<|im_end|>"), "llama3": Control("<|eot_id|>")}
 
 
 def default_style(tokenizer: Tokenizer) -> str:
-    """The style a base was made for, read off its tokenizer; "alpaca" where it shows none."""
+    """The style a base was made for, read off its tokenizer; "alpaca" where it shows none.
+
+    What was trained in a style, and then merged or exported, has that style's template.
+    """
+    if style := style_of(tokenizer.chat_template):
+        return style
     if tokenizer.control_id("<|im_start|>") is not None:
         return "chatml"
     if tokenizer.control_id("<|start_header_id|>") is not None:
@@ -133,6 +138,21 @@ def choose_style(name: str | None, tokenizer: Tokenizer) -> str:
         raise UserError(f"prompt_style {name!r} is none of {', '.join(STYLES)}")
     encode_control(END_OF_TURN.get(name, EOS), tokenizer)
     return name
+
+
+def chat_template(tokenizer: Tokenizer, style: str | None) -> str | None:
+    """The Jinja template of a style, or the tokenizer's own (None if it has none) where the style is None."""
+    if style is None:
+        return tokenizer.chat_template
+    return template_of(choose_style(style, tokenizer), tokenizer.bos_id is not None)
+
+
+def write_chat_template(folder: Path, tokenizer: Tokenizer, style: str | None) -> None:
+    """Write ``chat_template`` into the tokenizer's settings in ``folder``: whoever reads it asks in this style."""
+    template = chat_template(tokenizer, style)
+    if template is not None:
+        write_json(folder / SETTINGS_FILE, read_settings(folder) | {"chat_template": template})
+        (folder / TEMPLATE_FILE).unlink(missing_ok=True)  # transformers would read it first
 
 
 def encode_control(token: Control, tokenizer: Tokenizer) -> list[int]:

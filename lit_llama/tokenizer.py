@@ -21,6 +21,7 @@ from lit_llama.cli import UserError
 from lit_llama.files import read_json
 
 JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
 MAX_PADDING = 1024  # a model may have some more rows than tokens, to make their number a round one
 
 
@@ -39,7 +40,7 @@ class Tokenizer:
 
     def __init__(self, checkpoint_dir: Path | str):
         folder = Path(checkpoint_dir)
-        self.settings = settings = read_json(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).exists() else {}
+        self.settings = settings = read_settings(folder)
         if (folder / JSON_FILE).exists():
             self.backend: JSONBackend | SentencePieceBackend = JSONBackend(folder, settings)
         elif (folder / SENTENCEPIECE_FILE).exists():
@@ -47,12 +48,12 @@ class Tokenizer:
         else:
             raise UserError(
                 f"{folder} holds neither {JSON_FILE} nor {SENTENCEPIECE_FILE}; copy there the one that the weights "
-                "came with, or convert the checkpoint again with one of scripts/convert_*.py"
+                "came with, or convert the checkpoint again with scripts/convert.py"
             )
         if self.backend.eos_id is None:
             raise UserError(f"{folder} does not say which token ends a text; name it in {SETTINGS_FILE} as eos_token")
         self.vocab_size, self.bos_id, self.eos_id = self.backend.vocab_size, self.backend.bos_id, self.backend.eos_id
-        self.chat_template = chat_template(folder, settings)
+        self.chat_template = read_chat_template(folder)
         rows = read_json(folder / CONFIG_FILE).get("vocab_size") if (folder / CONFIG_FILE).exists() else None
         if isinstance(rows, int) and not 0 <= rows - self.vocab_size < MAX_PADDING:
             raise UserError(
@@ -173,10 +174,15 @@ def token_text(entry: object) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def chat_template(folder: Path, settings: dict) -> str | None:
+def read_settings(folder: Path) -> dict:
+    path = folder / SETTINGS_FILE
+    return read_json(path) if path.exists() else {}
+
+
+def read_chat_template(folder: Path) -> str | None:
     """chat_template.jinja where there is one, else the template in tokenizer_config.json."""
-    path = folder / "chat_template.jinja"
-    template = path.read_text(encoding="utf-8") if path.exists() else settings.get("chat_template")
+    path = folder / TEMPLATE_FILE
+    template = path.read_text(encoding="utf-8") if path.exists() else read_settings(folder).get("chat_template")
     return template if isinstance(template, str) else None
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_llama import cli
-from lit_llama.download import ask_for_base, ensure_base
+from lit_llama.download import ensure_base
 from lit_llama.settings import DEFAULT_BASE
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def main(
         results: A .jsonl file to write the figures to.
         yes: Do not ask before a download.
     """
-    ask_for_base(checkpoint_dir, yes)
+    ensure_base(checkpoint_dir, yes)
 
     import torch
 
@@ -84,7 +84,6 @@ def main(
     load_splits(data)  # refuses what it cannot read before anything is fetched
     if results is not None:
         check_writable(results)
-    ensure_base(checkpoint_dir, yes)
     task = load_task(data, checkpoint_dir, None, min(512, load_config(checkpoint_dir).block_size))
     precision = ours[0].precision
     if task.tokenizer.vocab_size > ours[0].config.vocab_size:

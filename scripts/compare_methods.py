@@ -20,7 +20,7 @@ from pathlib import Path
 from lit_llama import cli
 from lit_llama.bars import Bar
 from lit_llama.comparison import METHODS, ScriptRun, ablation_jobs, pilot_jobs, variant_jobs
-from lit_llama.download import ask_for_base, ensure_base
+from lit_llama.download import ensure_base
 from lit_llama.settings import DEFAULT_BASE
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +66,7 @@ def main(
         seed: Of the order of samples and of everything drawn at random.
         yes: Do not ask before a download.
     """
-    ask_for_base(checkpoint_dir, yes)
+    ensure_base(checkpoint_dir, yes)
 
     from lit_llama.checkpoint import load_config
     from lit_llama.data import split_file
@@ -86,7 +86,6 @@ def main(
     methods, shots = possible_runs(methods, shots, Path(data))
     folder = Path(out_dir or f"out/compare/{Path(data).stem}")
     check_writable(folder / "settings.json")
-    ensure_base(checkpoint_dir, yes)
     split = "test" if split_file(Path(data), "test") else "validation"
     settings = dict(data=data, split=split, n_samples=n_samples, batch_size=batch_size, seed=seed, pilot=pilot)
     settings |= dict(checkpoint_dir=checkpoint_dir, max_test_samples=max_test_samples, pilot_samples=pilot_samples)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lit_llama import cli
-from lit_llama.download import ask_for_base
+from lit_llama.download import ensure_base
 from lit_llama.settings import DEFAULT_BASE
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def main(
         results: A .json file to write each sample's loss and answer to.
     """
     if not trained_dir:
-        ask_for_base(checkpoint_dir or DEFAULT_BASE)
+        ensure_base(checkpoint_dir or DEFAULT_BASE)
 
     from lit_llama import ranks
     from lit_llama.answerer import load_answerer

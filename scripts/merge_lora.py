@@ -60,7 +60,7 @@ def main(trained_dir: str, out_dir: str, checkpoint_dir: str | None = None, dtyp
     config, merged = merge_lora(model) if method["method"] == "lora" else merge_scales(model)
     with whole_folder(Path(out_dir)) as folder:
         save_checkpoint(folder, config, ((name, t.to(getattr(torch, dtype))) for name, t in merged.items()))
-        copy_tokenizer(Path(checkpoint_dir or method["base"]["checkpoint_dir"]), folder)
+        copy_tokenizer(Path(checkpoint_dir or method["base"]["checkpoint_dir"]), folder, method["prompt_style"])
         save_command_line(folder)
     print(f"wrote {out_dir}")
     if method["method"] == "adapter_v2":

@@ -26,7 +26,7 @@ TRAINED = ["generate/adapter.py", "--trained_dir", "out", "--max_new_tokens", 2,
 EVALUATE = ["scripts/evaluate.py", "--trained_dir", "out", "--data", "data"]
 BATCH = ["generate/batch.py", "--requests", "requests.jsonl"]
 LABELS = ["finetune/full.py", "--head", "classifier", "--train.max_steps", 2, *FINETUNE[1:7]]
-HF = ["scripts/convert_hf_checkpoint.py", "--source", "hf", "--out_dir", "new"]
+CONVERT = ["scripts/convert.py", "--out_dir", "new"]
 
 
 def edit_json(path: Path, **changes) -> None:
@@ -429,13 +429,12 @@ FLAGS = [
     (BASE[:5], [], "missing: --prompt; --help says what"),
     (EVALUATE, ["--shots", -1], "--shots -1 must not be negative"),
     (EVALUATE, ["--results", "none/there/data.json/x", "--max_samples", 0], "--max_samples 0 must be at least 1"),
-    (HF, [], "hf/config.json is missing"),
-    (HF, ["--out_dir", "base"], "base exists already; remove it or choose another name"),
-    (HF, ["--dtype", "int8"], "--dtype int8: expected .*float16"),
-    (["scripts/convert_gguf_checkpoint.py", "--out_dir", "new"], ["--source", "none.gguf"], "none.gguf is missing"),
-    (["scripts/convert_gguf_checkpoint.py", "--out_dir", "new"], ["--source", WEIGHTS], "is not a whole GGUF file"),
-    (["scripts/convert_meta_checkpoint.py", "--source", "hf", "--out_dir", "new"], ["--name", "8B"], "'8B' is unknown"),
-    (["scripts/convert_lit_checkpoint.py", "--source", "no", "--out_dir", "new"], ["--name", "7B"], "no is missing"),
+    (CONVERT, ["--source", "hf"], "hf is neither a .gguf file, a lit-llama.pth, nor a folder with config.json"),
+    (CONVERT, ["--source", "none.gguf"], "none.gguf is missing"),
+    (CONVERT, ["--source", "base", "--out_dir", "other"], "other exists already; remove it or choose another name"),
+    (CONVERT, ["--source", "base", "--dtype", "int8"], "--dtype int8: expected .*float16"),
+    (CONVERT, ["--source", "base", "--prompt_style", "plain"], "a Hugging Face folder does not take --prompt_style"),
+    (["scripts/export.py", "--to", "peft"], ["--out_dir", "new"], "--to peft needs --trained_dir"),
 ]
 for command, flags, message in FLAGS:
     CASES[f"{command[0]} {' '.join(map(str, flags))}"] = (lambda place, c=command, f=flags: [*c, *f]), message

@@ -73,7 +73,7 @@ def test_values_that_do_not_fit_are_named():
     assert mistake("--resume", "perhaps") == "--resume perhaps: expected bool"
     assert mistake("--prompt_length") == "argument --prompt_length: expected one argument"
     assert mistake("--config", "none.yaml").startswith("--config: File does not exist")
-    convert = "scripts/convert_hf_checkpoint.py"
+    convert = "scripts/convert.py"
     assert mistake(script=convert) == "missing: --source, --out_dir; --help says what they are"
     flags = ("--source", "a", "--out_dir", "b", "--dtype", "int3")
     assert mistake(*flags, script=convert) == "--dtype int3: expected Literal['float32', 'bfloat16', 'float16']"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_scripts import refuse, succeed
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_llama.checkpoint import load_config, load_model
@@ -42,6 +43,9 @@ def check_logits(folder: Path, theirs: LlamaForCausalLM, tolerance: float = 1e-5
     ours = load_model(folder)
     idx = torch.randint(ours.config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=tolerance, rtol=1e-5)
+
+
+CONVERT = ["scripts/convert.py", "--source"]
 
 
 def refused(match: str, out: Path, convert, *args, **kwargs) -> None:
@@ -326,8 +330,23 @@ def test_lit(tmp_path, monkeypatch):
         for name, meta_name in (("c_fc1", "w1"), ("c_fc2", "w3"), ("c_proj", "w2")):
             state[f"{ours}mlp.{name}.weight"] = meta[f"{theirs_i}feed_forward.{meta_name}.weight"]
     torch.save(state, tmp_path / "lit-llama.pth")
-    convert_lit(tmp_path / "lit-llama.pth", tmp_path / "ours", "tiny")
+    succeed(*CONVERT, tmp_path / "lit-llama.pth", "--name", "tiny", "--out_dir", tmp_path / "ours")
     check_logits(tmp_path / "ours", theirs)
     out = tmp_path / "other"
     refused("instead of", out, convert_lit, tmp_path / "lit-llama.pth", out, "smollm2-135m")
     refused("is missing", out, convert_lit, tmp_path / "absent.pth", out, "tiny")
+
+
+def test_the_script_tells_the_format_by_what_it_finds(tmp_path, monkeypatch):
+    monkeypatch.setitem(CONFIGS, "tiny", dict(TINY))
+    theirs = tiny_hf()
+    theirs.save_pretrained(tmp_path / "hf")
+    write_meta(tmp_path / "meta", theirs, 1, 0)
+    for source, flags in (("hf", ["--dtype", "float32"]), ("meta", ["--name", "tiny"])):
+        out = tmp_path / f"from_{source}"
+        assert succeed(*CONVERT, tmp_path / source, "--out_dir", out, *flags) == f"wrote {out}\n"
+        check_logits(out, theirs)
+    out = ["--out_dir", tmp_path / "out"]
+    refuse(*CONVERT, tmp_path / "meta", *out, message="Meta's folder needs --name; --help says what they are")
+    refuse(*CONVERT, tmp_path / "hf", *out, "--prompt_style", "plain", message="folder does not take --prompt_style")
+    refuse(*CONVERT, tmp_path, *out, message="is neither a .gguf file, a lit-llama.pth, nor a folder with config.json")

@@ -179,13 +179,13 @@ def test_a_trained_folder_is_merged_first(tmp_path, method):
     arguments = dict(prompt_length=4, start_layer=1, scale_head=False) if method == "adapter_v2" else {}
     trained = save_trained(base, tmp_path / "trained", method, **arguments)
     flags = ["--checkpoint_dir", trained, "--out_dir", tmp_path / "hf"]
-    refuse("scripts/export_hf.py", *flags, message=f"holds what {method} learned")
+    refuse("scripts/export.py", "--to", "hf", *flags, message=f"holds what {method} learned")
     succeed("scripts/merge_lora.py", "--trained_dir", trained, "--out_dir", tmp_path / "merged")
     flags = ["--checkpoint_dir", tmp_path / "merged", "--out_dir", tmp_path / "hf"]
-    assert succeed("scripts/export_hf.py", *flags) == f"wrote {tmp_path / 'hf'}\n"
+    assert succeed("scripts/export.py", "--to", "hf", *flags) == f"wrote {tmp_path / 'hf'}\n"
     theirs = same_logits(tmp_path / "merged", tmp_path / "hf")
     assert theirs.config.attention_bias == theirs.config.mlp_bias == (method == "adapter_v2")
-    refuse("scripts/export_hf.py", *flags, message="exists already")
+    refuse("scripts/export.py", "--to", "hf", *flags, message="exists already")
 
 
 def test_a_bias_of_the_head_is_refused(tmp_path):

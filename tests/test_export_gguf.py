@@ -159,8 +159,9 @@ def test_chat_template(tmp_path):
 def test_refused(tmp_path):
     base = make_base(tmp_path / "base")
     flags = ["--checkpoint_dir", base, "--out_file", tmp_path / "tiny.gguf"]
-    assert succeed("scripts/export_gguf.py", *flags, "--type", "q8_0") == f"wrote {tmp_path / 'tiny.gguf'}\n"
-    refuse("scripts/export_gguf.py", *flags, message="exists already")
+    assert succeed("scripts/export.py", "--to", "gguf", *flags, "--type", "q8_0") == f"wrote {tmp_path / 'tiny.gguf'}\n"
+    refuse("scripts/export.py", "--to", "gguf", *flags, message="exists already")
+    succeed("scripts/convert.py", "--source", tmp_path / "tiny.gguf", "--out_dir", tmp_path / "again")
     content = json.loads((base / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "NFC"}
     (base / "tokenizer.json").write_text(json.dumps(content))

@@ -35,14 +35,6 @@ def test_the_model_imports_torch_alone():
     }
 
 
-def test_nothing_heavy_is_imported_before_the_question_whether_to_fetch_the_base():
-    ours = {name for name in imports(ROOT / "lit_llama" / "download.py", top_level_only=True) if "lit_llama." in name}
-    assert {name.split(".")[1] for name in ours} == {"cli", "settings"}
-    for name in ("generate/base", "generate/chat", "scripts/evaluate", "scripts/benchmark", "scripts/compare_methods"):
-        text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-        assert text.index("    ask_for_base(") < text.index("    from lit_llama.", text.index("\ndef main(")), name
-
-
 def test_methods_import_the_model_and_no_other_part():
     for path in (ROOT / "lit_llama" / "methods").glob("*.py"):
         ours = {name for name in imports(path) if name.startswith("lit_llama")}

@@ -109,7 +109,7 @@ def test_import(tmp_path, case, shape):
     same_logits(model, theirs, base)
     assert (method["prompt_style"], method["train"]["max_seq_length"]) == ("chatml", 99)
 
-    export_peft(tmp_path / "ours", tmp_path / "again", base="owner/name")
+    export_peft(tmp_path / "ours", tmp_path / "again", base_model="owner/name")
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "again"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert read_json(tmp_path / "again/adapter_config.json")["base_model_name_or_path"] == "owner/name"
@@ -119,7 +119,7 @@ def test_peft_finds_the_exported_base_by_itself(tmp_path):
     base = make_base(tmp_path / "base")
     trained = train_ours(base, tmp_path / "trained", "lora on all")
     export_hf(base, tmp_path / "hf")
-    export_peft(trained, tmp_path / "peft", base=str(tmp_path / "hf"))
+    export_peft(trained, tmp_path / "peft", base_model=str(tmp_path / "hf"))
     same_logits(load_trained_folder(trained)[0], AutoPeftModelForCausalLM.from_pretrained(tmp_path / "peft"), base)
 
 
@@ -224,10 +224,10 @@ def test_prompts_of_another_base_are_refused(tmp_path):
 def test_scripts(tmp_path):
     base = make_base(tmp_path / "base")
     trained = train_ours(base, tmp_path / "trained", "lora")
-    succeed("scripts/export_peft.py", "--trained_dir", trained, "--out_dir", tmp_path / "peft")
+    succeed("scripts/export.py", "--to", "peft", "--trained_dir", trained, "--out_dir", tmp_path / "peft")
     flags = ["--source", tmp_path / "peft", "--checkpoint_dir", base, "--out_dir", tmp_path / "ours"]
-    assert succeed("scripts/import_peft.py", *flags).endswith("ours: lora\n")
-    refuse("scripts/import_peft.py", *flags, message="exists already")
+    assert succeed("scripts/convert.py", *flags).endswith("ours\n")
+    refuse("scripts/convert.py", *flags, message="exists already")
     answers = [
         succeed("generate/adapter.py", "--trained_dir", folder, "--prompt", "hello", "--max_new_tokens", 8)
         for folder in (trained, tmp_path / "ours")

@@ -1,0 +1,80 @@
+"""Convert a model, or an adapter, that another project wrote. What it is shows in what --source holds.
+
+    python scripts/convert.py --source Llama-3.2-1B --out_dir checkpoints/llama-3.2-1b           # Hugging Face folder
+    python scripts/convert.py --source llama.Q4_1.gguf --out_dir checkpoints/llama               # GGUF file
+    python scripts/convert.py --source llama-2-7b --name Llama-2-7b --out_dir checkpoints/llama  # Meta's release
+    python scripts/convert.py --source lit-llama.pth --name 7B --out_dir checkpoints/llama-7b    # Lit-LLaMA's file
+    python scripts/convert.py --source mine --checkpoint_dir checkpoints/llama --out_dir out/mine  # PEFT adapter
+
+Llama 3's tokenizer.model is a tiktoken file: take tokenizer.json from the model's Hugging Face repository and pass it
+as --tokenizer. scripts/download.py --repo_id fetches a model from the hub and converts it in one go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from lit_llama.cli import UserError, call, run
+
+
+def main(
+    source: Path,
+    out_dir: Path,
+    name: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    tokenizer: Path | None = None,
+    checkpoint_dir: Path | None = None,
+    prompt_style: str | None = None,
+    max_seq_length: int | None = None,
+) -> None:
+    """Convert a model to a checkpoint folder, or a PEFT adapter to a trained folder.
+
+    Args:
+        source: A Hugging Face folder, a .gguf file, a folder with Meta's consolidated.*.pth and params.json, a
+            lit-llama.pth, or a folder with PEFT's adapter_config.json (ADAPTION_PROMPT, PREFIX_TUNING, PROMPT_TUNING
+            or LORA).
+        out_dir: Folder to write; it must not exist.
+        name: The model's name in config.json, by default that of the source. Meta's and Lit-LLaMA's files do not say
+            which model they hold: for them it is one of lit_llama/configs.py, such as 7B or Llama-2-7b.
+        dtype: What to cast the weights to. By default each stays in the dtype it is stored in; a GGUF becomes float32.
+        tokenizer: File or folder to copy the tokenizer from, by default the source folder or the one above it.
+        checkpoint_dir: For an adapter: folder of the base it was trained over.
+        prompt_style: For an adapter: how it was asked in training: alpaca, chatml, llama2, llama3 or plain. By default
+            what the adapter's or the base's tokenizer tells.
+        max_seq_length: For an adapter: the longest sample in its training, in tokens; by default 512.
+    """
+    convert, kind = find_converter(source)
+    flags = dict(source=source, out_dir=out_dir, name=name, dtype=dtype, tokenizer=tokenizer)
+    flags |= dict(checkpoint_dir=checkpoint_dir, prompt_style=prompt_style, max_seq_length=max_seq_length)
+    call(convert, kind, **flags)
+    print(f"wrote {out_dir}")
+
+
+def find_converter(source: Path) -> tuple[Callable, str]:
+    """What converts ``source``, and what it is in words."""
+    from lit_llama.convert import convert_hf, convert_lit, convert_meta
+    from lit_llama.convert_gguf import convert_gguf
+    from lit_llama.peft_format import import_peft
+
+    if not source.exists():
+        raise UserError(f"{source} is missing")
+    if source.suffix == ".gguf":
+        return convert_gguf, "a GGUF file"
+    if source.suffix == ".pth":
+        return convert_lit, "a lit-llama.pth"
+    if (source / "adapter_config.json").exists():
+        return import_peft, "a PEFT adapter"
+    if (source / "config.json").exists():
+        return convert_hf, "a Hugging Face folder"
+    if (source / "params.json").exists():
+        return convert_meta, "Meta's folder"
+    raise UserError(
+        f"{source} is neither a .gguf file, a lit-llama.pth, nor a folder with config.json (Hugging Face), params.json "
+        "(Meta) or adapter_config.json (PEFT)"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
