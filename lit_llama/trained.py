@@ -20,6 +20,7 @@ from lit_llama.checkpoint import (
 )
 from lit_llama.cli import UserError
 from lit_llama.files import read_json, read_tensors, tensor_headers
+from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA
 from lit_llama.quantize import count_numbers, quantization, quantize_base
 
@@ -69,8 +70,11 @@ def describe_run(
 ) -> dict:
     """What method.json says of a run: all that generation and a resumed run need to know.
 
-    ``arguments`` are those of the method's function; ``rates`` are further settings of the optimizer.
+    ``arguments`` are those of the method's function, ``rates`` further settings of the optimizer. Raises UserError if
+    the arguments do not fit the base; no weight is loaded to find out.
     """
+    with torch.device("meta"):
+        METHODS[method](LLaMA(load_config(checkpoint_dir)).requires_grad_(False), **arguments)
     return {
         "method": method,
         "arguments": arguments,
@@ -136,8 +140,6 @@ def load_trained_folder(
 
 def add_trained(model: LLaMA, trained_dir: Path | str, method: dict) -> None:
     """Freeze ``model``, a base, and put on it what a trained folder with this method.json learned."""
-    from lit_llama.methods import METHODS
-
     path = Path(trained_dir) / METHOD_FILE
     if method["method"] not in METHODS:
         raise UserError(f"{path} names the method {method['method']!r}, not one of {', '.join(METHODS)}")
