@@ -11,7 +11,7 @@ from lit_llama.generate import generate
 from lit_llama.methods import METHODS
 from lit_llama.methods.adapter import AdapterAttention, add_adapter, start_from_text
 from lit_llama.model import LLaMA, LLaMAConfig, apply_rope
-from lit_llama.train import target_loss
+from lit_llama.train.loss import target_loss
 from lit_llama.trained import load_trained, trained_tensors
 
 SHAPES = [dict(), dict(n_kv_head=6), dict(tie_embeddings=True, rope_scaling=SCALING)]

@@ -1,5 +1,7 @@
 """The two bodies of attention, and blocks that are compiled or recomputed: faster or smaller, and the same numbers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -7,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from lit_llama.batches import IGNORE
-from lit_llama.blocks import block_forwards, first_trained
+from lit_llama.blocks import first_trained, unwrap_blocks, wrap_blocks
 from lit_llama.generate import generate, generate_batch
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig, attention, plain_attention
-from lit_llama.train import padded_width, target_loss
+from lit_llama.train.loss import padded_width, target_loss
 from lit_llama.trained import trained_tensors
 
 TINY = dict(
@@ -43,11 +45,18 @@ def gradients(model: LLaMA, lengths: tuple[int, ...] = (11,)) -> list[torch.Tens
     return [torch.stack(losses).detach(), *found]
 
 
+@contextmanager
+def wrapped(model: LLaMA, **options: bool) -> Iterator[None]:
+    wrap_blocks(model, **options)
+    yield
+    unwrap_blocks(model)
+
+
 def test_every_variant_of_a_block_is_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # what counts is how often
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     model = trained_model("adapter", start_layer=2)
-    with block_forwards(model, compile=True):
+    with wrapped(model, compile=True):
         for lengths in ((8, 12), (12,), (9, 7)):
             gradients(model, lengths)
         with torch.no_grad():
@@ -93,7 +102,7 @@ def test_checkpointed_blocks_have_the_same_gradients(method):
     arguments = {"lora": dict(dropout=0.0), "prefix": dict(mlp_size=16)}.get(method, {})
     model = trained_model(method, **arguments)
     plain = gradients(model)
-    with block_forwards(model, checkpointing=True):
+    with wrapped(model, checkpointing=True):
         recomputed = gradients(model)
     assert all("forward" not in vars(block) for block in model.transformer.h)
     for one, other in zip(plain, recomputed, strict=True):
@@ -105,7 +114,7 @@ def test_checkpointing_draws_the_same_dropout_again():
     torch.manual_seed(5)
     plain = gradients(model)
     torch.manual_seed(5)
-    with block_forwards(model, checkpointing=True):
+    with wrapped(model, checkpointing=True):
         recomputed = gradients(model)
     for one, other in zip(plain, recomputed, strict=True):
         torch.testing.assert_close(one, other)
@@ -128,7 +137,7 @@ def test_checkpointing_saves_memory_only_where_a_graph_is_built():
     model = trained_model("adapter")
     assert first_trained(model) == 2
     plain = kept_bytes(model)
-    with block_forwards(model, checkpointing=True):
+    with wrapped(model, checkpointing=True):
         assert sum("checkpoint" in repr(block.forward) for block in model.transformer.h) == 2
         assert kept_bytes(model) < plain / 2
 
@@ -140,7 +149,7 @@ def test_compiled_blocks_have_the_same_gradients_for_all_lengths():
     for method, arguments in (("adapter", {}), ("lora", dict(dropout=0.0))):
         model = trained_model(method, torch.float64, **arguments)
         plain = gradients(model, lengths)
-        with block_forwards(model, compile=True):
+        with wrapped(model, compile=True):
             compiled = gradients(model, lengths)
         for one, other in zip(plain, compiled, strict=True):
             torch.testing.assert_close(one, other)

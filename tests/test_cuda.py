@@ -12,7 +12,7 @@ from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.quantize import NarrowLinear, count_numbers, quantize_base
 from lit_llama.settings import Sampling
-from lit_llama.train import target_loss
+from lit_llama.train.loss import target_loss
 from lit_llama.trained import trained_tensors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

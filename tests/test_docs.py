@@ -14,10 +14,9 @@ from test_model import tiny_model, transformers_model
 from tools import make_base, script_parser
 
 from lit_llama import cli
-from lit_llama.generate import generate, reply
+from lit_llama.generate import generate
 from lit_llama.methods import METHODS
-from lit_llama.tokenizer import Tokenizer
-from lit_llama.train import target_loss
+from lit_llama.train.loss import target_loss
 from lit_llama.trained import load_trained_folder, trained_tensors
 
 ROOT = Path(__file__).parent.parent
@@ -64,15 +63,9 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     printed = capsys.readouterr().out
-    job, rows = names["job"], names["rows"]
-    assert len(job.task.train) + len(job.task.validation) == len(rows) == 200
-    assert "lora trains" in printed and "exact match after" in printed
-    assert len(code.split("\n\n")[1].strip().splitlines()) == 5  # after the imports
-    model, method = load_trained_folder("out/doubles")
-    assert method["method"] == "lora" and method["data"] == "rows"
-    tokenizer = Tokenizer(method["base"]["checkpoint_dir"])
-    again = reply(model.to(job.model.dtype), tokenizer, method["prompt_style"], "Double 21.")
-    assert printed.endswith(f"{again}\n")
+    assert "trainable parameters:" in printed and "exact match after" in printed
+    assert names["method"]["method"] == "lora" and names["method"]["data"] == "rows"
+    assert len(code.split("\n\n")[1].strip().splitlines()) == 4  # after the imports
 
 
 def test_the_lines_that_matter_are_those_of_the_code():

@@ -12,19 +12,14 @@ import pytest
 import torch
 from tools import make_base, sums, write_rows
 
-from lit_llama.checkpoint import load_model
-from lit_llama.data import load_task
+from finetune import adapter, full
 from lit_llama.files import read_tensors
-from lit_llama.methods.adapter import add_adapter
-from lit_llama.methods.full import add_full
-from lit_llama.runs import Run
-from lit_llama.train import TrainArgs, fit
-from lit_llama.trained import trained_tensors
+from lit_llama.settings import TrainArgs
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 
 STEPS = 40
-METHODS = {"adapter": add_adapter, "full": add_full}
+METHODS = {"adapter": adapter, "full": full}
 SAVE_SECONDS = 0.04  # what the test makes a save last
 # A server with all imported that forks: a child begins in milliseconds, without the threads of this process.
 children = multiprocessing.get_context("forkserver" if os.name != "nt" else "spawn")
@@ -32,21 +27,13 @@ children.set_forkserver_preload(["test_kill", "lightning.fabric"])
 
 
 def train(base, data, out_dir, method, resume, saving, steps=STEPS):
-    """In a child: what a finetune script does. ``saving`` is 1 while a file is being written, where it is given."""
-    from lightning.fabric import Fabric
-
+    """In a child: a finetune script. ``saving`` is 1 while a file is being written, where it is given."""
     torch.set_num_threads(1)
     if saving is not None:
         slow_down_saves(saving)
     args = TrainArgs(max_steps=steps, batch_size=4, learning_rate=0.01, eval_every=5, save_every=4, max_seq_length=60)
-    run = Run(Fabric(accelerator="cpu", devices=1), out_dir, base, resume)
-    task = load_task(data, base, None, args.max_seq_length)
-    model = load_model(base).requires_grad_(False)
-    torch.manual_seed(3)
-    METHODS[method](model)
-    optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=args.learning_rate)
-    run.begin(method, {}, base, task, args, model, optimizer, whole_model=method == "full")
-    fit(run.fabric, model, optimizer, task.train, task.validation, args, run)
+    where = dict(checkpoint_dir=str(base), data=str(data), out_dir=str(out_dir))
+    METHODS[method].main(**where, train=args, precision="32-true", eval_samples=0, resume=resume)
 
 
 def slow_down_saves(saving):
@@ -145,7 +132,7 @@ def check_kills(places, tmp_path, n_kills: int) -> None:
         whole = places / method
         assert metrics(out_dir) == metrics(whole)
         for path in whole.rglob("*"):
-            if path.is_file() and path.name not in ("metrics.csv", ".lock"):
+            if path.is_file() and path.name not in ("metrics.csv", "costs.json", ".lock"):
                 assert (out_dir / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
         assert not list(out_dir.rglob(".*tmp*"))  # what the killed run had begun to write
 

@@ -16,7 +16,7 @@ from lit_llama.batches import IGNORE
 from lit_llama.cli import UserError
 from lit_llama.memory import Estimate, Ledger, check_room, estimate
 from lit_llama.model import LLaMAConfig
-from lit_llama.train import target_loss
+from lit_llama.train.loss import target_loss
 from lit_llama.trained import trained_tensors
 
 

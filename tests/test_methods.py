@@ -16,7 +16,7 @@ from lit_llama.methods import METHODS
 from lit_llama.methods.features import text_vectors
 from lit_llama.methods.lora import TARGETS, places
 from lit_llama.model import LLaMA, LLaMAConfig, apply_rope
-from lit_llama.train import target_loss
+from lit_llama.train.loss import target_loss
 from lit_llama.trained import kept_tensors, load_trained, trained_tensors
 
 CASES = {

@@ -1,5 +1,6 @@
 """Several processes, by gloo on the CPU: a step means the same on one, two and three, and over a sharded base."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,8 @@ def work(places: Path, devices: int = 1, strategy: str = "auto") -> Path:
     if not out_dir.exists():
         names = METHODS if strategy != "fsdp" else METHODS[:2]
         command = [sys.executable, WORKER, places / "base", places / "data", out_dir, devices, strategy, *names]
-        result = subprocess.run([*map(str, command)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # for the scripts in finetune/
+        result = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
         assert result.returncode == 0, result.stderr
     return out_dir
 
