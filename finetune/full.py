@@ -19,6 +19,7 @@ from lit_llama.data import check_data, load_task
 from lit_llama.devices import base_dtype, broadcast_trained, launch
 from lit_llama.download import ensure_base
 from lit_llama.evaluate import BeforeAfter
+from lit_llama.memory import check_memory
 from lit_llama.methods.full import add_full
 from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
 from lit_llama.train.loss import clip_gradient, split_by_tokens, sum_over_ranks, target_loss, validate
@@ -69,6 +70,7 @@ def main(
     settings = describe_run("full", arguments, checkpoint_dir, task, train, dtype)
     whole = None if task.labels else checkpoint_dir  # a language model becomes a checkpoint folder of its own
     run = Run(fabric, out_dir, settings, resume, overwrite, allow_changes, whole)
+    check_memory(fabric, settings, task, train, "auto", compile, checkpointing)
 
     # Model: freeze the base, then add the method; what requires a gradient afterwards is trained
     model = load_model(checkpoint_dir, dtype, fabric.device).requires_grad_(False)

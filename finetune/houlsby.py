@@ -16,6 +16,7 @@ from lit_llama.data import check_data, load_task
 from lit_llama.devices import base_dtype, broadcast_trained, launch
 from lit_llama.download import ensure_base
 from lit_llama.evaluate import BeforeAfter
+from lit_llama.memory import check_memory
 from lit_llama.methods.houlsby import add_houlsby
 from lit_llama.quantize import quantize_base
 from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
@@ -69,6 +70,7 @@ def main(
     dtype = base_dtype(precision, fabric.device)
     settings = describe_run("houlsby", arguments, checkpoint_dir, task, train, dtype, quantize)
     run = Run(fabric, out_dir, settings, resume, overwrite, allow_changes)
+    check_memory(fabric, settings, task, train, strategy, compile, checkpointing)
 
     # Model: freeze the base, then add the method; what requires a gradient afterwards is trained
     model = load_model(checkpoint_dir, dtype, fabric.device, sharded=strategy == "fsdp").requires_grad_(False)

@@ -10,9 +10,11 @@ Not counted: what the interpreter and its libraries hold (0.3 to 0.5 GB of main 
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +23,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lit_llama.batches import micro_batches
 from lit_llama.blocks import wrap_blocks
+from lit_llama.checkpoint import load_config
 from lit_llama.cli import UserError
+from lit_llama.devices import free_memory, multiplies_bf16
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.train.loss import BUCKET_PARAMETERS, target_loss
+from lit_llama.settings import TrainArgs
+from lit_llama.train.loss import BUCKET_PARAMETERS, split_evenly, target_loss
 from lit_llama.trained import trained_tensors
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+    from lit_llama.data import Task
 
 aten = torch.ops.aten
 INDEX_PUT = (aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
@@ -159,6 +170,58 @@ def check_room(found: Estimate, room: int, batch_tokens: int, longest: int, savi
     if found.total > REFUSE_ABOVE * room:
         raise UserError(text)
     return f"warning: {text}"
+
+
+def check_memory(
+    fabric: Fabric,
+    settings: dict,
+    task: Task,
+    train: TrainArgs,
+    strategy: str = "auto",
+    compile: bool = False,
+    checkpointing: bool = False,
+) -> None:
+    """Warn, or raise UserError, if the largest micro-batch of a run will not fit its device. Before the base is loaded.
+
+    ``settings`` are those of method.json (trained.py).
+    """
+    room = free_memory(fabric.device)
+    if room is None or not fabric.is_global_zero:
+        return
+    config, dtype = load_config(settings["base"]["checkpoint_dir"]), getattr(torch, settings["base_dtype"])
+    method, arguments, quantize = (settings[key] for key in ("method", "arguments", "quantize"))
+    cpu = fabric.device.type == "cpu"
+    samples = sorted(task.train, key=lambda sample: len(sample.ids))[-train.batch_size :]
+    parts = [micro_batches(part, train.micro_batch_tokens) for part in split_evenly(samples, fabric.world_size)]
+    batch = max(sum(parts, []), key=lambda batch: sum(len(sample.ids) for sample in batch))
+    lengths = [len(sample.ids) for sample in batch]
+    found = estimate(
+        config,
+        method,
+        arguments,
+        dtype,
+        lengths,
+        n_targets=sum(sample.n_targets for sample in batch),
+        device_type=fabric.device.type,
+        devices=fabric.world_size,
+        sharded=strategy == "fsdp",
+        checkpointing=checkpointing,
+        quantize=quantize,
+    )
+    blocks = imagined(config, method, arguments, dtype).transformer.h.parameters()
+    frozen = strategy != "fsdp" and quantize == "none" and not all(param.requires_grad for param in blocks)
+    several = "" if fabric.world_size > 1 else " with more --devices"
+    flags = {  # what saves memory and can still be passed to this run
+        "--precision bf16-true": dtype == torch.float32 and multiplies_bf16(fabric.device),
+        "--quantize int8": frozen,
+        "--checkpointing": not checkpointing,
+        f"--strategy fsdp{several}": frozen and not cpu and not compile,
+        "a lower --train.max_seq_length": True,
+    }
+    longest = max(len(sample.ids) for sample in task.train + task.validation)
+    room //= fabric.world_size if cpu else 1  # processes in the same memory
+    if warning := check_room(found, room, sum(lengths), longest, [flag for flag, saves in flags.items() if saves]):
+        print(warning, file=sys.stderr)
 
 
 # Shares of the free memory. The tensors counted must all be there at one time, so beyond 1 there is no hope; what an

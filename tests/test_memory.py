@@ -139,12 +139,12 @@ def test_a_run_says_what_it_needs_before_it_runs_out(tmp_path, monkeypatch):
     write_rows(tmp_path / "data" / "validation.json", sums(30)[25:])
     flags = ["--checkpoint_dir", make_base(tmp_path / "base"), "--data", tmp_path / "data", "--eval_samples", 0]
     flags += ["--train.max_steps", 1, "--start_layer", 1, "--out_dir", tmp_path / "out"]
-    monkeypatch.setattr("lit_llama.devices.free_memory", lambda device: 300_000)
+    monkeypatch.setattr("lit_llama.memory.free_memory", lambda device: 300_000)
     message = "a step takes about .* GB on each device, where .* are free; pass .*--quantize int8, --checkpointing, a"
     refuse("finetune/adapter.py", *flags, message=message)
     refuse("finetune/adapter.py", *flags, "--quantize", "int8", message="pass one or more of --checkpointing, a lower")
     assert not (tmp_path / "out" / "method.json").exists()
-    monkeypatch.setattr("lit_llama.devices.free_memory", lambda device: 10**9)
+    monkeypatch.setattr("lit_llama.memory.free_memory", lambda device: 10**9)
     result = run("finetune/adapter.py", *flags)
     assert result.returncode == 0 and "warning" not in result.stderr
 
