@@ -51,11 +51,11 @@ def main(trained_dir: str, out_dir: str, checkpoint_dir: str | None = None, dtyp
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise cli.UserError(f"--dtype {dtype!r} is none of float32, bfloat16, float16")
-    check_new(out_dir)  # before the weights are loaded
     method = read_method(trained_dir)
     if method["method"] not in ("lora", "adapter_v2"):
         why = WHY_NOT.get(method["method"], "it is unknown here")
         raise cli.UserError(f"{trained_dir} was trained with {method['method']}, which cannot be merged: {why}")
+    check_new(out_dir)
     model, _ = load_trained_folder(trained_dir, checkpoint_dir)
     config, merged = merge_lora(model) if method["method"] == "lora" else merge_scales(model)
     with whole_folder(Path(out_dir)) as folder:
