@@ -13,10 +13,10 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from test_scripts import ROOT, refuse
-from test_train import ARGS, places, start  # noqa: F401  (places is a fixture)
+from test_train import bytes_of, places, train  # noqa: F401  (places is a fixture)
 from tools import make_base, script_parser
 
-import lit_llama.files
+from finetune import adapter
 from lit_llama.cli import UserError
 from lit_llama.export import export_hf
 from lit_llama.export_gguf import export_gguf
@@ -25,20 +25,16 @@ from lit_llama.files import (
     check_new,
     check_writable,
     open_tensors,
+    read_json,
     read_tensors,
     remove_unfinished,
     save_tensors,
     whole_folder,
 )
 from lit_llama.plots import plot_runs
-from lit_llama.runs import LOCK_FILE, METRICS, STATE_FILE, Run
+from lit_llama.train.run import LOCK_FILE, STATE_FILE, Run
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
-
-
-@pytest.fixture
-def fabric():
-    return Fabric(accelerator="cpu", devices=1)
 
 
 def files(folder: Path) -> dict[Path, bytes]:
@@ -47,28 +43,27 @@ def files(folder: Path) -> dict[Path, bytes]:
 
 def fail_after_step(monkeypatch, step: int, begin_to_fail) -> None:
     """Call ``begin_to_fail`` once a run has taken ``step`` steps."""
-    taken, train_step = [], lit_llama.train.train_step
+    taken, clip_gradient = [], adapter.clip_gradient
 
     def count(*args):
         taken.append(1)
         if len(taken) == step + 1:
             begin_to_fail()
-        return train_step(*args)
+        return clip_gradient(*args)
 
-    monkeypatch.setattr("lit_llama.train.train_step", count)
+    monkeypatch.setattr(adapter, "clip_gradient", count)
 
 
-def check_that_it_goes_on(fabric, places, tmp_path, monkeypatch, message) -> None:  # noqa: F811
+def check_that_it_goes_on(places, tmp_path, monkeypatch, message) -> None:  # noqa: F811
     """``tmp_path / "out"`` is a run that fails with ``message`` after step 3; its state is that of step 2."""
     with pytest.raises(UserError, match=message):
-        start(fabric, places, tmp_path / "out")
+        train(places, tmp_path / "out")
     monkeypatch.undo()
     assert read_tensors(tmp_path / "out" / STATE_FILE)[1]["step"] == 2
     assert not list((tmp_path / "out").rglob(".*tmp*"))
-    start(fabric, places, tmp_path / "whole")
-    start(fabric, places, tmp_path / "out", resume=True)
-    for name in ("trained.safetensors", STATE_FILE):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    train(places, tmp_path / "whole")
+    train(places, tmp_path / "out", resume=True)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
 
 @contextmanager
@@ -84,17 +79,17 @@ def small_files():
 
 
 @posix
-def test_a_file_that_may_not_grow(fabric, places, tmp_path, monkeypatch):  # noqa: F811
+def test_a_file_that_may_not_grow(places, tmp_path, monkeypatch):  # noqa: F811
     with small_files() as begin, monkeypatch.context() as patch:
         fail_after_step(patch, 3, begin)
         with pytest.raises(UserError, match="state.safetensors cannot be written .File too large.: make room"):
-            start(fabric, places, tmp_path / "out")
+            train(places, tmp_path / "out")
     assert read_tensors(tmp_path / "out" / STATE_FILE)[1]["step"] == 2
-    start(fabric, places, tmp_path / "out", resume=True)
+    train(places, tmp_path / "out", resume=True)
 
 
 def plot(path: Path) -> None:
-    row = {name: "1" for name in METRICS}
+    row = dict.fromkeys(("step", "loss", "lr", "tokens", "seconds", "val_loss"), "1")
     plot_runs(path, {"run": [row]})
 
 
@@ -127,7 +122,7 @@ def test_every_output_is_written_whole_or_not_at_all(tmp_path, name, write):
 
 
 # The log of another process, and the one file that grows by a line a step.
-NOT_ATOMIC = ['open(log_file, "w+"', 'open(self.out_dir / METRICS_FILE, "a"']
+NOT_ATOMIC = ['open(log_file, "w+"', 'open(path, "a", newline="", encoding="utf-8")']
 
 
 def test_there_is_one_way_to_write():
@@ -161,7 +156,7 @@ def test_an_output_is_checked_before_the_work(tmp_path):
         ["scripts/prepare_alpaca.py", "--out_dir"],
         ["scripts/prepare_reviews.py", "--out_dir"],
         ["scripts/download.py", "--out_dir"],
-        ["scripts/export_gguf.py", "--checkpoint_dir", "base", "--out_file"],
+        ["scripts/export.py", "--to", "gguf", "--checkpoint_dir", "base", "--out_file"],
     ],
     ids=lambda command: command[0],
 )
@@ -177,16 +172,16 @@ def no_space(*_, **__):
 
 
 @pytest.mark.parametrize("function", ["os.fsync", "os.replace", "lit_llama.files.save_file"])
-def test_a_full_disk(fabric, places, tmp_path, monkeypatch, function):  # noqa: F811
+def test_a_full_disk(places, tmp_path, monkeypatch, function):  # noqa: F811
     fail_after_step(monkeypatch, 3, lambda: monkeypatch.setattr(function, no_space))
     message = "cannot be written .No space left on device.: make room and try again; what was there is untouched"
-    check_that_it_goes_on(fabric, places, tmp_path, monkeypatch, message)
+    check_that_it_goes_on(places, tmp_path, monkeypatch, message)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_under_the_metrics(fabric, places, tmp_path, monkeypatch):  # noqa: F811
-    fail_after_step(monkeypatch, 3, lambda: monkeypatch.setattr("lit_llama.runs.METRICS_FILE", "/dev/full"))
-    check_that_it_goes_on(fabric, places, tmp_path, monkeypatch, "full cannot be written .No space left on device")
+def test_a_full_disk_under_the_metrics(places, tmp_path, monkeypatch):  # noqa: F811
+    fail_after_step(monkeypatch, 3, lambda: monkeypatch.setattr("lit_llama.train.run.METRICS_FILE", "/dev/full"))
+    check_that_it_goes_on(places, tmp_path, monkeypatch, "full cannot be written .No space left on device")
 
 
 def without_permission(folder: Path, pipe) -> None:
@@ -194,10 +189,10 @@ def without_permission(folder: Path, pipe) -> None:
     if os.getuid() == 0:
         os.setgid(65534)
         os.setuid(65534)
-    said = []
+    said, fabric, settings = [], Fabric(accelerator="cpu", devices=1), read_json(folder / "method.json")
     for write in (
-        lambda: Run(Fabric(accelerator="cpu", devices=1), folder, "base", resume=True),
-        lambda: Run(Fabric(accelerator="cpu", devices=1), folder / "new", "base"),
+        lambda: Run(fabric, folder, settings, resume=True).start(0),
+        lambda: Run(fabric, folder / "new", settings).start(0),
         lambda: save_tensors(folder / "trained.safetensors", {"a": torch.zeros(1)}),
         lambda: whole_folder(folder / "new").__enter__(),
     ):
@@ -210,8 +205,8 @@ def without_permission(folder: Path, pipe) -> None:
 
 
 @posix
-def test_a_folder_without_write_permission(fabric, places, tmp_path):  # noqa: F811
-    start(fabric, places, tmp_path / "out")
+def test_a_folder_without_write_permission(places, tmp_path):  # noqa: F811
+    train(places, tmp_path / "out")
     before = files(tmp_path / "out")
     for folder in (tmp_path, *tmp_path.parents[:2]):  # pytest's own, closed to others
         folder.chmod(0o755)
@@ -240,18 +235,24 @@ input()
 """
 
 
-def test_two_runs_into_one_folder(fabric, tmp_path):
+def test_two_runs_into_one_folder(places, tmp_path):  # noqa: F811
     command = [sys.executable, "-c", HOLD, tmp_path / LOCK_FILE]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline().strip() == b""
     with pytest.raises(UserError, match="another process is writing into .*; wait until it ends, stop it, or"):
-        Run(fabric, tmp_path, "base")
+        train(places, tmp_path)
     holder.kill()
     holder.wait()
-    run = Run(fabric, tmp_path, "base")  # a dead run keeps no lock
-    Run(fabric, tmp_path, "base")  # this process has it already
-    refused = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
-    assert b"Timeout" in refused.stderr and run.folder_lock.is_locked
+    refused = []
+
+    def try_to_lock(*_) -> None:
+        refused.append(subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter, "unwrap_blocks", try_to_lock)
+        train(places, tmp_path)  # a dead run keeps no lock
+    assert b"Timeout" in refused[0].stderr
+    train(places, tmp_path, overwrite=True)  # from Python, in one process
 
 
 def test_a_rename_is_flushed_with_its_folder(tmp_path, monkeypatch):

@@ -192,7 +192,7 @@ class Run:
             write_json(self.out_dir / METHOD_FILE, {**self.settings, "trained_parameters": trained_parameters})
             if self.whole_model_of:
                 write_json(self.out_dir / MODEL_CONFIG_FILE, read_json(Path(self.whole_model_of) / MODEL_CONFIG_FILE))
-                copy_tokenizer(Path(self.whole_model_of), self.out_dir)
+                copy_tokenizer(Path(self.whole_model_of), self.out_dir, self.settings["prompt_style"])
             save_command_line(self.out_dir)
 
     def lock(self) -> None:
