@@ -107,7 +107,7 @@ command_line: str | None = None  # the resolved settings as YAML, for a run to s
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's, which reads a --config in the locale's encoding; here it is UTF-8, as save_command_line writes."""
+    """jsonargparse's, which would read a --config in the locale's encoding: here it is UTF-8, as it is written."""
 
     def parse_path(self, path, *args, **kwargs) -> Namespace:
         try:
@@ -133,7 +133,7 @@ def parse(parser: ArgumentParser, args: list[str]) -> Namespace:
     check_flags(parser, args)
     try:
         config = parser.parse_args(args)
-    except (ArgumentError, ValueError, OverflowError) as error:  # the last two: a path with a zero byte, an int of 10**400
+    except (ArgumentError, ValueError, OverflowError) as error:  # a path with a zero byte, 10**400 for a float
         raise UserError(" ".join(str(error).split())[:300]) from None  # it may quote a whole file
     check_values(parser, config)
     return config

@@ -33,6 +33,7 @@ from lit_llama.methods.adapter import ACTIVATIONS
 from lit_llama.methods.lora import TARGETS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prompts import choose_style
+from lit_llama.settings import MOST_TOKENS
 from lit_llama.tokenizer import Tokenizer, read_chat_template
 from lit_llama.trained import (
     METHOD_FILE,
