@@ -15,6 +15,7 @@ from lit_llama import cli, ranks
 from lit_llama.batches import collate, step_indices
 from lit_llama.blocks import unwrap_blocks, wrap_blocks
 from lit_llama.checkpoint import load_model
+from lit_llama.common.errors import check_range
 from lit_llama.data import check_data, load_task
 from lit_llama.devices import base_dtype, broadcast_trained, launch
 from lit_llama.download import ensure_base
@@ -68,6 +69,7 @@ def main(
         gate_init: Where the gates start; the paper's zero leaves the model as it is at first.
         gate_lr_scale: The gates learn at this share of the learning rate.
     """
+    check_range("--gate_lr_scale", gate_lr_scale, 0, 100)
     check_together(strategy, compile, quantize)
     out_dir = out_dir or default_out_dir("adapter", data)
     check_data(data)

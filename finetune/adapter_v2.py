@@ -12,6 +12,7 @@ from lit_llama import cli, ranks
 from lit_llama.batches import collate, step_indices
 from lit_llama.blocks import unwrap_blocks, wrap_blocks
 from lit_llama.checkpoint import load_model
+from lit_llama.common.errors import check_range
 from lit_llama.data import check_data, load_task
 from lit_llama.devices import base_dtype, broadcast_trained, launch
 from lit_llama.download import ensure_base
@@ -60,6 +61,7 @@ def main(
         scale_head: Whether the language head, too, gets a scale and a bias.
         other_lr_scale: All but the prompts learn at this share of the learning rate.
     """
+    check_range("--other_lr_scale", other_lr_scale, 0, 100)
     check_together(strategy, compile, quantize)
     out_dir = out_dir or default_out_dir("adapter_v2", data)
     check_data(data)

@@ -11,12 +11,13 @@ import time
 from lit_llama import __version__, cli
 from lit_llama.bars import Bar
 from lit_llama.checkpoint import load_model
+from lit_llama.common.errors import check_range
 from lit_llama.data import check_data, load_task
 from lit_llama.devices import base_dtype, launch
 from lit_llama.download import ensure_base
 from lit_llama.files import save_arrays
 from lit_llama.methods.features import CLASSIFIERS, fit_classifier, probabilities, text_vectors
-from lit_llama.settings import DEFAULT_BASE, Data
+from lit_llama.settings import DEFAULT_BASE, MOST, MOST_SEED, MOST_TOKENS, Data
 from lit_llama.train.run import Run, default_out_dir
 from lit_llama.trained import TRAINED_FILE, describe_base
 
@@ -51,11 +52,9 @@ def main(
     """
     if classifier not in CLASSIFIERS:
         raise cli.UserError(f"--classifier {classifier!r} is none of {', '.join(CLASSIFIERS)}")
-    for name, value in dict(max_samples=max_samples, max_seq_length=max_seq_length).items():
-        if value is not None and value < 1:
-            raise cli.UserError(f"--{name} {value} must be at least 1")
-    if not 0 <= seed < 2**32:
-        raise cli.UserError(f"--seed {seed} must lie within 0 and {2**32 - 1}")
+    check_range("--max_samples", max_samples, 1, MOST)
+    check_range("--max_seq_length", max_seq_length, 1, MOST_TOKENS)
+    check_range("--seed", seed, 0, MOST_SEED)
     check_data(data)  # before anything is fetched
     ensure_base(checkpoint_dir, yes)
     fabric = launch()

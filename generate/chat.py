@@ -10,8 +10,9 @@ is not computed again: its keys and values stay in the cache.
 import sys
 
 from lit_llama import cli
+from lit_llama.common.errors import check_range
 from lit_llama.download import ensure_base
-from lit_llama.settings import DEFAULT_BASE, Sampling
+from lit_llama.settings import DEFAULT_BASE, MOST_TOKENS, Sampling
 
 
 def main(
@@ -37,6 +38,7 @@ def main(
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
         yes: Do not ask before a download.
     """
+    check_range("--max_new_tokens", max_new_tokens, 1, MOST_TOKENS)
     if not trained_dir:
         ensure_base(checkpoint_dir or DEFAULT_BASE, yes)
 
@@ -47,8 +49,6 @@ def main(
     from lit_llama.tokenizer import Tokenizer
     from lit_llama.trained import base_method, read_method
 
-    if max_new_tokens < 1:
-        raise cli.UserError(f"--max_new_tokens {max_new_tokens} must be at least 1")
     if trained_dir and prompt_style:
         raise cli.UserError(f"{trained_dir} is asked as it was in training; leave out --prompt_style {prompt_style}")
     if checkpoint_dir is None:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import math
 import os
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import get_args
+
+from jsonargparse import ArgumentParser, Namespace, auto_parser
 
 from lit_llama.common.errors import Interrupted, UserError
 from lit_llama.settings import SHARED_FLAGS
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
 
 
 def run(main: Callable, leading: str | None = None) -> None:
@@ -27,8 +28,6 @@ def run(main: Callable, leading: str | None = None) -> None:
     A UserError, a file that cannot be read or written, and too little memory end the program with one line and exit
     code 2, Ctrl-C with 130; of several processes one says so.
     """
-    from jsonargparse import Namespace
-
     from lit_llama.ranks import leave
 
     global command_line
@@ -107,11 +106,20 @@ ONE_OFF = ("config", "resume", "overwrite", "allow_changes", "yes")  # answers t
 command_line: str | None = None  # the resolved settings as YAML, for a run to save beside its output
 
 
+class Parser(ArgumentParser):
+    """jsonargparse's, which would read a --config in the locale's encoding: here it is UTF-8, as it is written."""
+
+    def parse_path(self, path, *args, **kwargs) -> Namespace:
+        try:
+            text = Path(path).expanduser().read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"--config {path} is not UTF-8: {error}") from None
+        return self.parse_string(text, str(path), *args, **kwargs)
+
+
 def parser_of(main: Callable) -> ArgumentParser:
     """A flag for each argument of ``main``; its help is a line of the docstring's Args, or of SHARED_FLAGS."""
-    from jsonargparse import auto_parser
-
-    parser = auto_parser(main, as_positional=False)
+    parser = auto_parser(main, as_positional=False, parser_class=Parser)
     parser.exit_on_error = False  # jsonargparse prints the usage, a screenful, before what is wrong
     parser.allow_abbrev = False
     for action in parser._actions:
@@ -121,33 +129,45 @@ def parser_of(main: Callable) -> ArgumentParser:
 
 def parse(parser: ArgumentParser, args: list[str]) -> Namespace:
     """The values of the flags. UserError for one that is unknown, with the nearest, or missing, or does not fit."""
+    args = bare_switches(parser, args)
+    check_flags(parser, args)
     try:
-        return parser.parse_args(bare_switches(parser, args))
-    except ArgumentError as error:
-        flags = [option for action in parser._actions for option in action.option_strings]
-        raise UserError(in_our_words(" ".join(str(error).split()), flags)) from None
+        config = parser.parse_args(args)
+    except (ArgumentError, ValueError, OverflowError) as error:  # a path with a zero byte, 10**400 for a float
+        raise UserError(" ".join(str(error).split())[:300]) from None  # it may quote a whole file
+    check_values(parser, config)
+    return config
 
 
-def in_our_words(message: str, flags: list[str]) -> str:
-    """One of jsonargparse's messages, shorter and with the way out; as it is where it is none of the frequent ones."""
-    if match := re.match(r"unrecognized arguments: ([^\s=]+)", message):
-        if not match[1].startswith("--"):
-            return f"{match[1]!r} belongs to no flag; --help lists them"
-        return f"unknown flag {match[1]}; {nearest_flag(match[1], flags)}"
-    if match := re.match(r"(?:Group '\w+' does not accept option|Option) '(\S+?)'", message):
-        return f"--config holds {match[1]}, which is no flag; {nearest_flag(match[1], flags)}"
-    if match := re.match(r"the following arguments are required: (.*)", message):
-        return f"missing: --{match[1].replace(', ', ', --')}; --help says what they are"
-    if match := re.match(r'Parser key "(.+?)": (.*Expected .*) (?:Got|Given) value: (.*)', message):
-        types = re.findall(r"Expected an? (?:<class ')?(?:typing\.)?(\w+\[.*?\]|\w+)", match[2])
-        example = ", in brackets: '[a, b]'" if any(name.startswith(("tuple", "list")) for name in types) else ""
-        return f"--{match[1]} {match[3]}: expected {' or '.join(name for name in types if name != 'NoneType')}{example}"
-    return re.sub(r'^Parser key "(.+?)": ', r"--\1: ", message)[:300]  # it may quote a whole file
+def check_flags(parser: ArgumentParser, args: list[str]) -> None:
+    """UserError for the first argument that argparse takes for a flag and that is none."""
+    flags = parser._option_string_actions
+    for before, arg in zip(["", *args], args, strict=False):
+        name = arg.split("=")[0]
+        a_value = len(arg) < 2 or " " in arg or parser._negative_number_matcher.match(arg)
+        if arg.startswith("-") and name not in flags and not a_value:
+            meant = f"; if it is the value of {before}, write {before}={arg}" if before in flags else ""
+            raise UserError(f"unknown flag {name}; {nearest_flag(name, flags)}{meant}")
 
 
-def nearest_flag(name: str, flags: list[str]) -> str:
+def check_values(parser: ArgumentParser, config: Namespace) -> None:
+    """UserError for what jsonargparse lets through, most of it from a file: null for any type, infinity, NaN."""
+    for group in parser.groups or ():
+        if not isinstance(config[group], Namespace):
+            raise UserError(f"--{group} {config[group]} must hold its settings by name")
+    for action in parser._actions:
+        kind, value = getattr(action, "_typehint", None), config.get(action.dest)
+        if value is None and kind is not None and type(None) not in get_args(kind):
+            raise UserError(f"--{action.dest} null: expected a value")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{action.dest} {value} must be a finite number")
+        if isinstance(value, str) and "\0" in value:
+            raise UserError(f"--{action.dest} {value!r} must not hold a zero byte")
+
+
+def nearest_flag(name: str, flags: Iterable[str]) -> str:
     """A question for the flag with the same last part, --train.seed for --seed, or with the one spelled most alike."""
-    by_last_part = {flag.strip("-").split(".")[-1]: flag for flag in reversed(flags)}
+    by_last_part = {flag.strip("-").split(".")[-1]: flag for flag in reversed(list(flags)) if flag != "-h"}
     last_part = name.strip("-").replace("-", "_").split(".")[-1]
     alike = get_close_matches(last_part, by_last_part, n=1)
     return f"did you mean {by_last_part[alike[0]]}?" if alike else "--help lists them"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lit_llama.batches import IGNORE, Encoded
 from lit_llama.checkpoint import load_config
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError, check_range
 from lit_llama.prompts import (
     BOS,
     END_OF_TURN,
@@ -194,6 +194,7 @@ def load_task(
     tokenizer, block_size = Tokenizer(checkpoint_dir), load_config(checkpoint_dir).block_size
     if max_seq_length > block_size:
         raise UserError(f"--train.max_seq_length {max_seq_length} exceeds the base's context of {block_size} tokens")
+    check_range("--prompt_length", n_virtual, 0, block_size - 1)
     samples, name = load_splits(data), "rows" if isinstance(data, list) else str(data)
     only_texts = not any(sample.messages for split in samples for sample in split)
     style = choose_style("plain" if only_texts and not prompt_style else prompt_style, tokenizer)

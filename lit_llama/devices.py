@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lit_llama import ranks
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError, check_range
 from lit_llama.model import LLaMA
 from lit_llama.sharding import check_sharding
 from lit_llama.trained import trained_tensors
@@ -40,8 +40,6 @@ def launch(
     """
     from lightning.fabric import Fabric  # takes seconds to import, which --help need not wait for
 
-    if devices < 1 or num_nodes < 1:
-        raise UserError(f"--devices {devices} and --num_nodes {num_nodes} must be at least 1")
     if strategy not in STRATEGIES:
         raise UserError(f"--strategy {strategy} is none of {', '.join(STRATEGIES)}")
     check_launcher(devices, num_nodes)
@@ -101,14 +99,23 @@ def named_loggers(name: str | None, out_dir: Path) -> list[Logger]:
 def check_launcher(devices: int, num_nodes: int) -> None:
     """UserError unless torchrun or srun, where one of them started this process, started as many as the flags say.
 
-    Fabric would go on: with --devices 1, every process would be a run of its own, all into the same folder.
+    Fabric would go on: with --devices 1, every process would be a run of its own, all into the same folder. On a CPU
+    it would also start any number of processes: without torchrun and srun there may be one per core.
     """
+    check_range("--devices", devices, 1, 2**16)
+    check_range("--num_nodes", num_nodes, 1, 2**16)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         starter, world, per_node = "torchrun", os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]
     elif "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
         starter, world = "srun", os.environ["SLURM_NTASKS"]
         per_node = os.environ.get("SLURM_NTASKS_PER_NODE", world)
     else:
+        cores = os.cpu_count() or 1
+        if devices > cores and default_device().type == "cpu":
+            raise UserError(
+                f"--devices {devices} are more processes than the {cores} cores of this CPU; pass --devices {cores} or "
+                f"fewer, or start them yourself with torchrun --nproc_per_node {devices}"
+            )
         return
     if (int(per_node), int(world)) != (devices, devices * num_nodes):
         raise UserError(

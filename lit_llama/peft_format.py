@@ -23,7 +23,7 @@ from torch import Tensor
 from lit_llama import __version__
 from lit_llama.chat_templates import style_of
 from lit_llama.checkpoint import check_tensors, load_config
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError, check_range
 from lit_llama.convert import copy_tokenizer
 from lit_llama.export import complete_tokenizer
 from lit_llama.files import read_json, read_tensors, save_tensors, whole_folder, write_json
@@ -33,6 +33,7 @@ from lit_llama.methods.adapter import ACTIVATIONS
 from lit_llama.methods.lora import TARGETS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.prompts import choose_style
+from lit_llama.settings import MOST_TOKENS
 from lit_llama.tokenizer import Tokenizer, read_chat_template
 from lit_llama.trained import (
     METHOD_FILE,
@@ -94,8 +95,7 @@ def import_peft(
     that the method here does not have, and for tensors that are not the base's.
     """
     source, config = Path(source), load_config(checkpoint_dir)
-    if max_seq_length < 1:
-        raise UserError(f"--max_seq_length {max_seq_length} must be at least 1")
+    check_range("--max_seq_length", max_seq_length, 1, MOST_TOKENS)
     settings = read_json(source / SETTINGS_FILE)
     check_settings(settings, source / SETTINGS_FILE)
     if (source / PICKLE).exists() and not (source / WEIGHTS_FILE).exists():

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lit_llama.common.errors import UserError
+from lit_llama.common.errors import UserError, check_range
 
 if TYPE_CHECKING:
     Data = str | list[dict]  # a path, or from Python the rows themselves
@@ -35,6 +35,26 @@ SHARED_FLAGS = {
     "overwrite": "Replace the run in out_dir.",
     "allow_changes": "With resume: continue although data, base or settings of training have changed.",
     "yes": "Do not ask before a download.",
+}
+
+
+MOST = 10**9  # steps, samples or tokens: none of them allocates anything by itself
+MOST_TOKENS = 2**20  # of one forward pass or sample
+MOST_SAMPLES = 2**16  # of one step or batch
+MOST_SEED = 2**32 - 1
+TRAIN_RANGES = {
+    "max_steps": (1, MOST),
+    "epochs": (1, MOST),
+    "batch_size": (1, MOST_SAMPLES),
+    "micro_batch_tokens": (1, MOST_TOKENS),
+    "max_seq_length": (3, MOST_TOKENS),
+    "learning_rate": (0, 100),
+    "warmup_steps": (0, MOST),
+    "weight_decay": (0, 100),
+    "clip": (0, MOST),
+    "eval_every": (1, MOST),
+    "save_every": (1, MOST),
+    "seed": (0, MOST_SEED),
 }
 
 
@@ -73,17 +93,8 @@ class TrainArgs:
     def __post_init__(self):
         if self.max_steps is None and self.epochs is None:
             raise UserError("give --train.max_steps or --train.epochs")
-        at_least_1 = ("max_steps", "epochs", "batch_size", "micro_batch_tokens", "eval_every", "save_every")
-        for name in at_least_1:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--train.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "clip"):
-            if not 0 <= (getattr(self, name) or 0) < math.inf:
-                raise UserError(f"--train.{name} must not be negative, got {getattr(self, name)}")
-        if self.max_seq_length < 3:
-            raise UserError(f"--train.max_seq_length must be at least 3, got {self.max_seq_length}")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"--train.seed must lie within 0 and {2**32 - 1}, got {self.seed}")
+        for name, (low, high) in TRAIN_RANGES.items():
+            check_range(f"--train.{name}", getattr(self, name), low, high)
 
     def total_steps(self, n_samples: int) -> int:
         """Optimizer steps in all; UserError where the warm-up leaves none of them."""
@@ -122,15 +133,12 @@ class Sampling:
     seed: int = 1337
 
     def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature {self.temperature} must be 0 (greedy) or more")
-        if self.temperature == 0 and not (self.top_k is None and self.top_p is None):
+        if self.temperature != 0:  # beyond these, float32 logits divided by it are all alike, or infinite
+            check_range("--sampling.temperature, other than 0 (greedy),", self.temperature, 0.001, 1000)
+        elif not (self.top_k is None and self.top_p is None):
             raise UserError(
                 "top_k and top_p choose among likely tokens: pass a --sampling.temperature above 0 with them"
             )
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k {self.top_k} must be at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed {self.seed} must lie within 0 and {2**32 - 1}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p {self.top_p} must lie above 0 and at most at 1")
+        check_range("--sampling.top_k", self.top_k, 1, MOST)
+        check_range("--sampling.top_p", self.top_p, 1e-6, 1)  # less is 0 in float32, which leaves no token
+        check_range("--sampling.seed", self.seed, 0, MOST_SEED)

@@ -1,8 +1,10 @@
-"""Ctrl-C and SIGTERM as a question to ask between steps and micro-batches."""
+"""Ctrl-C, SIGTERM and SIGHUP as a question to ask between steps."""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Interrupt:
-    """Whether Ctrl-C or SIGTERM came."""
+    """Whether Ctrl-C, SIGTERM or SIGHUP came."""
 
     def __init__(self) -> None:
         self.came = False
@@ -26,7 +28,10 @@ class Interrupt:
         if self.came and signum == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C does not wait
         self.came = True
-        ranks.note("\nstopping; press Ctrl-C again to stop at once")
+        try:
+            ranks.note("\nstopping; press Ctrl-C again to stop at once")
+        except OSError:  # the terminal has closed: what is still printed must not keep the state from being saved
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
     def seen(self, fabric: Fabric) -> bool:
         """The same answer on every rank, so that none waits for one that has stopped."""
@@ -37,12 +42,15 @@ class Interrupt:
 
 @contextmanager
 def catch_interrupt() -> Iterator[Interrupt]:
-    """Turn Ctrl-C and SIGTERM into a question to ask between steps and micro-batches."""
+    """Turn Ctrl-C, SIGTERM and SIGHUP into a question to ask between steps."""
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
         yield interrupt
         return
-    handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+        numbers.append(signal.SIGHUP)
+    handlers = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield interrupt
     finally:

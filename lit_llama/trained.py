@@ -18,11 +18,12 @@ from lit_llama.checkpoint import (
     load_config,
     load_model,
 )
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError, check_range
 from lit_llama.files import read_json, read_tensors, tensor_headers
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA
 from lit_llama.quantize import count_numbers, quantization, quantize_base
+from lit_llama.settings import MOST_TOKENS
 
 if TYPE_CHECKING:  # data is loaded above this module
     from lit_llama.data import Task
@@ -197,6 +198,7 @@ def read_method(trained_dir: Path | str) -> dict:
     method.setdefault("quantize", "none")  # folders written before the field existed lack it
     check_fields(method, {"quantize": str}, path)
     check_fields(method.setdefault("train", {"max_seq_length": 512}), {"max_seq_length": int}, path)
+    check_range(f"{path}: max_seq_length", method["train"]["max_seq_length"], 1, MOST_TOKENS)
     labels = method["arguments"].get("labels")
     if labels is not None and not (isinstance(labels, list) and labels and all(isinstance(it, str) for it in labels)):
         raise UserError(f"{path}: labels must be a list of texts, got {str(labels)[:60]}")

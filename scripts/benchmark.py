@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_llama import cli
+from lit_llama.common.errors import check_range
 from lit_llama.download import ensure_base
-from lit_llama.settings import DEFAULT_BASE
+from lit_llama.settings import DEFAULT_BASE, MOST_SAMPLES
 
 if TYPE_CHECKING:
     from lit_llama.contenders import Contender
@@ -62,6 +63,10 @@ def main(
         results: A .jsonl file to write the figures to.
         yes: Do not ask before a download.
     """
+    sizes = dict(micro_batch_tokens=micro_batch_tokens, micro_batch_samples=micro_batch_samples)
+    counts = dict(rounds=rounds, steps=steps, batch_size=batch_size, new_tokens=new_tokens)
+    for name, value in (counts | sizes).items():
+        check_range(f"--{name}", value, 1, MOST_SAMPLES)
     ensure_base(checkpoint_dir, yes)
 
     import torch
@@ -73,11 +78,6 @@ def main(
     from lit_llama.files import atomic_write, check_writable
     from lit_llama.samples import read_text
 
-    sizes = dict(micro_batch_tokens=micro_batch_tokens, micro_batch_samples=micro_batch_samples)
-    counts = dict(rounds=rounds, steps=steps, batch_size=batch_size, new_tokens=new_tokens)
-    for name, value in (counts | sizes).items():
-        if value < 1:
-            raise cli.UserError(f"--{name} {value} must be at least 1")
     if missing := [name for name in against if name in OTHERS and find_spec(name) is None]:
         raise cli.UserError(f"--against {', '.join(missing)}: not installed; pip install it, or leave it out")
     ours, others = choose(kinds, methods, variants, against, model, sizes)

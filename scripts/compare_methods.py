@@ -19,9 +19,10 @@ from pathlib import Path
 
 from lit_llama import cli
 from lit_llama.bars import Bar
+from lit_llama.common.errors import check_range
 from lit_llama.comparison import METHODS, ScriptRun, ablation_jobs, pilot_jobs, variant_jobs
 from lit_llama.download import ensure_base
-from lit_llama.settings import DEFAULT_BASE
+from lit_llama.settings import DEFAULT_BASE, MOST, MOST_SAMPLES, MOST_SEED
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,19 +67,24 @@ def main(
         seed: Of the order of samples and of everything drawn at random.
         yes: Do not ask before a download.
     """
+    counts = dict(n_samples=n_samples, pilot_samples=pilot_samples, ablation_steps=ablation_steps)
+    for name, value in counts.items():
+        check_range(f"--{name}", value, 1, MOST)
+    check_range("--batch_size", batch_size, 1, MOST_SAMPLES)
+    check_range("--max_test_samples", max_test_samples, 1, MOST)
+    check_range("--seed", seed, 0, MOST_SEED)
+    for count in shots:
+        check_range("--shots", count, 0, MOST)
     ensure_base(checkpoint_dir, yes)
 
     from lit_llama.checkpoint import load_config
     from lit_llama.data import split_file
-    from lit_llama.devices import STRATEGIES
+    from lit_llama.devices import STRATEGIES, check_launcher
     from lit_llama.files import check_writable
     from lit_llama.sharding import check_sharding
     from lit_llama.train.run import save_command_line
 
-    sizes = dict(n_samples=n_samples, pilot_samples=pilot_samples, batch_size=batch_size, devices=devices)
-    for name, value in sizes.items():
-        if value < 1:
-            raise cli.UserError(f"--{name} {value} must be at least 1")
+    check_launcher(devices, num_nodes=1)
     if strategy not in STRATEGIES:
         raise cli.UserError(f"--strategy {strategy!r} is none of {', '.join(STRATEGIES)}")
     if strategy == "fsdp":

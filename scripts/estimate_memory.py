@@ -13,6 +13,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lit_llama import cli
+from lit_llama.common.errors import check_range
+from lit_llama.settings import MOST_TOKENS
 
 
 def main(
@@ -59,8 +61,7 @@ def main(
         if value not in known:
             raise cli.UserError(f"--{name} {value!r} is none of {', '.join(known)}")
     for name, value in dict(devices=devices, micro_batch_tokens=micro_batch_tokens, seq_length=seq_length).items():
-        if value < 1:
-            raise cli.UserError(f"--{name} {value} must be at least 1")
+        check_range(f"--{name}", value, 1, MOST_TOKENS)
     try:
         tokens = min(seq_length, imagined(config, method, arguments, PRECISIONS[precision]).text_room)
         rows = max(1, micro_batch_tokens // tokens)

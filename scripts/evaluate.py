@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lit_llama import cli
+from lit_llama.common.errors import check_range
 from lit_llama.download import ensure_base
-from lit_llama.settings import DEFAULT_BASE
+from lit_llama.settings import DEFAULT_BASE, MOST
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +64,9 @@ def main(
             fsdp none.
         results: A .json file to write each sample's loss and answer to.
     """
+    for name, value in (("max_samples", max_samples), ("batch_size", batch_size), ("max_seq_length", max_seq_length)):
+        check_range(f"--{name}", value, 1, MOST)
+    check_range("--shots", shots, 0, MOST)
     if not trained_dir:
         ensure_base(checkpoint_dir or DEFAULT_BASE)
 
@@ -75,11 +79,6 @@ def main(
     from lit_llama.samples import read_samples
     from lit_llama.trained import read_method
 
-    for name, value in (("max_samples", max_samples), ("batch_size", batch_size), ("max_seq_length", max_seq_length)):
-        if value is not None and value < 1:
-            raise cli.UserError(f"--{name} {value} must be at least 1")
-    if shots < 0:
-        raise cli.UserError(f"--shots {shots} must not be negative")
     sharded, labels = strategy == "fsdp", bool(trained_dir) and is_classifier(read_method(trained_dir))
     if labels and (shots or prompt_style or max_seq_length or quantize or sharded):
         raise cli.UserError(

@@ -264,7 +264,7 @@ def test_a_rename_is_flushed_with_its_folder(tmp_path, monkeypatch):
 
 
 def test_only_what_a_killed_run_left_is_removed(tmp_path):
-    ours = [".method.json.123.tmp", ".trunk.tmp", ".tmpAb12xY"]
+    ours = [".method.json.123.tmp", ".tmpAb12xY"]
     others = [".tmp_notes", ".vim.tmp", "method.json", ".tmp"]
     for name in ours + others:
         (tmp_path / name).touch()

@@ -5,5 +5,11 @@ class UserError(ValueError):
     """Something the user can fix. The message says what was found, with the numbers, and what to do."""
 
 
+def check_range(name: str, value: float | None, low: float, high: float) -> None:
+    """UserError unless the value of the flag or argument ``name`` lies within ``low`` and ``high``, or is not given."""
+    if value is not None and not low <= value <= high:  # NaN lies nowhere
+        raise UserError(f"{name} {value} must lie within {low} and {high}")
+
+
 class Interrupted(Exception):
     """The user stopped training, and its state is saved."""

@@ -22,7 +22,7 @@ Trains L*K*C + L*nh numbers: 1,229,760 for LLaMA-7B with L=30, K=10.
 import torch
 import torch.nn as nn
 
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError, check_range
 from lit_llama.model import CausalSelfAttention, LLaMA, attention
 
 ACTIVATIONS = {"none": nn.Identity, "tanh": nn.Tanh}
@@ -71,11 +71,9 @@ def add_adapter(
     ``gate``: one per "head" (the paper) or per "layer" (PEFT). ``gate_activation``: "none", or "tanh" as the
     original training code has it. ``gate_init`` other than 0 is there to see what the zero is good for.
     """
-    n_layer = model.config.n_layer
-    if prompt_length < 1 or not 0 <= start_layer < n_layer:
-        raise UserError(
-            f"prompt_length {prompt_length} must be at least 1 and start_layer {start_layer} within 0 to {n_layer - 1}"
-        )
+    check_range("prompt_length", prompt_length, 1, model.config.block_size)
+    check_range("start_layer", start_layer, 0, model.config.n_layer - 1)
+    check_range("gate_init", gate_init, -100, 100)
     if gate not in ("head", "layer") or gate_activation not in ACTIVATIONS:
         raise UserError(
             f"gate is 'head' or 'layer', gate_activation one of {list(ACTIVATIONS)}: got {gate!r}, {gate_activation!r}"

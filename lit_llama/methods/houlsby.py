@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_llama.cli import UserError
+from lit_llama.common.errors import check_range
 from lit_llama.model import LLaMA, unfreeze
 
 
@@ -40,8 +40,7 @@ def apply_bottleneck(layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
 
 def add_houlsby(model: LLaMA, bottleneck_size: int = 64) -> None:
     """Put a bottleneck of ``bottleneck_size`` behind every attention and MLP, and let the norms train."""
-    if bottleneck_size < 1:
-        raise UserError(f"bottleneck_size {bottleneck_size} must be at least 1")
+    check_range("bottleneck_size", bottleneck_size, 1, 4 * model.config.n_embd)
     device = model.transformer.wte.weight.device
     for block in model.transformer.h:
         for layer in (block.attn, block.mlp):

@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError, check_range
 from lit_llama.model import Block, LLaMA
 
 TARGETS = ("q", "k", "v", "proj", "fc1", "fc2", "mlp_proj")
@@ -69,13 +69,12 @@ def add_lora(
     start_layer: int = 0,
 ) -> None:
     """Put a pair (A, B) of rank ``r`` beside each of the matrices ``targets`` of the blocks from ``start_layer`` on."""
-    unknown, n_layer = set(targets) - set(TARGETS), model.config.n_layer
-    if r < 1 or not 0 <= dropout < 1 or not targets or unknown:
-        raise UserError(
-            f"r {r} must be at least 1, dropout {dropout} within 0 and 1, and targets {list(targets)} some of {TARGETS}"
-        )
-    if not 0 <= start_layer < n_layer:
-        raise UserError(f"start_layer {start_layer} must lie within 0 and {n_layer - 1}")
+    check_range("r", r, 1, model.config.n_embd)
+    check_range("alpha", alpha, 0.001, 10_000)
+    check_range("dropout", dropout, 0, 0.99)
+    check_range("start_layer", start_layer, 0, model.config.n_layer - 1)
+    if not targets or set(targets) - set(TARGETS):
+        raise UserError(f"targets {list(targets)} must be some of {TARGETS}")
     for block in model.transformer.h[start_layer:]:
         for name in targets:
             layer, rows = places(block)[name]

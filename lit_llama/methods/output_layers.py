@@ -14,14 +14,13 @@ Trains n blocks + C + V*C numbers: 131,072,000 for LLaMA-7B's head, 4,096 for th
 
 import torch.nn as nn
 
-from lit_llama.cli import UserError
+from lit_llama.common.errors import check_range
 from lit_llama.model import LLaMA, unfreeze
 
 
 def add_output_layers(model: LLaMA, n_blocks: int = 2, labels: list[str] | None = None) -> None:
     """Unfreeze the last ``n_blocks`` blocks, the norm and the head; with ``labels`` it is a new classification head."""
-    if not 0 <= n_blocks <= model.config.n_layer:
-        raise UserError(f"n_blocks {n_blocks} must lie within 0 and {model.config.n_layer}")
+    check_range("n_blocks", n_blocks, 0, model.config.n_layer)
     if labels is None:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # no longer the embedding's
     else:

@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_llama.cli import UserError
+from lit_llama.common.errors import check_range
 from lit_llama.model import CausalSelfAttention, LLaMA, attention
 
 
@@ -69,11 +69,8 @@ class PrefixMLP(nn.Module):
 
 def add_prefix(model: LLaMA, prompt_length: int = 10, mlp_size: int = 0) -> None:
     """Give every block a prefix of ``prompt_length`` keys and values; with an ``mlp_size`` an MLP makes them."""
-    if prompt_length < 1 or mlp_size < 0 or prompt_length >= model.config.block_size:
-        raise UserError(
-            f"prompt_length {prompt_length} must lie within 1 and the context of {model.config.block_size} tokens, "
-            f"and mlp_size {mlp_size} must not be negative"
-        )
+    check_range("prompt_length", prompt_length, 1, model.config.block_size - 1)
+    check_range("mlp_size", mlp_size, 0, 4 * model.config.n_embd)
     model.first_position = prompt_length
     config, device = model.config, model.transformer.wte.weight.device
     shape = (2, config.n_kv_head, prompt_length, config.head_size)

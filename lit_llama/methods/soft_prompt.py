@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_llama.cli import UserError
+from lit_llama.common.errors import check_range
 from lit_llama.model import LLaMA
 
 COMMON_IDS = 5000  # as in the paper, P starts from common tokens: byte-pair encodings number them by frequency
@@ -41,8 +41,7 @@ def add_soft_prompt(model: LLaMA, prompt_length: int = 20, init_ids: list[int] |
     They start as the embeddings of ``init_ids`` (repeated or cut to fit), or of common tokens drawn at random.
     """
     wte = model.transformer.wte
-    if not 1 <= prompt_length < model.config.block_size:
-        raise UserError(f"prompt_length {prompt_length} must lie within 1 and {model.config.block_size - 1}")
+    check_range("prompt_length", prompt_length, 1, model.config.block_size - 1)
     if init_ids:
         rows = torch.tensor((init_ids * prompt_length)[:prompt_length])
     else:

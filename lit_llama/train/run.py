@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -78,7 +79,7 @@ class Run:
         self.row: dict[str, float] = {}  # the figures of the current step
         self.step_began, self.tokens, self.seconds = 0.0, 0.0, 0.0
         # A singleton: from Python a second run may resume the first one's folder in the same process.
-        self.folder_lock = FileLock(self.out_dir.resolve() / LOCK_FILE, is_singleton=True)
+        self.folder_lock = FileLock(os.path.realpath(self.out_dir / LOCK_FILE), is_singleton=True)
         if resume and overwrite:
             raise UserError("--resume continues a run and --overwrite starts it again: give one of them")
         if allow_changes and not resume:
@@ -91,7 +92,7 @@ class Run:
         """UserError if ``out_dir`` holds something that this run may not touch."""
         if self.out_dir.exists() and not self.out_dir.is_dir():
             raise UserError(f"--out_dir {self.out_dir} is a file")
-        if self.out_dir.resolve() == Path(self.settings["base"]["checkpoint_dir"]).resolve():
+        if os.path.realpath(self.out_dir) == os.path.realpath(self.settings["base"]["checkpoint_dir"]):
             raise UserError(f"--out_dir {self.out_dir} is the base itself; choose another --out_dir")
         holds_model = (self.out_dir / MODEL_FILE).exists() or (self.out_dir / INDEX_FILE).exists()
         if holds_model and not (self.out_dir / METHOD_FILE).exists():
