@@ -112,17 +112,12 @@ class KVCache:
     def __init__(self, k: Tensor, v: Tensor) -> None:
         self.k, self.v = k, v
         self.prompt: tuple[Tensor, Tensor] | None = None  # a method's constant keys and values: gone with the cache
-        self.rows = torch.arange(k.size(0))  # which of the batch's rows are left
 
     def update(self, k: Tensor, v: Tensor, input_pos: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """Write k and v (B, nkv, T, hs) into the slots ``input_pos`` (T,); return the first ``end`` slots of each."""
         self.k.index_copy_(2, input_pos, k)
         self.v.index_copy_(2, input_pos, v)
         return self.k[:, :, :end], self.v[:, :, :end]
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows of the batch but ``rows`` (indices)."""
-        self.k, self.v, self.rows = self.k[rows], self.v[rows], self.rows[rows.cpu()]
 
 
 class Linear(nn.Linear):
@@ -330,11 +325,6 @@ class LLaMA(nn.Module):
         like = dict(dtype=self.dtype, device=self.transformer.wte.weight.device)
         for block in self.transformer.h:
             block.attn.kv_cache = KVCache(torch.zeros(shape, **like), torch.zeros(shape, **like))
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """Go on decoding with some rows of the batch only: the indices ``rows``."""
-        for block in self.transformer.h:
-            block.attn.kv_cache.keep(rows)
 
     def clear_kv_cache(self) -> None:
         for block in self.transformer.h:
