@@ -66,15 +66,15 @@ def answer_samples(
     if not samples:
         return []
     prompts = [encode_prompt(sample.prompt, style, tokenizer) for sample in samples]
-    order = sorted(range(len(samples)), key=lambda i: len(prompts[i]))
+    # A prompt near the context's end has less room. It is not answered with others, which would get no more.
+    room = [max(1, min(max_new_tokens, model.text_room - len(prompt))) for prompt in prompts]
+    order = sorted(range(len(samples)), key=lambda i: (room[i], len(prompts[i])))
     answers = [""] * len(samples)
     with Bar(len(samples), name, "sample", hidden=not ranks.is_first()) as bar:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            room = max(1, model.text_room - max(len(prompts[i]) for i in rows))
-            tokens = generate_batch(
-                model, [prompts[i] for i in rows], min(max_new_tokens, room), stop_ids(style, tokenizer)
-            )
+        while order:
+            rows = [i for i in order[:batch_size] if room[i] == room[order[0]]]
+            order = order[len(rows) :]
+            tokens = generate_batch(model, [prompts[i] for i in rows], room[rows[0]], stop_ids(style, tokenizer))
             for i, ids in zip(rows, tokens, strict=True):
                 answers[i] = tokenizer.decode(ids).strip()
             bar.update(len(rows))

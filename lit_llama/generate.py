@@ -108,10 +108,11 @@ def generate_batch(
     sampling: Sampling | None = None,
     ended: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """The answers to several prompts, decoded together; greedy ones equal those of ``generate``.
+    """The answers to several prompts, decoded together: in float32 the greedy ones are those of ``generate``.
 
-    Prompts are padded at the left, so that all rows write the same slot of the cache. Rows that have ended are dropped
-    once they are half of the batch. ``ended`` tells of an answer so far whether it is whole.
+    In bfloat16 they may differ after some tokens: a sum is rounded by the shape of its product, and two tokens may be
+    nearly as likely. Prompts are padded at the left, so that all rows write the same slot of the cache; rows that have
+    ended go on until all have. ``ended`` tells of an answer so far whether it is whole.
     """
     for length in {max(map(len, prompts)), min(map(len, prompts))}:
         check_length(model, length, max_new_tokens)
@@ -124,14 +125,13 @@ def generate_batch(
     pad = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
     answers: list[list[int]] = [[] for _ in prompts]
     stops = stop if isinstance(stop, list) else [stop] * len(prompts)  # the ids that end each answer
-    rows = list(range(len(prompts)))  # the prompt of each row of the batch
-    open_rows = set(rows)
+    open_rows = set(range(len(prompts)))
     with decoding(model, len(prompts), width + max_new_tokens):
         input_pos = torch.arange(width, device=device)
         for _ in range(max_new_tokens):
             hidden = model.hidden_states(idx, input_pos, pad)
             tokens = next_token(model.lm_head(hidden[:, -1]), sampling, generator)
-            for row, token in zip(rows, tokens.tolist(), strict=True):
+            for row, token in enumerate(tokens.tolist()):
                 if token in stops[row]:
                     open_rows.discard(row)
                 elif row in open_rows:
@@ -141,11 +141,6 @@ def generate_batch(
             if not open_rows:
                 break
             idx, input_pos = tokens[:, None], input_pos[-1:] + 1
-            if len(open_rows) <= len(rows) // 2:
-                keep = torch.tensor([i for i, row in enumerate(rows) if row in open_rows], device=device)
-                rows = [row for row in rows if row in open_rows]
-                idx, pad = idx[keep], pad[keep]
-                model.keep_rows(keep)
     return answers
 
 

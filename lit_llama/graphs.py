@@ -3,7 +3,7 @@
 A token of LLaMA-7B is some fifteen hundred small kernels. To launch them one by one takes a CPU longer than the GPU
 needs to read the weights; a CUDA graph (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs) launches them
 all at once. Its kernels read and write the same memory each time: the KV cache's, which is allocated beforehand, and
-that of a token and its position, which are copied there. A batch of answers goes without: its rows get fewer.
+that of a token and its position, which are copied there. Batches of answers go without.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from lit_llama.methods.adapter import AdapterAttention
 from lit_llama.methods.lora import places
 from lit_llama.methods.prefix import PrefixAttention
 from lit_llama.methods.soft_prompt import SoftPromptEmbedding
-from lit_llama.model import CausalSelfAttention, KVCache, LLaMA, attention
+from lit_llama.model import CausalSelfAttention, LLaMA, attention
 from lit_llama.quantize import quantization
 from lit_llama.trained import load_trained_folder
 
@@ -37,10 +37,8 @@ class Rows:
     def __init__(self) -> None:
         self.tasks: list[Path | None] = []
 
-    def of(self, task: Path | None, cache: KVCache | None) -> Tensor:
-        """The rows of ``task`` among those that are still decoded."""
-        mine = [i for i, row in enumerate(cache.rows.tolist()) if self.tasks[row] == task]
-        return torch.tensor(mine, device=cache.k.device, dtype=torch.long)
+    def of(self, task: Path | None) -> list[int]:
+        return [row for row, other in enumerate(self.tasks) if other == task]
 
 
 class MixedAttention(CausalSelfAttention):
@@ -57,8 +55,8 @@ class MixedAttention(CausalSelfAttention):
             self.write_prefixes(k, v, mask)
         y = super().attend(q, k, v, input_pos, mask)
         for task, (ak, av, gates) in self.adapters.items():
-            mine = self.rows.of(task, self.kv_cache)
-            if len(mine):
+            mine = self.rows.of(task)
+            if mine:
                 ak_rows, av_rows = (t.expand(len(mine), -1, -1, -1) for t in (ak, av))
                 y[mine] += (gates * attention(q[mine], ak_rows, av_rows)).type_as(y)
         return y
@@ -67,7 +65,7 @@ class MixedAttention(CausalSelfAttention):
         """Put each prefix where its rows' placeholders are: right after the padding."""
         first = mask[:, 0, -1].int().argmax(-1)  # (B,): the first slot that the last token sees
         for task, prefix in self.prefixes.items():
-            for row in self.rows.of(task, self.kv_cache).tolist():
+            for row in self.rows.of(task):
                 slots = slice(int(first[row]), int(first[row]) + prefix.size(2))
                 k[row, :, slots], v[row, :, slots] = prefix[0].to(k.dtype), prefix[1].to(v.dtype)
 
@@ -75,15 +73,15 @@ class MixedAttention(CausalSelfAttention):
 class MixedLowRank(nn.Module):
     """The low-rank additions of several tasks to one linear layer."""
 
-    def __init__(self, attn: MixedAttention) -> None:
+    def __init__(self, rows: Rows) -> None:
         super().__init__()
-        self.find_rows = lambda task: attn.rows.of(task, attn.kv_cache)
+        self.rows = rows
         self.tasks: dict[Path, nn.ModuleDict] = {}
 
     def forward(self, layer: nn.Linear, args: tuple, output: Tensor) -> Tensor:
         for task, pairs in self.tasks.items():
-            mine = self.find_rows(task)
-            for pair in pairs.values() if len(mine) else ():
+            mine = self.rows.of(task)
+            for pair in pairs.values() if mine else ():
                 delta = torch.zeros_like(output[mine])
                 delta[..., pair.rows] = pair(args[0][mine])
                 output[mine] += delta
@@ -126,15 +124,15 @@ class Mixer:
                 self.front[folder] = [0] * other.attn.prefix.size(2)  # placeholders: their keys are replaced
             for name, (layer, _) in places(other).items():
                 if name in getattr(layer, "lora", {}):
-                    mixed = self.low_ranks(block.attn, places(block)[name][0])
+                    mixed = self.low_ranks(places(block)[name][0])
                     mixed.tasks.setdefault(folder, nn.ModuleDict())[name] = layer.lora[name].to(wte.device)
         if isinstance(trained.transformer.wte, SoftPromptEmbedding):
             self.add_soft_prompt(folder, trained.transformer.wte.soft_prompt.detach())
         return method
 
-    def low_ranks(self, attn: MixedAttention, layer: Any) -> MixedLowRank:
+    def low_ranks(self, layer: Any) -> MixedLowRank:
         if not hasattr(layer, "mixed"):
-            layer.mixed = MixedLowRank(attn)
+            layer.mixed = MixedLowRank(self.rows)
             layer.register_forward_hook(lambda layer, args, output: layer.mixed(layer, args, output))
         return layer.mixed
 

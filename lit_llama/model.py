@@ -112,17 +112,12 @@ class KVCache:
     def __init__(self, k: Tensor, v: Tensor) -> None:
         self.k, self.v = k, v
         self.prompt: tuple[Tensor, Tensor] | None = None  # a method's constant keys and values: gone with the cache
-        self.rows = torch.arange(k.size(0))  # which of the batch's rows are left
 
     def update(self, k: Tensor, v: Tensor, input_pos: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """Write k and v (B, nkv, T, hs) into the slots ``input_pos`` (T,); return the first ``end`` slots of each."""
         self.k.index_copy_(2, input_pos, k)
         self.v.index_copy_(2, input_pos, v)
         return self.k[:, :, :end], self.v[:, :, :end]
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows of the batch but ``rows`` (indices)."""
-        self.k, self.v, self.rows = self.k[rows], self.v[rows], self.rows[rows.cpu()]
 
 
 class Linear(nn.Linear):
@@ -137,20 +132,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_ca
 
     q (B, nh, T, hs), k and v (B, nkv, S, hs) -> (B, nh, T, hs).
     """
-    # In bfloat16 on a CPU the fused kernel's backward pass is slow: 14 sequences of 70 tokens take 28 ms, and 5.5 ms as
-    # plain products; ten keys for them 17 and 2.5 ms (two cores with AVX512-BF16). From about 1,000 keys on it wins.
-    if mask is None and q.dtype == torch.bfloat16 and q.device.type == "cpu" and k.size(2) <= 512:
-        return plain_attention(q, k, v, is_causal)
+    # In bfloat16 on a CPU the fused kernel is slow for few scores. One core with AVX512-BF16, nine heads: a token over
+    # 1,000 keys takes 950 us, as plain products 250; training on 14 sequences of 70 tokens 31 and 5.4 ms. Beyond
+    # 512 x 512 scores a head the kernel wins.
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.size(2) * k.size(2) <= 512 * 512:
+        return plain_attention(q, k, v, mask, is_causal)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=q.size(1) != k.size(1))
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     """As ``attention``, in two batched products: the query heads that share a key head stand below each other."""
     (B, nh, T, hs), (nkv, S) = q.shape, k.shape[1:3]
     q, k, v = q.reshape(B * nkv, -1, hs), k.reshape(B * nkv, S, hs), v.reshape(B * nkv, S, hs)
-    hidden = torch.full((T, S), -torch.inf if is_causal else 0.0, dtype=q.dtype, device=q.device).triu(1)
-    scores = torch.baddbmm(hidden.repeat(nh // nkv, 1), q, k.transpose(1, 2), alpha=hs**-0.5)
-    return (scores.softmax(-1) @ v).view(B, nh, T, hs)  # scores (B * nkv, nh / nkv * T, S)
+    if is_causal:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+    hidden = q.new_zeros(()) if mask is None else q.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    scores = torch.add(hidden, (q @ k.transpose(1, 2)).view(B, nh, T, S), alpha=hs**-0.5)
+    return (scores.softmax(-1).view(B * nkv, -1, S) @ v).view(B, nh, T, hs)
 
 
 class CausalSelfAttention(nn.Module):
@@ -327,11 +325,6 @@ class LLaMA(nn.Module):
         like = dict(dtype=self.dtype, device=self.transformer.wte.weight.device)
         for block in self.transformer.h:
             block.attn.kv_cache = KVCache(torch.zeros(shape, **like), torch.zeros(shape, **like))
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """Go on decoding with some rows of the batch only: the indices ``rows``."""
-        for block in self.transformer.h:
-            block.attn.kv_cache.keep(rows)
 
     def clear_kv_cache(self) -> None:
         for block in self.transformer.h:

@@ -70,31 +70,50 @@ def test_every_variant_of_a_block_is_compiled(monkeypatch):
         assert len(generate_batch(model, [[1, 2, 3], [4, 5]], 4, stop=set())) == 2
 
 
+def naive_attention(q, k, v, mask=None, is_causal=False):
+    k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
+    if is_causal:
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
+    scores = q @ k.transpose(2, 3) / q.size(3) ** 0.5
+    return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1) @ v
+
+
 @pytest.mark.parametrize(("n_head", "n_kv_head"), [(6, 6), (6, 2), (6, 1)])
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_plain_attention_equals_the_fused_one_in_values_and_gradients(n_head, n_kv_head, is_causal):
+@pytest.mark.parametrize("how", ["all", "causal", "one mask", "a mask for each row"])
+@pytest.mark.parametrize("T", [1, 13])
+def test_attention_is_the_naive_one_in_every_precision(n_head, n_kv_head, how, T):
+    """Both bodies, values and gradients."""
     torch.manual_seed(1)
-    T, S = 13, 13 if is_causal else 5
-    q = torch.randn(2, n_head, T, 8, dtype=torch.float64, requires_grad=True)
-    k, v = (torch.randn(2, n_kv_head, S, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    weights = torch.randn_like(q)
-    results = []
-    for y in (
-        plain_attention(q, k, v, is_causal),
-        F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True),
-    ):
-        results.append([y, *torch.autograd.grad((y * weights).sum(), (q, k, v))])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    S = T if how == "causal" else 29
+    mask = torch.rand(3 if how == "a mask for each row" else 1, 1, T, S) < 0.5
+    mask[..., 0] = True
+    arguments = (mask if "mask" in how else None, how == "causal")
+    q, k, v = (torch.randn(3, heads, n, 8).bfloat16() for heads, n in ((n_head, T), (n_kv_head, S), (n_kv_head, S)))
+    weights = torch.randn(q.shape)
+
+    def values_and_gradients(body, dtype):
+        inputs = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
+        y = body(*inputs, *arguments)
+        return [y, *torch.autograd.grad((y * weights.to(dtype)).sum(), inputs)]
+
+    expected = values_and_gradients(naive_attention, torch.float64)
+    bodies = [(body, dtype) for body in (attention, plain_attention) for dtype in (torch.float32, torch.bfloat16)]
+    for body, dtype in bodies:
+        tolerance = 1e-5 if dtype == torch.float32 else 0.05
+        for found, exact in zip(values_and_gradients(body, dtype), expected, strict=True):
+            assert found.dtype == dtype
+            torch.testing.assert_close(found.double(), exact, atol=tolerance, rtol=tolerance)
 
 
-def test_bfloat16_on_a_cpu_takes_the_plain_body_and_stays_close_to_float32():
-    torch.manual_seed(1)
-    q, k, v = (torch.randn(2, heads, 40, 8).bfloat16() for heads in (6, 2, 2))
-    y = attention(q, k, v, is_causal=True)
-    assert torch.equal(y, plain_attention(q, k, v, True))
-    exact = attention(q.float(), k.float(), v.float(), is_causal=True)
-    torch.testing.assert_close(y.float(), exact, atol=0.03, rtol=0.03)
+@pytest.mark.parametrize(("T", "S", "plain"), [(1, 4000, True), (512, 512, True), (600, 600, False), (600, 10, True)])
+def test_few_scores_in_bfloat16_on_a_cpu_are_plain_products(T, S, plain, monkeypatch):
+    fused, calls = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **b: (calls.append(1), fused(*a, **b))[1])
+    q, k = torch.randn(1, 1, T, 8), torch.randn(1, 1, S, 8)
+    attention(q.bfloat16(), k.bfloat16(), k.bfloat16())
+    assert len(calls) == (not plain)
+    attention(q, k, k)
+    assert len(calls) == (not plain) + 1  # float32
 
 
 @pytest.mark.parametrize("method", ["adapter", "lora", "prefix", "soft_prompt", "output_layers", "full"])

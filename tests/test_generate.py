@@ -4,9 +4,14 @@ import pytest
 import torch
 from test_adapter import adapted
 from test_model import tiny_model
+from tools import make_base
 
+from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
+from lit_llama.evaluate import answer_samples
 from lit_llama.generate import Sampling, generate, generate_batch, next_token, stream_text
+from lit_llama.samples import Sample
+from lit_llama.tokenizer import Tokenizer
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13]]
 
@@ -27,16 +32,23 @@ def test_greedy_answers_are_the_argmax_of_the_full_forward_alone_and_in_a_batch(
     assert generate_batch(model, PROMPTS, 9, stop=set()) == expected
 
 
-def test_answers_stop_before_the_stop_token_and_ended_rows_are_dropped(monkeypatch):
+def test_answers_stop_before_the_stop_token():
     model = tiny_model().eval()
     whole = [greedy_by_hand(model, prompt, 12) for prompt in PROMPTS]
     stop = {whole[0][2], whole[1][1], whole[3][3]}
     expected = [row[: next((i for i, token in enumerate(row) if token in stop), 12)] for row in whole]
-    sizes, hidden_states = [], model.hidden_states
-    monkeypatch.setattr(model, "hidden_states", lambda idx, *a: (sizes.append(len(idx)), hidden_states(idx, *a))[1])
     assert generate_batch(model, PROMPTS, 12, stop) == expected
-    assert sizes[0] == 4 and sizes[-1] < 4
     assert [list(generate(model, prompt, 12, stop)) for prompt in PROMPTS] == expected
+
+
+def test_answers_to_samples_do_not_depend_on_the_batch_size_in_float32(tmp_path):
+    base = make_base(tmp_path / "base", block_size=96)
+    model, tokenizer = load_model(base), Tokenizer(base)
+    texts = [chr(97 + i) * (1 + 37 * i % 57) for i in range(11)]  # beside the longest there is no room for 24 tokens
+    samples = [Sample("", [{"role": "user", "content": text}, {"role": "assistant", "content": ""}]) for text in texts]
+    alone, *batched = (answer_samples(model, tokenizer, "chatml", samples, 24, size) for size in (1, 3, 8, 11))
+    assert all(answers == alone for answers in batched)
+    assert len({len(answer) for answer in alone}) > 1
 
 
 def test_one_forward_pass_for_each_token(monkeypatch):

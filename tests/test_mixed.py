@@ -83,7 +83,6 @@ def test_a_batch_of_all_methods_answers_as_each_alone(base, folders):
 
 
 def test_rows_that_end_early_leave_the_others_as_they_are(base, folders):
-    """Rows are dropped from the batch when half have ended; who is who must survive that."""
     tasks, prompts = list(folders), [[50 + i] for i in range(len(folders))]
     whole = [list(generate(load_trained_folder(task)[0], p, 10, set())) for task, p in zip(tasks, prompts, strict=True)]
     stops = [{answer[1 + i % 2]} if i % 3 else set() for i, answer in enumerate(whole)]
