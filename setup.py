@@ -12,6 +12,7 @@ TEST = [
     *TENSORBOARD,
     "mypy>=1.11",
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "ruff>=0.6",
     "hypothesis>=6.100",
     "transformers>=4.46",

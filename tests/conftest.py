@@ -1,23 +1,52 @@
-"""The real base for the tests that ask for it; the first one fetches it."""
+"""One thread for each process of the tests; the real base; a tiny base with data for the scripts."""
 
+import os
+import random
 from pathlib import Path
 
 import pytest
+import torch
+from filelock import FileLock
+from helpers import ROOT, make_base, sums, write_rows
 
 from lit_llama.download import DEFAULT_BASE, ensure_base, fetch_default_gguf
 
-ROOT = Path(__file__).parent.parent
+# Tiny products gain nothing from threads, and threads that wait for a busy core cost many times what they save.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """The default base as a checkpoint folder, fetched into checkpoints/ unless it is there."""
     folder = ROOT / DEFAULT_BASE
-    ensure_base(folder, yes=True)
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.parent / ".tests.lock"):  # pytest's workers fetch it once
+        ensure_base(folder, yes=True)
     return folder
 
 
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """The GGUF file that the default base is converted from, kept in checkpoints/ too."""
-    return fetch_default_gguf(ROOT / f"{DEFAULT_BASE}-gguf")
+    folder = ROOT / f"{DEFAULT_BASE}-gguf"
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.parent / ".tests.lock"):
+        return fetch_default_gguf(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny base, sums to learn, and texts with labels."""
+    folder = tmp_path_factory.mktemp("methods")
+    make_base(folder / "base", tie_embeddings=True)
+    write_rows(folder / "sums" / "train.json", sums(40))
+    write_rows(folder / "sums" / "validation.json", sums(53)[40:])
+    rng = random.Random(1)
+    words = {"fruit": ["fig", "pear", "plum"], "tool": ["saw", "axe", "file"], "bird": ["owl", "rook", "tern"]}
+    rows = [
+        {"text": " ".join(rng.choices(words[label], k=3)), "label": label} for label in rng.choices(sorted(words), k=60)
+    ]
+    write_rows(folder / "words" / "train.json", rows[:45])
+    write_rows(folder / "words" / "validation.json", rows[45:])
+    return folder

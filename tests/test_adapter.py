@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_model import SCALING, TINY, tiny_model, transformers_model
+from helpers import SCALING, TINY, adapted, tiny_model, transformers_model
 
 from lit_llama.files import save_tensors
 from lit_llama.generate import generate
@@ -15,18 +15,6 @@ from lit_llama.train.loss import target_loss
 from lit_llama.trained import load_trained, trained_tensors
 
 SHAPES = [dict(), dict(n_kv_head=6), dict(tie_embeddings=True, rope_scaling=SCALING)]
-
-
-def adapted(start_layer=1, prompt_length=5, on=True, **changes) -> LLaMA:
-    """A tiny frozen model with an adapter, its gates random where ``on``."""
-    extra = {key: changes.pop(key) for key in ("gate", "gate_activation") if key in changes}
-    model = tiny_model(**changes)
-    model.requires_grad_(False)
-    add_adapter(model, prompt_length, start_layer, **extra)
-    if on:
-        for block in model.transformer.h[start_layer:]:
-            torch.nn.init.normal_(block.attn.gating_factor)
-    return model
 
 
 def tokens(batch=2, length=11) -> torch.Tensor:

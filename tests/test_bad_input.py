@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import make_base, run, run_process, sums, write_rows
 from safetensors.torch import load_file
-from test_scripts import run, run_process
-from tools import make_base, sums, write_rows
 
 from lit_llama.files import save_tensors
 

@@ -6,8 +6,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from test_scripts import refuse, run
-from tools import make_base, sums, write_rows
+from helpers import make_base, refuse, run, sums, write_rows
 
 from lit_llama import contenders, train
 from lit_llama.batches import Encoded

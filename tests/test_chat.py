@@ -8,8 +8,7 @@ import sys
 
 import pytest
 import torch
-from test_methods import shake
-from tools import make_base
+from helpers import make_base, shake
 
 from lit_llama.chat import CACHE_STEP, Chat, converse, edit_lines, same_weights
 from lit_llama.checkpoint import load_model

@@ -7,31 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import make_base, make_trained
 from safetensors.torch import load_file
-from tools import make_base
 
 from lit_llama.checkpoint import fingerprint, load_config, load_model, save_checkpoint, tensor_shapes, weight_files
 from lit_llama.cli import UserError
-from lit_llama.files import atomic_write, save_tensors, whole_folder, write_json
-from lit_llama.methods.adapter import add_adapter
-from lit_llama.trained import describe_base, load_trained_folder, trained_tensors
+from lit_llama.files import atomic_write, save_tensors, whole_folder
+from lit_llama.trained import load_trained_folder
 
 
 @pytest.fixture
 def base(tmp_path):
     return make_base(tmp_path / "base")
-
-
-def make_trained(folder, base):
-    model = load_model(base)
-    model.requires_grad_(False)
-    add_adapter(model, prompt_length=3, start_layer=1)
-    for block in model.transformer.h[1:]:
-        torch.nn.init.normal_(block.attn.gating_factor)
-    method = {"method": "adapter", "arguments": {"prompt_length": 3, "start_layer": 1}, "prompt_style": "chatml"}
-    write_json(folder / "method.json", {**method, "base": describe_base(base)})
-    save_tensors(folder / "trained.safetensors", trained_tensors(model))
-    return model
 
 
 def edit_json(path, **changes):

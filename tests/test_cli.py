@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tools import script_parser
+from helpers import script_parser
 
 from lit_llama import bars, cli
 from lit_llama.cli import UserError, bare_switches, parse, parser_of

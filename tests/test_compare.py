@@ -5,10 +5,7 @@ import math
 
 import pytest
 import torch
-from test_method_scripts import folder  # noqa: F401  (a fixture)
-from test_model import TINY, tiny_model
-from test_scripts import metrics, refuse, run, succeed
-from tools import make_base
+from helpers import TINY, make_base, metrics, refuse, run, succeed, tiny_model
 
 from lit_llama.batches import Encoded
 from lit_llama.intervals import loss_interval, paired_difference, share_interval
@@ -18,7 +15,7 @@ COMPARE = "scripts/compare_methods.py"
 
 
 @pytest.fixture(scope="module")
-def compared(folder):  # noqa: F811
+def compared(folder):
     out = folder / "compared"
     flags = ["--checkpoint_dir", folder / "base", "--data", folder / "words", "--n_samples", 12, "--batch_size", 3]
     flags += ["--methods", "[features, full, lora]", "--variants", '{"lora r=2": "lora --r 2"}']
@@ -63,7 +60,7 @@ def test_what_is_finished_is_not_run_again(compared):
 
 
 @pytest.mark.slow
-def test_a_pilot_keeps_the_rate_of_the_lowest_loss(folder, tmp_path):  # noqa: F811
+def test_a_pilot_keeps_the_rate_of_the_lowest_loss(folder, tmp_path):
     flags = ["--checkpoint_dir", folder / "base", "--data", folder / "sums", "--n_samples", 6, "--batch_size", 3]
     flags += ["--methods", "[features, lora]", "--shots", "[]", "--pilot", "--pilot_samples", 6]
     printed = succeed(COMPARE, *flags, "--out_dir", tmp_path)
@@ -77,7 +74,7 @@ def test_a_pilot_keeps_the_rate_of_the_lowest_loss(folder, tmp_path):  # noqa: F
 
 
 @pytest.mark.slow
-def test_a_failed_method_is_reported_and_the_others_go_on(folder, tmp_path):  # noqa: F811
+def test_a_failed_method_is_reported_and_the_others_go_on(folder, tmp_path):
     base = make_base(tmp_path / "base", n_layer=2)
     flags = ["--checkpoint_dir", base, "--data", folder / "sums", "--n_samples", 3, "--batch_size", 3]
     flags += ["--methods", "[adapter, lora]", "--shots", "[]", "--out_dir", tmp_path / "out"]
@@ -88,7 +85,7 @@ def test_a_failed_method_is_reported_and_the_others_go_on(folder, tmp_path):  # 
 
 
 @pytest.mark.slow
-def test_ablations_vary_one_thing(folder, tmp_path):  # noqa: F811
+def test_ablations_vary_one_thing(folder, tmp_path):
     flags = ["--checkpoint_dir", folder / "base", "--data", folder / "sums", "--n_samples", 3, "--batch_size", 3]
     succeed(COMPARE, *flags, "--ablations", "--ablation_steps", 2, "--out_dir", tmp_path)
     results = json.loads((tmp_path / "ablations.json").read_text())["results"]
@@ -113,7 +110,7 @@ def test_plain_texts_have_a_loss_and_nothing_to_be_right_about(tmp_path):
     assert markdown({"lora": found}).splitlines()[2].split(" | ")[3:6] == ["", "", "0.5000 (0.5000 to 0.5000)"]
 
 
-def test_mistakes_are_answered_in_one_line(folder, tmp_path):  # noqa: F811
+def test_mistakes_are_answered_in_one_line(folder, tmp_path):
     data = ["--data", folder / "sums", "--out_dir", tmp_path / "out"]
     refuse(COMPARE, *data, "--methods", "[qlora]", message="choose from features, output_layers")
     wrong = [("lora", "lora --r 4"), ("mine", "qlora --r 4"), ("mine", "features"), ("base, mine", "lora")]

@@ -9,8 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_scripts import refuse, succeed
-from transformers import LlamaConfig, LlamaForCausalLM
+from helpers import (
+    HEADS,
+    HF_TINY,
+    HIDDEN,
+    HS,
+    KV_HEADS,
+    LAYERS,
+    VOCAB,
+    C,
+    check_logits,
+    interleave,
+    refuse,
+    refused,
+    succeed,
+    tiny_hf,
+)
+from transformers import LlamaForCausalLM
 
 from lit_llama.checkpoint import load_config, load_model
 from lit_llama.cli import UserError
@@ -18,42 +33,7 @@ from lit_llama.configs import CONFIGS
 from lit_llama.convert import convert_hf, convert_lit, convert_meta
 from lit_llama.model import LLaMAConfig
 
-C, LAYERS, HEADS, KV_HEADS, HS, VOCAB, HIDDEN = 32, 2, 4, 2, 8, 100, 96  # HIDDEN as Meta computes it from C
-TINY = dict(
-    block_size=64, vocab_size=VOCAB, n_layer=LAYERS, n_head=HEADS, n_kv_head=KV_HEADS, n_embd=C, head_size=HS,
-    intermediate_size=HIDDEN, norm_eps=1e-5,
-)  # fmt: skip
-
-
-def tiny_hf(seed: int = 0, **changes) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    sizes = dict(
-        vocab_size=VOCAB, hidden_size=C, intermediate_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS, max_position_embeddings=64, rms_norm_eps=1e-5, initializer_range=0.2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})).eval()
-    for name, param in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(param, 0.5, 1.5)  # at ones a norm in the wrong place would pass
-    return model
-
-
-@torch.no_grad()
-def check_logits(folder: Path, theirs: LlamaForCausalLM, tolerance: float = 1e-5) -> None:
-    ours = load_model(folder)
-    idx = torch.randint(ours.config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=tolerance, rtol=1e-5)
-
-
 CONVERT = ["scripts/convert.py", "--source"]
-
-
-def refused(match: str, out: Path, convert, *args, **kwargs) -> None:
-    """The call ends in a UserError that matches, and leaves neither ``out`` nor anything temporary beside it."""
-    before = set(out.parent.iterdir())
-    with pytest.raises(UserError, match=match):
-        convert(*args, **kwargs)
-    assert set(out.parent.iterdir()) == before and not out.exists()
 
 
 # ---------------------------------------------------------------------------------------------- Hugging Face
@@ -67,7 +47,7 @@ def test_hf_safetensors(tmp_path, tied, shard):
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1 or shard == "1GB"
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
     config = convert_hf(tmp_path / "hf", tmp_path / "ours")
-    assert config == load_config(tmp_path / "ours") == LLaMAConfig(name="hf", tie_embeddings=tied, **TINY)
+    assert config == load_config(tmp_path / "ours") == LLaMAConfig(name="hf", tie_embeddings=tied, **HF_TINY)
     assert (tmp_path / "ours" / "tokenizer.json").read_text() == "{}"
     check_logits(tmp_path / "ours", theirs)
 
@@ -219,7 +199,7 @@ def test_pickles_are_not_run(tmp_path, as_zip, monkeypatch):
     write_bin(tmp_path / "hf", tiny_hf(), 1)
     torch.save({"x": Attack(target)}, tmp_path / "hf/pytorch_model.bin", _use_new_zipfile_serialization=as_zip)
     refused("nothing in it was run", tmp_path / "ours", convert_hf, tmp_path / "hf", tmp_path / "ours")
-    monkeypatch.setitem(CONFIGS, "tiny", dict(TINY))
+    monkeypatch.setitem(CONFIGS, "tiny", dict(HF_TINY))
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(Attack(target)))
     refused("nothing in it was run", tmp_path / "ours", convert_lit, tmp_path / "evil.pth", tmp_path / "ours", "tiny")
     torch.save({"model": {"x": torch.ones(1)}}, tmp_path / "nested.pth")
@@ -228,16 +208,6 @@ def test_pickles_are_not_run(tmp_path, as_zip, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------- Meta and Lit-LLaMA
-
-
-def interleave(weight: torch.Tensor, n_head: int) -> torch.Tensor:
-    """Half-split rows -> interleaved: row i of a head goes to 2i, row i + hs/2 to 2i + 1."""
-    out, hs = torch.empty_like(weight), weight.size(0) // n_head
-    for head in range(n_head):
-        for i in range(hs // 2):
-            out[head * hs + 2 * i] = weight[head * hs + i]
-            out[head * hs + 2 * i + 1] = weight[head * hs + hs // 2 + i]
-    return out
 
 
 def meta_state(theirs: LlamaForCausalLM) -> dict[str, torch.Tensor]:
@@ -275,18 +245,18 @@ def write_meta(folder: Path, theirs: LlamaForCausalLM, shards: int, embedding_di
 @pytest.mark.parametrize("embedding_dim", [0, 1])
 @pytest.mark.parametrize("shards", [1, 2])
 def test_meta(tmp_path, monkeypatch, shards, embedding_dim):
-    monkeypatch.setitem(CONFIGS, "tiny", dict(TINY))
+    monkeypatch.setitem(CONFIGS, "tiny", dict(HF_TINY))
     theirs = tiny_hf()
     write_meta(tmp_path / "models/tiny", theirs, shards, embedding_dim)
     (tmp_path / "models/tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>")  # one folder up, as LLaMA 1 came
     config = convert_meta(tmp_path / "models/tiny", tmp_path / "ours", "tiny")
-    assert config == LLaMAConfig(name="tiny", **TINY)
+    assert config == LLaMAConfig(name="tiny", **HF_TINY)
     assert (tmp_path / "ours/tokenizer.model").exists()
     check_logits(tmp_path / "ours", theirs)
 
 
 def test_meta_refused(tmp_path, monkeypatch):
-    monkeypatch.setitem(CONFIGS, "tiny", dict(TINY))
+    monkeypatch.setitem(CONFIGS, "tiny", dict(HF_TINY))
     source, out, theirs = tmp_path / "meta", tmp_path / "ours", tiny_hf()
     write_meta(source, theirs, 2, 0)
     refused("--name 'huge' is unknown", out, convert_meta, source, out, "huge")
@@ -305,7 +275,7 @@ def test_meta_refused(tmp_path, monkeypatch):
 
 
 def test_meta_tokenizer_from_elsewhere(tmp_path, monkeypatch):
-    monkeypatch.setitem(CONFIGS, "tiny", dict(TINY))
+    monkeypatch.setitem(CONFIGS, "tiny", dict(HF_TINY))
     write_meta(tmp_path / "meta", tiny_hf(), 1, 0)
     (tmp_path / "meta/tokenizer.model").write_text("IQ== 0\n")
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -314,7 +284,7 @@ def test_meta_tokenizer_from_elsewhere(tmp_path, monkeypatch):
 
 
 def test_lit(tmp_path, monkeypatch):
-    monkeypatch.setitem(CONFIGS, "tiny", dict(TINY, n_kv_head=HEADS))
+    monkeypatch.setitem(CONFIGS, "tiny", dict(HF_TINY, n_kv_head=HEADS))
     theirs = tiny_hf(num_key_value_heads=HEADS)
     meta, padding = meta_state(theirs), torch.full((128 - VOCAB, C), 7.0)  # 100 tokens padded to 128
     state = {"transformer.wte.weight": torch.cat([meta["tok_embeddings.weight"], padding])}
@@ -338,7 +308,7 @@ def test_lit(tmp_path, monkeypatch):
 
 
 def test_the_script_tells_the_format_by_what_it_finds(tmp_path, monkeypatch):
-    monkeypatch.setitem(CONFIGS, "tiny", dict(TINY))
+    monkeypatch.setitem(CONFIGS, "tiny", dict(HF_TINY))
     theirs = tiny_hf()
     theirs.save_pretrained(tmp_path / "hf")
     write_meta(tmp_path / "meta", theirs, 1, 0)

@@ -14,19 +14,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Q
-from test_convert import (
-    HEADS,
-    HIDDEN,
-    HS,
-    KV_HEADS,
-    LAYERS,
-    TINY,
-    C,
-    check_logits,
-    interleave,
-    refused,
-    tiny_hf,
-)
+from helpers import HEADS, HF_TINY, HIDDEN, HS, KV_HEADS, LAYERS, C, check_logits, interleave, refused, tiny_hf
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lit_llama import download
@@ -84,7 +72,7 @@ def test_float32(tmp_path, tied):
     theirs = tiny_hf(tie_word_embeddings=tied, rope_parameters={"rope_type": "default", "rope_theta": 130000.0})
     write_gguf(tmp_path / "tiny.gguf", gguf_state(theirs), {"rope.freq_base": 130000.0})
     config = convert_gguf(tmp_path / "tiny.gguf", tmp_path / "ours")
-    assert config == LLaMAConfig(name="tiny", rope_base=130000.0, tie_embeddings=tied, **TINY)  # 1e-5 to the last bit
+    assert config == LLaMAConfig(name="tiny", rope_base=130000.0, tie_embeddings=tied, **HF_TINY)  # eps to its last bit
     assert load_config(tmp_path / "ours") == config
     assert (tmp_path / "ours/tokenizer.json").exists()
     check_logits(tmp_path / "ours", theirs)

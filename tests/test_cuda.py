@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lit_llama.batches import Encoded, collate
-from lit_llama.blocks import block_forwards
+from lit_llama.blocks import unwrap_blocks, wrap_blocks
 from lit_llama.contenders import open_gates
 from lit_llama.generate import decode, decoding, generate, generate_batch
 from lit_llama.graphs import NextLogits
@@ -114,9 +114,10 @@ def test_compiled_blocks_agree(checkpointing):
     expected, others = losses_and_gradients(model)
     model.zero_grad()
     prompts = [PROMPT, PROMPT[:1]]  # of one token, too: it looks like one that is decoded
-    with block_forwards(model, compile=True, checkpointing=checkpointing):
-        loss, gradients = losses_and_gradients(model)
-        answers = [list(generate(model, prompt, 12, stop=set())) for prompt in prompts]
+    wrap_blocks(model, compile=True, checkpointing=checkpointing)
+    loss, gradients = losses_and_gradients(model)
+    answers = [list(generate(model, prompt, 12, stop=set())) for prompt in prompts]
+    unwrap_blocks(model)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, others[name], rtol=1e-3, atol=1e-4, msg=name)

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from tools import make_base, sums, write_rows
+from helpers import make_base, sums, write_rows
 
 from lit_llama.batches import IGNORE, Encoded, Packing, collate, micro_batches, step_indices
 from lit_llama.cli import UserError

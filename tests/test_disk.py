@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, make_base, refuse, script_parser
 from lightning.fabric import Fabric
-from test_scripts import ROOT, refuse
 from test_train import bytes_of, places, train  # noqa: F401  (places is a fixture)
-from tools import make_base, script_parser
 
 from finetune import adapter
 from lit_llama.cli import UserError

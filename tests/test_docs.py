@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_methods import equal_to, logits_of, shake, tokens
-from test_model import tiny_model, transformers_model
-from tools import make_base, script_parser
+from helpers import equal_to, logits_of, make_base, script_parser, shake, tiny_model, tokens, transformers_model
 
 from lit_llama import cli
 from lit_llama.generate import generate

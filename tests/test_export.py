@@ -5,11 +5,22 @@ import shutil
 
 import pytest
 import torch
+from helpers import (
+    CONTROLS,
+    EXPORT_SHAPES,
+    HEADERS,
+    SOME_BASE,
+    TALK,
+    base_with_controls,
+    make_base,
+    refuse,
+    save_trained,
+    set_biases,
+    succeed,
+    train_sentencepiece,
+    varied_strings,
+)
 from safetensors.torch import load_file
-from test_model import SCALING
-from test_scripts import refuse, succeed
-from test_tokenizer import train_sentencepiece, varied_strings
-from tools import CONTROLS, SOME_BASE, make_base, save_trained
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lit_llama import export
@@ -22,22 +33,6 @@ from lit_llama.files import read_json, save_tensors, write_json
 from lit_llama.prompts import encode_prompt, stop_ids
 from lit_llama.tokenizer import Tokenizer
 
-SHAPES = {
-    "grouped": dict(),
-    "tied, scaled": dict(tie_embeddings=True, rope_scaling=SCALING, rope_base=500000.0),
-    "odd sizes": dict(n_embd=39, n_head=3, n_kv_head=1, head_size=10, norm_eps=1e-2),
-    "biases": dict(bias=True),
-}
-
-
-def set_biases(folder) -> None:
-    """Random biases, but for the head."""
-    tensors = load_file(folder / "model.safetensors")
-    for name, tensor in tensors.items():
-        if name.endswith(".bias"):
-            tensor.normal_() if name != "lm_head.bias" else tensor.zero_()
-    save_tensors(folder / "model.safetensors", tensors)
-
 
 @torch.no_grad()
 def same_logits(folder, exported, tolerance: float = 1e-5):
@@ -49,9 +44,9 @@ def same_logits(folder, exported, tolerance: float = 1e-5):
     return theirs
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", EXPORT_SHAPES)
 def test_logits(tmp_path, shape, monkeypatch):
-    base = make_base(tmp_path / "base", **SHAPES[shape])
+    base = make_base(tmp_path / "base", **EXPORT_SHAPES[shape])
     if shape == "biases":
         set_biases(base)
     if shape == "grouped":
@@ -74,7 +69,7 @@ def test_logits(tmp_path, shape, monkeypatch):
 
 @pytest.mark.parametrize("shape", ["grouped", "tied, scaled", "odd sizes"])
 def test_there_and_back(tmp_path, shape):
-    base = make_base(tmp_path / "base", **SHAPES[shape])
+    base = make_base(tmp_path / "base", **EXPORT_SHAPES[shape])
     export_hf(base, tmp_path / "hf")
     assert convert_hf(tmp_path / "hf", tmp_path / "again", name="tiny") == load_config(base)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "again"))
@@ -111,31 +106,6 @@ def test_ids_of_a_sentencepiece_model(tmp_path):
     export_hf(base, tmp_path / "hf")
     check_ids(base, tmp_path / "hf", [text for text in varied_strings(300) if "▁" not in text])
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").bos_token == "<s>"
-
-
-def base_with_controls(folder, controls: list[str], bos: str | None, eos: str):
-    """A base whose tokenizer has further control tokens, and one in front of every text if ``bos``."""
-    from tokenizers import Tokenizer as TokenizersTokenizer
-    from tokenizers import processors
-
-    base = make_base(folder, vocab_size=259 + len(controls))
-    tokenizer = TokenizersTokenizer.from_file(str(base / "tokenizer.json"))
-    tokenizer.add_special_tokens(controls)
-    if bos:
-        special = [(bos, tokenizer.token_to_id(bos))]
-        tokenizer.post_processor = processors.TemplateProcessing([bos, "$A"], None, special)
-    tokenizer.save(str(base / "tokenizer.json"))
-    write_json(base / "tokenizer_config.json", {"eos_token": eos, **({"bos_token": bos} if bos else {})})
-    return base
-
-
-HEADERS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>", "</s>"]
-TALK = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Two and two?"},
-    {"role": "assistant", "content": "Four."},
-    {"role": "user", "content": "  And 'three'?\n"},
-]
 
 
 @pytest.mark.parametrize("bos", [True, False])

@@ -6,15 +6,22 @@ import json
 import gguf
 import pytest
 import torch
+from helpers import (
+    CONTROLS,
+    EXPORT_SHAPES,
+    SCALING,
+    interleave,
+    make_base,
+    refuse,
+    save_trained,
+    set_biases,
+    succeed,
+    train_sentencepiece,
+    varied_strings,
+)
 from safetensors.torch import load_file
-from test_convert import interleave
-from test_export import SHAPES, set_biases
-from test_model import SCALING
-from test_scripts import refuse, succeed
-from test_tokenizer import train_sentencepiece, varied_strings
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as TokenizersTokenizer
-from tools import CONTROLS, make_base, save_trained
 from transformers import AutoTokenizer
 
 from lit_llama.checkpoint import load_config, load_model
@@ -30,7 +37,7 @@ from lit_llama.prompts import encode_prompt, stop_ids
 from lit_llama.tokenizer import Tokenizer
 
 LLAMA3 = dict(SCALING, original_max_position_embeddings=8192)
-BACK = {**SHAPES, "tied, scaled": dict(tie_embeddings=True, rope_scaling=LLAMA3, rope_base=500000.0)}
+BACK = {**EXPORT_SHAPES, "tied, scaled": dict(tie_embeddings=True, rope_scaling=LLAMA3, rope_base=500000.0)}
 
 
 def tensors_of(path) -> dict:
@@ -65,7 +72,7 @@ def test_types(tmp_path, kind, matrix, tolerance):
 
 
 def test_biases(tmp_path):
-    base = make_base(tmp_path / "base", **SHAPES["biases"])
+    base = make_base(tmp_path / "base", **EXPORT_SHAPES["biases"])
     set_biases(base)
     export_gguf(base, tmp_path / "tiny.gguf")
     found, ours = tensors_of(tmp_path / "tiny.gguf"), load_model(base).state_dict()

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import make_base, make_trained
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_checkpoint import make_trained
-from tools import make_base
 
 from lit_llama.batches import IGNORE
 from lit_llama.checkpoint import load_model

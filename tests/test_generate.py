@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from test_adapter import adapted
-from test_model import tiny_model
-from tools import make_base
+from helpers import adapted, make_base, tiny_model
 
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tools import make_base, sums, write_rows
+from helpers import make_base, sums, write_rows
 
 from finetune import adapter, full
 from lit_llama.files import read_tensors

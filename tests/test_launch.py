@@ -8,8 +8,7 @@ import sys
 import time
 
 import pytest
-from test_scripts import ROOT, command, metrics, run_process, succeed
-from tools import make_base, sums, write_rows
+from helpers import ROOT, command, make_base, metrics, run_process, succeed, sums, write_rows
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_methods import logits_of
-from tools import make_base, save_trained
+from helpers import logits_of, make_base, save_trained
 
 from lit_llama.export import export_hf
 from lit_llama.peft_format import export_peft

@@ -4,8 +4,8 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
+from helpers import make_base, sums, write_rows
 from test_kill import train
-from tools import make_base, sums, write_rows
 
 from lit_llama.devices import held_memory
 

@@ -6,10 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_methods import CASES, every_case, tuned
-from test_model import TINY
-from test_scripts import refuse, run, succeed
-from tools import make_base, sums, write_rows
+from helpers import CASES, TINY, every_case, make_base, refuse, run, succeed, sums, tuned, write_rows
 
 from lit_llama import devices
 from lit_llama.batches import IGNORE

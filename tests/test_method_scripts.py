@@ -1,14 +1,12 @@
 """Each finetune script on a tiny base: what it writes, what answers with it, how it resumes, merges and is refused."""
 
 import json
-import random
 
 import numpy as np
 import pytest
 import torch
+from helpers import make_base, metrics, refuse, run, succeed
 from safetensors import safe_open
-from test_scripts import metrics, refuse, run, succeed
-from tools import make_base, sums, write_rows
 
 from lit_llama.checkpoint import load_model
 from lit_llama.methods.features import fit_classifier, probabilities
@@ -25,23 +23,6 @@ SCRIPTS = {
     "soft_prompt": ["--prompt_length", 4, "--init_text", "add"],
 }
 STEPS = ["--train.max_steps", 4, "--train.eval_every", 2, "--train.save_every", 2, "--eval_samples", 2]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny base, sums to learn, and texts with labels."""
-    folder = tmp_path_factory.mktemp("methods")
-    make_base(folder / "base", tie_embeddings=True)
-    write_rows(folder / "sums" / "train.json", sums(40))
-    write_rows(folder / "sums" / "validation.json", sums(53)[40:])
-    rng = random.Random(1)
-    words = {"fruit": ["fig", "pear", "plum"], "tool": ["saw", "axe", "file"], "bird": ["owl", "rook", "tern"]}
-    rows = [
-        {"text": " ".join(rng.choices(words[label], k=3)), "label": label} for label in rng.choices(sorted(words), k=60)
-    ]
-    write_rows(folder / "words" / "train.json", rows[:45])
-    write_rows(folder / "words" / "validation.json", rows[45:])
-    return folder
 
 
 @pytest.mark.parametrize("method", SCRIPTS)

@@ -6,7 +6,21 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import SCALING, TINY, tiny_model, transformers_model
+from helpers import (
+    CASES,
+    SCALING,
+    TINY,
+    check_cached_decoding,
+    equal_to,
+    every_case,
+    logits_of,
+    shake,
+    tiny_model,
+    tokens,
+    train_steps,
+    transformers_model,
+    tuned,
+)
 
 from lit_llama.batches import IGNORE
 from lit_llama.classify import label_shares
@@ -19,62 +33,8 @@ from lit_llama.model import LLaMA, LLaMAConfig, apply_rope
 from lit_llama.train.loss import target_loss
 from lit_llama.trained import kept_tensors, load_trained, trained_tensors
 
-CASES = {
-    "full": ("full", dict()),
-    "output_layers": ("output_layers", dict(n_blocks=1)),
-    "soft_prompt": ("soft_prompt", dict(prompt_length=4)),
-    "prefix": ("prefix", dict(prompt_length=4)),
-    "prefix by an MLP": ("prefix", dict(prompt_length=4, mlp_size=6)),
-    "houlsby": ("houlsby", dict(bottleneck_size=5)),
-    "adapter_v2": ("adapter_v2", dict(prompt_length=5, start_layer=1)),
-    "lora": ("lora", dict(r=3, dropout=0.0)),
-    "lora on all": ("lora", dict(r=3, alpha=5.0, dropout=0.0, targets=TARGETS)),
-}
 IDENTITY = [name for name in CASES if not name.startswith(("soft", "prefix"))]
 SHAPES = [dict(), dict(n_kv_head=6, bias=True), dict(tie_embeddings=True, rope_scaling=SCALING)]
-every_case = pytest.mark.parametrize("case", CASES)
-
-
-def tuned(case: str, on: bool = True, **changes) -> LLaMA:
-    """A tiny frozen model with the method; with ``on`` all that trains is away from where it starts."""
-    method, arguments = CASES[case]
-    model = tiny_model(**changes)
-    model.requires_grad_(False)
-    METHODS[method](model, **arguments)
-    if on:
-        shake(model)
-    return model
-
-
-def shake(model: LLaMA) -> None:
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for tensor in trained_tensors(model).values():
-            tensor += 0.2 * torch.randn(tensor.shape, generator=generator)
-
-
-def tokens(batch=2, length=11) -> torch.Tensor:
-    return torch.randint(0, TINY["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(3))
-
-
-def logits_of(model: LLaMA, ids: torch.Tensor) -> torch.Tensor:
-    """With what the method puts in front of the text, and without the logits there."""
-    virtual = torch.tensor([model.virtual_ids], dtype=torch.long).expand(len(ids), -1)
-    return model(torch.cat((virtual, ids), 1))[:, virtual.size(1) :]
-
-
-def train(model: LLaMA, steps: int) -> list[float]:
-    optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=0.01)
-    losses = []
-    for _ in range(steps):
-        loss = target_loss(model, tokens(), tokens().roll(-1, 1))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
 def count(name: str, method: str, **arguments) -> int:
     with torch.device("meta"):
         model = LLaMA(LLaMAConfig.from_name(name))
@@ -130,7 +90,7 @@ def test_base_keys_and_bytes_are_kept(case):
     trained = set(trained_tensors(model))
     if case == "full":
         trained.add("lm_head.weight")  # the embedding's
-    train(model, steps=3)
+    train_steps(model, steps=3)
     for name, tensor in base.state_dict().items():
         assert name in trained or torch.equal(model.state_dict()[name], tensor), name
 
@@ -152,7 +112,7 @@ def test_what_trains_of_the_base():
 def test_every_trained_tensor_moves_within_three_steps(case):
     model = tuned(case, on=False)
     before = {name: tensor.detach().clone() for name, tensor in trained_tensors(model).items()}
-    losses = train(model, steps=3)
+    losses = train_steps(model, steps=3)
     for name, tensor in trained_tensors(model).items():
         assert not torch.equal(tensor, before[name]), name
     assert losses[-1] < losses[0]
@@ -198,17 +158,6 @@ def test_padding_is_not_computed_and_changes_nothing(case):
 @every_case
 def test_cached_decoding_equals_uncached(case, changes):
     check_cached_decoding(tuned(case, **changes).eval().double())
-
-
-def check_cached_decoding(model: LLaMA) -> None:
-    """In pieces of several lengths, in float64."""
-    ids = torch.cat((torch.tensor([model.virtual_ids] * 2, dtype=torch.long), tokens()), 1)
-    with torch.no_grad():
-        full = model(ids)
-        model.set_kv_cache(2, 20)
-        cuts = (0, 4, 5, ids.size(1))
-        parts = [model(ids[:, a:b], torch.arange(a, b)) for a, b in zip(cuts, cuts[1:], strict=False)]
-    torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-9, rtol=1e-9)
 
 
 @every_case
@@ -258,7 +207,7 @@ def test_trained_tensors_are_float32_over_a_bfloat16_base(case):
     shake(model)
     assert logits_of(model, tokens()).dtype == torch.bfloat16
     assert len(list(generate(model, [1, 2, 3], 4, stop=set()))) == 4
-    assert train(model, steps=1)[0] > 0
+    assert train_steps(model, steps=1)[0] > 0
 
 
 def test_blocks_below_the_first_changed_one_build_no_graph():
@@ -436,14 +385,6 @@ def test_arguments_out_of_range_are_refused(method, arguments):
 
 
 # ---------------------------------------------------------------------------------------------- PEFT
-
-
-def equal_to(theirs, model: LLaMA, drop: int = 0) -> None:
-    idx = torch.randint(0, TINY["vocab_size"], (2, 20), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        ours = logits_of(model.eval(), idx)
-        torch.testing.assert_close(ours, theirs.eval()(idx).logits[:, drop:], atol=1e-4, rtol=1e-4)
-        assert (ours - tiny_model()(idx)).abs().max() > 0.01
 
 
 def test_lora_equals_peft():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tools import make_base
+from helpers import make_base
 
 from lit_llama.checkpoint import load_model
 from lit_llama.files import save_tensors, write_json

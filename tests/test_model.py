@@ -2,15 +2,11 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from helpers import SCALING, TINY, tiny_model, transformers_model
 
 from lit_llama.configs import CONFIGS
 from lit_llama.model import LLaMA, LLaMAConfig, RMSNorm, rope_frequencies
 
-TINY = dict(
-    block_size=64, vocab_size=97, n_layer=3, n_head=6, n_kv_head=2, n_embd=48, head_size=8, intermediate_size=80
-)
-SCALING = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 GRID = {
     "heads = kv heads": dict(n_kv_head=6),
     "grouped": dict(),
@@ -22,58 +18,6 @@ GRID = {
     "odd sizes": dict(n_embd=39, n_head=3, n_kv_head=1, head_size=10, intermediate_size=53, vocab_size=101),
     "one layer, tied, scaled": dict(n_layer=1, tie_embeddings=True, rope_scaling=SCALING, norm_eps=1e-6),
 }
-
-
-def tiny_model(**changes) -> LLaMA:
-    torch.manual_seed(1)
-    return LLaMA(LLaMAConfig(**{**TINY, **changes})).init_weights(std=0.2)
-
-
-def transformers_model(model: LLaMA) -> LlamaForCausalLM:
-    """The same model in transformers, its weights written out by Hugging Face's names."""
-    c = model.config
-    rope = {"rope_type": "default", "rope_theta": c.rope_base}
-    if c.rope_scaling:
-        rope = {"rope_type": "llama3", "rope_theta": c.rope_base, **c.rope_scaling}
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.n_embd,
-            intermediate_size=c.intermediate_size,
-            num_hidden_layers=c.n_layer,
-            num_attention_heads=c.n_head,
-            num_key_value_heads=c.n_kv_head,
-            head_dim=c.head_size,
-            max_position_embeddings=c.block_size,
-            rms_norm_eps=c.norm_eps,
-            rope_parameters=rope,
-            rope_theta=c.rope_base,  # how versions before 5 say it
-            rope_scaling=rope if c.rope_scaling else None,
-            tie_word_embeddings=c.tie_embeddings,
-        )
-    )
-    ours = model.state_dict()
-    state = {
-        "model.embed_tokens.weight": ours["transformer.wte.weight"],
-        "model.norm.weight": ours["transformer.ln_f.weight"],
-    }
-    state["lm_head.weight"] = ours["lm_head.weight"]
-    q, kv = c.n_head * c.head_size, c.n_kv_head * c.head_size
-    for i in range(c.n_layer):
-        us, them = f"transformer.h.{i}", f"model.layers.{i}"
-        parts = ours[f"{us}.attn.c_attn.weight"].split([q, kv, kv])
-        state.update({f"{them}.self_attn.{n}_proj.weight": part for n, part in zip("qkv", parts, strict=True)})
-        for mine, name in {
-            "attn.c_proj": "self_attn.o_proj",
-            "mlp.c_fc1": "mlp.gate_proj",
-            "mlp.c_fc2": "mlp.up_proj",
-            "mlp.c_proj": "mlp.down_proj",
-            "rms_1": "input_layernorm",
-            "rms_2": "post_attention_layernorm",
-        }.items():
-            state[f"{them}.{name}.weight"] = ours[f"{us}.{mine}.weight"]
-    theirs.load_state_dict(state)
-    return theirs.eval()
 
 
 @pytest.mark.parametrize("changes", GRID.values(), ids=GRID.keys())

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import SCALING, SOME_BASE, logits_of, make_base, refuse, save_trained, succeed, transformers_model
 from peft import (
     AdaptionPromptConfig,
     AutoPeftModelForCausalLM,
@@ -15,10 +16,6 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
-from test_methods import logits_of
-from test_model import SCALING, transformers_model
-from test_scripts import refuse, succeed
-from tools import SOME_BASE, make_base, save_trained
 
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError

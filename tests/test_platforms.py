@@ -7,9 +7,8 @@ from pathlib import Path, PureWindowsPath
 
 import pytest
 import torch
+from helpers import make_base, run, succeed, sums, write_rows
 from lightning.fabric import Fabric
-from test_scripts import run, succeed
-from tools import make_base, sums, write_rows
 
 from lit_llama import cli, devices, trained
 from lit_llama.plots import plot_comparison

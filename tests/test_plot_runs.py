@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_scripts import metrics, refuse, succeed
-from tools import make_base, sums, write_rows
+from helpers import make_base, metrics, refuse, succeed, sums, write_rows
 
 from lit_llama import devices
 from lit_llama.cli import UserError, gather

@@ -6,10 +6,20 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from test_methods import CASES, check_cached_decoding, logits_of, shake, tokens, train
-from test_model import tiny_model
-from test_scripts import refuse, succeed
-from tools import make_base, sums, write_rows
+from helpers import (
+    CASES,
+    check_cached_decoding,
+    logits_of,
+    make_base,
+    refuse,
+    shake,
+    succeed,
+    sums,
+    tiny_model,
+    tokens,
+    train_steps,
+    write_rows,
+)
 
 from lit_llama import quantize
 from lit_llama.answerer import answering
@@ -156,7 +166,7 @@ def test_every_method_trains_over_int8_and_leaves_the_base_alone(case):
     model = over_int8(case, on=False)
     before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     trained = set(trained_tensors(model))
-    losses = train(model, steps=3)
+    losses = train_steps(model, steps=3)
     assert losses[-1] < losses[0]
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) != (name in trained), name

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, make_base, metrics, refuse, run_process, succeed, sums, write_rows
 from safetensors.torch import load_file
-from test_scripts import ROOT, metrics, refuse, run_process, succeed
-from tools import make_base, sums, write_rows
 
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError

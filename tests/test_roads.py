@@ -1,9 +1,7 @@
 """After train, merge, export and import the same messages have the ids of training, here and in transformers."""
 
 import pytest
-from test_export import HEADERS, TALK, base_with_controls
-from test_scripts import succeed
-from tools import save_trained, sums, write_rows
+from helpers import HEADERS, TALK, base_with_controls, save_trained, succeed, sums, write_rows
 from transformers import AutoTokenizer
 
 from lit_llama.convert import convert_hf

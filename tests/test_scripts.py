@@ -1,63 +1,16 @@
 """The commands as a user types them: on a tiny base, and on the real one."""
 
-import csv
 import hashlib
 import io
 import json
 import re
-import runpy
 import shutil
 import signal
 import subprocess
-import sys
 import time
-import traceback
-from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
 
 import pytest
-from tools import make_base, sums, write_rows
-
-ROOT = Path(__file__).parent.parent
-
-
-def command(script: str, *flags: object) -> list[str]:
-    return [sys.executable, str(ROOT / script), *map(str, flags)]
-
-
-def run_process(script: str, *flags: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(command(script, *flags), cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-
-
-def run(script: str, *flags: object, cwd: Path = ROOT, stdin: str = "") -> subprocess.CompletedProcess:
-    """The script as ``__main__``, but in this process: importing torch a hundred times takes minutes."""
-    stdout, stderr = io.StringIO(), io.StringIO()
-    code = 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
-        patch.setattr(sys, "argv", command(script, *flags)[1:])
-        patch.setattr(sys, "stdin", io.StringIO(stdin))
-        patch.chdir(cwd)
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as stop:
-            code = 0 if stop.code is None else stop.code
-        except Exception:
-            traceback.print_exc()
-            code = 1
-    return subprocess.CompletedProcess(sys.argv, code, stdout.getvalue(), stderr.getvalue())
-
-
-def succeed(script: str, *flags: object) -> str:
-    result = run(script, *flags)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def refuse(script: str, *flags: object, message: str) -> None:
-    """Exit code 2, and one line on stderr with ``message``."""
-    result = run(script, *flags)
-    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
-    assert re.search(message, result.stderr.strip().splitlines()[-1]), result.stderr
+from helpers import ROOT, command, make_base, metrics, refuse, run, run_process, succeed, sums, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +26,6 @@ def places(tmp_path_factory):
     assert result.returncode == 0, result.stderr
     printed = result.stdout
     return folder, flags, printed
-
-
-def metrics(out_dir: Path) -> list[dict]:
-    with open(out_dir / "metrics.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def test_finetune_says_what_it_did_and_what_to_do_next(places):

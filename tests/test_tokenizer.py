@@ -1,9 +1,7 @@
 """The tokenizer against transformers, sentencepiece and an independent BPE; all of Unicode there and back."""
 
-import io
 import json
 import random
-import sys
 import unicodedata
 
 import gguf
@@ -11,45 +9,11 @@ import pytest
 import sentencepiece
 import tokenizers
 from gguf import GGUFReader, TokenType
+from helpers import CODE_POINTS, SMOLLM2_UNKNOWN, train_sentencepiece, varied_strings
 
 from lit_llama.cli import UserError
 from lit_llama.gguf_tokenizer import write_gguf_tokenizer
 from lit_llama.tokenizer import Tokenizer
-
-# SmolLM2's vocabulary has no tokens for some bytes; see the docstring of Tokenizer.
-SMOLLM2_UNKNOWN = {4, 6, 0x13, 0x14, 0x16, 0x1D, *range(0x40000, 0xC0000)}
-CODE_POINTS = [i for i in range(sys.maxunicode + 1) if not 0xD800 <= i < 0xE000]
-
-PIECES = """
-The quick brown fox doesn't jump; it's they've I'LL we'd 'tis O'Neill's Straße façade naïve Ελληνικά Привет, мир!
-def forward(self,x): return x**2+1 #comment {"key":[1,2.5,-3e10]} for(i=0;i<n;i++){a[i]+=0x1F;} <p class='a'>&amp;</p>
-日本語の漢字とカナ 中文，标点。 한국어 ไทย العربية עברית हिन्दी தமிழ் Tiếng ğüşıöç é ą́ ﷽ ½ ² Ⅻ ④ ٣٤ ५६ 三
-2024-01-31 1,234,567.89 007 3.14159 100% 42nd 1st x86_64 v1.2.3 192.168.0.1 +49(30)12345 1e-5 $9.99 №5 0b1010
-😀 👩‍👩‍👧‍👦 🇩🇪 👍🏽 ❤️ ∀x∈ℝ ∑ ≠ → ─── … “quoted” «ça» — _under_score_ CamelCaseWord ALLCAPS !!!??? ...--- === ~~~ \\n https://a.b/c?d=e&f=1
-""".split()
-# of an old Unicode, so that no two libraries' tables differ
-ASSIGNED = [chr(i) for i in CODE_POINTS if unicodedata.ucd_3_2_0.category(chr(i)) not in ("Cn", "Co", "Cs")]
-ASSIGNED = [char for char in ASSIGNED if ord(char) not in SMOLLM2_UNKNOWN]
-SPACES = ["", " ", " ", "  ", "   ", "\n", "\n\n", "\t", " \n ", "\r\n", "\u00a0", "\u3000", "    \n\t", " " * 17]
-
-
-def varied_strings(n: int, seed: int = 0) -> list[str]:
-    """Pieces of code and languages, numbers and random characters, between spaces of all kinds."""
-    rng = random.Random(seed)
-
-    def piece() -> str:
-        kind = rng.random()
-        if kind < 0.7:
-            return rng.choice(PIECES)
-        if kind < 0.85:
-            return str(rng.randrange(10 ** rng.randrange(1, 9)))
-        return "".join(rng.choice(ASSIGNED) for _ in range(rng.randrange(1, 5)))
-
-    def text() -> str:
-        return "".join(rng.choice(SPACES) + piece() for _ in range(rng.randrange(1, 12))) + rng.choice(SPACES)
-
-    return [text() for _ in range(n)]
-
 
 # ---------------------------------------------------------------------------------------------- SmolLM2, a real one
 
@@ -166,18 +130,6 @@ def write_gguf(path, **meta) -> GGUFReader:
     writer.write_kv_data_to_file()
     writer.close()
     return GGUFReader(path)
-
-
-def train_sentencepiece(folder, **options) -> sentencepiece.SentencePieceProcessor:
-    """A small tokenizer.model like LLaMA's: BPE, bytes for what it does not know, no normalization."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(varied_strings(600, seed=3)), model_writer=model, model_type="bpe", vocab_size=1200,
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
-        character_coverage=0.98, allow_whitespace_only_pieces=True, control_symbols=["<ctl>"], minloglevel=2, **options,
-    )  # fmt: skip
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
-    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
 def gguf_of(processor: sentencepiece.SentencePieceProcessor, path, **meta) -> GGUFReader:

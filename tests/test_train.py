@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import make_base, sums, write_rows
 from lightning.fabric import Fabric
-from tools import make_base, sums, write_rows
 
 from finetune import adapter, lora
 from lit_llama.batches import IGNORE, Encoded, collate, micro_batches

@@ -1,0 +1,447 @@
+"""What several test files share: tiny bases, models and tokenizers, and ways to run a script and read what it wrote."""
+
+import csv
+import functools
+import importlib.util
+import io
+import json
+import random
+import re
+import runpy
+import subprocess
+import sys
+import traceback
+import unicodedata
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from jsonargparse import ArgumentParser
+from safetensors.torch import load_file
+from tokenizers import Tokenizer as TokenizersTokenizer
+from tokenizers import decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lit_llama.checkpoint import load_model, save_checkpoint
+from lit_llama.cli import UserError, parser_of
+from lit_llama.files import save_tensors, write_json
+from lit_llama.methods import METHODS
+from lit_llama.methods.adapter import add_adapter
+from lit_llama.methods.lora import TARGETS
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.train.loss import target_loss
+from lit_llama.trained import describe_base, kept_tensors, trained_tensors
+
+ROOT = Path(__file__).parent.parent
+SOME_BASE = {"checkpoint_dir": "base", "name": "tiny", "fingerprint": ""}  # of a method.json whose base is not read
+CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer without merges: 3 control tokens and 256 bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(CONTROLS + alphabet)}
+    tokenizer = TokenizersTokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(CONTROLS)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "add_bos_token": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def make_base(folder: Path, seed: int = 1, **changes) -> Path:
+    """A checkpoint folder with a random tiny model and the tokenizer above."""
+    sizes = dict(
+        block_size=512, vocab_size=259, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, head_size=8, intermediate_size=48
+    )
+    torch.manual_seed(seed)
+    model = LLaMA(LLaMAConfig(name="tiny", **{**sizes, **changes})).init_weights(0.1)
+    folder.mkdir(parents=True)
+    state = {k: v for k, v in model.state_dict().items() if not (k == "lm_head.weight" and model.config.tie_embeddings)}
+    save_checkpoint(folder, model.config, state.items())
+    write_tokenizer(folder)
+    return folder
+
+
+def save_trained(base: Path, folder: Path, method: str, **arguments) -> Path:
+    """A trained folder over ``base``, with random values in all that trains."""
+    model = load_model(base).requires_grad_(False)
+    METHODS[method](model, **arguments)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for tensor in trained_tensors(model).values():
+            tensor += 0.2 * torch.randn(tensor.shape, generator=generator)
+    save_tensors(folder / "trained.safetensors", kept_tensors(model))
+    about = {"base": describe_base(base), "prompt_style": "chatml", "train": {"max_seq_length": 64}}
+    write_json(folder / "method.json", {"method": method, "arguments": arguments, **about})
+    return folder
+
+
+def write_rows(path: Path, rows: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+def sums(n: int) -> list[dict]:
+    """A toy task with answers of uneven length."""
+    return [{"instruction": f"add {i} and {i * i}", "output": str(i + i * i) * (1 + i % 3)} for i in range(n)]
+
+
+def script_parser(path: Path) -> ArgumentParser:
+    """The parser of a script, which is imported but not run."""
+    name = f"script_{path.parent.name}_{path.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return parser_of(sys.modules[name].main)
+
+
+# ------------------------------------------------------ A tiny model, and the same in transformers
+
+TINY = dict(
+    block_size=64, vocab_size=97, n_layer=3, n_head=6, n_kv_head=2, n_embd=48, head_size=8, intermediate_size=80
+)
+SCALING = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+
+
+def tiny_model(**changes) -> LLaMA:
+    torch.manual_seed(1)
+    return LLaMA(LLaMAConfig(**{**TINY, **changes})).init_weights(std=0.2)
+
+
+def transformers_model(model: LLaMA) -> LlamaForCausalLM:
+    """The same model in transformers, its weights written out by Hugging Face's names."""
+    c = model.config
+    rope = {"rope_type": "default", "rope_theta": c.rope_base}
+    if c.rope_scaling:
+        rope = {"rope_type": "llama3", "rope_theta": c.rope_base, **c.rope_scaling}
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.n_embd,
+            intermediate_size=c.intermediate_size,
+            num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head,
+            num_key_value_heads=c.n_kv_head,
+            head_dim=c.head_size,
+            max_position_embeddings=c.block_size,
+            rms_norm_eps=c.norm_eps,
+            rope_parameters=rope,
+            rope_theta=c.rope_base,  # how versions before 5 say it
+            rope_scaling=rope if c.rope_scaling else None,
+            tie_word_embeddings=c.tie_embeddings,
+        )
+    )
+    ours = model.state_dict()
+    state = {
+        "model.embed_tokens.weight": ours["transformer.wte.weight"],
+        "model.norm.weight": ours["transformer.ln_f.weight"],
+    }
+    state["lm_head.weight"] = ours["lm_head.weight"]
+    q, kv = c.n_head * c.head_size, c.n_kv_head * c.head_size
+    for i in range(c.n_layer):
+        us, them = f"transformer.h.{i}", f"model.layers.{i}"
+        parts = ours[f"{us}.attn.c_attn.weight"].split([q, kv, kv])
+        state.update({f"{them}.self_attn.{n}_proj.weight": part for n, part in zip("qkv", parts, strict=True)})
+        for mine, name in {
+            "attn.c_proj": "self_attn.o_proj",
+            "mlp.c_fc1": "mlp.gate_proj",
+            "mlp.c_fc2": "mlp.up_proj",
+            "mlp.c_proj": "mlp.down_proj",
+            "rms_1": "input_layernorm",
+            "rms_2": "post_attention_layernorm",
+        }.items():
+            state[f"{them}.{name}.weight"] = ours[f"{us}.{mine}.weight"]
+    theirs.load_state_dict(state)
+    return theirs.eval()
+
+
+# ---------------------------------------------------------------------- A tiny model with a method
+
+
+def adapted(start_layer=1, prompt_length=5, on=True, **changes) -> LLaMA:
+    """A tiny frozen model with an adapter, its gates random where ``on``."""
+    extra = {key: changes.pop(key) for key in ("gate", "gate_activation") if key in changes}
+    model = tiny_model(**changes)
+    model.requires_grad_(False)
+    add_adapter(model, prompt_length, start_layer, **extra)
+    if on:
+        for block in model.transformer.h[start_layer:]:
+            torch.nn.init.normal_(block.attn.gating_factor)
+    return model
+
+
+CASES = {
+    "full": ("full", dict()),
+    "output_layers": ("output_layers", dict(n_blocks=1)),
+    "soft_prompt": ("soft_prompt", dict(prompt_length=4)),
+    "prefix": ("prefix", dict(prompt_length=4)),
+    "prefix by an MLP": ("prefix", dict(prompt_length=4, mlp_size=6)),
+    "houlsby": ("houlsby", dict(bottleneck_size=5)),
+    "adapter_v2": ("adapter_v2", dict(prompt_length=5, start_layer=1)),
+    "lora": ("lora", dict(r=3, dropout=0.0)),
+    "lora on all": ("lora", dict(r=3, alpha=5.0, dropout=0.0, targets=TARGETS)),
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def tuned(case: str, on: bool = True, **changes) -> LLaMA:
+    """A tiny frozen model with the method; with ``on`` all that trains is away from where it starts."""
+    method, arguments = CASES[case]
+    model = tiny_model(**changes)
+    model.requires_grad_(False)
+    METHODS[method](model, **arguments)
+    if on:
+        shake(model)
+    return model
+
+
+def shake(model: LLaMA) -> None:
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for tensor in trained_tensors(model).values():
+            tensor += 0.2 * torch.randn(tensor.shape, generator=generator)
+
+
+def tokens(batch=2, length=11) -> torch.Tensor:
+    return torch.randint(0, TINY["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+def logits_of(model: LLaMA, ids: torch.Tensor) -> torch.Tensor:
+    """With what the method puts in front of the text, and without the logits there."""
+    virtual = torch.tensor([model.virtual_ids], dtype=torch.long).expand(len(ids), -1)
+    return model(torch.cat((virtual, ids), 1))[:, virtual.size(1) :]
+
+
+def train_steps(model: LLaMA, steps: int) -> list[float]:
+    optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=0.01)
+    losses = []
+    for _ in range(steps):
+        loss = target_loss(model, tokens(), tokens().roll(-1, 1))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def check_cached_decoding(model: LLaMA) -> None:
+    """In pieces of several lengths, in float64."""
+    ids = torch.cat((torch.tensor([model.virtual_ids] * 2, dtype=torch.long), tokens()), 1)
+    with torch.no_grad():
+        full = model(ids)
+        model.set_kv_cache(2, 20)
+        cuts = (0, 4, 5, ids.size(1))
+        parts = [model(ids[:, a:b], torch.arange(a, b)) for a, b in zip(cuts, cuts[1:], strict=False)]
+    torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-9, rtol=1e-9)
+
+
+def equal_to(theirs, model: LLaMA, drop: int = 0) -> None:
+    idx = torch.randint(0, TINY["vocab_size"], (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = logits_of(model.eval(), idx)
+        torch.testing.assert_close(ours, theirs.eval()(idx).logits[:, drop:], atol=1e-4, rtol=1e-4)
+        assert (ours - tiny_model()(idx)).abs().max() > 0.01
+
+
+def make_trained(folder, base):
+    model = load_model(base)
+    model.requires_grad_(False)
+    add_adapter(model, prompt_length=3, start_layer=1)
+    for block in model.transformer.h[1:]:
+        torch.nn.init.normal_(block.attn.gating_factor)
+    method = {"method": "adapter", "arguments": {"prompt_length": 3, "start_layer": 1}, "prompt_style": "chatml"}
+    write_json(folder / "method.json", {**method, "base": describe_base(base)})
+    save_tensors(folder / "trained.safetensors", trained_tensors(model))
+    return model
+
+
+# ----------------------------------------------------------------------------- Foreign checkpoints
+
+C, LAYERS, HEADS, KV_HEADS, HS, VOCAB, HIDDEN = 32, 2, 4, 2, 8, 100, 96  # HIDDEN as Meta computes it from C
+HF_TINY = dict(
+    block_size=64, vocab_size=VOCAB, n_layer=LAYERS, n_head=HEADS, n_kv_head=KV_HEADS, n_embd=C, head_size=HS,
+    intermediate_size=HIDDEN, norm_eps=1e-5,
+)  # fmt: skip
+
+
+def tiny_hf(seed: int = 0, **changes) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    sizes = dict(
+        vocab_size=VOCAB, hidden_size=C, intermediate_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS, max_position_embeddings=64, rms_norm_eps=1e-5, initializer_range=0.2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})).eval()
+    for name, param in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(param, 0.5, 1.5)  # at ones a norm in the wrong place would pass
+    return model
+
+
+@torch.no_grad()
+def check_logits(folder: Path, theirs: LlamaForCausalLM, tolerance: float = 1e-5) -> None:
+    ours = load_model(folder)
+    idx = torch.randint(ours.config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=tolerance, rtol=1e-5)
+
+
+def refused(match: str, out: Path, convert, *args, **kwargs) -> None:
+    """The call ends in a UserError that matches, and leaves neither ``out`` nor anything temporary beside it."""
+    before = set(out.parent.iterdir())
+    with pytest.raises(UserError, match=match):
+        convert(*args, **kwargs)
+    assert set(out.parent.iterdir()) == before and not out.exists()
+
+
+def interleave(weight: torch.Tensor, n_head: int) -> torch.Tensor:
+    """Half-split rows -> interleaved: row i of a head goes to 2i, row i + hs/2 to 2i + 1."""
+    out, hs = torch.empty_like(weight), weight.size(0) // n_head
+    for head in range(n_head):
+        for i in range(hs // 2):
+            out[head * hs + 2 * i] = weight[head * hs + i]
+            out[head * hs + 2 * i + 1] = weight[head * hs + hs // 2 + i]
+    return out
+
+
+EXPORT_SHAPES = {
+    "grouped": dict(),
+    "tied, scaled": dict(tie_embeddings=True, rope_scaling=SCALING, rope_base=500000.0),
+    "odd sizes": dict(n_embd=39, n_head=3, n_kv_head=1, head_size=10, norm_eps=1e-2),
+    "biases": dict(bias=True),
+}
+
+
+def set_biases(folder) -> None:
+    """Random biases, but for the head."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(".bias"):
+            tensor.normal_() if name != "lm_head.bias" else tensor.zero_()
+    save_tensors(folder / "model.safetensors", tensors)
+
+
+def base_with_controls(folder, controls: list[str], bos: str | None, eos: str):
+    """A base whose tokenizer has further control tokens, and one in front of every text if ``bos``."""
+
+    base = make_base(folder, vocab_size=259 + len(controls))
+    tokenizer = TokenizersTokenizer.from_file(str(base / "tokenizer.json"))
+    tokenizer.add_special_tokens(controls)
+    if bos:
+        special = [(bos, tokenizer.token_to_id(bos))]
+        tokenizer.post_processor = processors.TemplateProcessing([bos, "$A"], None, special)
+    tokenizer.save(str(base / "tokenizer.json"))
+    write_json(base / "tokenizer_config.json", {"eos_token": eos, **({"bos_token": bos} if bos else {})})
+    return base
+
+
+HEADERS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>", "</s>"]
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Two and two?"},
+    {"role": "assistant", "content": "Four."},
+    {"role": "user", "content": "  And 'three'?\n"},
+]
+
+
+# ---------------------------------------------------------------------------- Texts for tokenizers
+
+# SmolLM2's vocabulary has no tokens for some bytes; see the docstring of Tokenizer.
+SMOLLM2_UNKNOWN = {4, 6, 0x13, 0x14, 0x16, 0x1D, *range(0x40000, 0xC0000)}
+CODE_POINTS = [i for i in range(sys.maxunicode + 1) if not 0xD800 <= i < 0xE000]
+PIECES = """
+The quick brown fox doesn't jump; it's they've I'LL we'd 'tis O'Neill's Straße façade naïve Ελληνικά Привет, мир!
+def forward(self,x): return x**2+1 #comment {"key":[1,2.5,-3e10]} for(i=0;i<n;i++){a[i]+=0x1F;} <p class='a'>&amp;</p>
+日本語の漢字とカナ 中文，标点。 한국어 ไทย العربية עברית हिन्दी தமிழ் Tiếng ğüşıöç é ą́ ﷽ ½ ² Ⅻ ④ ٣٤ ५६ 三
+2024-01-31 1,234,567.89 007 3.14159 100% 42nd 1st x86_64 v1.2.3 192.168.0.1 +49(30)12345 1e-5 $9.99 №5 0b1010
+😀 👩‍👩‍👧‍👦 🇩🇪 👍🏽 ❤️ ∀x∈ℝ ∑ ≠ → ─── … “quoted” «ça» — _under_score_ CamelCaseWord ALLCAPS !!!??? ...--- === ~~~ \\n https://a.b/c?d=e&f=1
+""".split()
+SPACES = ["", " ", " ", "  ", "   ", "\n", "\n\n", "\t", " \n ", "\r\n", "\u00a0", "\u3000", "    \n\t", " " * 17]
+
+
+@functools.cache
+def assigned() -> list[str]:
+    """The characters of an old Unicode, so that no two libraries' tables differ."""
+    known = [i for i in CODE_POINTS if i not in SMOLLM2_UNKNOWN]
+    return [chr(i) for i in known if unicodedata.ucd_3_2_0.category(chr(i)) not in ("Cn", "Co", "Cs")]
+
+
+def varied_strings(n: int, seed: int = 0) -> list[str]:
+    """Pieces of code and languages, numbers and random characters, between spaces of all kinds."""
+    rng = random.Random(seed)
+
+    def piece() -> str:
+        kind = rng.random()
+        if kind < 0.7:
+            return rng.choice(PIECES)
+        if kind < 0.85:
+            return str(rng.randrange(10 ** rng.randrange(1, 9)))
+        return "".join(rng.choice(assigned()) for _ in range(rng.randrange(1, 5)))
+
+    def text() -> str:
+        return "".join(rng.choice(SPACES) + piece() for _ in range(rng.randrange(1, 12))) + rng.choice(SPACES)
+
+    return [text() for _ in range(n)]
+
+
+def train_sentencepiece(folder, **options) -> sentencepiece.SentencePieceProcessor:
+    """A small tokenizer.model like LLaMA's: BPE, bytes for what it does not know, no normalization."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(varied_strings(600, seed=3)), model_writer=model, model_type="bpe", vocab_size=1200,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
+        character_coverage=0.98, allow_whitespace_only_pieces=True, control_symbols=["<ctl>"], minloglevel=2, **options,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+# -------------------------------------------------------------------- Scripts as a user types them
+
+
+def command(script: str, *flags: object) -> list[str]:
+    return [sys.executable, str(ROOT / script), *map(str, flags)]
+
+
+def run_process(script: str, *flags: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(command(script, *flags), cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def run(script: str, *flags: object, cwd: Path = ROOT, stdin: str = "") -> subprocess.CompletedProcess:
+    """The script as ``__main__``, but in this process: importing torch a hundred times takes minutes."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    code = 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
+        patch.setattr(sys, "argv", command(script, *flags)[1:])
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        patch.chdir(cwd)
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as stop:
+            code = 0 if stop.code is None else stop.code
+        except Exception:
+            traceback.print_exc()
+            code = 1
+    return subprocess.CompletedProcess(sys.argv, code, stdout.getvalue(), stderr.getvalue())
+
+
+def succeed(script: str, *flags: object) -> str:
+    result = run(script, *flags)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def refuse(script: str, *flags: object, message: str) -> None:
+    """Exit code 2, and one line on stderr with ``message``."""
+    result = run(script, *flags)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert re.search(message, result.stderr.strip().splitlines()[-1]), result.stderr
+
+
+def metrics(out_dir: Path) -> list[dict]:
+    with open(out_dir / "metrics.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
