@@ -79,7 +79,7 @@ def main(
     # Data: token ids, with a target only where the answer is
     task = load_task(data, checkpoint_dir, prompt_style, train.max_seq_length)
     total_steps = train.total_steps(len(task.train))
-    ranks.say(f"{task.summary}\n{train.summary(len(task.train), fabric.world_size)}")
+    ranks.print_rank0(f"{task.summary}\n{train.summary(len(task.train), fabric.world_size)}")
 
     # Run: the folder that everything is written to
     arguments = dict(prompt_length=prompt_length, start_layer=start_layer, gate=gate, gate_init=gate_init)
@@ -97,7 +97,7 @@ def main(
     add_adapter(model, **arguments)
     if strategy == "fsdp":
         shard(fabric, model, dtype)
-    ranks.say(count_trainable(model))
+    ranks.print_rank0(count_trainable(model))
     if prompt_init == "text" and not resume:
         start_from_text(model, task.train[0].ids)
     broadcast_trained(fabric, model)
@@ -143,7 +143,7 @@ def main(
     unwrap_blocks(model)
     answers.ask("after", model)
     answers.show()
-    ranks.say(f'\nsaved in {out_dir}; try: python generate/adapter.py --trained_dir {out_dir} --prompt "..."')
+    ranks.print_rank0(f'\nsaved in {out_dir}; try: python generate/adapter.py --trained_dir {out_dir} --prompt "..."')
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def main(
     # Data: token ids, with a target only where the answer is
     task = load_task(data, checkpoint_dir, prompt_style, train.max_seq_length, classify=head == "classifier")
     total_steps = train.total_steps(len(task.train))
-    ranks.say(f"{task.summary}\n{train.summary(len(task.train), fabric.world_size)}")
+    ranks.print_rank0(f"{task.summary}\n{train.summary(len(task.train), fabric.world_size)}")
 
     # Run: the folder that everything is written to
     arguments = dict(n_blocks=n_blocks, labels=task.labels)
@@ -83,10 +83,10 @@ def main(
     torch.manual_seed(train.seed)
     add_output_layers(model, **arguments)
     if model.config.tie_embeddings and task.labels is None:
-        ranks.say("the head shared the embedding's weight; it has its own now, so the embedding stays frozen")
+        ranks.print_rank0("the head shared the embedding's weight; it has its own now, so the embedding stays frozen")
     if strategy == "fsdp":
         shard(fabric, model, dtype)
-    ranks.say(count_trainable(model))
+    ranks.print_rank0(count_trainable(model))
     broadcast_trained(fabric, model)
     wrap_blocks(model, compile, checkpointing)
 
@@ -125,7 +125,7 @@ def main(
     answers.ask("after", model)
     answers.show()
     script = "generate/adapter.py --trained_dir" if task.labels is None else "generate/classify.py --trained_dir"
-    ranks.say(f'\nsaved in {out_dir}; try: python {script} {out_dir} --prompt "..."')
+    ranks.print_rank0(f'\nsaved in {out_dir}; try: python {script} {out_dir} --prompt "..."')
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def main(
     # Data: token ids, with a target only where the answer is
     task = load_task(data, checkpoint_dir, prompt_style, train.max_seq_length, n_virtual=prompt_length)
     total_steps = train.total_steps(len(task.train))
-    ranks.say(f"{task.summary}\n{train.summary(len(task.train), fabric.world_size)}")
+    ranks.print_rank0(f"{task.summary}\n{train.summary(len(task.train), fabric.world_size)}")
 
     # Run: the folder that everything is written to
     arguments = dict(prompt_length=prompt_length, mlp_size=mlp_size)
@@ -82,7 +82,7 @@ def main(
     add_prefix(model, **arguments)
     if strategy == "fsdp":
         shard(fabric, model, dtype)
-    ranks.say(count_trainable(model))
+    ranks.print_rank0(count_trainable(model))
     broadcast_trained(fabric, model)
     wrap_blocks(model, compile, checkpointing)
 
@@ -120,7 +120,7 @@ def main(
     unwrap_blocks(model)
     answers.ask("after", model)
     answers.show()
-    ranks.say(f'\nsaved in {out_dir}; try: python generate/adapter.py --trained_dir {out_dir} --prompt "..."')
+    ranks.print_rank0(f'\nsaved in {out_dir}; try: python generate/adapter.py --trained_dir {out_dir} --prompt "..."')
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def main(
         raise cli.UserError(f"{trained_dir} answers with a label, not with text: see generate/classify.py")
     flags = (trained_dir, checkpoint_dir, None, precision, quantize, compile, devices, num_nodes)
     with answering(*flags) as (loaded, fabric):
-        ranks.note(loaded.name + (f" in {fabric.world_size} pieces" if fabric else ""))
+        ranks.log_rank0(loaded.name + (f" in {fabric.world_size} pieces" if fabric else ""))
         stream_answer(loaded.model, loaded.tokenizer, loaded.style, prompt, input, max_new_tokens, sampling, fabric)
 
 

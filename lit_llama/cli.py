@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
-from typing import get_args
+from typing import NoReturn, get_args
 
 from jsonargparse import ArgumentParser, Namespace, auto_parser
 
+from lit_llama import ranks
 from lit_llama.common.errors import Interrupted, UserError
 from lit_llama.settings import SHARED_FLAGS
 
@@ -26,10 +27,8 @@ def run(main: Callable, leading: str | None = None) -> None:
     """Call ``main`` with the command line's flags; what stands before the first one is the list ``leading``.
 
     A UserError, a file that cannot be read or written, and too little memory end the program with one line and exit
-    code 2, Ctrl-C with 130; of several processes one says so.
+    code 2, Ctrl-C with 130. Of several processes that fail, one reports it.
     """
-    from lit_llama.ranks import leave
-
     global command_line
     open_closed_streams()
     write_utf8()
@@ -42,17 +41,27 @@ def run(main: Callable, leading: str | None = None) -> None:
         arguments.pop("config", None)
         main(**arguments)
     except UserError as error:
-        leave(f"error: {error}", 2, failed=True)
-    except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
-            leave(f"error: {out_of_memory(str(error), config)}", 2, failed=True)
-        if not isinstance(error, OSError):
-            raise
-        leave(f"error: {describe(error)}", 2, failed=True)
+        fail(str(error))
     except Interrupted as stopped:
-        leave(str(stopped), 130, failed=False)
+        ranks.log_rank0(str(stopped))
+        sys.exit(130 if ranks.rank() == 0 else 0)  # Fabric's launcher kills rank 0 after any other exit code
     except KeyboardInterrupt:
-        leave("interrupted", 130, failed=True)
+        ranks.log_rank0("interrupted")
+        sys.exit(130)
+    except Exception as error:
+        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+            fail(out_of_memory(str(error), config))
+        if isinstance(error, OSError):
+            fail(describe(error))
+        ranks.give_way()
+        raise
+
+
+def fail(text: str) -> NoReturn:
+    """End the program with one line and exit code 2. Where several ranks find the same fault, rank 0 reports it."""
+    ranks.give_way()
+    print(f"error: {text}" + (f" (rank {ranks.rank()})" if ranks.rank() else ""), file=sys.stderr)
+    sys.exit(2)
 
 
 def describe(error: OSError) -> str:

@@ -54,7 +54,6 @@ def launch(
             loggers=named_loggers(logger, Path(out_dir)),
         )
         fabric.launch()
-        ranks.connect(fabric)
     except Exception as error:  # Fabric has no common class for what it finds wrong with a machine
         raise UserError(f"--devices {devices} --num_nodes {num_nodes}: {error}") from None
     return fabric
@@ -144,7 +143,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         raise UserError(f"--precision {precision!r} is none of auto, {', '.join(PRECISIONS)}")
     slow = precision == "bf16-true" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
     if slow:
-        ranks.note("note: this CPU has no bfloat16 instructions: 32-true is many times as fast")
+        ranks.log_rank0("note: this CPU has no bfloat16 instructions: 32-true is many times as fast")
     return precision
 
 

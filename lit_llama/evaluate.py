@@ -70,7 +70,7 @@ def answer_samples(
     room = [max(1, min(max_new_tokens, model.text_room - len(prompt))) for prompt in prompts]
     order = sorted(range(len(samples)), key=lambda i: (room[i], len(prompts[i])))
     answers = [""] * len(samples)
-    with Bar(len(samples), name, "sample", hidden=not ranks.is_first()) as bar:
+    with Bar(len(samples), name, "sample", hidden=ranks.rank() > 0) as bar:
         while order:
             rows = [i for i in order[:batch_size] if room[i] == room[order[0]]]
             order = order[len(rows) :]
@@ -113,7 +113,7 @@ def sample_losses(model: LLaMA, encoded: list[Encoded], device: torch.device) ->
     """The cross-entropy of each sample, summed over its target tokens."""
     model.eval()
     losses: dict[int, float] = {}
-    with Bar(len(encoded), "loss", "sample", hidden=not ranks.is_first()) as bar:
+    with Bar(len(encoded), "loss", "sample", hidden=ranks.rank() > 0) as bar:
         for batch in micro_batches(encoded, max_tokens=1024):
             vectors, targets, where = target_vectors(model, *collate(batch, device))
             of_tokens = F.cross_entropy(model.lm_head(vectors).float(), targets, reduction="none")  # (n,)
@@ -162,10 +162,10 @@ class BeforeAfter:
         if not self.n_samples:
             return
         for i, sample in enumerate(self.samples[:n_examples]):
-            ranks.say(f"\nprompt    {user_text(sample.prompt[-1])}\nexpected  {sample.answer}")
+            ranks.print_rank0(f"\nprompt    {user_text(sample.prompt[-1])}\nexpected  {sample.answer}")
             for when, answers in self.answers.items():
-                ranks.say(f"{when:8}  {answers[i]}")
-        ranks.say()
+                ranks.print_rank0(f"{when:8}  {answers[i]}")
+        ranks.print_rank0()
         for when, answers in self.answers.items():
             right = sum(is_right(*pair) for pair in zip(answers, self.samples, strict=True))
-            ranks.say(f"exact match {when}: {100 * right / self.n_samples:.1f} %")
+            ranks.print_rank0(f"exact match {when}: {100 * right / self.n_samples:.1f} %")

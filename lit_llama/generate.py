@@ -201,8 +201,8 @@ def stream_answer(
     )
     with keep_in_step(fabric, model):  # unlike devices may round unlike, and end their answers at other tokens
         for text in stream_text(tokenizer, counted(ids)):
-            if ranks.is_first():
+            if ranks.rank() == 0:
                 print(text, end="", flush=True)
     seconds = time.perf_counter() - started
-    ranks.say()
-    ranks.note(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s")
+    ranks.print_rank0()
+    ranks.log_rank0(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s")

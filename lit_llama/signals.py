@@ -29,7 +29,7 @@ class Interrupt:
             raise KeyboardInterrupt  # the second Ctrl-C does not wait
         self.came = True
         try:
-            ranks.note("\nstopping; press Ctrl-C again to stop at once")
+            ranks.log_rank0("\nstopping; press Ctrl-C again to stop at once")
         except OSError:  # the terminal has closed: what is still printed must not keep the state from being saved
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 

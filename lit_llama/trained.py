@@ -165,7 +165,7 @@ def add_trained(model: LLaMA, trained_dir: Path | str, method: dict) -> None:
     before, now = method["quantize"], quantization(model)
     if now != before:
         why = "has not seen its errors" if before == "none" else "has learned to make up for the other's errors"
-        ranks.note(
+        ranks.log_rank0(
             f"note: {trained_dir} was trained with --quantize {before}, its base is loaded with {now}: "
             f"it fits, but {why}"
         )

@@ -100,12 +100,12 @@ def main(
         name, model, tokenizer, style, length = load_answerer(
             trained_dir, checkpoint_dir, prompt_style, dtype, fabric.device, quantize, fabric if sharded else None
         )
-        ranks.say(f"{name} on {file}")
+        ranks.print_rank0(f"{name} on {file}")
         length = min(max_seq_length or length or (model.text_room if shots else 512), model.text_room)
         given = Examples(Path(data), shots, shots_seed)
         rows = evaluate_answers(fabric, samples, model, tokenizer, style, length, batch_size, given)
-    if results is not None:
-        ranks.first("write the results", lambda: write_results(Path(results), rows))
+    if results is not None and fabric.is_global_zero:
+        write_results(Path(results), rows)
 
 
 class Examples(NamedTuple):
@@ -146,8 +146,10 @@ def evaluate_answers(
         kept, encoded = count_last_answers(kept, encoded, style, tokenizer)
     losses = shared(fabric, model, encoded, lambda own: sample_losses(model, own, fabric.device))
     loss = sum(losses) / sum(ids.n_targets for ids in encoded)
-    ranks.say(f"{len(kept)} samples; {len(samples) - len(kept)} dropped: no answer begins within {length} tokens")
-    ranks.say(f"loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
+    dropped = len(samples) - len(kept)
+    drops = f"; {dropped} dropped: no answer within {length} tokens" if dropped else ""
+    ranks.print_rank0(f"{len(kept)} samples{drops}")
+    ranks.print_rank0(f"loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
     pack(model)  # for decoding: the many rows of the loss gain nothing by it
     questions = [i for i, (sample, ids) in enumerate(zip(kept, encoded, strict=True)) if can_be_asked(sample, ids)]
     longest = longest_answer(tokenizer, [kept[i] for i in questions])
@@ -159,7 +161,7 @@ def evaluate_answers(
     right = {i: is_right(answer, kept[i]) for i, answer in answers.items()}
     if right:
         correct = sum(right.values())
-        ranks.say(f"exact match: {100 * correct / len(right):.1f} % ({correct} of {len(right)})")
+        ranks.print_rank0(f"exact match: {100 * correct / len(right):.1f} % ({correct} of {len(right)})")
     figures = [(losses[i], ids.n_targets, right.get(i), answers.get(i)) for i, ids in enumerate(encoded)]
     return [(sample.row, *row) for sample, row in zip(kept, figures, strict=True)]
 
@@ -194,8 +196,8 @@ def evaluate_labels(
     chosen = shares.argmax(1).tolist()
     correct = sum(one == other for one, other in zip(chosen, answers, strict=True))
     losses = -np.log(shares[range(len(answers)), answers].clip(1e-12))
-    ranks.say(f"{method['method']} over {method['base']['name']}: loss {losses.mean():.4f}")
-    ranks.say(f"accuracy: {100 * correct / len(answers):.1f} % ({correct} of {len(answers)})")
+    ranks.print_rank0(f"{method['method']} over {method['base']['name']}: loss {losses.mean():.4f}")
+    ranks.print_rank0(f"accuracy: {100 * correct / len(answers):.1f} % ({correct} of {len(answers)})")
     rows = zip(samples, losses.tolist(), chosen, answers, strict=True)
     return [(sample.row, loss, 1, one == other, labels[one]) for sample, loss, one, other in rows]
 

@@ -86,7 +86,7 @@ class Run:
             raise UserError("--allow_changes is for --resume: give both or neither")
         self.check_folder(overwrite)
         self.describes_itself = resume and not self.check_settings(allow_changes)  # method.json is already true
-        ranks.meet(fabric, f"look into {out_dir}")  # nobody writes before everybody has looked
+        ranks.barrier(fabric, f"look into {out_dir}")  # nobody writes before everybody has looked
 
     def check_folder(self, overwrite: bool) -> None:
         """UserError if ``out_dir`` holds something that this run may not touch."""
@@ -119,7 +119,7 @@ class Run:
                 f"with ({CONFIG_FILE} has them), or {way_out}"
             )
         for change in changes:
-            ranks.say(f"note: continuing with other settings: {change}")
+            ranks.print_rank0(f"note: continuing with other settings: {change}")
         return bool(changes)
 
     def steps(
@@ -177,7 +177,7 @@ class Run:
 
     def load_best(self, model: LLaMA) -> None:
         """Leave ``model`` as it was at its best validated step."""
-        ranks.meet(self.fabric, "finish the last step")
+        ranks.barrier(self.fabric, "finish the last step")
         if model.reparametrization is not None:
             model.reparametrization.flatten(model)
         load_trained(model, self.out_dir / self.trained_file)
@@ -245,7 +245,7 @@ class Run:
             about = {"step": self.step, "best_loss": self.best_loss, "best_step": self.best_step, "goal": self.goal}
             save_tensors(self.out_dir / STATE_FILE, tensors, about)
             self.save_costs(sum(float(row["seconds"]) for row in read_metrics(self.out_dir)))
-        ranks.meet(self.fabric, "save the state")  # no rank may end the job before the file is complete
+        ranks.barrier(self.fabric, "save the state")  # no rank may end the job before the file is complete
 
     def save_costs(self, seconds: float) -> None:
         """Write how long training has taken, and the peak memory in bytes of rank 0's process."""
