@@ -95,7 +95,7 @@ def main(
         shard(fabric, model, dtype)
     ranks.say(count_trainable(model))
     if prompt_init == "text" and not resume:
-        start_from_text(model, task.train[0].ids)
+        start_from_text(model, task.train[0].ids.tolist())
     broadcast_trained(fabric, model)
     wrap_blocks(model, compile, checkpointing)
 

@@ -10,7 +10,7 @@ from test_model import TINY, tiny_model
 from test_scripts import metrics, refuse, run, succeed
 from tools import make_base
 
-from lit_llama.batches import Encoded
+from lit_llama.batches import TokenizedSample
 from lit_llama.intervals import loss_interval, paired_difference, share_interval
 from lit_llama.report import flops_per_token, markdown, quality
 
@@ -134,7 +134,7 @@ def test_flops_are_those_of_the_matrices():
     """6 for each weight and token that trains: 2 forward, 2 for its gradient, 2 for its input's; and attention's."""
     model = tiny_model()
     ids = torch.randint(0, TINY["vocab_size"], (9,)).tolist()
-    sample = Encoded(ids, ids)
+    sample = TokenizedSample(ids, ids)
     weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "wte" not in name)
     attention = model.config.n_layer * 4 * model.config.n_head * model.config.head_size * len(ids)
     assert flops_per_token(model.requires_grad_(False), [sample]) == pytest.approx(

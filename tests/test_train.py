@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from lightning.fabric import Fabric
 from tools import make_base, sums, write_rows
 
-from lit_llama.batches import IGNORE, Encoded, collate, micro_batches
+from lit_llama.batches import IGNORE, TokenizedSample, collate, micro_batches
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import Interrupted, UserError
 from lit_llama.data import load_task
@@ -118,7 +118,7 @@ def test_ranks_share_every_micro_batch_evenly(places, world_size):
         tokens = [sum(len(sample.ids) for batch in own for sample in batch) for own in shares]
         assert max(tokens) - min(tokens) <= max(len(sample.ids) for sample in task.train)
         assert all(tokens) or world_size > len(task.train)
-    uneven = [Encoded([1] * n, [1] * n) for n in (500, 10, 10, 10)]
+    uneven = [TokenizedSample([1] * n, [1] * n) for n in (500, 10, 10, 10)]
     assert all(share(uneven, 1024, min(world_size, 4)))
 
 
