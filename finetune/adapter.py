@@ -99,7 +99,7 @@ def main(
         shard(fabric, model, dtype)
     ranks.print_rank0(count_trainable(model))
     if prompt_init == "text" and not resume:
-        start_from_text(model, task.train[0].ids)
+        start_from_text(model, task.train[0].ids.tolist())
     broadcast_trained(fabric, model)
     wrap_blocks(model, compile, checkpointing)
 

@@ -76,7 +76,8 @@ def main(
     started = time.perf_counter()
     splits = {"train": task.train[:max_samples], "validation": task.validation}
     with Bar(sum(map(len, splits.values())), "vectors", "text") as bar:
-        vectors = {name: text_vectors(model, [s.ids for s in split], tick=bar.update) for name, split in splits.items()}
+        texts = {name: [sample.ids.tolist() for sample in split] for name, split in splits.items()}
+        vectors = {name: text_vectors(model, ids, tick=bar.update) for name, ids in texts.items()}
     answers = {name: [task.labels[sample.targets[-1]] for sample in split] for name, split in splits.items()}
     arrays, labels = fit_classifier(classifier, vectors["train"], answers["train"], seed)
     seconds = time.perf_counter() - started

@@ -77,11 +77,11 @@ def read_requests(path: Path) -> list[dict]:
     if not path.is_file():
         raise cli.UserError(f"--requests {path} is missing")
     rows = []
-    for line, row in jsonl_rows(read_text(path), path):
+    for where, row in jsonl_rows(read_text(path).split("\n"), path):
         fields = ("prompt", "input", "trained_dir")
         texts = isinstance(row, dict) and all(isinstance(row[field], str) for field in fields if field in row)
         if not texts or "prompt" not in row:
-            raise cli.UserError(f'{path}:{line}: a request needs a "prompt", and may have "input" and "trained_dir"')
+            raise cli.UserError(f'{where}: a request needs a "prompt", and may have "input" and "trained_dir"')
         rows.append(row)
     if not rows:
         raise cli.UserError(f"{path} holds no requests")

@@ -15,7 +15,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from lit_llama.bars import Bar
-from lit_llama.batches import Encoded
+from lit_llama.batches import TokenizedSample
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
 from lit_llama.contenders import Contender, serve
@@ -55,7 +55,7 @@ def limits(precisions: set[str], config: LLaMAConfig, tokens: int = 1024) -> dic
     return found | {"read": large.nbytes / best_seconds(lambda: wait(large.sum()), 3)}
 
 
-def limit_of(kind: str, contender: Contender, limit: dict[str, float], samples: list[Encoded]) -> float:
+def limit_of(kind: str, contender: Contender, limit: dict[str, float], samples: list[TokenizedSample]) -> float:
     """Tokens a second if nothing but the products, or in decoding nothing but reading the weights, took time."""
     config = contender.config
     if kind == "decode":

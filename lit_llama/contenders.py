@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_llama.batches import IGNORE, Encoded, collate, micro_batches
+from lit_llama.batches import IGNORE, TokenizedSample, collate, micro_batches
 from lit_llama.blocks import wrap_blocks
 from lit_llama.checkpoint import load_config
 from lit_llama.cli import UserError
@@ -67,7 +67,7 @@ class Contender:
 
 # A step takes samples and returns the tokens it computed, padding included, but not where attention alone computes it;
 # decode takes a prompt and a count.
-Step = Callable[[list[Encoded]], int]
+Step = Callable[[list[TokenizedSample]], int]
 Decode = Callable[[list[int], int], int]
 
 
@@ -110,7 +110,7 @@ def build_ours(contender: Contender, kind: str, device: torch.device, stack: Exi
     wrap_blocks(model, compile="compile" in options, checkpointing="checkpointing" in options)
     optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=1e-3)
 
-    def step(samples: list[Encoded]) -> int:
+    def step(samples: list[TokenizedSample]) -> int:
         computed, n_targets = 0, sum(sample.n_targets for sample in samples)
         for batch in micro_batches(samples, contender.micro_batch_tokens):
             ids, targets, lengths = collate(batch, device)
@@ -140,7 +140,7 @@ def padded_steps(
     size = contender.micro_batch_samples
     optimizer = torch.optim.AdamW(params, lr=1e-3)
 
-    def step(samples: list[Encoded]) -> int:
+    def step(samples: list[TokenizedSample]) -> int:
         computed = 0
         batches = [samples[i : i + size] for i in range(0, len(samples), size)]
         for batch in batches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 
 from lit_llama import ranks
 from lit_llama.bars import Bar
-from lit_llama.batches import IGNORE, Encoded, collate, micro_batches
+from lit_llama.batches import IGNORE, TokenizedSample, collate, micro_batches
 from lit_llama.classify import label_shares
 from lit_llama.cli import UserError
 from lit_llama.data import Task, split_file
@@ -94,14 +95,14 @@ def add_shots(samples: list[Sample], folder: Path, shots: int, seed: int) -> lis
 
 
 def count_last_answers(
-    samples: list[Sample], encoded: list[Encoded], style: str, tokenizer: Tokenizer
-) -> tuple[list[Sample], list[Encoded]]:
+    samples: list[Sample], encoded: list[TokenizedSample], style: str, tokenizer: Tokenizer
+) -> tuple[list[Sample], list[TokenizedSample]]:
     """Take the examples' answers off the targets, for they are given; drop what has no room for its own answer."""
     kept = []
     for sample, ids in zip(samples, encoded, strict=True):
         given = len(encode_prompt(sample.prompt, style, tokenizer)) - 1
         if given < len(ids.ids):
-            ids.targets[:given] = [IGNORE] * given
+            ids.targets[:given] = array("i", [IGNORE]) * given
             kept.append((sample, ids))
     if not kept:
         raise UserError(f"none of {len(samples)} samples fits the context with its examples; pass fewer --shots")
@@ -109,7 +110,7 @@ def count_last_answers(
 
 
 @torch.inference_mode()
-def sample_losses(model: LLaMA, encoded: list[Encoded], device: torch.device) -> list[float]:
+def sample_losses(model: LLaMA, encoded: list[TokenizedSample], device: torch.device) -> list[float]:
     """The cross-entropy of each sample, summed over its target tokens."""
     model.eval()
     losses: dict[int, float] = {}
@@ -146,7 +147,7 @@ class BeforeAfter:
             return
         task = self.task
         if labels is not None:
-            prompts = [sample.ids for sample in task.validation[: self.n_samples]]
+            prompts = [sample.ids.tolist() for sample in task.validation[: self.n_samples]]
             chosen = shared(self.fabric, model, prompts, lambda own: list(label_shares(model, own).argmax(1)))
             self.answers[when] = [labels[i] for i in chosen]
             return

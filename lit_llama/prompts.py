@@ -7,7 +7,7 @@ plain text even where it spells one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from lit_llama.chat_templates import ALPACA_INTRO, style_of, template_of
@@ -165,19 +165,26 @@ def encode_control(token: Control, tokenizer: Tokenizer) -> list[int]:
     return [token_id]
 
 
-def encode_pieces(pieces: Iterator[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Token ids, and for each whether it is trained on."""
-    ids, trains = [], []
-    for piece, train in pieces:
-        new = encode_control(piece, tokenizer) if isinstance(piece, Control) else tokenizer.encode(piece)
-        ids += new
-        trains += [train] * len(new)
-    return ids, trains
+def encode_pieces(rows: Iterable[Iterable[Piece]], tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
+    """The token ids of each row, and for each id whether it is trained on. All texts are encoded at once."""
+    rows = [list(row) for row in rows]
+    texts = list(dict.fromkeys(piece for row in rows for piece, _ in row if not isinstance(piece, Control)))
+    ids_of = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+    encoded = []
+    for row in rows:
+        ids: list[int] = []
+        trains: list[bool] = []
+        for piece, train in row:
+            new = encode_control(piece, tokenizer) if isinstance(piece, Control) else ids_of[piece]
+            ids += new
+            trains += [train] * len(new)
+        encoded.append((ids, trains))
+    return encoded
 
 
 def encode_prompt(messages: list[Message], style: str, tokenizer: Tokenizer) -> list[int]:
     """Token ids up to where the model's answer begins."""
-    return encode_pieces(STYLES[style](messages), tokenizer)[0]
+    return encode_pieces([STYLES[style](messages)], tokenizer)[0][0]
 
 
 def stop_ids(style: str, tokenizer: Tokenizer) -> set[int]:

@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_llama.batches import Encoded, collate
+from lit_llama.batches import TokenizedSample, collate
 from lit_llama.files import read_json
 from lit_llama.intervals import loss_interval, paired_difference, share_interval
 from lit_llama.model import LLaMA
@@ -46,7 +46,7 @@ def learning_rate(out_dir: Path) -> float:
     return read_method(out_dir)["train"]["learning_rate"]
 
 
-def flops_per_token(model: LLaMA, samples: list[Encoded]) -> float:
+def flops_per_token(model: LLaMA, samples: list[TokenizedSample]) -> float:
     """Floating-point operations of matrix products, forward and backward, for each token of these samples."""
     ids, targets, _ = collate(samples, model.transformer.wte.weight.device)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused kernels are not counted

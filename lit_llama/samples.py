@@ -7,12 +7,11 @@ data/README.md shows each.
 from __future__ import annotations
 
 import csv
-import io
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lit_llama.cli import UserError
 from lit_llama.prompts import Message
@@ -21,11 +20,11 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".txt")
 ROLES = ("system", "user", "assistant")
 
 
-@dataclass
+@dataclass(slots=True)
 class Sample:
     """One row of a data file: a conversation that ends with an answer, or a plain text to be learned as it is."""
 
-    where: str  # file and line, for messages to the user
+    where: str  # file and line or row, for messages to the user
     messages: list[Message]
     text: str | None = None  # of rows with a text
     label: str | None = None  # of rows that name one
@@ -44,21 +43,51 @@ class Sample:
         return json.dumps([self.messages, self.text], sort_keys=True)
 
 
-def read_samples(path: Path) -> list[Sample]:
-    """All samples of one file. UserError names file, line and what is wrong."""
-    path = Path(path)
+class Samples:
+    """The samples of a file, or of a list of rows, read again in every loop over them: their texts are not kept.
+
+    UserError names file, line and what is wrong.
+    """
+
+    def __init__(self, source: Path | list[dict], without: frozenset[int] = frozenset()) -> None:
+        self.source, self.without = source, without  # rows that are left out
+
+    def __iter__(self) -> Iterator[Sample]:
+        if isinstance(self.source, list):
+            rows: Iterator = ((f"row {i + 1}", row) for i, row in enumerate(self.source))
+        else:
+            rows = file_rows(Path(self.source))
+        for i, (where, row) in enumerate(rows):
+            sample = to_sample(row, where)
+            sample.row = i
+            if i not in self.without:
+                yield sample
+
+
+def read_samples(path: Path | str) -> list[Sample]:
+    """All samples of one file."""
+    return list(Samples(Path(path)))
+
+
+def file_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """Each row of a file, and where it stands: file and line, in a .json file the row's number."""
     readers = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows, ".txt": txt_rows}
     if path.suffix not in readers:
         raise UserError(f"{path}: data files end in {', '.join(SUFFIXES)}")
-    text = read_text(path)
-    one_line = path.suffix == ".json" and "\n" not in text.strip()  # where the line tells nothing
-    samples = []
-    for i, (line, row) in enumerate(readers[path.suffix](text, path)):
-        sample = to_sample(row, f"{path}, row {i + 1}" if one_line else f"{path}:{line}")
-        samples.append(replace(sample, row=i))
-    if not samples:
+    try:
+        # A byte-order mark, as spreadsheets write it, is not content; line ends inside a quoted field are.
+        with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else "\n") as file:
+            empty = True
+            for row in readers[path.suffix](file, path):
+                empty = False
+                yield row
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except UnicodeDecodeError:
+        read_text(path)  # names the line
+        raise
+    if empty:
         raise UserError(f"{path} holds no rows")
-    return samples
 
 
 def read_text(path: Path) -> str:
@@ -73,72 +102,50 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
 
 
-def json_rows(text: str, path: Path) -> Iterator[tuple[int, object]]:
-    """The elements of a JSON array with the line each begins on."""
-    decoder, position, line = json.JSONDecoder(), 0, 1
-
-    def skip(characters: str) -> None:
-        nonlocal position, line
-        while position < len(text) and text[position] in characters:
-            line += text[position] == "\n"
-            position += 1
-
-    skip(" \t\r\n")
-    if text[position : position + 1] != "[":
-        raise UserError(f"{path}:{line}: a .json file must hold an array of rows; one object a line is .jsonl")
-    position += 1
-    first = True
-    while True:
-        skip(" \t\r\n")
-        if text[position : position + 1] == "]":
-            break
-        if not first:
-            if text[position : position + 1] != ",":
-                raise UserError(f"{path}:{line}: not valid JSON: Expecting ',' or ']'")
-            position += 1
-            skip(" \t\r\n")
-        try:
-            row, end = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            at = line + text.count("\n", position, getattr(error, "pos", position))
-            raise UserError(f"{path}:{at}: not valid JSON: {getattr(error, 'msg', 'nested too deeply')}") from None
-        yield line, row
-        line += text.count("\n", position, end)
-        position, first = end, False
-    position += 1
-    skip(" \t\r\n")
-    if position < len(text):
-        raise UserError(f"{path}:{line}: not valid JSON: there is more after the array's end")
+def parse_json(text: str, path: Path | str, line: int | None = None) -> Any:
+    """What ``text`` holds: a whole file, or one ``line`` of it. UserError names the line."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{line or error.lineno}: not valid JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 open brackets
+        where = path if line is None else f"{path}:{line}"
+        raise UserError(f"{where}: not valid JSON: {str(error).splitlines()[0]}") from None
 
 
-def jsonl_rows(text: str, path: Path) -> Iterator[tuple[int, object]]:
-    for number, line in enumerate(text.split("\n"), 1):
+def json_rows(file: TextIO, path: Path) -> Iterator[tuple[str, object]]:
+    rows = parse_json(file.read(), path)
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: a .json file must hold an array of rows; one object a line is .jsonl")
+    rows.reverse()
+    for number in range(1, len(rows) + 1):
+        yield f"{path}, row {number}", rows.pop()  # so that nothing keeps its texts
+
+
+def jsonl_rows(lines: Iterable[str], path: Path) -> Iterator[tuple[str, object]]:
+    for number, line in enumerate(lines, 1):
         if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                message = getattr(error, "msg", "nested too deeply")
-                raise UserError(f"{path}:{number}: not valid JSON: {message}") from None
+            yield f"{path}:{number}", parse_json(line, path, number)
 
 
-def csv_rows(text: str, path: Path) -> Iterator[tuple[int, object]]:
+def csv_rows(file: TextIO, path: Path) -> Iterator[tuple[str, object]]:
     csv.field_size_limit(2**31 - 1)
-    reader: Any = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader: Any = csv.DictReader(file, strict=True)
     try:
         for row in reader:
             if None in row or None in row.values():
                 raise UserError(
                     f"{path}:{reader.line_num}: the row does not have the header's {len(reader.fieldnames)} columns"
                 )
-            yield reader.line_num, row
+            yield f"{path}:{reader.line_num}", row
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: {error}") from None
 
 
-def txt_rows(text: str, path: Path) -> Iterator[tuple[int, object]]:
-    for number, line in enumerate(text.split("\n"), 1):
+def txt_rows(file: TextIO, path: Path) -> Iterator[tuple[str, object]]:
+    for number, line in enumerate(file, 1):
         if line.strip():
-            yield number, {"text": line.rstrip("\r")}
+            yield f"{path}:{number}", {"text": line.rstrip("\r\n")}
 
 
 def to_sample(row: object, where: str) -> Sample:

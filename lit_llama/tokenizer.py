@@ -63,6 +63,16 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of plain text, without bos or eos. Raises UserError for a lone surrogate, which is no text."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """``encode`` of many texts, on all cores."""
+        for text in texts:
+            self.check(text)
+        return self.backend.encode_batch(texts)
+
+    def check(self, text: str) -> None:
+        """UserError for a lone surrogate; a warning for bytes that the vocabulary lacks."""
         try:
             data = text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -72,8 +82,7 @@ class Tokenizer:
             ) from None
         if unknown := data.translate(None, delete=self.backend.known_bytes):
             names = " ".join(f"{byte:02x}" for byte in sorted(set(unknown)))
-            warnings.warn(f"the vocabulary has no token for {len(unknown)} bytes ({names}): dropped", stacklevel=2)
-        return self.backend.encode(text)
+            warnings.warn(f"the vocabulary has no token for {len(unknown)} bytes ({names}): dropped", stacklevel=4)
 
     def control_id(self, token: str | None) -> int | None:
         """The id of a control token such as "<|im_end|>", None if there is none of that name."""
@@ -128,8 +137,8 @@ class JSONBackend:
         wanted = settings.get("add_bos_token")
         self.bos_id: int | None = bos if (in_front == [bos] if wanted is None else wanted) else None
 
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def token(self, token_id: int) -> str:
         return self.tokenizer.id_to_token(token_id) or ""
@@ -158,8 +167,8 @@ class SentencePieceBackend:
         self.standalone = {i: self.processor.id_to_piece(i) for i in range(self.vocab_size) if is_control[i]}
         self.controls = {piece: i for i, piece in self.standalone.items()}
 
-    def encode(self, text: str) -> list[int]:
-        return self.processor.encode(text)
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self.processor.encode(texts)
 
     def token(self, token_id: int) -> str:
         return self.processor.id_to_piece(token_id)

@@ -182,7 +182,7 @@ def evaluate_labels(
 
     from lit_llama import ranks
     from lit_llama.classify import load_classifier
-    from lit_llama.data import encode_labels
+    from lit_llama.data import tokenize_labels
     from lit_llama.evaluate import shared
     from lit_llama.prompts import choose_style
     from lit_llama.tokenizer import Tokenizer
@@ -190,8 +190,9 @@ def evaluate_labels(
     classify, method = load_classifier(trained_dir, checkpoint_dir, dtype, fabric.device)
     tokenizer, labels = Tokenizer(checkpoint_dir or method["base"]["checkpoint_dir"]), method["arguments"]["labels"]
     style = choose_style(method["prompt_style"], tokenizer)
-    encoded = encode_labels(samples, style, tokenizer, method["train"]["max_seq_length"], labels)
-    shares = np.array(shared(fabric, None, [sample.ids for sample in encoded], lambda own: list(classify(own))))
+    encoded = tokenize_labels(samples, style, tokenizer, method["train"]["max_seq_length"], labels)
+    prompts = [sample.ids.tolist() for sample in encoded]
+    shares = np.array(shared(fabric, None, prompts, lambda own: list(classify(own))))
     answers = [sample.targets[-1] for sample in encoded]
     chosen = shares.argmax(1).tolist()
     correct = sum(one == other for one, other in zip(chosen, answers, strict=True))

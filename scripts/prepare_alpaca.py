@@ -38,7 +38,7 @@ def main(
     """
     from lit_llama.data import hash_fraction
     from lit_llama.files import atomic_write, check_writable
-    from lit_llama.samples import json_rows, to_sample
+    from lit_llama.samples import parse_json, to_sample
 
     if not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction {val_fraction} must lie between 0 and 1")
@@ -49,7 +49,7 @@ def main(
     if source.startswith("https://") and found != sha256:
         raise UserError(f"{source} has sha256 {found} instead of {sha256}; pass what you expect by --sha256")
     try:
-        records = [row for line, row in json_rows(content.decode("utf-8"), Path(source).name)]
+        records = parse_json(content.decode("utf-8"), Path(source).name)
     except UnicodeDecodeError as error:
         raise UserError(f"{source} is not UTF-8: {error}") from None
     for number, record in enumerate(records, 1):

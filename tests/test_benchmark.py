@@ -9,7 +9,7 @@ import torch
 from helpers import make_base, refuse, run, sums, write_rows
 
 from lit_llama import contenders, train
-from lit_llama.batches import Encoded
+from lit_llama.batches import TokenizedSample
 from lit_llama.benchmark import hear, limit_of, limits, table
 from lit_llama.contenders import Contender
 
@@ -57,7 +57,7 @@ def test_mistakes_are_answered_in_one_line(folder):
 def test_the_limit_is_that_of_the_work(folder):
     limit = {"32-true": 1e12, "read": 1e10}
     ours = Contender("ours", str(folder / "base"), "adapter", "32-true")
-    samples = [Encoded(list(range(20)), [-100] * 10 + [3] * 10)]
+    samples = [TokenizedSample(list(range(20)), [-100] * 10 + [3] * 10)]
     full = Contender("ours", str(folder / "base"), "full", "32-true")
     assert limit_of("train", full, limit, samples) < limit_of("train", ours, limit, samples)
     narrow = Contender("ours", str(folder / "base"), "adapter", "32-true", ("int8",))
@@ -69,7 +69,7 @@ def test_the_limit_is_that_of_the_work(folder):
 
 @pytest.mark.parametrize(("tokens", "passes"), [(100, 2), (30, 4)])
 def test_micro_batches_have_the_size_that_was_asked_for(folder, tokens, passes, monkeypatch):
-    samples = [Encoded([5] * n, [-100, *[6] * (n - 1)]) for n in (40, 30, 20, 10)]
+    samples = [TokenizedSample([5] * n, [-100, *[6] * (n - 1)]) for n in (40, 30, 20, 10)]
     ours = Contender("ours", str(folder / "base"), "adapter", "32-true", micro_batch_tokens=tokens)
     seen: list[int] = []
     monkeypatch.setattr(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import TINY, make_base, metrics, refuse, run, succeed, tiny_model
 
-from lit_llama.batches import Encoded
+from lit_llama.batches import TokenizedSample
 from lit_llama.intervals import loss_interval, paired_difference, share_interval
 from lit_llama.report import flops_per_token, markdown, quality
 
@@ -131,7 +131,7 @@ def test_flops_are_those_of_the_matrices():
     """6 for each weight and token that trains: 2 forward, 2 for its gradient, 2 for its input's; and attention's."""
     model = tiny_model()
     ids = torch.randint(0, TINY["vocab_size"], (9,)).tolist()
-    sample = Encoded(ids, ids)
+    sample = TokenizedSample(ids, ids)
     weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "wte" not in name)
     attention = model.config.n_layer * 4 * model.config.n_head * model.config.head_size * len(ids)
     assert flops_per_token(model.requires_grad_(False), [sample]) == pytest.approx(

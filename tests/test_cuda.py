@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_llama.batches import Encoded, collate
+from lit_llama.batches import TokenizedSample, collate
 from lit_llama.blocks import unwrap_blocks, wrap_blocks
 from lit_llama.contenders import open_gates
 from lit_llama.generate import decode, decoding, generate, generate_batch
@@ -18,7 +18,7 @@ from lit_llama.trained import trained_tensors
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 PROMPT = [5, 7, 11, 13, 17, 19]
-SAMPLES = [Encoded(list(range(2, n)), [-100] * (n // 2) + list(range(n // 2, n - 2))) for n in (12, 30, 7, 21)]
+SAMPLES = [TokenizedSample(list(range(2, n)), [-100] * (n // 2) + list(range(n // 2, n - 2))) for n in (12, 30, 7, 21)]
 
 
 def adapted(method: str = "adapter", dtype: torch.dtype = torch.float32, quantize: str = "none"):

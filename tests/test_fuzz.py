@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from lit_llama.batches import IGNORE
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
-from lit_llama.data import encode_sample
-from lit_llama.prompts import END_OF_TURN, EOS, STYLES, encode_control, encode_prompt
+from lit_llama.data import tokenize_samples
+from lit_llama.prompts import END_OF_TURN, EOS, STYLES, encode_control, encode_pieces, encode_prompt
 from lit_llama.samples import SUFFIXES, Sample, read_samples, to_sample
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.trained import load_trained_folder, trained_tensors
@@ -114,18 +114,29 @@ def test_targets_are_the_answers_and_their_ends(tokenizer, style, turns, system,
     expected = sum(answers, [])
     if not encode_prompt(messages[: 1 + (system is not None)], style, tokenizer):
         expected = expected[1:]  # what nothing precedes cannot be predicted
-    whole = encode_sample(sample, style, tokenizer, 10**6)
+    others = [to_sample({"text": "ab"}, "here")] * 2  # encoded at the same time, and trained on at any length
+    _, whole, _ = tokenize_samples([others[0], sample, others[1]], style, tokenizer, 10**6)
     if len(expected) < 2:  # a single, empty answer teaches nothing
         assert whole is None
     else:
         assert [target for target in whole.targets if target != IGNORE] == expected
         prompt = encode_prompt(messages[:-1], style, tokenizer)
-        assert whole.ids[: len(prompt)] == prompt  # what generation asks is what training masks
-    cut = encode_sample(sample, style, tokenizer, max_seq_length)
+        assert whole.ids[: len(prompt)].tolist() == prompt  # what generation asks is what training masks
+    _, cut, _ = tokenize_samples([others[0], sample, others[1]], style, tokenizer, max_seq_length)
     if cut is not None:
         trained = [target for target in cut.targets if target != IGNORE]
         assert len(cut.ids) < max_seq_length and trained[-1:] == end
         assert trained[:-1] == expected[: len(trained) - 1]
+
+
+@often
+@given(st.lists(st.lists(st.tuples(st.one_of(spelled, st.just(EOS)), st.booleans()), max_size=5), max_size=5))
+def test_pieces_of_many_rows_are_encoded_as_one_by_one(tokenizer, rows):
+    library = tokenizer.backend.tokenizer
+    for row, (ids, trains) in zip(rows, encode_pieces(rows, tokenizer), strict=True):
+        alone = [[tokenizer.eos_id] if p is EOS else library.encode(p, add_special_tokens=False).ids for p, _ in row]
+        assert ids == sum(alone, [])
+        assert trains == [train for (_, train), new in zip(row, alone, strict=True) for _ in new]
 
 
 @often

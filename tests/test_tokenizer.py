@@ -157,8 +157,8 @@ def test_sentencepiece_and_a_gguf_of_it(tmp_path, prefix):
     assert json_file.backend.tokenizer.encode("").ids == [1]  # other readers of the file find the bos there
     strings = varied_strings(3000, seed=4) + [char * n for char in " a=-0\n." for n in range(1, 40)]
     strings += ["<s>", "a</s>b", "<unk>", "<ctl>", "<0x0A>", "\u2581", "a \u2581b", ""]
-    assert [model.encode(s) for s in strings] == [processor.encode(s) for s in strings]
-    assert [json_file.encode(s) for s in strings] == [processor.encode(s) for s in strings]
+    assert model.encode_batch(strings) == [processor.encode(s) for s in strings]
+    assert json_file.encode_batch(strings) == [processor.encode(s) for s in strings]
 
 
 def small_bpe() -> tokenizers.Tokenizer:

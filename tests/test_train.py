@@ -14,7 +14,7 @@ from helpers import make_base, sums, write_rows
 from lightning.fabric import Fabric
 
 from finetune import adapter, lora
-from lit_llama.batches import IGNORE, Encoded, collate, micro_batches
+from lit_llama.batches import IGNORE, TokenizedSample, collate, micro_batches
 from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import Interrupted, UserError
 from lit_llama.data import load_task
@@ -152,7 +152,7 @@ def test_ranks_share_the_samples_of_a_step_evenly(places, world_size):
     tokens = [sum(len(sample.ids) for sample in own) for own in parts]
     assert max(tokens) - min(tokens) <= max(len(sample.ids) for sample in task.train)
     assert all(tokens) or world_size > len(task.train)
-    assert all(split_evenly([Encoded([1] * n, [1] * n) for n in (500, 10, 10, 10)], min(world_size, 4)))
+    assert all(split_evenly([TokenizedSample([1] * n, [1] * n) for n in (500, 10, 10, 10)], min(world_size, 4)))
 
 
 # the schedule

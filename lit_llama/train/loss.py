@@ -8,6 +8,7 @@ micro-batch.)
 from __future__ import annotations
 
 import math
+from array import array
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lit_llama.batches import IGNORE, Encoded, Packing, collate, micro_batches
+from lit_llama.batches import IGNORE, Packing, TokenizedSample, collate, micro_batches
 from lit_llama.cli import UserError
 from lit_llama.model import LLaMA
 from lit_llama.sharding import is_sharded, keep_in_step
@@ -84,8 +85,8 @@ def head_loss(lm_head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tens
 
 
 def split_by_tokens(
-    samples: list[Encoded], micro_batch_tokens: int, fabric: Fabric, model: LLaMA
-) -> list[list[Encoded]]:
+    samples: list[TokenizedSample], micro_batch_tokens: int, fabric: Fabric, model: LLaMA
+) -> list[list[TokenizedSample]]:
     """This rank's micro-batches of a step. Each sample, longest first, goes to the rank with the fewest tokens so far.
 
     All ranks must pass through a sharded model equally often, so there a rank with fewer micro-batches gets more of
@@ -94,15 +95,15 @@ def split_by_tokens(
     parts = [micro_batches(part, micro_batch_tokens) for part in split_evenly(samples, fabric.world_size)]
     own = parts[fabric.global_rank]
     if is_sharded(model):
-        idle = replace(samples[0], targets=[IGNORE] * len(samples[0].targets))
+        idle = replace(samples[0], targets=array("i", [IGNORE]) * len(samples[0].targets))
         own = own + [[idle]] * (max(map(len, parts)) - len(own))
     return own
 
 
-def split_evenly(samples: list[Encoded], world_size: int) -> list[list[Encoded]]:
+def split_evenly(samples: list[TokenizedSample], world_size: int) -> list[list[TokenizedSample]]:
     """The samples of each rank, which differ by at most the tokens of the longest sample."""
     tokens = [0] * world_size
-    parts: list[list[Encoded]] = [[] for _ in range(world_size)]
+    parts: list[list[TokenizedSample]] = [[] for _ in range(world_size)]
     for sample in sorted(samples, key=lambda sample: len(sample.ids), reverse=True):
         least = tokens.index(min(tokens))
         tokens[least] += len(sample.ids)
@@ -134,7 +135,7 @@ def sum_over_ranks(fabric: Fabric, model: LLaMA, loss: Tensor) -> Tensor:
     return summed
 
 
-def clip_gradient(model: LLaMA, max_norm: float, step: int, batch: list[Encoded]) -> float:
+def clip_gradient(model: LLaMA, max_norm: float, step: int, batch: list[TokenizedSample]) -> float:
     """Scale the gradient down to ``max_norm`` (0: no limit) and return its norm before that.
 
     UserError, with the step (counted from 1) and its samples, if it is not finite: the weights are still the last good
@@ -153,7 +154,7 @@ LOWER_THE_RATE = "start again with a lower --train.learning_rate or --train.clip
 
 
 @torch.no_grad()
-def validate(fabric: Fabric, model: LLaMA, data: list[Encoded], micro_batch_tokens: int) -> float:
+def validate(fabric: Fabric, model: LLaMA, data: list[TokenizedSample], micro_batch_tokens: int) -> float:
     """Loss per target token over all of ``data``, each sample counted once whatever the number of ranks."""
     training = model.training
     model.eval()
