@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from tools import make_base
+from helpers import make_base
 
 from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError
