@@ -10,6 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lit_llama.model import LLaMA
+from lit_llama.quantize import prepack
 
 
 @contextmanager
@@ -35,6 +36,17 @@ def block_forwards(model: LLaMA, compile: bool = False, checkpointing: bool = Fa
     finally:
         for block in blocks:
             del block.forward  # the class's own is left
+
+
+@contextmanager
+def inference_blocks(model: LLaMA, compile: bool = False) -> Iterator[None]:
+    """Make a model faster that only answers from now on: prepack it, or compile its blocks and prepack the head alone.
+
+    Blocks are never both: torch.compile has no kernels for prepacked weights.
+    """
+    prepack(model, blocks=not compile)
+    with block_forwards(model, compile=compile):
+        yield
 
 
 def tell_blocks_apart() -> AbstractContextManager:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
+from lit_llama.blocks import block_forwards
 from lit_llama.checkpoint import MODEL_FILE, fingerprint, load_model
 from lit_llama.classify import is_classifier
 from lit_llama.cli import UserError
@@ -57,6 +58,7 @@ class Chat:
         max_new_tokens: int = 512,
         sampling: Sampling | None = None,
         notify: Callable[[str], None] = print,
+        compile: bool = False,
     ) -> None:
         self.checkpoint_dir, self.base, self.tokenizer = checkpoint_dir, base.requires_grad_(False), tokenizer
         self.base_style, self.max_new_tokens, self.notify = style, max_new_tokens, notify
@@ -64,7 +66,7 @@ class Chat:
         self.generator = torch.Generator(base.transformer.wte.weight.device).manual_seed(self.sampling.seed)
         self.system: list[Message] = []
         self.turns: list[Message] = []
-        self.model = base
+        self.model, self.compile, self.forwards = base, compile, ExitStack()
         self.use(base, style)
 
     @cached_property
@@ -74,6 +76,8 @@ class Chat:
     def use(self, model: LLaMA, style: str) -> None:
         """Answer with ``model`` from now on; the messages so far stay."""
         self.model.clear_kv_cache()
+        self.forwards.close()
+        self.forwards.enter_context(block_forwards(model, self.compile))
         self.model, self.style = model.eval(), style
         self.cached: list[int] = []  # the ids whose keys and values the cache holds
 
