@@ -142,7 +142,7 @@ def test_mistakes_are_answered_in_one_line(folder, tmp_path):
     refuse(COMPARE, *data, "--strategy", "fsdp", message="pass --devices 2 or more")
     refuse(COMPARE, *data, "--strategy", "foo", message="is none of auto, ddp, fsdp")
     assert not (tmp_path / "out").exists()
-    refuse(COMPARE, *data, "--n_samples", 0, message="n_samples 0 must be at least 1")
+    refuse(COMPARE, *data, "--n_samples", 0, message="n_samples 0 must lie within 1 and")
     refuse(COMPARE, "--data", folder / "sums/train.json", message="must be a folder")
 
 
