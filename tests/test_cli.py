@@ -4,22 +4,17 @@ import errno
 import io
 import os
 import re
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import script_parser
+from helpers import ROOT, run_process, script_parser, succeed
 
 from lit_llama import bars, cli
 from lit_llama.cli import UserError, bare_switches, parse, parser_of
 
-ROOT = Path(__file__).parent.parent
 SCRIPTS = [path for folder in ("finetune", "generate", "scripts") for path in sorted((ROOT / folder).glob("*.py"))]
-HEAVY = ("torch", "lightning", "numpy", "scipy", "sklearn", "tokenizers", "transformers", "matplotlib")
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -35,20 +30,12 @@ def test_every_flag_has_a_sentence(path):
 JSONARGPARSES = ("--help", "--config", "--print_config", "--train", "--sampling")  # the last two: a file for a group
 
 
-def test_help_waits_for_nothing_heavy():
-    """In a process of its own each: a script sees its own folder first on the path, and must not shadow a package."""
-
-    def run_help(path: Path) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-X", "importtime", str(path), "--help"]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-    with ThreadPoolExecutor(2) as pool:
-        results = pool.map(run_help, SCRIPTS)
-    for path, result in zip(SCRIPTS, results, strict=True):
-        assert result.returncode == 0 and "--config" in result.stdout, result.stderr
-        imported = {line.split("|")[-1].strip().split(".")[0] for line in result.stderr.splitlines()}
-        assert "jsonargparse" in imported
-        assert not imported & set(HEAVY), path
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_help_in_a_process_of_its_own(path):
+    """A script sees its own folder first on the path, and must not shadow a package."""
+    result = run_process(path, "--help")
+    assert result.returncode == 0 and "--config" in result.stdout, result.stderr
 
 
 def mistake(*args: str, script: str = "finetune/adapter.py") -> str:
@@ -203,10 +190,7 @@ def test_closed_standard_streams_are_empty(monkeypatch):
 
 
 def test_print_config_can_be_read_again(tmp_path):
-    printed = subprocess.run(
-        [sys.executable, ROOT / "finetune/lora.py", "--r", "3", "--print_config"], capture_output=True, text=True
-    ).stdout
-    (tmp_path / "run.yaml").write_text(printed)
+    (tmp_path / "run.yaml").write_text(succeed("finetune/lora.py", "--r", "3", "--print_config"))
     parser = script_parser(ROOT / "finetune/lora.py")
     config = parse(parser, ["--config", str(tmp_path / "run.yaml")])
     assert {**vars(config), "config": None} == {**vars(parse(parser, ["--r", "3"])), "config": None}

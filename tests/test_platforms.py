@@ -54,11 +54,11 @@ def test_macos_counts_memory_in_bytes(monkeypatch):
 
 def test_a_comparison_does_without_the_memory(tmp_path):
     pytest.importorskip("matplotlib")
-    row = dict(trained_numbers=3, trained_share=0.1, gflop_per_token=1.0, seconds=60, peak_memory=None, kept_bytes=12)
-    row |= dict(right=0.5, right_interval=(0.4, 0.6), loss=1.0, loss_interval=(0.9, 1.1), n_test=10, answers={})
+    row = dict(trained_parameters=3, trained_share=0.1, gflop_per_token=1.0, seconds=60, peak_memory=None)
+    row |= dict(kept_bytes=12, right=0.5, right_interval=(0.4, 0.6), loss=1.0, loss_interval=(0.9, 1.1), n_test=10, answers={})
     assert "| 1.0 |  | 0.00 |" in markdown({"lora": row})
     plot_comparison(tmp_path, {"lora": row})
-    assert [path.name for path in tmp_path.iterdir()] == ["quality_by_trained_numbers.png"]
+    assert [path.name for path in tmp_path.iterdir()] == ["quality_by_trained_parameters.png"]
 
 
 def test_a_code_page_does_not_stop_an_answer(monkeypatch):
@@ -129,7 +129,7 @@ def test_a_closed_terminal_is_a_reason_to_save(monkeypatch):
     before = signal.getsignal(signal.SIGHUP)
     with open(os.devnull, "w") as terminal, catch_interrupt() as interrupt:
         monkeypatch.setattr(sys, "stderr", terminal)
-        monkeypatch.setattr("lit_llama.ranks.note", gone)
+        monkeypatch.setattr("lit_llama.ranks.log_rank0", gone)
         os.kill(os.getpid(), signal.SIGHUP)
         assert interrupt.came
     assert signal.getsignal(signal.SIGHUP) is before
