@@ -9,11 +9,28 @@ import torch
 from filelock import FileLock
 from helpers import ROOT, make_base, sums, write_rows
 
+from lit_llama import devices
 from lit_llama.download import DEFAULT_BASE, ensure_base, fetch_default_gguf
 
 # Tiny products gain nothing from threads, and threads that wait for a busy core cost many times what they save.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+
+@pytest.fixture(scope="session", autouse=True)
+def auto_is_float32():
+    """``--precision auto`` is float32 on every CPU, so that a test computes the same on all of them."""
+    multiplies_bf16 = devices.multiplies_bf16
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "multiplies_bf16", lambda device: device.type != "cpu" and multiplies_bf16(device))
+        yield
+
+
+@pytest.fixture(params=["32-true", "bf16-true"])
+def auto(request, monkeypatch) -> str:
+    """What ``--precision auto`` is: a test that asks for this runs in both precisions, on any CPU."""
+    monkeypatch.setattr(devices, "multiplies_bf16", lambda device: request.param == "bf16-true")
+    return request.param
 
 
 @pytest.fixture(scope="session")
