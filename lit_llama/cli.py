@@ -143,7 +143,7 @@ def parse(parser: ArgumentParser, args: list[str]) -> Namespace:
     try:
         config = parser.parse_args(args)
     except (ArgumentError, ValueError, OverflowError) as error:  # a path with a zero byte, 10**400 for a float
-        raise UserError(" ".join(str(error).split())[:300]) from None  # it may quote a whole file
+        raise UserError(" ".join(str(error).split())[:500]) from None  # it may quote a whole file
     check_values(parser, config)
     return config
 

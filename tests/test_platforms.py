@@ -1,7 +1,9 @@
 """Windows and macOS, as far as they can be simulated here."""
 
+import errno
 import io
 import os
+import signal
 import sys
 from pathlib import Path, PureWindowsPath
 
@@ -13,6 +15,7 @@ from lightning.fabric import Fabric
 from lit_llama import cli, devices, trained
 from lit_llama.plots import plot_comparison
 from lit_llama.report import markdown
+from lit_llama.signals import catch_interrupt
 
 ROOT = Path(__file__).parent.parent
 CODE = [path for folder in ("lit_llama", "finetune", "generate", "scripts") for path in (ROOT / folder).rglob("*.py")]
@@ -51,11 +54,12 @@ def test_macos_counts_memory_in_bytes(monkeypatch):
 
 def test_a_comparison_does_without_the_memory(tmp_path):
     pytest.importorskip("matplotlib")
-    row = dict(trained_numbers=3, trained_share=0.1, gflop_per_token=1.0, seconds=60, peak_memory=None, kept_bytes=12)
-    row |= dict(right=0.5, right_interval=(0.4, 0.6), loss=1.0, loss_interval=(0.9, 1.1), n_test=10, answers={})
+    row = dict(trained_parameters=3, trained_share=0.1, gflop_per_token=1.0, seconds=60, peak_memory=None)
+    row |= dict(kept_bytes=12, answers={})
+    row |= dict(right=0.5, right_interval=(0.4, 0.6), loss=1.0, loss_interval=(0.9, 1.1), n_test=10)
     assert "| 1.0 |  | 0.00 |" in markdown({"lora": row})
     plot_comparison(tmp_path, {"lora": row})
-    assert [path.name for path in tmp_path.iterdir()] == ["quality_by_trained_numbers.png"]
+    assert [path.name for path in tmp_path.iterdir()] == ["quality_by_trained_parameters.png"]
 
 
 def test_a_code_page_does_not_stop_an_answer(monkeypatch):
@@ -116,3 +120,21 @@ def test_nothing_is_imported_that_only_posix_has():
             unguarded = f"\nimport {module}\n" in text  # at the top; within a function it is guarded
             assert not unguarded, (path.name, module)
         assert "os.fork" not in text and "signal.SIGALRM" not in text and "signal.pause" not in text, path.name
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs POSIX")
+def test_a_closed_terminal_is_a_reason_to_save(monkeypatch):
+    def gone(text: str) -> None:
+        raise OSError(errno.EIO, "the terminal is gone")
+
+    before = signal.getsignal(signal.SIGHUP)
+    with open(os.devnull, "w") as terminal, catch_interrupt() as interrupt:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setattr("lit_llama.ranks.log_rank0", gone)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert interrupt.came
+    assert signal.getsignal(signal.SIGHUP) is before
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    with catch_interrupt():  # under nohup
+        monkeypatch.undo()
+        assert signal.getsignal(signal.SIGHUP) is before
