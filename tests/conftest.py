@@ -1,4 +1,4 @@
-"""One thread for each process of the tests; the real base; a tiny base with data for the scripts."""
+"""One thread and one precision for the tests; the real base; a tiny base with data for the scripts."""
 
 import os
 import random
@@ -9,11 +9,33 @@ import torch
 from filelock import FileLock
 from helpers import ROOT, make_base, sums, write_rows
 
+from lit_llama import devices
 from lit_llama.download import DEFAULT_BASE, ensure_base, fetch_default_gguf
 
 # Tiny products gain nothing from threads, and threads that wait for a busy core cost many times what they save.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+
+@pytest.fixture(scope="session", autouse=True)
+def auto_is_float32():
+    """On every CPU, where a test does not ask for another precision or starts a process; gives what it was."""
+    own = devices.multiplies_bf16
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "multiplies_bf16", lambda device: False)
+        yield own
+
+
+@pytest.fixture
+def cpus_own_auto(monkeypatch, auto_is_float32) -> None:
+    monkeypatch.setattr(devices, "multiplies_bf16", auto_is_float32)
+
+
+@pytest.fixture(params=["32-true", "bf16-true"])
+def auto(request, monkeypatch) -> str:
+    """Lets ``--precision auto`` be each precision in turn, whatever the CPU."""
+    monkeypatch.setattr(devices, "multiplies_bf16", lambda device: request.param == "bf16-true")
+    return request.param
 
 
 @pytest.fixture(scope="session")
