@@ -39,7 +39,7 @@ def main(
     from lit_llama.generate import generate_batch
     from lit_llama.mixed import Mixer
     from lit_llama.prompts import choose_style, encode_prompt, stop_ids
-    from lit_llama.quantize import pack, quantize_base
+    from lit_llama.quantize import prepack, quantize_base
     from lit_llama.tokenizer import Tokenizer
     from lit_llama.trained import base_method, read_method
 
@@ -59,7 +59,7 @@ def main(
     styles = {folder: mixer.add(folder, checkpoint_dir)["prompt_style"] for folder in sorted(folders)}
     styles[None] = base_method(checkpoint_dir).get("prompt_style")
     styles = {folder: choose_style(style, tokenizer) for folder, style in styles.items()}
-    pack(model)
+    prepack(model)
 
     tasks = [Path(row["trained_dir"]) if "trained_dir" in row else None for row in rows]
     messages = [[{"role": "user", "content": row["prompt"], "input": row.get("input", "")}] for row in rows]

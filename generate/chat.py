@@ -23,6 +23,7 @@ def main(
     max_new_tokens: int = 512,
     sampling: Sampling = Sampling(),
     precision: str = "auto",
+    compile: bool = False,
     yes: bool = False,
 ) -> None:
     """Chat on the terminal.
@@ -36,6 +37,7 @@ def main(
         max_new_tokens: The longest answer.
         sampling: How the next token is chosen.
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
+        compile: Compile the blocks by torch.compile: half a minute first; in float32 on a CPU nothing is gained.
         yes: Do not ask before a download.
     """
     check_range("--max_new_tokens", max_new_tokens, 1, MOST_TOKENS)
@@ -60,7 +62,10 @@ def main(
     def say(text: str) -> None:
         print(text, end="", flush=True)
 
-    chat = Chat(checkpoint_dir, base, tokenizer, style, max_new_tokens, sampling, lambda note: say(f"({note})\n"))
+    def notify(note: str) -> None:
+        say(f"({note})\n")
+
+    chat = Chat(checkpoint_dir, base, tokenizer, style, max_new_tokens, sampling, notify, compile)
     if trained_dir:
         say(chat.load(trained_dir) + "\n")
     if system:

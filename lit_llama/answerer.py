@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lit_llama.blocks import wrap_blocks
+from lit_llama.blocks import prepare_for_inference
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
 from lit_llama.devices import base_dtype, default_device, launch_sharded
 from lit_llama.model import LLaMA
 from lit_llama.prompts import choose_style
-from lit_llama.quantize import pack, quantize_base
+from lit_llama.quantize import quantize_base
 from lit_llama.settings import DEFAULT_BASE
 from lit_llama.sharding import shard
 from lit_llama.tokenizer import Tokenizer
@@ -57,8 +57,7 @@ def answering(
     device = fabric.device if fabric else default_device()
     dtype = base_dtype(precision, device)
     loaded = load_answerer(trained_dir, checkpoint_dir, prompt_style, dtype, device, quantize, fabric)
-    pack(loaded.model, compiled=compile)
-    wrap_blocks(loaded.model, compile=compile)
+    prepare_for_inference(loaded.model, compile)
     yield loaded, fabric
 
 

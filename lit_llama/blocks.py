@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lit_llama.model import LLaMA
+from lit_llama.quantize import prepack
 
 
 def wrap_blocks(model: LLaMA, compile: bool = False, checkpointing: bool = False) -> None:
@@ -35,6 +36,15 @@ def wrap_blocks(model: LLaMA, compile: bool = False, checkpointing: bool = False
 def unwrap_blocks(model: LLaMA) -> None:
     for block in model.transformer.h:
         block.__dict__.pop("forward", None)  # the class's own is left
+
+
+def prepare_for_inference(model: LLaMA, compile: bool = False) -> None:
+    """Make a model faster that only answers from now on: prepack it, or compile its blocks and prepack the head alone.
+
+    Blocks are never both: torch.compile has no kernels for prepacked weights.
+    """
+    prepack(model, blocks=not compile)
+    wrap_blocks(model, compile=compile)
 
 
 def first_trained(model: LLaMA) -> int:

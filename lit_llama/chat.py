@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from lit_llama.blocks import unwrap_blocks, wrap_blocks
 from lit_llama.checkpoint import MODEL_FILE, fingerprint, load_model
 from lit_llama.classify import is_classifier
 from lit_llama.cli import UserError, describe
@@ -58,6 +59,7 @@ class Chat:
         max_new_tokens: int = 512,
         sampling: Sampling | None = None,
         notify: Callable[[str], None] = print,
+        compile: bool = False,
     ) -> None:
         self.checkpoint_dir, self.base, self.tokenizer = checkpoint_dir, base.requires_grad_(False), tokenizer
         self.base_style, self.max_new_tokens, self.notify = style, max_new_tokens, notify
@@ -65,7 +67,7 @@ class Chat:
         self.generator = torch.Generator(base.transformer.wte.weight.device).manual_seed(self.sampling.seed)
         self.system: list[Message] = []
         self.turns: list[Message] = []
-        self.model = base
+        self.model, self.compile = base, compile
         self.use(base, style)
 
     @cached_property
@@ -75,6 +77,8 @@ class Chat:
     def use(self, model: LLaMA, style: str) -> None:
         """Answer with ``model`` from now on; the messages so far stay."""
         self.model.clear_kv_cache()
+        unwrap_blocks(model)
+        wrap_blocks(model, self.compile)
         self.model, self.style = model.eval(), style
         self.cached: list[int] = []  # the ids whose keys and values the cache holds
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_llama.batches import IGNORE, TokenizedSample, collate, micro_batches
-from lit_llama.blocks import wrap_blocks
+from lit_llama.blocks import prepare_for_inference, wrap_blocks
 from lit_llama.checkpoint import load_config
 from lit_llama.cli import UserError
 from lit_llama.configs import CONFIGS
@@ -25,7 +25,7 @@ from lit_llama.devices import PRECISIONS, default_device, peak_memory, synchroni
 from lit_llama.generate import generate
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.quantize import pack, quantize_base
+from lit_llama.quantize import quantize_base
 from lit_llama.train.loss import target_loss
 from lit_llama.trained import trained_tensors
 
@@ -104,8 +104,7 @@ def build_ours(contender: Contender, kind: str, device: torch.device, stack: Exi
     METHODS[contender.method](model)
     open_gates(model)
     if kind == "decode":
-        pack(model, compiled="compile" in options)
-        wrap_blocks(model, compile="compile" in options)
+        prepare_for_inference(model, compile="compile" in options)
         return lambda prompt, count: sum(1 for _ in generate(model, prompt, count, stop=set()))
     wrap_blocks(model, compile="compile" in options, checkpointing="checkpointing" in options)
     optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=1e-3)

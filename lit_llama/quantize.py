@@ -1,4 +1,4 @@
-"""Narrow weights for the frozen base: int8 on every device, nf4 on CUDA; and weights packed for decoding on a CPU.
+"""Narrow weights for the frozen base: int8 on every device, nf4 on CUDA; and weights prepacked for decoding on a CPU.
 
         y = x (s W8)^T          W8 (out, in) in int8, s (out,) one scale per row: |W - s W8| <= s / 2
         dx = dy (s W8)          the weight itself gets no gradient
@@ -177,36 +177,36 @@ def quantization(model: LLaMA) -> str:
 # ---------------------------------------------------------------------------------------------- decoding on a CPU
 
 
-class PackedLinear(AdoptedLinear):
+class PrepackedLinear(AdoptedLinear):
     """A linear layer whose weight lies in oneDNN's own blocked order: the same products, but no gradient."""
 
     def __init__(self, layer: Linear, dtype: torch.dtype) -> None:
         super().__init__(layer)
-        packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(dtype))
-        self.weight = nn.Parameter(packed, requires_grad=False)
+        prepacked = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(dtype))
+        self.weight = nn.Parameter(prepacked, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
 
 
-def pack(model: LLaMA, compiled: bool = False) -> None:
-    """Pack the linear layers of a whole model on a CPU that only answers from now on; else do nothing.
+def prepack(model: LLaMA, blocks: bool = True) -> None:
+    """Prepack the head and the ``blocks`` of a whole model on a CPU that only answers from now on; else do nothing.
 
     Two Zen 4 cores, one row in bfloat16: 24 us instead of 49 for a weight of 960 x 576, 2.9 ms instead of 4.1 for a
     head of 49,152 x 576. Two Zen 3 cores, float32: 153 us instead of 240, 7.3 ms instead of 11.6. With the hundreds of
     rows of a training step it gains 3 %: training does without. A tied head gets a copy of its own; of the embedding
-    then only the rows of the text's tokens are read. Blocks that are to be ``compiled`` (blocks.py) stay as they are in
-    float32: torch.compile has no kernel for such weights in oneDNN's order.
+    then only the rows of the text's tokens are read.
     """
-    if model.transformer.wte.weight.device.type == "cpu" and can_pack(model.dtype) and not is_sharded(model):
-        if not (compiled and model.dtype == torch.float32):
-            replace_linears(model.transformer.h, lambda layer: PackedLinear(layer, model.dtype))
-        if type(model.lm_head) is Linear:
-            model.lm_head = PackedLinear(model.lm_head, model.dtype)
+    if model.transformer.wte.weight.device.type != "cpu" or not can_prepack(model.dtype) or is_sharded(model):
+        return
+    if blocks:
+        replace_linears(model.transformer.h, lambda layer: PrepackedLinear(layer, model.dtype))
+    if type(model.lm_head) is Linear:
+        model.lm_head = PrepackedLinear(model.lm_head, model.dtype)
 
 
-def can_pack(dtype: torch.dtype) -> bool:
+def can_prepack(dtype: torch.dtype) -> bool:
     """Whether oneDNN has an order of its own for weights of this dtype here; in float32 it was tried on x86 alone."""
     if not torch.backends.mkldnn.is_available():
         return False

@@ -41,6 +41,7 @@ def main(
     strategy: str = "auto",
     precision: str = "auto",
     quantize: str | None = None,
+    compile: bool = False,
     results: str | None = None,
 ) -> None:
     """Evaluate a base or a trained folder.
@@ -62,6 +63,7 @@ def main(
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
         quantize: What the base's weights are kept in: none, int8, or on CUDA nf4; by default as in training, with
             fsdp none.
+        compile: Compile the blocks by torch.compile: minutes first; in float32 on a CPU nothing is gained.
         results: A .json file to write each sample's loss and answer to.
     """
     for name, value in (("max_samples", max_samples), ("batch_size", batch_size), ("max_seq_length", max_seq_length)):
@@ -72,6 +74,7 @@ def main(
 
     from lit_llama import ranks
     from lit_llama.answerer import load_answerer
+    from lit_llama.blocks import prepare_for_inference
     from lit_llama.classify import is_classifier
     from lit_llama.data import split_file
     from lit_llama.devices import base_dtype, launch
@@ -80,12 +83,13 @@ def main(
     from lit_llama.trained import read_method
 
     sharded, labels = strategy == "fsdp", bool(trained_dir) and is_classifier(read_method(trained_dir))
-    if labels and (shots or prompt_style or max_seq_length or quantize or sharded):
+    if labels and (shots or prompt_style or max_seq_length or quantize or compile or sharded):
         raise cli.UserError(
-            f"{trained_dir} answers with labels: no --shots, --prompt_style, --max_seq_length, --quantize, fsdp"
+            f"{trained_dir} answers with labels: no --shots, --prompt_style, --max_seq_length, --quantize, --compile, "
+            "fsdp"
         )
-    if sharded and (quantize or "none") != "none":
-        raise cli.UserError("--strategy fsdp does not go with --quantize; pass ddp")
+    if sharded and (compile or (quantize or "none") != "none"):
+        raise cli.UserError("--strategy fsdp goes with neither --quantize nor --compile; pass ddp")
     file = split_file(Path(data), split) if Path(data).is_dir() else Path(data)
     if file is None:
         raise cli.UserError(f"{data} holds no {split} file; give the file to evaluate, or another --split")
@@ -103,6 +107,7 @@ def main(
         ranks.print_rank0(f"{name} on {file}")
         length = min(max_seq_length or length or (model.text_room if shots else 512), model.text_room)
         given = Examples(Path(data), shots, shots_seed)
+        prepare_for_inference(model, compile)
         rows = evaluate_answers(fabric, samples, model, tokenizer, style, length, batch_size, given)
     if results is not None and fabric.is_global_zero:
         write_results(Path(results), rows)
@@ -138,7 +143,6 @@ def evaluate_answers(
         sample_losses,
         shared,
     )
-    from lit_llama.quantize import pack
 
     asked = add_shots(samples, *given) if given.count else samples
     kept, encoded = encode_samples(asked, style, tokenizer, length)
@@ -150,7 +154,6 @@ def evaluate_answers(
     drops = f"; {dropped} dropped: no answer within {length} tokens" if dropped else ""
     ranks.print_rank0(f"{len(kept)} samples{drops}")
     ranks.print_rank0(f"loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
-    pack(model)  # for decoding: the many rows of the loss gain nothing by it
     questions = [i for i, (sample, ids) in enumerate(zip(kept, encoded, strict=True)) if can_be_asked(sample, ids)]
     longest = longest_answer(tokenizer, [kept[i] for i in questions])
 

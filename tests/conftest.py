@@ -19,11 +19,14 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 @pytest.fixture(scope="session", autouse=True)
 def auto_is_float32():
-    """On every CPU, where a test does not ask for another precision or starts a process; gives what it was."""
-    own = devices.multiplies_bf16
+    """``--precision auto`` is float32 on every CPU, so that a test computes the same on all of them.
+
+    Gives what decides otherwise. A process that a test starts needs the flag.
+    """
+    multiplies_bf16 = devices.multiplies_bf16
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devices, "multiplies_bf16", lambda device: False)
-        yield own
+        patch.setattr(devices, "multiplies_bf16", lambda device: device.type != "cpu" and multiplies_bf16(device))
+        yield multiplies_bf16
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def cpus_own_auto(monkeypatch, auto_is_float32) -> None:
 
 @pytest.fixture(params=["32-true", "bf16-true"])
 def auto(request, monkeypatch) -> str:
-    """Lets ``--precision auto`` be each precision in turn, whatever the CPU."""
+    """What ``--precision auto`` is: a test that asks for this runs in both precisions, on any CPU."""
     monkeypatch.setattr(devices, "multiplies_bf16", lambda device: request.param == "bf16-true")
     return request.param
 

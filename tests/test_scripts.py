@@ -21,8 +21,9 @@ def places(tmp_path_factory):
     write_rows(folder / "data" / "train.json", sums(40))
     write_rows(folder / "data" / "validation.json", sums(53)[40:])
     flags = ["--checkpoint_dir", base, "--data", folder / "data", "--start_layer", 1, "--train.max_steps", 6]
-    flags += ["--train.eval_every", 3, "--eval_samples", 4]
-    return folder, flags, succeed("finetune/adapter.py", *flags, "--out_dir", folder / "out")
+    flags += ["--train.eval_every", 3, "--eval_samples", 4, "--precision", "32-true"]
+    printed = succeed("finetune/adapter.py", *flags, "--out_dir", folder / "out")
+    return folder, flags, printed
 
 
 def test_finetune_says_what_it_did_and_what_to_do_next(places):
@@ -72,8 +73,7 @@ def test_a_run_resumes_with_its_own_settings_alone(places, monkeypatch):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(places, tmp_path):
     _, flags, _ = places
-    flags = [*flags, "--train.max_steps", 400, "--train.eval_every", 400, "--precision", "32-true"]
-    flags += ["--out_dir", tmp_path / "out"]
+    flags = [*flags, "--train.max_steps", 400, "--train.eval_every", 400, "--out_dir", tmp_path / "out"]
     process = subprocess.Popen(command("finetune/adapter.py", *flags), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     while not ((tmp_path / "out/metrics.csv").exists() and len(metrics(tmp_path / "out")) >= 3):
@@ -139,15 +139,18 @@ def test_prompts_start_as_asked(places, tmp_path):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("precision, tolerance", [("32-true", 1e-5), ("bf16-true", 2**-8)])
-def test_a_sharded_base_starts_prompts_from_the_same_text(places, tmp_path, precision, tolerance):
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_sharded_base_starts_prompts_from_the_same_text(places, tmp_path, precision):
+    """Two devices take one sample of a step each. On one device each is a micro-batch of its own here: then both round
+    alike, in bfloat16 too, where samples that share a micro-batch round differently.
+    """
     _, flags, _ = places
-    flags = [*flags, "--eval_samples", 0, "--precision", precision, "--out_dir"]
+    flags = [*flags, "--train.micro_batch_tokens", 1, "--eval_samples", 0, "--precision", precision, "--out_dir"]
     succeed("finetune/adapter.py", *flags, tmp_path / "one")
     result = run_process("finetune/adapter.py", *flags, tmp_path / "two", "--devices", 2, "--strategy", "fsdp")
     assert result.returncode == 0, result.stderr
     one, two = ([float(row["loss"]) for row in metrics(tmp_path / name)] for name in ("one", "two"))
-    assert two == pytest.approx(one, rel=tolerance)
+    assert two == pytest.approx(one, abs=1e-5)
 
 
 def test_prepare_alpaca_checks_what_it_is_given(tmp_path, monkeypatch):
