@@ -1,4 +1,4 @@
-"""One thread for each process of the tests; the real base; a tiny base with data for the scripts."""
+"""One thread and one precision for the tests; the real base; a tiny base with data for the scripts."""
 
 import os
 import random
@@ -19,11 +19,19 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 @pytest.fixture(scope="session", autouse=True)
 def auto_is_float32():
-    """``--precision auto`` is float32 on every CPU, so that a test computes the same on all of them."""
+    """``--precision auto`` is float32 on every CPU, so that a test computes the same on all of them.
+
+    Gives what decides otherwise. A process that a test starts needs the flag.
+    """
     multiplies_bf16 = devices.multiplies_bf16
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, "multiplies_bf16", lambda device: device.type != "cpu" and multiplies_bf16(device))
-        yield
+        yield multiplies_bf16
+
+
+@pytest.fixture
+def cpus_own_auto(monkeypatch, auto_is_float32) -> None:
+    monkeypatch.setattr(devices, "multiplies_bf16", auto_is_float32)
 
 
 @pytest.fixture(params=["32-true", "bf16-true"])

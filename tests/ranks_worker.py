@@ -22,28 +22,28 @@ from lit_llama.train.loss import split_by_tokens, sum_over_ranks, target_loss
 from lit_llama.trained import trained_tensors
 
 ARGUMENTS = {"adapter": dict(prompt_length=4, start_layer=1), "lora": dict(r=3, dropout=0.0), "full": {}}
-# Each sample is a micro-batch of its own: 7 of them in a step and 2 in the last one, too few for three ranks.
+# Each sample is a micro-batch of its own: 7 of them in a step and 2 in the last one, too few for three ranks. So every
+# number of devices computes with the same shapes, which round alike in bfloat16 too.
 ARGS = dict(epochs=1, batch_size=7, micro_batch_tokens=60, learning_rate=0.02, eval_every=2)
 PRECISIONS["64-true"] = torch.float64
 
 
-def switch_on(model, method: str, arguments: dict, dtype: torch.dtype) -> None:
+def switch_on(model, method: str, arguments: dict) -> None:
     """Add the method, and move what trains away from where it starts."""
     METHODS[method](model, **arguments)
-    model.to(dtype)
     torch.manual_seed(5)
     with torch.no_grad():
         for tensor in trained_tensors(model).values():
             tensor += 0.05 * torch.randn(tensor.shape)
 
 
-def save_gradients(fabric, base: str, data: str, folder: Path, strategy: str, method: str) -> None:
-    """The loss and the gradients of two steps in float32, on every rank."""
-    model = load_model(base, None).requires_grad_(False)
+def save_gradients(fabric, base: str, data: str, folder: Path, strategy: str, method: str, precision: str) -> None:
+    """The loss and the gradients of two steps, on every rank."""
+    model = load_model(base, PRECISIONS[precision]).requires_grad_(False)
     torch.manual_seed(5)
-    switch_on(model, method, ARGUMENTS[method], torch.float32)
+    switch_on(model, method, ARGUMENTS[method])
     if strategy == "fsdp":
-        shard(fabric, model, torch.float32)
+        shard(fabric, model, PRECISIONS[precision])
         pieces = [param for block in model.transformer.h for param in block.parameters() if is_piece(param)]
         held = sum(param.to_local().numel() for param in pieces)
         assert len(pieces) == 7 * len(model.transformer.h) and held * 2 == sum(param.numel() for param in pieces)
@@ -56,7 +56,7 @@ def save_gradients(fabric, base: str, data: str, folder: Path, strategy: str, me
             loss += part.detach()
         loss = sum_over_ranks(fabric, model, loss)
         found = {name: tensor.grad for name, tensor in trained_tensors(model).items()}
-        save_tensors(folder / f"{name}-{fabric.global_rank}.safetensors", {"loss": loss, **found})
+        save_tensors(folder / f"{name}-{precision}-{fabric.global_rank}.safetensors", {"loss": loss, **found})
         model.zero_grad()
 
 
@@ -65,7 +65,8 @@ def run_script(fabric, base: str, data: str, folder: Path, devices: int, strateg
     script = importlib.import_module(f"finetune.{method}")
 
     def add(model, **arguments) -> None:
-        switch_on(model, method, arguments, torch.float64)
+        switch_on(model, method, arguments)
+        model.to(torch.float64)
         with torch.no_grad():
             for tensor in trained_tensors(model).values():
                 tensor += fabric.global_rank  # as if another machine had computed it
@@ -91,7 +92,8 @@ def run_script(fabric, base: str, data: str, folder: Path, devices: int, strateg
 def main(base: str, data: str, out_dir: str, devices: str, strategy: str, *methods: str) -> None:
     fabric = launch(int(devices), strategy=strategy)
     for method in methods:
-        save_gradients(fabric, base, data, Path(out_dir) / method, strategy, method)
+        for precision in ("32-true", "bf16-true"):
+            save_gradients(fabric, base, data, Path(out_dir) / method, strategy, method, precision)
         run_script(fabric, base, data, Path(out_dir) / method, int(devices), strategy, method)
 
 

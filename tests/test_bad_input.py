@@ -440,6 +440,10 @@ FLAGS = [
     (CONVERT, ["--source", "base", "--out_dir", "other"], "other exists already; remove it or choose another name"),
     (CONVERT, ["--source", "base", "--dtype", "int8"], "dtype.*float16.*int8"),
     (CONVERT, ["--source", "base", "--prompt_style", "plain"], "a Hugging Face folder does not take --prompt_style"),
+    (FINETUNE, ["--checkpoint_dir", "none"], "none is missing; fetch a base"),
+    (FINETUNE, ["--prompt_init", "zero"], "prompt_init.*'text', 'normal'.*zero"),
+    (FINETUNE, ["--gate_init", 1], "gates start at zero: pass --prompt_init normal"),
+    (EVALUATE, ["--batch_size", 0], "batch_size 0 must lie within 1 and"),
     (["scripts/export.py", "--to", "peft"], ["--out_dir", "new"], "--to peft needs --trained_dir"),
 ]
 for command, flags, message in FLAGS:

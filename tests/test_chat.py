@@ -315,6 +315,7 @@ def test_sampled_turns_differ_but_a_chat_repeats(base_dir):
     assert one == two and one[0] != one[1]
 
 
+@pytest.mark.weights
 def test_the_real_model_remembers_what_was_said(smollm2_dir, monkeypatch):
     chat = Chat(smollm2_dir, load_model(smollm2_dir), Tokenizer(smollm2_dir), "chatml", 24)
     counts = count_tokens(chat.model, monkeypatch)

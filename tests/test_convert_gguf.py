@@ -169,6 +169,7 @@ def test_damaged(tmp_path, size):
     refused("is missing", tmp_path / "ours", convert_gguf, path, tmp_path / "ours")
 
 
+@pytest.mark.weights
 def test_the_default_base_equals_transformers(smollm2_dir, smollm2_gguf):
     named = replace(LLaMAConfig.from_name("smollm2-135m"), name="smollm2-135m-instruct")
     assert load_config(smollm2_dir) == named

@@ -176,6 +176,7 @@ def test_a_folder_with_a_tensor_too_few_is_refused(tmp_path):
         export_hf(base, tmp_path / "hf")
 
 
+@pytest.mark.weights
 def test_the_default_base(smollm2_dir, tmp_path):
     export_hf(smollm2_dir, tmp_path / "hf")
     same_logits(smollm2_dir, tmp_path / "hf", tolerance=1e-4)

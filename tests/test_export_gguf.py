@@ -205,6 +205,7 @@ def test_llama_cpp_computes_the_same(tmp_path, shape):
 
 
 @pytest.mark.slow
+@pytest.mark.weights
 def test_llama_cpp_says_the_same_with_the_default_base(tmp_path, smollm2_dir):
     llama_cpp = pytest.importorskip("llama_cpp")
     export_gguf(smollm2_dir, tmp_path / "base.gguf", "f16")

@@ -32,6 +32,13 @@ def test_apples_gpu_is_picked_up(monkeypatch):
     assert devices.base_dtype("bf16-true", fabric.device) == torch.bfloat16
 
 
+@pytest.mark.parametrize("instructions, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_bfloat16_where_a_cpu_multiplies_it(monkeypatch, cpus_own_auto, instructions, dtype):
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: instructions, raising=False)
+    assert devices.base_dtype("auto", torch.device("cpu")) == dtype
+
+
 def test_bfloat16_on_a_cpu_without_its_instructions_is_noted(monkeypatch, capsys):
     cpu = torch.device("cpu")
     for capability, noted in (("AVX2", True), ("AVX512", False), ("DEFAULT", False)):
@@ -55,7 +62,8 @@ def test_macos_counts_memory_in_bytes(monkeypatch):
 def test_a_comparison_does_without_the_memory(tmp_path):
     pytest.importorskip("matplotlib")
     row = dict(trained_parameters=3, trained_share=0.1, gflop_per_token=1.0, seconds=60, peak_memory=None)
-    row |= dict(kept_bytes=12, right=0.5, right_interval=(0.4, 0.6), loss=1.0, loss_interval=(0.9, 1.1), n_test=10, answers={})
+    row |= dict(kept_bytes=12, right=0.5, right_interval=(0.4, 0.6), loss=1.0, loss_interval=(0.9, 1.1))
+    row |= dict(n_test=10, answers={})
     assert "| 1.0 |  | 0.00 |" in markdown({"lora": row})
     plot_comparison(tmp_path, {"lora": row})
     assert [path.name for path in tmp_path.iterdir()] == ["quality_by_trained_parameters.png"]

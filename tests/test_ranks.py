@@ -51,13 +51,14 @@ def work(places: Path, devices: int = 1, strategy: str = "auto") -> Path:
     return out_dir
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 @every_case
-def test_a_step_has_one_loss_and_gradient(places, method, devices, strategy):
+def test_a_step_has_one_loss_and_gradient(places, method, devices, strategy, precision):
     for step in ("even", "uneven"):  # 7 micro-batches, and 2: with three ranks one has none
-        one = load_file(work(places) / method / f"{step}-0.safetensors")
+        one = load_file(work(places) / method / f"{step}-{precision}-0.safetensors")
         assert any(gradient.abs().max() > 1e-3 for gradient in one.values())
         for rank in range(devices):
-            several = load_file(work(places, devices, strategy) / method / f"{step}-{rank}.safetensors")
+            several = load_file(work(places, devices, strategy) / method / f"{step}-{precision}-{rank}.safetensors")
             torch.testing.assert_close(several, one, rtol=1e-5, atol=1e-5)
 
 
@@ -93,7 +94,8 @@ def test_what_a_sharded_run_writes_is_one_file_like_any_other(places):
 @pytest.mark.parametrize("devices, strategy", [pytest.param(3, "ddp", marks=pytest.mark.slow), (2, "fsdp")])
 def test_an_evaluation_counts_each_sample_once(places, tmp_path, devices, strategy):
     trained, found, base = tmp_path / "lora", [], ["--checkpoint_dir", places / "base", "--data", places / "data"]
-    succeed("finetune/lora.py", *base, "--train.max_steps", 3, "--eval_samples", 0, "--out_dir", trained)
+    flags = [*base, "--train.max_steps", 3, "--eval_samples", 0, "--precision", "32-true"]
+    succeed("finetune/lora.py", *flags, "--out_dir", trained)
     for name, n, several in (("one", 1, []), ("several", devices, ["--devices", devices, "--strategy", strategy])):
         flags = [*base, "--trained_dir", trained, "--precision", "32-true", "--results", tmp_path / name]
         result = run_on(n, "scripts/evaluate.py", *flags, *several)
@@ -109,7 +111,7 @@ def test_an_evaluation_counts_each_sample_once(places, tmp_path, devices, strate
 
 def test_an_answer_from_a_model_in_pieces_is_the_same(places, tmp_path):
     trained, base = tmp_path / "adapter", ["--checkpoint_dir", places / "base"]
-    few = ["--train.max_steps", 3, "--eval_samples", 0, "--data", places / "data"]
+    few = ["--train.max_steps", 3, "--eval_samples", 0, "--data", places / "data", "--precision", "32-true"]
     succeed("finetune/adapter.py", *base, *few, "--out_dir", trained)
     asked = [*base, "--prompt", "What?", "--max_new_tokens", 12, "--precision", "32-true"]
     sampled = ["--sampling.temperature", 0.8]
@@ -131,7 +133,7 @@ def test_more_devices_than_labelled_texts(places, tmp_path):
     for split in ("train", "validation"):
         write_rows(tmp_path / "words" / f"{split}.json", rows)
     data = ["--checkpoint_dir", places / "base", "--data", tmp_path / "words"]
-    steps = ["--train.max_steps", 2, "--eval_samples", 0]
+    steps = ["--train.max_steps", 2, "--eval_samples", 0, "--precision", "32-true"]
     for name, flags in (("features", []), ("full", ["--head", "classifier", *steps])):
         succeed(f"finetune/{name}.py", *data, *flags, "--out_dir", tmp_path / name)
         found = []

@@ -30,6 +30,7 @@ def reference_smollm2(smollm2_gguf):
     return transformers.PreTrainedTokenizerFast.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
 
 
+@pytest.mark.weights
 def test_equals_transformers(smollm2, reference_smollm2):
     """On its own where digits are left out; with digits split off first on everything.
 
@@ -68,6 +69,7 @@ def written_out_bpe(words: list[str], vocab: dict, merges: list, whole_words: bo
     return ids
 
 
+@pytest.mark.weights
 def test_equals_bpe_written_out_with_digits_alone(smollm2, reference_smollm2):
     regex = pytest.importorskip("regex")
     content = json.loads(reference_smollm2.backend_tokenizer.to_str())["model"]
