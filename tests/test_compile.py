@@ -7,8 +7,9 @@ import torch
 from helpers import make_base, metrics, run, save_trained, sums, write_rows
 
 pytestmark = pytest.mark.slow
-every_precision = pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-every_kind = pytest.mark.parametrize("kind", ["none", "int8"])
+every_kind = pytest.mark.parametrize(
+    ("precision", "kind"), [("32-true", "none"), ("bf16-true", "none"), ("bf16-true", "int8")]
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,6 @@ def check_compiled(precision: str, *command: object, stdin: str = "") -> None:
         assert re.sub(r"\d+ ms", "", compiled.stdout) == re.sub(r"\d+ ms", "", plain.stdout)
 
 
-@every_precision
 @every_kind
 @pytest.mark.parametrize("script", ["base", "adapter"])
 def test_generate(script, precision, kind, folder):
@@ -45,7 +45,7 @@ def test_generate(script, precision, kind, folder):
     check_compiled(precision, f"generate/{script}.py", *where, *flags)
 
 
-@every_precision
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_chat(precision, folder):
     said = f"add 3 and 9\n/load {folder / 'trained'}\nadd 4 and 1\n/load\nand 5?\n"
     check_compiled(
@@ -53,14 +53,12 @@ def test_chat(precision, folder):
     )
 
 
-@every_precision
 @every_kind
 def test_evaluate(precision, kind, folder):
     flags = ["--trained_dir", folder / "trained", "--data", folder / "data", "--batch_size", 3, "--quantize", kind]
     check_compiled(precision, "scripts/evaluate.py", *flags)
 
 
-@every_precision
 @every_kind
 def test_training(precision, kind, folder, tmp_path):
     flags = ["--checkpoint_dir", folder / "base", "--data", folder / "data", "--start_layer", 1, "--eval_samples", 2]
