@@ -276,4 +276,4 @@ def test_a_run_over_a_wide_base_says_so_where_it_is_loaded_over_int8(tmp_path, c
 def test_full_has_nothing_to_quantize(tmp_path):
     write_rows(tmp_path / "sums.json", sums(20))
     flags = ["--checkpoint_dir", make_base(tmp_path / "base"), "--data", tmp_path / "sums.json", "--quantize", "int8"]
-    refuse("finetune/full.py", *flags, "--out_dir", tmp_path / "out", message="full trains every block")
+    refuse("finetune/full.py", *flags, "--out_dir", tmp_path / "out", message="unknown flag --quantize")
