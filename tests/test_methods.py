@@ -1,4 +1,4 @@
-"""Every method but LLaMA-Adapter, which has a file of its own: formulas, gradients, decoding, counts, PEFT."""
+"""Every method: gradients, decoding, counts; and formulas and PEFT of all but LLaMA-Adapter (test_adapter.py)."""
 
 import copy
 import math
@@ -35,6 +35,8 @@ from lit_llama.trained import kept_tensors, load_trained, trained_tensors
 
 IDENTITY = [name for name in CASES if not name.startswith(("soft", "prefix"))]
 SHAPES = [dict(), dict(n_kv_head=6, bias=True), dict(tie_embeddings=True, rope_scaling=SCALING)]
+
+
 def count(name: str, method: str, **arguments) -> int:
     with torch.device("meta"):
         model = LLaMA(LLaMAConfig.from_name(name))
@@ -54,6 +56,7 @@ def count(name: str, method: str, **arguments) -> int:
         ("prefix", dict(prompt_length=30), 7_864_320),
         ("prefix", dict(prompt_length=10, mlp_size=512), 136_618_496),
         ("houlsby", dict(bottleneck_size=64), 33_820_672 + 266_240),
+        ("adapter", dict(), 1_229_760),
         ("adapter_v2", dict(), 4_279_744),
         ("adapter_v2", dict(scale_head=False), 4_215_744),
         ("lora", dict(), 4_194_304),
@@ -65,15 +68,15 @@ def test_count_of_trained_numbers_of_7b(method, arguments, expected):
 
 
 @pytest.mark.parametrize(
-    ("name", "prefix", "lora"),
+    ("name", "adapter", "prefix", "lora"),
     [
-        ("tiny-llama-1.1b", 112_640, 1_126_400),
-        ("smollm2-135m", 115_200, 460_800),
-        ("Llama-3.2-1B", 163_840, 851_968),
+        ("tiny-llama-1.1b", 410_240, 112_640, 1_126_400),
+        ("smollm2-135m", 161_532, 115_200, 460_800),
+        ("Llama-3.2-1B", 287_168, 163_840, 851_968),
     ],
 )
-def test_count_of_trained_numbers_of_smaller_models(name, prefix, lora):
-    assert count(name, "prefix") == prefix and count(name, "lora") == lora
+def test_count_of_trained_numbers_of_smaller_models(name, adapter, prefix, lora):
+    assert [count(name, method) for method in ("adapter", "prefix", "lora")] == [adapter, prefix, lora]
 
 
 @pytest.mark.parametrize("changes", SHAPES)
@@ -105,7 +108,7 @@ def test_what_trains_of_the_base():
     assert of_the_base("full") == set(base) - {"lm_head.weight"}
     assert of_the_base("output_layers") == last | {"transformer.ln_f.weight", "lm_head.weight"}
     assert of_the_base("houlsby") == of_the_base("adapter_v2") == norms
-    assert not any(of_the_base(case) for case in ("soft_prompt", "prefix", "prefix by an MLP", "lora"))
+    assert not any(of_the_base(case) for case in ("soft_prompt", "prefix", "prefix by an MLP", "adapter", "lora"))
 
 
 @every_case
@@ -367,20 +370,11 @@ def test_the_vectors_of_texts_are_those_of_each_text_alone():
 
 @pytest.mark.parametrize(
     ("method", "arguments"),
-    [
-        ("output_layers", dict(n_blocks=4)),
-        ("soft_prompt", dict(prompt_length=0)),
-        ("prefix", dict(prompt_length=64)),
-        ("prefix", dict(mlp_size=-1)),
-        ("houlsby", dict(bottleneck_size=0)),
-        ("adapter_v2", dict(start_layer=3)),
-        ("lora", dict(r=0)),
-        ("lora", dict(dropout=1.0)),
-        ("lora", dict(targets=("w",))),
-    ],
+    [("lora", dict(targets=("w",))), ("adapter", dict(gate="row")), ("adapter", dict(gate_activation="relu"))],
 )
-def test_arguments_out_of_range_are_refused(method, arguments):
-    with pytest.raises(ValueError, match=r"\d"):
+def test_unknown_words_are_refused(method, arguments):
+    """Numbers out of range: test_ranges.py."""
+    with pytest.raises(ValueError, match="row|relu|w"):
         METHODS[method](tiny_model(), **arguments)
 
 

@@ -40,13 +40,13 @@ from lit_llama.quantize import (
 )
 from lit_llama.trained import load_trained_folder, trained_tensors
 
-OVER_INT8 = ["adapter", *(case for case in CASES if case != "full")]  # full keeps nothing of the base
+OVER_INT8 = [case for case in CASES if case != "full"]  # full keeps nothing of the base
 every_case = pytest.mark.parametrize("case", OVER_INT8)
 
 
 def over_int8(case: str, dtype=torch.float32, on: bool = True, **changes):
     """A tiny int8 base with the method; with ``on`` all that trains is away from where it starts."""
-    method, arguments = {**CASES, "adapter": ("adapter", dict(start_layer=1))}[case]
+    method, arguments = CASES[case]
     model = tiny_model(**changes).to(dtype)
     quantize_base(model, "int8")
     model.requires_grad_(False)
@@ -175,7 +175,7 @@ def test_every_method_trains_over_int8_and_leaves_the_base_alone(case):
 
 @every_case
 def test_what_trains_is_what_trains_over_a_wide_base(case):
-    method, arguments = {**CASES, "adapter": ("adapter", dict(start_layer=1))}[case]
+    method, arguments = CASES[case]
     wide = tiny_model().requires_grad_(False)
     METHODS[method](wide, **arguments)
     narrow = over_int8(case, on=False)
