@@ -137,6 +137,7 @@ def check_kills(places, tmp_path, n_kills: int) -> None:
         assert not list(out_dir.rglob(".*tmp*"))  # what the killed run had begun to write
 
 
+@pytest.mark.processes
 def test_twenty_kills(places, tmp_path):
     check_kills(places, tmp_path, 20)
 

@@ -48,6 +48,7 @@ def errors(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("error: ")]
 
 
+@pytest.mark.processes
 def test_two_nodes_are_two_devices(start, places, tmp_path):
     _, flags = places
     flags = [*flags, "--train.max_steps", 4, "--train.batch_size", 4, "--train.eval_every", 2, "--eval_samples", 4]
@@ -113,6 +114,7 @@ def test_a_mistake_is_told_once(places, tmp_path):
     assert len(errors(result.stderr)) == 1 and "start_layer 7 must lie within 0 and 2" in errors(result.stderr)[0]
 
 
+@pytest.mark.processes
 def test_a_rank_that_is_killed_ends_the_job_which_goes_on_alone(start, places, tmp_path):
     _, flags = places
     flags = [*flags, "--train.max_steps", 300, "--train.eval_every", 300, "--train.save_every", 5, "--eval_samples", 0]

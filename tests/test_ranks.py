@@ -17,6 +17,7 @@ from lit_llama.methods.lora import add_lora
 from lit_llama.sharding import shard
 from lit_llama.trained import load_trained, read_method
 
+pytestmark = pytest.mark.processes
 WORKER = ROOT / "tests" / "ranks_worker.py"
 METHODS = ("adapter", "lora", "full")
 CASES = [(name, devices, "ddp") for name in METHODS for devices in (2, 3)]
