@@ -139,7 +139,7 @@ def test_a_run_says_what_it_needs_before_it_runs_out(tmp_path, monkeypatch):
     monkeypatch.setattr("lit_llama.memory.free_memory", lambda device: 300_000)
     message = "a step takes about .* GB on each device, where .* are free; pass .*--quantize int8, --checkpointing, a"
     refuse("finetune/adapter.py", *flags, message=message)
-    refuse("finetune/adapter.py", *flags, "--quantize", "int8", message="pass one or more of (--precision bf16-true, )?--checkpointing, a")
+    refuse("finetune/adapter.py", *flags, "--quantize", "int8", message="pass one or more of .*--checkpointing, a")
     assert not (tmp_path / "out" / "method.json").exists()
     monkeypatch.setattr("lit_llama.memory.free_memory", lambda device: 10**9)
     result = run("finetune/adapter.py", *flags)
