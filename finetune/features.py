@@ -47,7 +47,7 @@ def main(
         max_seq_length: Longer texts lose their beginning.
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
         seed: Of what the forest draws at random.
-        overwrite: Start anew in an out_dir that holds a run.
+        overwrite: Replace the run in out_dir.
         yes: Do not ask before a download.
     """
     if classifier not in CLASSIFIERS:

@@ -115,11 +115,11 @@ def measure(kind: str, contenders: list[Contender], work: list[list[tuple]], lim
 
 
 def hear(end: Any) -> Any:
-    """What a contender says; what to say of one that ended without a word."""
+    """What a contender says; what to say of one that ended without an error."""
     try:
         return end.recv()
     except EOFError:
-        return "its process ended without a word; perhaps it was killed for want of memory"
+        return "its process ended without an error; it may have run out of memory"
 
 
 def count_tokens(kind: str, jobs: list[tuple]) -> int:

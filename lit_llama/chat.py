@@ -4,7 +4,7 @@
         turn 2   [system][user 1][answer 1][user 2][answer 2]     fed: the end of answer 1, user 2, answer 2
                   `---- in the cache already ----'
 
-The ids of the whole conversation are put together anew for every turn, and the cache serves as far as they begin as it
+The ids of the whole conversation are put together again for every turn, and the cache serves as far as they begin as it
 does: all of the old turns as a rule, and nothing after /system, /load, or when the oldest turns had to go.
 """
 
@@ -187,7 +187,7 @@ class Chat:
 
     def reset(self, _: str = "") -> str:
         self.turns = []
-        return "the conversation starts anew"
+        return "the conversation starts again"
 
     def swap(self, argument: str) -> str:
         """Load a folder and start a new conversation, because old answers would be examples for the new model.

@@ -217,7 +217,7 @@ CGROUP_FILES = {  # of version 2 and 1: where the tree is, the limit, what is us
 def cgroup_rooms() -> list[float]:
     """What each control group around this process leaves it; infinity at the end, as if there were one without limit.
 
-    The kernel kills without a word whoever goes beyond: https://docs.kernel.org/admin-guide/cgroup-v2.html#memory.
+    The kernel kills a process that goes beyond it, without an error: https://docs.kernel.org/admin-guide/cgroup-v2.html#memory.
     """
     rooms: list[float] = []
     for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():

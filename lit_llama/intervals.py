@@ -14,7 +14,7 @@ def share_interval(right: int, total: int) -> tuple[float, float]:
 
 
 def loss_interval(losses: list[float], counts: list[int], seed: int = 0) -> tuple[float, float]:
-    """Of sum(losses) / sum(counts), a loss per token, by drawing the samples anew 2,000 times (the bootstrap)."""
+    """Of sum(losses) / sum(counts), a loss per token, by drawing the samples again 2,000 times (the bootstrap)."""
     rows = np.random.default_rng(seed).integers(len(losses), size=(2000, len(losses)))
     drawn = np.asarray(losses)[rows].sum(1) / np.asarray(counts)[rows].sum(1)
     low, high = np.quantile(drawn, (0.025, 0.975))

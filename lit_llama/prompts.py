@@ -148,7 +148,7 @@ def chat_template(tokenizer: Tokenizer, style: str | None) -> str | None:
 
 
 def write_chat_template(folder: Path, tokenizer: Tokenizer, style: str | None) -> None:
-    """Write ``chat_template`` into the tokenizer's settings in ``folder``: whoever reads it asks in this style."""
+    """Write ``chat_template`` into the tokenizer's settings in ``folder``: a reader then asks in this style."""
     template = chat_template(tokenizer, style)
     if template is not None:
         write_json(folder / SETTINGS_FILE, read_settings(folder) | {"chat_template": template})

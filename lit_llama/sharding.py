@@ -90,7 +90,7 @@ def place(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
 
 @contextmanager
 def keep_in_step(fabric: Fabric | None, model: LLaMA) -> Iterator[None]:
-    """Without gradients: whoever leaves first passes through a sharded model for nothing until all have left.
+    """Without gradients: a rank that leaves first passes through a sharded model for nothing until all have left.
 
     Before every pass the ranks count those that are still at work.
     """

@@ -47,7 +47,7 @@ class AdapterAttention(CausalSelfAttention):
 
     def attend(self, q, k, v, input_pos=None, mask=None):
         y = super().attend(q, k, v, input_pos, mask)  # (B, nh, T, hs)
-        if input_pos is None:  # the prompt is learning: project it anew
+        if input_pos is None:  # the prompt is learning: project it again
             ak, av = self.prompt_kv(q.dtype)
         else:  # decoding: once per cache, never beyond its life
             if self.kv_cache.prompt is None:
