@@ -40,7 +40,10 @@ class Sample:
 
     def key(self) -> str:
         """The content as one string, by which duplicates and the hash split go."""
-        return json.dumps([self.messages, self.text], sort_keys=True)
+        return sorted_json([self.messages, self.text])
+
+
+sorted_json = json.JSONEncoder(sort_keys=True).encode  # json.dumps would build the encoder for every sample
 
 
 class Samples:
