@@ -182,12 +182,12 @@ def test_a_full_disk_under_the_metrics(places, tmp_path, monkeypatch):  # noqa: 
     check_that_it_goes_on(places, tmp_path, monkeypatch, "metrics.csv cannot be written .No space left on device")
 
 
-def without_permission(folder: Path, pipe) -> None:
+def without_permission(folder: Path, fabric: Fabric, pipe) -> None:
     """In a child, which is root no longer: what comes of each kind of write into ``folder``."""
+    said, settings = [], read_json(folder / "method.json")
     if os.getuid() == 0:
         os.setgid(65534)
         os.setuid(65534)
-    said, fabric, settings = [], Fabric(accelerator="cpu", devices=1), read_json(folder / "method.json")
     for write in (
         lambda: Run(fabric, folder, settings, resume=True).start(0),
         lambda: Run(fabric, folder / "new", settings).start(0),
@@ -210,10 +210,12 @@ def test_a_folder_without_write_permission(places, tmp_path):  # noqa: F811
         folder.chmod(0o755)
     (tmp_path / "out").chmod(0o555)
     here, there = multiprocessing.Pipe()
-    child = multiprocessing.get_context("fork").Process(target=without_permission, args=(tmp_path / "out", there))
+    arguments = (tmp_path / "out", Fabric(accelerator="cpu", devices=1), there)  # made while all may be imported
+    child = multiprocessing.get_context("fork").Process(target=without_permission, args=arguments)
     child.start()
     child.join()
     (tmp_path / "out").chmod(0o755)
+    assert here.poll()
     uid, said = here.recv()
     assert uid != 0
     for message in said:

@@ -1,4 +1,4 @@
-"""EleutherAI's lm_eval, as README calls it, on what we export."""
+"""EleutherAI's lm_eval, as docs/formats.md calls it, on what we export."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from lit_llama.peft_format import export_peft
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.trained import load_trained_folder
 
-README = Path(__file__).parent.parent / "README.md"
+FORMATS = Path(__file__).parent.parent / "docs" / "formats.md"
 TASK = """
 task: tiny
 dataset_path: json
@@ -45,7 +45,7 @@ def test_the_command_gives_our_log_probabilities(tmp_path, monkeypatch, method, 
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "tiny.yaml").write_text(TASK.format(folder=tmp_path))
 
-    (command,) = re.findall(r"lm_eval --model hf[^`]*", README.read_text(encoding="utf-8"))
+    (command,) = re.findall(r"lm_eval --model hf[^`]*", FORMATS.read_text(encoding="utf-8"))
     places = {"exported/base": tmp_path / "hf", "out/peft/bookings": tmp_path / "peft"}
     for place, ours in {**places, "arc_easy": f"tiny --include_path {tmp_path} --device cpu"}.items():
         command = command.replace(place, str(ours))
