@@ -138,7 +138,7 @@ class JSONBackend:
         self.bos_id: int | None = bos if (in_front == [bos] if wanted is None else wanted) else None
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def token(self, token_id: int) -> str:
         return self.tokenizer.id_to_token(token_id) or ""

@@ -22,7 +22,7 @@ def test_a_failed_method_is_reported_and_the_others_go_on(folder, tmp_path):
     flags = ["--checkpoint_dir", base, "--data", folder / "sums", "--n_samples", 3, "--batch_size", 3]
     flags += ["--methods", "[adapter, lora]", "--shots", "[]", "--out_dir", tmp_path / "out"]
     result = run(COMPARE, *flags)
-    assert result.returncode == 2 and "start_layer 2 within 0 to 1" in result.stderr.splitlines()[-1]
+    assert result.returncode == 2 and "start_layer 2 must lie within 0 and 1" in result.stderr.splitlines()[-1]
     content = json.loads((tmp_path / "out/results.json").read_text())
     assert list(content["results"]) == ["lora"] and "start_layer" in content["failed"]["adapter"]
 
