@@ -67,7 +67,6 @@ def main(
     counts = dict(rounds=rounds, steps=steps, batch_size=batch_size, new_tokens=new_tokens)
     for name, value in (counts | sizes).items():
         check_range(f"--{name}", value, 1, MOST_SAMPLES)
-    ensure_base(checkpoint_dir, yes)
 
     import torch
 
@@ -85,6 +84,7 @@ def main(
         pass  # refuses what it cannot read before anything is fetched
     if results is not None:
         check_writable(results)
+    ensure_base(checkpoint_dir, yes)
     task = load_task(data, checkpoint_dir, None, min(512, load_config(checkpoint_dir).block_size))
     precision = ours[0].precision
     if task.tokenizer.vocab_size > ours[0].config.vocab_size:

@@ -75,7 +75,6 @@ def main(
     check_range("--seed", seed, 0, MOST_SEED)
     for count in shots:
         check_range("--shots", count, 0, MOST)
-    ensure_base(checkpoint_dir, yes)
 
     from lit_llama.checkpoint import load_config
     from lit_llama.data import split_file
@@ -92,6 +91,7 @@ def main(
     methods, shots = possible_runs(methods, shots, Path(data))
     folder = Path(out_dir or f"out/compare/{Path(data).stem}")
     check_writable(folder / "settings.json")
+    ensure_base(checkpoint_dir, yes)
     split = "test" if split_file(Path(data), "test") else "validation"
     settings = dict(data=data, split=split, n_samples=n_samples, batch_size=batch_size, seed=seed, pilot=pilot)
     settings |= dict(checkpoint_dir=checkpoint_dir, max_test_samples=max_test_samples, pilot_samples=pilot_samples)

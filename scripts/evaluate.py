@@ -69,8 +69,6 @@ def main(
     for name, value in (("max_samples", max_samples), ("batch_size", batch_size), ("max_seq_length", max_seq_length)):
         check_range(f"--{name}", value, 1, MOST)
     check_range("--shots", shots, 0, MOST)
-    if not trained_dir:
-        ensure_base(checkpoint_dir or DEFAULT_BASE)
 
     from lit_llama import ranks
     from lit_llama.answerer import load_answerer
@@ -95,6 +93,8 @@ def main(
         raise cli.UserError(f"{data} holds no {split} file; give the file to evaluate, or another --split")
     if results is not None:
         check_writable(results)
+    if not trained_dir:
+        ensure_base(checkpoint_dir or DEFAULT_BASE)
     samples = read_samples(file)[:max_samples]
     fabric = launch(devices, num_nodes, strategy)
     dtype = base_dtype(precision, fabric.device)
