@@ -8,19 +8,20 @@ Paper: https://arxiv.org/abs/2101.00190. What it adds to the model: lit_llama/me
 
 import torch
 
-from lit_llama import cli, ranks
-from lit_llama.batches import collate, step_indices
-from lit_llama.blocks import unwrap_blocks, wrap_blocks
+from lit_llama import cli
 from lit_llama.checkpoint import load_model
-from lit_llama.data import check_data, load_task
-from lit_llama.devices import base_dtype, broadcast_trained, launch
-from lit_llama.download import ensure_base
-from lit_llama.evaluate import BeforeAfter
-from lit_llama.memory import check_memory
+from lit_llama.data.batches import collate, step_indices
+from lit_llama.data.task import check_data, load_task
+from lit_llama.devices import ranks
+from lit_llama.devices.blocks import unwrap_blocks, wrap_blocks
+from lit_llama.devices.launch import base_dtype, broadcast_trained, launch
+from lit_llama.devices.memory import check_memory
+from lit_llama.devices.quantize import quantize_base
+from lit_llama.devices.sharding import check_together, shard
+from lit_llama.formats.download import ensure_base
 from lit_llama.methods.prefix import add_prefix
-from lit_llama.quantize import quantize_base
 from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
-from lit_llama.sharding import check_together, shard
+from lit_llama.train.evaluate import BeforeAfter
 from lit_llama.train.loss import clip_gradient, split_by_tokens, sum_over_ranks, target_loss, validate
 from lit_llama.train.run import Run, default_out_dir
 from lit_llama.train.schedule import learning_rate_at

@@ -39,10 +39,10 @@ def main(
             several devices none.
         compile: Compile the blocks by torch.compile: half a minute first; in float32 on a CPU nothing is gained.
     """
-    from lit_llama import ranks
-    from lit_llama.answerer import answering
-    from lit_llama.classify import is_classifier
-    from lit_llama.generate import stream_answer
+    from lit_llama.devices import ranks
+    from lit_llama.generate.classify import is_classifier
+    from lit_llama.generate.decode import stream_answer
+    from lit_llama.generate.load import answering
     from lit_llama.trained import read_method
 
     if is_classifier(read_method(trained_dir)):

@@ -5,7 +5,7 @@ python generate/base.py --prompt "Once upon a time" --prompt_style plain --sampl
 """
 
 from lit_llama import cli
-from lit_llama.download import ensure_base
+from lit_llama.formats.download import ensure_base
 from lit_llama.settings import DEFAULT_BASE, Sampling
 
 
@@ -39,8 +39,8 @@ def main(
     """
     ensure_base(checkpoint_dir)
 
-    from lit_llama.answerer import answering
-    from lit_llama.generate import stream_answer
+    from lit_llama.generate.decode import stream_answer
+    from lit_llama.generate.load import answering
 
     flags = (None, checkpoint_dir, prompt_style, precision, quantize, compile, devices, num_nodes)
     with answering(*flags) as (loaded, fabric):

@@ -34,12 +34,12 @@ def main(
         quantize: What the base's weights are kept in: none, int8, or on CUDA nf4.
     """
     from lit_llama.checkpoint import load_model
-    from lit_llama.devices import base_dtype, default_device
-    from lit_llama.download import ensure_base
-    from lit_llama.generate import generate_batch
-    from lit_llama.mixed import Mixer
-    from lit_llama.prompts import choose_style, encode_prompt, stop_ids
-    from lit_llama.quantize import prepack, quantize_base
+    from lit_llama.data.prompts import choose_style, encode_prompt, stop_ids
+    from lit_llama.devices.launch import base_dtype, default_device
+    from lit_llama.devices.quantize import prepack, quantize_base
+    from lit_llama.formats.download import ensure_base
+    from lit_llama.generate.decode import generate_batch
+    from lit_llama.generate.mixed import Mixer
     from lit_llama.tokenizer import Tokenizer
     from lit_llama.trained import base_method, read_method
 
@@ -72,7 +72,7 @@ def main(
 
 
 def read_requests(path: Path) -> list[dict]:
-    from lit_llama.samples import jsonl_rows, read_text
+    from lit_llama.data.samples import jsonl_rows, read_text
 
     if not path.is_file():
         raise cli.UserError(f"--requests {path} is missing")

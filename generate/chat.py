@@ -11,7 +11,7 @@ import sys
 
 from lit_llama import cli
 from lit_llama.common.errors import check_range
-from lit_llama.download import ensure_base
+from lit_llama.formats.download import ensure_base
 from lit_llama.settings import DEFAULT_BASE, MOST_TOKENS, Sampling
 
 
@@ -44,10 +44,10 @@ def main(
     if not trained_dir:
         ensure_base(checkpoint_dir or DEFAULT_BASE, yes)
 
-    from lit_llama.chat import Chat, converse, edit_lines
     from lit_llama.checkpoint import load_model
-    from lit_llama.devices import base_dtype, default_device
-    from lit_llama.prompts import choose_style
+    from lit_llama.data.prompts import choose_style
+    from lit_llama.devices.launch import base_dtype, default_device
+    from lit_llama.generate.chat import Chat, converse, edit_lines
     from lit_llama.tokenizer import Tokenizer
     from lit_llama.trained import base_method, read_method
 

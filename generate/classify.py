@@ -25,9 +25,9 @@ def main(
         checkpoint_dir: Folder of the base, where it is no longer where it was in training.
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
     """
-    from lit_llama.classify import load_classifier
-    from lit_llama.devices import base_dtype, default_device
-    from lit_llama.prompts import choose_style, encode_prompt
+    from lit_llama.data.prompts import choose_style, encode_prompt
+    from lit_llama.devices.launch import base_dtype, default_device
+    from lit_llama.generate.classify import load_classifier
     from lit_llama.tokenizer import Tokenizer
 
     device = default_device()

@@ -18,8 +18,8 @@ from typing import NoReturn, get_args
 
 from jsonargparse import ArgumentParser, Namespace, auto_parser
 
-from lit_llama import ranks
 from lit_llama.common.errors import Interrupted, UserError
+from lit_llama.devices import ranks
 from lit_llama.settings import SHARED_FLAGS
 
 

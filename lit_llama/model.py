@@ -60,7 +60,7 @@ class LLaMAConfig:
 
 def unfreeze(module: nn.Module) -> None:
     """Let a module's weights train: in float32, for in bfloat16 an optimizer step of 1e-3 on 0.5 is lost."""
-    for layer in [layer for layer in module.modules() if hasattr(layer, "widen")]:  # narrow: lit_llama/quantize.py
+    for layer in [layer for layer in module.modules() if hasattr(layer, "widen")]:  # devices/quantize.py
         layer.widen()
     module.float().requires_grad_(True)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lit_llama import __version__, ranks
+from lit_llama import __version__
 from lit_llama.checkpoint import (
     MODEL_FILE,
     check_dtypes,
@@ -19,14 +19,15 @@ from lit_llama.checkpoint import (
     load_model,
 )
 from lit_llama.common.errors import UserError, check_range
-from lit_llama.files import read_json, read_tensors, tensor_headers
+from lit_llama.common.files import read_json, read_tensors, tensor_headers
+from lit_llama.devices import ranks
+from lit_llama.devices.quantize import count_numbers, quantization, quantize_base
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA
-from lit_llama.quantize import count_numbers, quantization, quantize_base
 from lit_llama.settings import MOST_TOKENS
 
 if TYPE_CHECKING:  # data is loaded above this module
-    from lit_llama.data import Task
+    from lit_llama.data.task import Task
     from lit_llama.settings import TrainArgs
 
 TRAINED_FILE, METHOD_FILE = "trained.safetensors", "method.json"

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 from lit_llama import cli
 from lit_llama.common.errors import check_range
-from lit_llama.download import ensure_base
+from lit_llama.formats.download import ensure_base
 from lit_llama.settings import DEFAULT_BASE, MOST_SAMPLES
 
 if TYPE_CHECKING:
-    from lit_llama.contenders import Contender
+    from lit_llama.measure.contenders import Contender
 
 OPTIONS = ("compile", "checkpointing", "int8", "nf4")
 KINDS = ("train", "decode", "load")
@@ -70,12 +70,12 @@ def main(
 
     import torch
 
-    from lit_llama.batches import step_indices
-    from lit_llama.benchmark import limits, measure, measure_load, table
     from lit_llama.checkpoint import load_config
-    from lit_llama.data import load_splits, load_task
-    from lit_llama.files import atomic_write, check_writable
-    from lit_llama.samples import read_text
+    from lit_llama.common.files import atomic_write, check_writable
+    from lit_llama.data.batches import step_indices
+    from lit_llama.data.samples import read_text
+    from lit_llama.data.task import load_splits, load_task
+    from lit_llama.measure.benchmark import limits, measure, measure_load, table
 
     if missing := [name for name in against if name in OTHERS and find_spec(name) is None]:
         raise cli.UserError(f"--against {', '.join(missing)}: not installed; pip install it, or leave it out")
@@ -126,8 +126,8 @@ def choose(
 ) -> "tuple[list[Contender], list[Contender]]":
     """Our contenders and the others, from the flags; ``sizes`` of micro-batches. UserError for what is unknown."""
     from lit_llama.configs import CONFIGS
-    from lit_llama.contenders import Contender
-    from lit_llama.devices import default_device, resolve_precision
+    from lit_llama.devices.launch import default_device, resolve_precision
+    from lit_llama.measure.contenders import Contender
     from lit_llama.methods import METHODS
 
     for name, given, known in (("kinds", kinds, KINDS), ("methods", methods, METHODS), ("against", against, OTHERS)):

@@ -20,8 +20,8 @@ from pathlib import Path
 from lit_llama import cli
 from lit_llama.bars import Bar
 from lit_llama.common.errors import check_range
-from lit_llama.comparison import METHODS, ScriptRun, ablation_jobs, pilot_jobs, variant_jobs
-from lit_llama.download import ensure_base
+from lit_llama.formats.download import ensure_base
+from lit_llama.measure.comparison import METHODS, ScriptRun, ablation_jobs, pilot_jobs, variant_jobs
 from lit_llama.settings import DEFAULT_BASE, MOST, MOST_SAMPLES, MOST_SEED
 
 ROOT = Path(__file__).parent.parent
@@ -77,10 +77,10 @@ def main(
         check_range("--shots", count, 0, MOST)
 
     from lit_llama.checkpoint import load_config
-    from lit_llama.data import split_file
-    from lit_llama.devices import STRATEGIES, check_launcher
-    from lit_llama.files import check_writable
-    from lit_llama.sharding import check_sharding
+    from lit_llama.common.files import check_writable
+    from lit_llama.data.task import split_file
+    from lit_llama.devices.launch import STRATEGIES, check_launcher
+    from lit_llama.devices.sharding import check_sharding
     from lit_llama.train.run import save_command_line
 
     check_launcher(devices, num_nodes=1)
@@ -127,7 +127,7 @@ def possible_runs(
 
     UserError for an unknown method.
     """
-    from lit_llama.data import load_splits
+    from lit_llama.data.task import load_splits
 
     unknown = set(methods) - set(METHODS)
     if unknown or not methods:
@@ -146,7 +146,7 @@ def possible_runs(
 
 def keep_settings(path: Path, settings: dict) -> None:
     """Refuse to mix runs of other settings with those that are finished."""
-    from lit_llama.files import read_json, write_json
+    from lit_llama.common.files import read_json, write_json
     from lit_llama.train.run import differences
 
     earlier = {"devices": 1, "strategy": "auto"}  # of a comparison that was begun before there was a choice
@@ -162,7 +162,7 @@ def keep_settings(path: Path, settings: dict) -> None:
 
 def run_jobs(trials: list[ScriptRun], jobs: list[ScriptRun], settings: dict, failed: dict[str, str], bar: Bar) -> None:
     """Train the trials, then each job at the learning rate of its method's best trial, and evaluate it."""
-    from lit_llama.report import learning_rate, lowest_loss
+    from lit_llama.measure.report import learning_rate, lowest_loss
 
     shared = ["--data", settings["data"], "--checkpoint_dir", settings["checkpoint_dir"]]
     common = [*shared, "--eval_samples", "0", "--train.batch_size", str(settings["batch_size"])]
@@ -260,10 +260,10 @@ def report(
     failed: dict[str, str],
 ) -> None:
     """Measure what did not fail, and write it as a .json file, as a table, and as plots."""
-    from lit_llama.data import load_task
-    from lit_llama.files import atomic_write, write_json
-    from lit_llama.plots import plot_ablations, plot_comparison
-    from lit_llama.report import markdown, quality
+    from lit_llama.common.files import atomic_write, write_json
+    from lit_llama.data.task import load_task
+    from lit_llama.measure.plots import plot_ablations, plot_comparison
+    from lit_llama.measure.report import markdown, quality
     from lit_llama.train.run import read_metrics
 
     done = [job for job in jobs if job.name not in failed]
@@ -285,8 +285,8 @@ def report(
 def measure(job: ScriptRun, samples: list, file: Path) -> dict:
     """All figures of one finished run."""
     from lit_llama.checkpoint import load_model
-    from lit_llama.files import read_json
-    from lit_llama.report import flops_per_token, learning_rate, lowest_loss, quality
+    from lit_llama.common.files import read_json
+    from lit_llama.measure.report import flops_per_token, learning_rate, lowest_loss, quality
     from lit_llama.train.run import COSTS_FILE, read_metrics
     from lit_llama.trained import load_trained_folder, read_method
 

@@ -54,9 +54,9 @@ def main(
 
 def find_converter(source: Path) -> tuple[Callable, str]:
     """What converts ``source``, and what it is in words."""
-    from lit_llama.convert import convert_hf, convert_lit, convert_meta
-    from lit_llama.convert_gguf import convert_gguf
-    from lit_llama.peft_format import import_peft
+    from lit_llama.formats.convert import convert_hf, convert_lit, convert_meta
+    from lit_llama.formats.convert_gguf import convert_gguf
+    from lit_llama.formats.peft import import_peft
 
     if not source.exists():
         raise UserError(f"{source} is missing")

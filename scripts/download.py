@@ -21,7 +21,7 @@ def main(repo_id: str | None = None, out_dir: Path | None = None, revision: str 
         out_dir: Folder to write, by default one below checkpoints/ with the model's name.
         revision: Branch, tag or commit of the repository, by default its main branch.
     """
-    from lit_llama.download import DEFAULT_BASE, download_default, download_hub
+    from lit_llama.formats.download import DEFAULT_BASE, download_default, download_hub
 
     if repo_id is None and revision is not None:
         raise UserError("--revision belongs to --repo_id; the default base is one pinned file")

@@ -4,7 +4,7 @@
     python scripts/estimate_memory.py --model checkpoints/NAME --method lora --arguments '{r: 16}' --device cpu
     python scripts/estimate_memory.py --model Llama-2-70b --method lora --devices 8 --strategy fsdp
 
-How it is worked out: lit_llama/memory.py. The finetune scripts do the same for their own data, and say so before they
+How it is worked out: devices/memory.py. The finetune scripts do the same for their own data, and say so before they
 run out.
 """
 
@@ -47,8 +47,8 @@ def main(
     """
     from lit_llama.checkpoint import load_config
     from lit_llama.configs import CONFIGS
-    from lit_llama.devices import PRECISIONS, STRATEGIES, held_memory
-    from lit_llama.memory import NARROW_BYTES, estimate, imagined
+    from lit_llama.devices.launch import PRECISIONS, STRATEGIES, held_memory
+    from lit_llama.devices.memory import NARROW_BYTES, estimate, imagined
     from lit_llama.methods import METHODS
     from lit_llama.model import LLaMAConfig
 

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lit_llama import cli
 from lit_llama.common.errors import check_range
-from lit_llama.download import ensure_base
+from lit_llama.formats.download import ensure_base
 from lit_llama.settings import DEFAULT_BASE, MOST
 
 if TYPE_CHECKING:
     import torch
     from lightning.fabric import Fabric
 
+    from lit_llama.data.samples import Sample
     from lit_llama.model import LLaMA
-    from lit_llama.samples import Sample
     from lit_llama.tokenizer import Tokenizer
 
 
@@ -70,14 +70,14 @@ def main(
         check_range(f"--{name}", value, 1, MOST)
     check_range("--shots", shots, 0, MOST)
 
-    from lit_llama import ranks
-    from lit_llama.answerer import load_answerer
-    from lit_llama.blocks import prepare_for_inference
-    from lit_llama.classify import is_classifier
-    from lit_llama.data import split_file
-    from lit_llama.devices import base_dtype, launch
-    from lit_llama.files import check_writable
-    from lit_llama.samples import read_samples
+    from lit_llama.common.files import check_writable
+    from lit_llama.data.samples import read_samples
+    from lit_llama.data.task import split_file
+    from lit_llama.devices import ranks
+    from lit_llama.devices.blocks import prepare_for_inference
+    from lit_llama.devices.launch import base_dtype, launch
+    from lit_llama.generate.classify import is_classifier
+    from lit_llama.generate.load import load_answerer
     from lit_llama.trained import read_method
 
     sharded, labels = strategy == "fsdp", bool(trained_dir) and is_classifier(read_method(trained_dir))
@@ -132,9 +132,9 @@ def evaluate_answers(
     given: Examples,
 ) -> list[tuple]:
     """Print loss, perplexity and exact match. The ranks share the samples, and each has all results in the end."""
-    from lit_llama import ranks
-    from lit_llama.data import can_be_asked, encode_samples
-    from lit_llama.evaluate import (
+    from lit_llama.data.task import can_be_asked, encode_samples
+    from lit_llama.devices import ranks
+    from lit_llama.train.evaluate import (
         add_shots,
         answer_samples,
         count_last_answers,
@@ -171,7 +171,7 @@ def evaluate_answers(
 
 def write_results(path: Path, rows: list[tuple]) -> None:
     """Each: the row of the file (from 0), its loss, the tokens that this is a sum over, right or not, the answer."""
-    from lit_llama.files import write_json
+    from lit_llama.common.files import write_json
 
     names = ("row", "loss", "n_targets", "right", "answer")
     write_json(path, {"samples": [dict(zip(names, row, strict=True)) for row in rows]})
@@ -183,12 +183,12 @@ def evaluate_labels(
     """Print the accuracy of a classifier, and its loss: the mean of -log of the right label's probability."""
     import numpy as np
 
-    from lit_llama import ranks
-    from lit_llama.classify import load_classifier
-    from lit_llama.data import tokenize_labels
-    from lit_llama.evaluate import shared
-    from lit_llama.prompts import choose_style
+    from lit_llama.data.prompts import choose_style
+    from lit_llama.data.task import tokenize_labels
+    from lit_llama.devices import ranks
+    from lit_llama.generate.classify import load_classifier
     from lit_llama.tokenizer import Tokenizer
+    from lit_llama.train.evaluate import shared
 
     classify, method = load_classifier(trained_dir, checkpoint_dir, dtype, fabric.device)
     tokenizer, labels = Tokenizer(checkpoint_dir or method["base"]["checkpoint_dir"]), method["arguments"]["labels"]

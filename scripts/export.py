@@ -60,9 +60,9 @@ def main(
         base_model: For peft: the base in transformers, a hub id or a folder: what AutoPeftModelForCausalLM fetches by
             itself.
     """
-    from lit_llama.export import export_hf
-    from lit_llama.export_gguf import export_gguf
-    from lit_llama.peft_format import export_peft
+    from lit_llama.formats.export import export_hf
+    from lit_llama.formats.export_gguf import export_gguf
+    from lit_llama.formats.peft import export_peft
 
     export = {"hf": export_hf, "gguf": export_gguf, "peft": export_peft}[to]
     flags = dict(checkpoint_dir=checkpoint_dir, trained_dir=trained_dir, out_dir=out_dir, out_file=out_file)

@@ -44,8 +44,8 @@ def main(trained_dir: str, out_dir: str, checkpoint_dir: str | None = None, dtyp
     import torch
 
     from lit_llama.checkpoint import save_checkpoint
-    from lit_llama.convert import copy_tokenizer
-    from lit_llama.files import check_new, whole_folder
+    from lit_llama.common.files import check_new, whole_folder
+    from lit_llama.formats.convert import copy_tokenizer
     from lit_llama.train.run import save_command_line
     from lit_llama.trained import load_trained_folder, read_method
 
@@ -118,7 +118,7 @@ def merge_scales(model: "LLaMA") -> "tuple[LLaMAConfig, dict[str, Tensor]]":
 
 def save_prompts(model: "LLaMA", method: dict, base: Path) -> None:
     """Write what of adapter_v2 cannot be merged as a trained folder of adapter, over the merged base."""
-    from lit_llama.files import save_tensors, write_json
+    from lit_llama.common.files import save_tensors, write_json
     from lit_llama.methods.adapter import AdapterAttention
     from lit_llama.trained import METHOD_FILE, TRAINED_FILE, describe_base
 

@@ -18,8 +18,8 @@ def main(runs: list[str], out_file: str = "out/runs.png") -> None:
         runs: Folders that finetune scripts write; they may stand in front, without the flag.
         out_file: The picture to write: .png, .svg or .pdf.
     """
-    from lit_llama.files import check_writable
-    from lit_llama.plots import plot_runs
+    from lit_llama.common.files import check_writable
+    from lit_llama.measure.plots import plot_runs
     from lit_llama.train.run import read_metrics
 
     if Path(out_file).suffix not in (".png", ".svg", ".pdf"):

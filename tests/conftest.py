@@ -9,8 +9,8 @@ import torch
 from filelock import FileLock
 from helpers import ROOT, make_base, sums, write_rows
 
-from lit_llama import devices
-from lit_llama.download import DEFAULT_BASE, ensure_base, fetch_default_gguf
+from lit_llama.devices import launch
+from lit_llama.formats.download import DEFAULT_BASE, ensure_base, fetch_default_gguf
 
 # Tiny products gain nothing from threads, and threads that wait for a busy core cost many times what they save.
 torch.set_num_threads(1)
@@ -23,21 +23,21 @@ def auto_is_float32():
 
     Gives what decides otherwise. A process that a test starts needs the flag.
     """
-    multiplies_bf16 = devices.multiplies_bf16
+    multiplies_bf16 = launch.multiplies_bf16
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devices, "multiplies_bf16", lambda device: device.type != "cpu" and multiplies_bf16(device))
+        patch.setattr(launch, "multiplies_bf16", lambda device: device.type != "cpu" and multiplies_bf16(device))
         yield multiplies_bf16
 
 
 @pytest.fixture
 def cpus_own_auto(monkeypatch, auto_is_float32) -> None:
-    monkeypatch.setattr(devices, "multiplies_bf16", auto_is_float32)
+    monkeypatch.setattr(launch, "multiplies_bf16", auto_is_float32)
 
 
 @pytest.fixture(params=["32-true", "bf16-true"])
 def auto(request, monkeypatch) -> str:
     """What ``--precision auto`` is: a test that asks for this runs in both precisions, on any CPU."""
-    monkeypatch.setattr(devices, "multiplies_bf16", lambda device: request.param == "bf16-true")
+    monkeypatch.setattr(launch, "multiplies_bf16", lambda device: request.param == "bf16-true")
     return request.param
 
 

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_llama.checkpoint import load_model, save_checkpoint
 from lit_llama.cli import UserError, parser_of
-from lit_llama.files import save_tensors, write_json
+from lit_llama.common.files import save_tensors, write_json
 from lit_llama.methods import METHODS
 from lit_llama.methods.adapter import add_adapter
 from lit_llama.methods.lora import TARGETS

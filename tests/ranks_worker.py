@@ -1,6 +1,6 @@
 """One of the processes of tests/test_ranks.py: gradients and a whole run of several methods, on a tiny base.
 
-    python tests/ranks_worker.py BASE DATA OUT_DIR DEVICES STRATEGY METHOD...
+python tests/ranks_worker.py BASE DATA OUT_DIR DEVICES STRATEGY METHOD...
 """
 
 import importlib
@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from lit_llama.batches import collate
 from lit_llama.checkpoint import load_model
-from lit_llama.data import load_task
-from lit_llama.devices import PRECISIONS, launch
-from lit_llama.evaluate import BeforeAfter
-from lit_llama.files import save_tensors, write_json
+from lit_llama.common.files import save_tensors, write_json
+from lit_llama.data.batches import collate
+from lit_llama.data.task import load_task
+from lit_llama.devices.launch import PRECISIONS, launch
+from lit_llama.devices.sharding import is_piece, shard
 from lit_llama.methods import METHODS
 from lit_llama.settings import TrainArgs
-from lit_llama.sharding import is_piece, shard
+from lit_llama.train.evaluate import BeforeAfter
 from lit_llama.train.loss import split_by_tokens, sum_over_ranks, target_loss
 from lit_llama.trained import trained_tensors
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import TINY, adapted, tiny_model, tokens, transformers_model
 
-from lit_llama.generate import generate
+from lit_llama.generate.decode import generate
 from lit_llama.methods.adapter import AdapterAttention, add_adapter, start_from_text
 from lit_llama.model import LLaMA, LLaMAConfig, apply_rope
 from lit_llama.train.loss import target_loss

@@ -13,7 +13,7 @@ import torch
 from helpers import make_base, run, run_process, sums, write_rows
 from safetensors.torch import load_file
 
-from lit_llama.files import save_tensors
+from lit_llama.common.files import save_tensors
 
 Case = tuple[Callable[[Path], list], str]  # what to do to a copy of the places, giving the command; the message
 CASES: dict[str, Case] = {}

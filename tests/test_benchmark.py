@@ -8,10 +8,10 @@ import pytest
 import torch
 from helpers import make_base, refuse, run, sums, write_rows
 
-from lit_llama import contenders
-from lit_llama.batches import TokenizedSample
-from lit_llama.benchmark import hear, limit_of, limits, table
-from lit_llama.contenders import Contender
+from lit_llama.data.batches import TokenizedSample
+from lit_llama.measure import contenders
+from lit_llama.measure.benchmark import hear, limit_of, limits, table
+from lit_llama.measure.contenders import Contender
 from lit_llama.train.loss import target_loss
 
 
@@ -73,9 +73,7 @@ def test_micro_batches_have_the_size_that_was_asked_for(folder, tokens, passes, 
     samples = [TokenizedSample([5] * n, [-100, *[6] * (n - 1)]) for n in (40, 30, 20, 10)]
     ours = Contender("ours", str(folder / "base"), "adapter", "32-true", micro_batch_tokens=tokens)
     seen: list[int] = []
-    monkeypatch.setattr(
-        contenders, "target_loss", lambda *batch: seen.append(len(batch[1])) or target_loss(*batch)
-    )
+    monkeypatch.setattr(contenders, "target_loss", lambda *batch: seen.append(len(batch[1])) or target_loss(*batch))
     with ExitStack() as stack:
         assert contenders.build_ours(ours, "train", torch.device("cpu"), stack)(samples) == 100
     assert len(seen) == passes and sum(seen) == 4

@@ -14,7 +14,7 @@ DAYS = {"Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sun
 
 
 def load_script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "data" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -125,10 +125,18 @@ def test_no_intent_is_given_away_by_its_own_word():
         assert len(labels) >= 3 and labels[word] < 150
 
 
-@pytest.mark.parametrize("hour, minute, form, text", [
-    (19, 30, "19:30", "19:30"), (19, 0, "19h30", "19h"), (17, 15, "19h30", "17h15"), (12, 0, "1930h", "1200h"),
-    (13, 45, "19.30", "13.45"), (21, 0, "19:30", "21:00"), (20, 30, "19.30", "20.30"),
-])
+@pytest.mark.parametrize(
+    "hour, minute, form, text",
+    [
+        (19, 30, "19:30", "19:30"),
+        (19, 0, "19h30", "19h"),
+        (17, 15, "19h30", "17h15"),
+        (12, 0, "1930h", "1200h"),
+        (13, 45, "19.30", "13.45"),
+        (21, 0, "19:30", "21:00"),
+        (20, 30, "19.30", "20.30"),
+    ],
+)
 def test_write_time(hour, minute, form, text):
     assert make_bookings.write_time(form, hour, minute) == text
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from helpers import make_base, shake
 
-from lit_llama.chat import CACHE_STEP, Chat, converse, edit_lines, same_weights
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
-from lit_llama.files import save_tensors, write_json
-from lit_llama.generate import generate
+from lit_llama.common.files import save_tensors, write_json
+from lit_llama.data.prompts import encode_prompt, stop_ids
+from lit_llama.generate.chat import CACHE_STEP, Chat, converse, edit_lines, same_weights
+from lit_llama.generate.decode import generate
 from lit_llama.methods import METHODS
-from lit_llama.prompts import encode_prompt, stop_ids
 from lit_llama.settings import Sampling
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.trained import METHOD_FILE, TRAINED_FILE, describe_base, kept_tensors
@@ -201,7 +201,7 @@ def test_a_command_that_fails_does_not_end_the_chat(chat, monkeypatch):
     def closed(folder):
         raise PermissionError(errno.EACCES, "Permission denied", "closed/method.json")
 
-    monkeypatch.setattr("lit_llama.chat.read_method", closed)
+    monkeypatch.setattr("lit_llama.generate.chat.read_method", closed)
     written = talk(chat, "/load closed", "hello")
     assert written.startswith("error: closed/method.json: Permission denied\n")
     assert len(chat.turns) == 2

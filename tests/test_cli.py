@@ -14,7 +14,8 @@ from helpers import ROOT, run_process, script_parser, succeed
 from lit_llama import bars, cli
 from lit_llama.cli import UserError, bare_switches, parse, parser_of
 
-SCRIPTS = [path for folder in ("finetune", "generate", "scripts") for path in sorted((ROOT / folder).glob("*.py"))]
+SCRIPT_FOLDERS = ("finetune", "generate", "scripts", "data")
+SCRIPTS = [path for folder in SCRIPT_FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from helpers import TINY, make_base, metrics, refuse, run, succeed, tiny_model
 
-from lit_llama.batches import TokenizedSample
-from lit_llama.intervals import loss_interval, paired_difference, share_interval
-from lit_llama.report import flops_per_token, markdown, quality
+from lit_llama.data.batches import TokenizedSample
+from lit_llama.measure.intervals import loss_interval, paired_difference, share_interval
+from lit_llama.measure.report import flops_per_token, markdown, quality
 
 COMPARE = "scripts/compare_methods.py"
 

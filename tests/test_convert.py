@@ -30,7 +30,7 @@ from transformers import LlamaForCausalLM
 from lit_llama.checkpoint import load_config, load_model
 from lit_llama.cli import UserError
 from lit_llama.configs import CONFIGS
-from lit_llama.convert import convert_hf, convert_lit, convert_meta
+from lit_llama.formats.convert import convert_hf, convert_lit, convert_meta
 from lit_llama.model import LLaMAConfig
 
 CONVERT = ["scripts/convert.py", "--source"]

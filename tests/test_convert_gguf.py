@@ -17,10 +17,10 @@ from gguf import GGMLQuantizationType as Q
 from helpers import HEADS, HF_TINY, HIDDEN, HS, KV_HEADS, LAYERS, C, check_logits, interleave, refused, tiny_hf
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from lit_llama import download
 from lit_llama.checkpoint import load_config, load_model
-from lit_llama.convert_gguf import convert_gguf
-from lit_llama.download import DEFAULT_BASE, download_hub, ensure_base, fetch_default_gguf
+from lit_llama.formats import download
+from lit_llama.formats.convert_gguf import convert_gguf
+from lit_llama.formats.download import DEFAULT_BASE, download_hub, ensure_base, fetch_default_gguf
 from lit_llama.model import LLaMAConfig
 
 ROOT = Path(__file__).parent.parent

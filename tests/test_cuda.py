@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from lit_llama.batches import TokenizedSample, collate
-from lit_llama.blocks import unwrap_blocks, wrap_blocks
-from lit_llama.contenders import open_gates
-from lit_llama.generate import decode, decoding, generate, generate_batch
-from lit_llama.graphs import NextLogits
+from lit_llama.data.batches import TokenizedSample, collate
+from lit_llama.devices.blocks import unwrap_blocks, wrap_blocks
+from lit_llama.devices.graphs import NextLogits
+from lit_llama.devices.quantize import NarrowLinear, count_numbers, quantize_base
+from lit_llama.generate.decode import decode, decoding, generate, generate_batch
+from lit_llama.measure.contenders import open_gates
 from lit_llama.methods import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.quantize import NarrowLinear, count_numbers, quantize_base
 from lit_llama.settings import Sampling
 from lit_llama.train.loss import target_loss
 from lit_llama.trained import trained_tensors

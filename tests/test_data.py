@@ -9,11 +9,11 @@ import pytest
 import torch
 from helpers import make_base, sums, write_rows
 
-from lit_llama.batches import IGNORE, Packing, TokenizedSample, collate, epoch_order, micro_batches, step_indices
 from lit_llama.cli import UserError
-from lit_llama.data import hash_fraction, load_splits, load_task, tokenize_samples
-from lit_llama.prompts import STYLES, encode_prompt, stop_ids
-from lit_llama.samples import Sample, read_samples, to_sample
+from lit_llama.data.batches import IGNORE, Packing, TokenizedSample, collate, epoch_order, micro_batches, step_indices
+from lit_llama.data.prompts import STYLES, encode_prompt, stop_ids
+from lit_llama.data.samples import Sample, read_samples, to_sample
+from lit_llama.data.task import hash_fraction, load_splits, load_task, tokenize_samples
 from lit_llama.tokenizer import Tokenizer
 
 CONVERSATION = [
@@ -133,7 +133,7 @@ def test_split_by_hash_is_disjoint_stable_and_about_the_fraction(tmp_path):
 
 
 def test_a_large_file_gives_the_smallest_hashes_to_validation(tmp_path, monkeypatch):
-    monkeypatch.setattr("lit_llama.data.MAX_VALIDATION", 20)
+    monkeypatch.setattr("lit_llama.data.task.MAX_VALIDATION", 20)
     rows = sums(1000)
     train, validation = load_splits(rows)
     fractions = [hash_fraction(sample.key()) for sample in validation]

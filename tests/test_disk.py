@@ -17,9 +17,7 @@ from test_train import bytes_of, places, train  # noqa: F401  (places is a fixtu
 
 from finetune import adapter
 from lit_llama.cli import UserError
-from lit_llama.export import export_hf
-from lit_llama.export_gguf import export_gguf
-from lit_llama.files import (
+from lit_llama.common.files import (
     atomic_write,
     check_new,
     check_writable,
@@ -30,7 +28,9 @@ from lit_llama.files import (
     save_tensors,
     whole_folder,
 )
-from lit_llama.plots import plot_runs
+from lit_llama.formats.export import export_hf
+from lit_llama.formats.export_gguf import export_gguf
+from lit_llama.measure.plots import plot_runs
 from lit_llama.train.run import LOCK_FILE, STATE_FILE, Run
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
@@ -93,8 +93,8 @@ def plot(path: Path) -> None:
 
 
 def bookings(path: Path) -> None:
-    script_parser(ROOT / "scripts/make_bookings.py")  # imports it
-    sys.modules["script_scripts_make_bookings"].save_rows(path, [{"text": "x" * 10_000}])
+    script_parser(ROOT / "data/make_bookings.py")  # imports it
+    sys.modules["script_data_make_bookings"].save_rows(path, [{"text": "x" * 10_000}])
 
 
 @posix
@@ -126,7 +126,7 @@ NOT_ATOMIC = ['open(log_file, "w+"', 'open(path, "a", newline="", encoding="utf-
 
 def test_there_is_one_way_to_write():
     writes = re.compile(r'\.write_(text|bytes)\(|savefig\(|copyfile\(|save_file\(|[^.]open\([^)]*"[wax]|r\.save\(')
-    for folder in ("lit_llama", "finetune", "generate", "scripts"):
+    for folder in ("lit_llama", "finetune", "generate", "scripts", "data"):
         for path in (ROOT / folder).rglob("*.py"):
             for line in path.read_text(encoding="utf-8").splitlines():
                 allowed = any(text in line for text in ("temporary", *NOT_ATOMIC))
@@ -152,8 +152,8 @@ def test_an_output_is_checked_before_the_work(tmp_path):
         ["scripts/evaluate.py", "--data", "data/bookings", "--results"],
         ["scripts/benchmark.py", "--results"],
         ["scripts/compare_methods.py", "--out_dir"],
-        ["scripts/prepare_alpaca.py", "--out_dir"],
-        ["scripts/prepare_reviews.py", "--out_dir"],
+        ["data/prepare_alpaca.py", "--out_dir"],
+        ["data/prepare_reviews.py", "--out_dir"],
         ["scripts/download.py", "--out_dir"],
         ["scripts/export.py", "--to", "gguf", "--checkpoint_dir", "base", "--out_file"],
     ],
@@ -170,7 +170,7 @@ def no_space(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("function", ["os.fsync", "os.replace", "lit_llama.files.save_file"])
+@pytest.mark.parametrize("function", ["os.fsync", "os.replace", "lit_llama.common.files.save_file"])
 def test_a_full_disk(places, tmp_path, monkeypatch, function):  # noqa: F811
     fail_after_step(monkeypatch, 3, lambda: monkeypatch.setattr(function, no_space))
     message = "cannot be written .No space left on device.: make room and try again; what was there is untouched"

@@ -12,7 +12,7 @@ import torch
 from helpers import equal_to, logits_of, make_base, script_parser, shake, tiny_model, tokens, transformers_model
 
 from lit_llama import cli
-from lit_llama.generate import generate
+from lit_llama.generate.decode import generate
 from lit_llama.methods import METHODS
 from lit_llama.train.loss import target_loss
 from lit_llama.trained import load_trained_folder, trained_tensors
@@ -20,13 +20,14 @@ from lit_llama.trained import load_trained_folder, trained_tensors
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", ROOT / "finetune/README.md", ROOT / "data/README.md"]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-SCRIPTS = [path for folder in ("finetune", "generate", "scripts") for path in sorted((ROOT / folder).glob("*.py"))]
+SCRIPT_FOLDERS = ("finetune", "generate", "scripts", "data")
+SCRIPTS = [path for folder in SCRIPT_FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
 
 
 def commands(text: str) -> list[list[str]]:
     """Script and arguments of every ``python some/script.py ...``, in a block or within a line."""
     text = text.replace("\\\n", " ")  # a line that goes on
-    found = re.findall(r"python ((?:finetune|generate|scripts)/\w+\.py[^\n`]*)", text)
+    found = re.findall(r"python ((?:finetune|generate|scripts|data)/\w+\.py[^\n`]*)", text)
     return [shlex.split(re.split(r" +(?:#|&&|<|\|)", command)[0]) for command in found]
 
 
@@ -140,7 +141,7 @@ def test_ia3_equals_peft(add_ia3, changes):
 def test_ia3_is_found_by_a_trained_folder(add_ia3, tmp_path, monkeypatch):
     """What the page says of METHODS."""
     from lit_llama.checkpoint import load_model
-    from lit_llama.files import save_tensors, write_json
+    from lit_llama.common.files import save_tensors, write_json
     from lit_llama.trained import METHOD_FILE, TRAINED_FILE, describe_base, kept_tensors
 
     base = make_base(tmp_path / "base")

@@ -23,14 +23,14 @@ from helpers import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lit_llama import export
-from lit_llama.chat_templates import TEMPLATES
 from lit_llama.checkpoint import load_config, load_model
 from lit_llama.cli import UserError
-from lit_llama.convert import convert_hf
-from lit_llama.export import export_hf
-from lit_llama.files import read_json, save_tensors, write_json
-from lit_llama.prompts import encode_prompt, stop_ids
+from lit_llama.common.files import read_json, save_tensors, write_json
+from lit_llama.data.chat_templates import TEMPLATES
+from lit_llama.data.prompts import encode_prompt, stop_ids
+from lit_llama.formats import export
+from lit_llama.formats.convert import convert_hf
+from lit_llama.formats.export import export_hf
 from lit_llama.tokenizer import Tokenizer
 
 

@@ -26,14 +26,14 @@ from transformers import AutoTokenizer
 
 from lit_llama.checkpoint import load_config, load_model
 from lit_llama.cli import UserError
-from lit_llama.convert_gguf import convert_gguf
-from lit_llama.export import export_hf
-from lit_llama.export_gguf import export_gguf
-from lit_llama.files import write_json
-from lit_llama.generate import generate
-from lit_llama.gguf_tokenizer import LLAMA3_SPLIT, write_tokenizer
-from lit_llama.gguf_vocabulary import sentencepiece_fields
-from lit_llama.prompts import encode_prompt, stop_ids
+from lit_llama.common.files import write_json
+from lit_llama.data.prompts import encode_prompt, stop_ids
+from lit_llama.formats.convert_gguf import convert_gguf
+from lit_llama.formats.export import export_hf
+from lit_llama.formats.export_gguf import export_gguf
+from lit_llama.formats.gguf_tokenizer import LLAMA3_SPLIT, write_tokenizer
+from lit_llama.formats.gguf_vocabulary import sentencepiece_fields
+from lit_llama.generate.decode import generate
 from lit_llama.tokenizer import Tokenizer
 
 LLAMA3 = dict(SCALING, original_max_position_embeddings=8192)

@@ -11,12 +11,12 @@ from helpers import make_base, make_trained
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lit_llama.batches import IGNORE
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
-from lit_llama.data import tokenize_samples
-from lit_llama.prompts import END_OF_TURN, EOS, STYLES, encode_control, encode_pieces, encode_prompt
-from lit_llama.samples import SUFFIXES, Sample, read_samples, to_sample
+from lit_llama.data.batches import IGNORE
+from lit_llama.data.prompts import END_OF_TURN, EOS, STYLES, encode_control, encode_pieces, encode_prompt
+from lit_llama.data.samples import SUFFIXES, Sample, read_samples, to_sample
+from lit_llama.data.task import tokenize_samples
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.trained import load_trained_folder, trained_tensors
 

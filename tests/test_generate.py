@@ -6,10 +6,10 @@ from helpers import adapted, make_base, tiny_model
 
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
-from lit_llama.evaluate import answer_samples
-from lit_llama.generate import Sampling, generate, generate_batch, next_token, stream_text
-from lit_llama.samples import Sample
+from lit_llama.data.samples import Sample
+from lit_llama.generate.decode import Sampling, generate, generate_batch, next_token, stream_text
 from lit_llama.tokenizer import Tokenizer
+from lit_llama.train.evaluate import answer_samples
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13]]
 

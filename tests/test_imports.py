@@ -5,8 +5,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "lit_llama").rglob("*.py"))
-SCRIPTS = [path for folder in ("finetune", "generate", "scripts") for path in sorted((ROOT / folder).glob("*.py"))]
-NEEDS_NO_METHOD = ("model", "train/loss", "train/run", "generate", "data", "samples", "prompts", "evaluate")
+SCRIPT_FOLDERS = ("finetune", "generate", "scripts", "data")
+SCRIPTS = [path for folder in SCRIPT_FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
+NEEDS_NO_METHOD = (
+    "model",
+    "train/loss",
+    "train/run",
+    "generate/decode",
+    "data/task",
+    "data/samples",
+    "data/prompts",
+    "train/evaluate",
+)
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

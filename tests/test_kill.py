@@ -13,7 +13,7 @@ import torch
 from helpers import make_base, sums, write_rows
 
 from finetune import adapter, full
-from lit_llama.files import read_tensors
+from lit_llama.common.files import read_tensors
 from lit_llama.settings import TrainArgs
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
@@ -38,9 +38,9 @@ def train(base, data, out_dir, method, resume, saving, steps=STEPS):
 
 def slow_down_saves(saving):
     """Write each file in two halves with a pause between, as a slow disk might, and tell the parent."""
-    import lit_llama.files
+    import lit_llama.common.files
 
-    save_file = lit_llama.files.save_file
+    save_file = lit_llama.common.files.save_file
 
     def save_slowly(tensors, path, metadata):
         saving.value = 1
@@ -53,7 +53,7 @@ def slow_down_saves(saving):
                 time.sleep(SAVE_SECONDS / 2)
         saving.value = 0
 
-    lit_llama.files.save_file = save_slowly
+    lit_llama.common.files.save_file = save_slowly
 
 
 def run_child(*args) -> None:

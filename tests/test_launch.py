@@ -10,7 +10,7 @@ import time
 import pytest
 from helpers import ROOT, command, make_base, metrics, run_process, succeed, sums, write_rows
 
-from lit_llama import ranks
+from lit_llama.devices import ranks
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_two_nodes_are_two_devices(start, places, tmp_path):
 )
 def test_flags_that_are_not_the_launchers_are_refused(monkeypatch, environment, message):
     from lit_llama.cli import UserError
-    from lit_llama.devices import check_launcher, launch_sharded
+    from lit_llama.devices.launch import check_launcher, launch_sharded
 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from helpers import logits_of, make_base, save_trained
 
-from lit_llama.export import export_hf
-from lit_llama.peft_format import export_peft
+from lit_llama.formats.export import export_hf
+from lit_llama.formats.peft import export_peft
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.trained import load_trained_folder
 

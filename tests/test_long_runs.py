@@ -8,7 +8,7 @@ from helpers import make_base, sums, write_rows
 from test_kill import train
 
 from finetune import adapter
-from lit_llama.devices import held_memory
+from lit_llama.devices.launch import held_memory
 
 STEPS = 2000
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from helpers import CASES, TINY, every_case, make_base, refuse, run, succeed, sums, tuned, write_rows
 
-from lit_llama import devices
-from lit_llama.batches import IGNORE
 from lit_llama.cli import UserError
-from lit_llama.memory import Estimate, Ledger, check_room, estimate
+from lit_llama.data.batches import IGNORE
+from lit_llama.devices import launch
+from lit_llama.devices.memory import Estimate, Ledger, check_room, estimate
 from lit_llama.model import LLaMAConfig
 from lit_llama.train.loss import target_loss
 from lit_llama.trained import trained_tensors
@@ -125,10 +125,10 @@ def test_the_limit_of_a_control_group_counts(tmp_path, monkeypatch):
     for name, text in {"max": "5000", "current": "3000", "stat": "anon 1\ninactive_file 700"}.items():
         (tmp_path / f"memory.{name}").write_text(text)
     files = (str(tmp_path), "memory.max", "memory.current", "inactive_file")
-    monkeypatch.setattr(devices, "CGROUP_FILES", {"": files})
-    assert devices.free_memory(torch.device("cpu")) == 5000 - 3000 + 700
+    monkeypatch.setattr(launch, "CGROUP_FILES", {"": files})
+    assert launch.free_memory(torch.device("cpu")) == 5000 - 3000 + 700
     (tmp_path / "memory.max").write_text("max")
-    assert devices.free_memory(torch.device("cpu")) > 10**6
+    assert launch.free_memory(torch.device("cpu")) > 10**6
 
 
 def test_a_run_says_what_it_needs_before_it_runs_out(tmp_path, monkeypatch):
@@ -136,12 +136,12 @@ def test_a_run_says_what_it_needs_before_it_runs_out(tmp_path, monkeypatch):
     write_rows(tmp_path / "data" / "validation.json", sums(30)[25:])
     flags = ["--checkpoint_dir", make_base(tmp_path / "base"), "--data", tmp_path / "data", "--eval_samples", 0]
     flags += ["--train.max_steps", 1, "--start_layer", 1, "--out_dir", tmp_path / "out"]
-    monkeypatch.setattr("lit_llama.memory.free_memory", lambda device: 300_000)
+    monkeypatch.setattr("lit_llama.devices.memory.free_memory", lambda device: 300_000)
     message = "a step takes about .* GB on each device, where .* are free; pass .*--quantize int8, --checkpointing, a"
     refuse("finetune/adapter.py", *flags, message=message)
     refuse("finetune/adapter.py", *flags, "--quantize", "int8", message="pass one or more of .*--checkpointing, a")
     assert not (tmp_path / "out" / "method.json").exists()
-    monkeypatch.setattr("lit_llama.memory.free_memory", lambda device: 10**9)
+    monkeypatch.setattr("lit_llama.devices.memory.free_memory", lambda device: 10**9)
     result = run("finetune/adapter.py", *flags)
     assert result.returncode == 0 and "warning" not in result.stderr
 

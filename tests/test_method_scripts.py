@@ -210,6 +210,6 @@ def test_examples_in_the_prompt(folder):
 def test_reviews_are_split_and_checked(tmp_path):
     for name in ("rt-polarity.pos", "rt-polarity.neg"):
         (tmp_path / name).write_text("a film\n")
-    refuse("scripts/prepare_reviews.py", "--source", tmp_path, "--out_dir", tmp_path / "out", message="sha256")
-    refuse("scripts/prepare_reviews.py", "--source", tmp_path / "no", message="neither an https address nor a folder")
+    refuse("data/prepare_reviews.py", "--source", tmp_path, "--out_dir", tmp_path / "out", message="sha256")
+    refuse("data/prepare_reviews.py", "--source", tmp_path / "no", message="neither an https address nor a folder")
     assert not (tmp_path / "out").exists()

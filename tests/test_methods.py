@@ -22,10 +22,10 @@ from helpers import (
     tuned,
 )
 
-from lit_llama.batches import IGNORE
-from lit_llama.classify import label_shares
-from lit_llama.files import save_tensors
-from lit_llama.generate import generate, generate_batch
+from lit_llama.common.files import save_tensors
+from lit_llama.data.batches import IGNORE
+from lit_llama.generate.classify import label_shares
+from lit_llama.generate.decode import generate, generate_batch
 from lit_llama.methods import METHODS
 from lit_llama.methods.features import text_vectors
 from lit_llama.methods.lora import TARGETS, places

@@ -8,10 +8,10 @@ import torch
 from helpers import make_base
 
 from lit_llama.checkpoint import load_model
-from lit_llama.files import save_tensors, write_json
-from lit_llama.generate import generate, generate_batch
+from lit_llama.common.files import save_tensors, write_json
+from lit_llama.generate.decode import generate, generate_batch
+from lit_llama.generate.mixed import Mixer
 from lit_llama.methods import METHODS
-from lit_llama.mixed import Mixer
 from lit_llama.trained import (
     METHOD_FILE,
     TRAINED_FILE,

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
-from lit_llama.export import export_hf
-from lit_llama.files import read_json, read_tensors, save_tensors, write_json
+from lit_llama.common.files import read_json, read_tensors, save_tensors, write_json
+from lit_llama.formats.export import export_hf
+from lit_llama.formats.peft import export_peft, import_peft
 from lit_llama.methods.lora import TARGETS
-from lit_llama.peft_format import export_peft, import_peft
 from lit_llama.trained import load_trained_folder
 
 SHAPES = {"tied, scaled": dict(tie_embeddings=True, rope_scaling=SCALING), "untied": dict()}

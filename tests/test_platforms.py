@@ -12,51 +12,56 @@ import torch
 from helpers import make_base, run, succeed, sums, write_rows
 from lightning.fabric import Fabric
 
-from lit_llama import cli, devices, trained
-from lit_llama.plots import plot_comparison
-from lit_llama.report import markdown
-from lit_llama.signals import catch_interrupt
+from lit_llama import cli, trained
+from lit_llama.devices import launch
+from lit_llama.measure.plots import plot_comparison
+from lit_llama.measure.report import markdown
+from lit_llama.train.signals import catch_interrupt
 
 ROOT = Path(__file__).parent.parent
-CODE = [path for folder in ("lit_llama", "finetune", "generate", "scripts") for path in (ROOT / folder).rglob("*.py")]
+CODE = [
+    path
+    for folder in ("lit_llama", "finetune", "generate", "scripts", "data")
+    for path in (ROOT / folder).rglob("*.py")
+]
 
 
 def test_apples_gpu_is_picked_up(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr("lightning.fabric.accelerators.mps.MPSAccelerator.is_available", lambda: True)
-    assert devices.default_device() == torch.device("mps")
+    assert launch.default_device() == torch.device("mps")
     fabric = Fabric(devices=1, precision="32-true")  # as launch makes it
     assert fabric.device.type == "mps"
-    assert devices.base_dtype("auto", fabric.device) == torch.float32
-    assert devices.base_dtype("bf16-true", fabric.device) == torch.bfloat16
+    assert launch.base_dtype("auto", fabric.device) == torch.float32
+    assert launch.base_dtype("bf16-true", fabric.device) == torch.bfloat16
 
 
 @pytest.mark.parametrize("instructions, dtype", [(True, torch.bfloat16), (False, torch.float32)])
 def test_auto_is_bfloat16_where_a_cpu_multiplies_it(monkeypatch, cpus_own_auto, instructions, dtype):
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: instructions, raising=False)
-    assert devices.base_dtype("auto", torch.device("cpu")) == dtype
+    assert launch.base_dtype("auto", torch.device("cpu")) == dtype
 
 
 def test_bfloat16_on_a_cpu_without_its_instructions_is_noted(monkeypatch, capsys):
     cpu = torch.device("cpu")
     for capability, noted in (("AVX2", True), ("AVX512", False), ("DEFAULT", False)):
         monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda capability=capability: capability)
-        assert devices.base_dtype("bf16-true", cpu) == torch.bfloat16 and devices.base_dtype("32-true", cpu)
+        assert launch.base_dtype("bf16-true", cpu) == torch.bfloat16 and launch.base_dtype("32-true", cpu)
         assert ("note: this CPU has no bfloat16 instructions" in capsys.readouterr().err) == noted
 
 
 def test_without_the_resource_module_memory_is_unknown(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setitem(sys.modules, "resource", None)  # importing it fails
-    assert devices.peak_memory(torch.device("cpu")) is None
+    assert launch.peak_memory(torch.device("cpu")) is None
 
 
 def test_macos_counts_memory_in_bytes(monkeypatch):
-    here = devices.peak_memory(torch.device("cpu"))
+    here = launch.peak_memory(torch.device("cpu"))
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert 1000 < here / devices.peak_memory(torch.device("cpu")) < 1050  # Linux counts in units of 1,024
+    assert 1000 < here / launch.peak_memory(torch.device("cpu")) < 1050  # Linux counts in units of 1,024
 
 
 def test_a_comparison_does_without_the_memory(tmp_path):
@@ -104,7 +109,9 @@ def test_no_file_is_replaced_while_it_is_mapped(tmp_path, monkeypatch):
     flags += ["--eval_samples", 0, "--train.max_steps", 4, "--train.save_every", 2, "--out_dir", tmp_path / "out"]
     for method in ("full", "lora"):
         with monkeypatch.context() as patch:
-            patch.setattr("lit_llama.signals.Interrupt.seen", lambda self, fabric: True)  # Ctrl-C in the first step
+            patch.setattr(
+                "lit_llama.train.signals.Interrupt.seen", lambda self, fabric: True
+            )  # Ctrl-C in the first step
             assert run(f"finetune/{method}.py", *flags, "--overwrite").returncode == 130
         written = len(replaced)
         succeed(f"finetune/{method}.py", *flags, "--resume")
@@ -137,7 +144,7 @@ def test_a_closed_terminal_is_a_reason_to_save(monkeypatch):
     before = signal.getsignal(signal.SIGHUP)
     with open(os.devnull, "w") as terminal, catch_interrupt() as interrupt:
         monkeypatch.setattr(sys, "stderr", terminal)
-        monkeypatch.setattr("lit_llama.ranks.log_rank0", gone)
+        monkeypatch.setattr("lit_llama.devices.ranks.log_rank0", gone)
         os.kill(os.getpid(), signal.SIGHUP)
         assert interrupt.came
     assert signal.getsignal(signal.SIGHUP) is before

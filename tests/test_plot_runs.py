@@ -6,9 +6,9 @@ import sys
 import pytest
 from helpers import make_base, metrics, refuse, succeed, sums, write_rows
 
-from lit_llama import devices
 from lit_llama.cli import UserError, gather
-from lit_llama.plots import running_mean
+from lit_llama.devices import launch
+from lit_llama.measure.plots import running_mean
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +36,13 @@ def test_tensorboard_shows_what_metrics_csv_holds(run_dir):
 
 def test_a_logger_that_is_missing_or_unknown(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="there is tensorboard alone"):
-        devices.named_loggers("wandb", tmp_path)
+        launch.named_loggers("wandb", tmp_path)
     loggers = pytest.importorskip("lightning.fabric.loggers.tensorboard")
     monkeypatch.setattr(loggers, "_TENSORBOARD_AVAILABLE", False)
     monkeypatch.setattr(loggers, "_TENSORBOARDX_AVAILABLE", False)
     with pytest.raises(UserError, match=r'pip install -e "\.\[tensorboard\]"'):
-        devices.named_loggers("tensorboard", tmp_path)
-    assert devices.named_loggers(None, tmp_path) == []
+        launch.named_loggers("tensorboard", tmp_path)
+    assert launch.named_loggers(None, tmp_path) == []
 
 
 def test_runs_are_drawn_side_by_side(run_dir, tmp_path):

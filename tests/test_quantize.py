@@ -21,14 +21,10 @@ from helpers import (
     write_rows,
 )
 
-from lit_llama import quantize
-from lit_llama.answerer import answering
 from lit_llama.cli import UserError
-from lit_llama.devices import PRECISIONS
-from lit_llama.generate import generate, generate_batch
-from lit_llama.methods import METHODS
-from lit_llama.model import Linear
-from lit_llama.quantize import (
+from lit_llama.devices import quantize
+from lit_llama.devices.launch import PRECISIONS
+from lit_llama.devices.quantize import (
     Int8Linear,
     NarrowLinear,
     PrepackedLinear,
@@ -38,6 +34,10 @@ from lit_llama.quantize import (
     quantization,
     quantize_base,
 )
+from lit_llama.generate.decode import generate, generate_batch
+from lit_llama.generate.load import answering
+from lit_llama.methods import METHODS
+from lit_llama.model import Linear
 from lit_llama.trained import load_trained_folder, trained_tensors
 
 OVER_INT8 = [case for case in CASES if case != "full"]  # full keeps nothing of the base

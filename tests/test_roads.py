@@ -4,13 +4,13 @@ import pytest
 from helpers import HEADERS, TALK, base_with_controls, save_trained, succeed, sums, write_rows
 from transformers import AutoTokenizer
 
-from lit_llama.convert import convert_hf
-from lit_llama.convert_gguf import convert_gguf
-from lit_llama.export import export_hf
-from lit_llama.export_gguf import export_gguf
-from lit_llama.files import read_json, write_json
-from lit_llama.peft_format import export_peft, import_peft
-from lit_llama.prompts import STYLES, choose_style, encode_prompt, stop_ids
+from lit_llama.common.files import read_json, write_json
+from lit_llama.data.prompts import STYLES, choose_style, encode_prompt, stop_ids
+from lit_llama.formats.convert import convert_hf
+from lit_llama.formats.convert_gguf import convert_gguf
+from lit_llama.formats.export import export_hf
+from lit_llama.formats.export_gguf import export_gguf
+from lit_llama.formats.peft import export_peft, import_peft
 from lit_llama.tokenizer import Tokenizer
 
 TALKS = [TALK[1:2], TALK[:2], TALK]  # a question; with a system message; of several turns

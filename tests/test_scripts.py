@@ -156,22 +156,22 @@ def test_a_sharded_base_starts_prompts_from_the_same_text(places, tmp_path, prec
 def test_prepare_alpaca_checks_what_it_is_given(tmp_path, monkeypatch):
     source = write_rows(tmp_path / "alpaca_data.json", [{**row, "input": ""} for row in sums(300)])
     flags = ["--source", source, "--out_dir", tmp_path / "alpaca", "--val_fraction", 0.1]
-    refuse("scripts/prepare_alpaca.py", *flags, message="holds 300 records instead of 52,002")
+    refuse("data/prepare_alpaca.py", *flags, message="holds 300 records instead of 52,002")
     assert not list((tmp_path / "alpaca").glob("*"))
-    succeed("scripts/prepare_alpaca.py", *flags, "--n_records", 300)
+    succeed("data/prepare_alpaca.py", *flags, "--n_records", 300)
     parts = [json.loads((tmp_path / "alpaca" / f"{name}.json").read_text()) for name in ("train", "validation")]
     assert len(parts[0]) + len(parts[1]) == 300 and 10 < len(parts[1]) < 60
     fetched = lambda url, timeout: io.BytesIO(source.read_bytes())  # noqa: E731
     monkeypatch.setattr("urllib.request.urlopen", fetched)
     flags[1] = "https://example.org/alpaca_data.json"
     shutil.rmtree(tmp_path / "alpaca")
-    refuse("scripts/prepare_alpaca.py", *flags, "--n_records", 300, message="has sha256 .* instead of 2eddafc6")
+    refuse("data/prepare_alpaca.py", *flags, "--n_records", 300, message="has sha256 .* instead of 2eddafc6")
     assert not (tmp_path / "alpaca").exists()
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    succeed("scripts/prepare_alpaca.py", *flags, "--n_records", 300, "--sha256", digest)
+    succeed("data/prepare_alpaca.py", *flags, "--n_records", 300, "--sha256", digest)
     flags[1] = source
     source.write_text('[{"instruction": "a"}]')
-    refuse("scripts/prepare_alpaca.py", *flags, message="alpaca_data.json, record 1: a row needs instruction")
+    refuse("data/prepare_alpaca.py", *flags, message="alpaca_data.json, record 1: a row needs instruction")
 
 
 # the real model

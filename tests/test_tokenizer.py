@@ -12,7 +12,7 @@ from gguf import GGUFReader, TokenType
 from helpers import CODE_POINTS, SMOLLM2_UNKNOWN, train_sentencepiece, varied_strings
 
 from lit_llama.cli import UserError
-from lit_llama.gguf_tokenizer import write_gguf_tokenizer
+from lit_llama.formats.gguf_tokenizer import write_gguf_tokenizer
 from lit_llama.tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------- SmolLM2, a real one

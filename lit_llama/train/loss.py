@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lit_llama.batches import IGNORE, Packing, TokenizedSample, collate, micro_batches
 from lit_llama.cli import UserError
+from lit_llama.data.batches import IGNORE, Packing, TokenizedSample, collate, micro_batches
+from lit_llama.devices.sharding import is_sharded, keep_in_step
 from lit_llama.model import LLaMA
-from lit_llama.sharding import is_sharded, keep_in_step
 from lit_llama.trained import trained_tensors
 
 if TYPE_CHECKING:

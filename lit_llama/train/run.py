@@ -21,14 +21,12 @@ from typing import TYPE_CHECKING
 import torch
 from filelock import FileLock, Timeout
 
-from lit_llama import cli, ranks
+from lit_llama import cli
 from lit_llama.bars import Bar
 from lit_llama.checkpoint import CONFIG_FILE as MODEL_CONFIG_FILE
 from lit_llama.checkpoint import INDEX_FILE, MODEL_FILE
 from lit_llama.cli import Interrupted, UserError
-from lit_llama.convert import copy_tokenizer
-from lit_llama.devices import peak_memory
-from lit_llama.files import (
+from lit_llama.common.files import (
     atomic_write,
     read_json,
     read_tensors,
@@ -37,9 +35,12 @@ from lit_llama.files import (
     write_error,
     write_json,
 )
+from lit_llama.data.samples import read_text
+from lit_llama.devices import ranks
+from lit_llama.devices.launch import peak_memory
+from lit_llama.formats.convert import copy_tokenizer
 from lit_llama.model import LLaMA
-from lit_llama.samples import read_text
-from lit_llama.signals import catch_interrupt
+from lit_llama.train.signals import catch_interrupt
 from lit_llama.trained import METHOD_FILE, RECIPE, TRAINED_FILE, kept_tensors, load_trained, trained_tensors
 
 if TYPE_CHECKING:
@@ -122,9 +123,7 @@ class Run:
             ranks.print_rank0(f"note: continuing with other settings: {change}")
         return bool(changes)
 
-    def steps(
-        self, model: LLaMA, optimizer: torch.optim.Optimizer, total_steps: int, save_every: int
-    ) -> Iterator[int]:
+    def steps(self, model: LLaMA, optimizer: torch.optim.Optimizer, total_steps: int, save_every: int) -> Iterator[int]:
         """The number of each step still to take, from 0.
 
         Loads the state of a resumed run first, and saves the state after every ``save_every`` steps. On Ctrl-C or

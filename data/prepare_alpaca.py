@@ -1,0 +1,82 @@
+"""Fetch Stanford Alpaca's 52,002 instructions, check their number and form, and split them for --data data/alpaca.
+
+    python data/prepare_alpaca.py
+    python data/prepare_alpaca.py --source alpaca_data.json      # a copy that lies here already
+
+The data is https://github.com/tatsu-lab/stanford_alpaca, licensed CC BY-NC 4.0: not for commercial use.
+"""
+
+import hashlib
+import http.client
+import json
+import urllib.request
+from pathlib import Path
+
+from lit_llama import cli
+from lit_llama.cli import UserError
+
+URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/761dc5bfbdeeffa89b8bff5d038781a4055f796a/alpaca_data.json"
+SHA256 = "2eddafc6b977608d778aaab8dfc7e50e547b3af9826dfb9e909d9fc362e4a419"
+N_RECORDS = 52_002
+
+
+def main(
+    out_dir: str = "data/alpaca",
+    source: str = URL,
+    sha256: str = SHA256,
+    n_records: int = N_RECORDS,
+    val_fraction: float = 0.01,
+) -> None:
+    """Write train.json and validation.json.
+
+    Args:
+        out_dir: Where to write them.
+        source: Address or path of alpaca_data.json.
+        sha256: Of what is fetched; another content is refused. A file that lies here may be an edited one.
+        n_records: How many records it must hold; another number is refused.
+        val_fraction: The part held out, chosen by a hash of each record.
+    """
+    from lit_llama.common.files import atomic_write, check_writable
+    from lit_llama.data.samples import parse_json, to_sample
+    from lit_llama.data.task import hash_fraction
+
+    if not 0 < val_fraction < 1:
+        raise UserError(f"--val_fraction {val_fraction} must lie between 0 and 1")
+    check_writable(Path(out_dir) / "train.json")
+    content = fetch(source)
+    found = hashlib.sha256(content).hexdigest()
+    print(f"{source}: {len(content):,} bytes, sha256 {found}")
+    if source.startswith("https://") and found != sha256:
+        raise UserError(f"{source} has sha256 {found} instead of {sha256}; pass what you expect by --sha256")
+    try:
+        records = parse_json(content.decode("utf-8"), Path(source).name)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} is not UTF-8: {error}") from None
+    for number, record in enumerate(records, 1):
+        to_sample(record, f"{source}, record {number}")
+    if len(records) != n_records:
+        raise UserError(f"{source} holds {len(records):,} records instead of {n_records:,}; is it the whole file?")
+    out = Path(out_dir)
+    held_out = [hash_fraction(json.dumps(record, sort_keys=True)) < val_fraction for record in records]
+    for name, part in (("train", False), ("validation", True)):
+        rows = [record for record, out_of_train in zip(records, held_out, strict=True) if out_of_train is part]
+        with atomic_write(out / f"{name}.json") as temporary:
+            lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+            temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        print(f"{out / name}.json: {len(rows):,} records")
+
+
+def fetch(source: str) -> bytes:
+    if not source.startswith("https://"):
+        if not Path(source).is_file():
+            raise UserError(f"--source {source} is neither a file nor an https address")
+        return Path(source).read_bytes()
+    try:
+        with urllib.request.urlopen(source, timeout=60) as response:
+            return response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"{source} could not be fetched ({error}); download it and pass its path by --source") from None
+
+
+if __name__ == "__main__":
+    cli.run(main)

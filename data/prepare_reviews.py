@@ -1,0 +1,89 @@
+"""Fetch Pang & Lee's movie-review sentences and write them as a task: is the review positive or negative?
+
+    python data/prepare_reviews.py
+    python data/prepare_reviews.py --source reviews/      # a folder with rt-polarity.pos and rt-polarity.neg
+
+5,331 positive and 5,331 negative sentences from "Seeing stars: Exploiting class relationships for sentiment
+categorization with respect to rating scales", Pang & Lee 2005, https://arxiv.org/abs/cs/0506075; for research.
+"""
+
+import hashlib
+import http.client
+import io
+import json
+import random
+import tarfile
+import urllib.request
+from pathlib import Path
+
+from lit_llama import cli
+from lit_llama.cli import UserError
+
+URL = "https://www.cs.cornell.edu/people/pabo/movie-review-data/rt-polaritydata.tar.gz"
+# Of the sentences in UTF-8, without blanks at their ends, joined by line feeds; the original files are in Latin-1.
+SHA256 = {
+    "positive": "38ef5f688f1c34b3c9e5820b5edabc3272ecb721bff86c56fdfd9119540d7bd0",
+    "negative": "a35e6bf99f4da4bd5780ca60b061e80d9c1d2076395d4cec79e85f25d62b3f83",
+}
+FILES = {"positive": "rt-polarity.pos", "negative": "rt-polarity.neg"}
+VALIDATION, TEST = 400, 1066  # sentences
+INSTRUCTION = "Is this movie review positive or negative?"
+
+
+def main(out_dir: str = "data/reviews", source: str = URL, seed: int = 1337) -> None:
+    """Write train.json, validation.json and test.json.
+
+    Args:
+        out_dir: Where to write them.
+        source: Address of the archive, or a folder that holds its two files.
+        seed: Of the split; the same seed gives the same bytes.
+    """
+    from lit_llama.common.files import atomic_write, check_writable
+
+    check_writable(Path(out_dir) / "train.json")
+    rows, seen = [], set()
+    for label, content in read_source(source).items():
+        sentences = [line.strip() for line in decode(content).split("\n") if line.strip()]
+        found = hashlib.sha256("\n".join(sentences).encode()).hexdigest()
+        if found != SHA256[label]:
+            raise UserError(f"{source}: the sentences of {FILES[label]} have sha256 {found} instead of {SHA256[label]}")
+        for text in sentences:
+            if text not in seen:  # a few stand there twice: one copy could be tested on and one trained on
+                seen.add(text)
+                rows.append({"instruction": INSTRUCTION, "input": text, "output": label, "text": text, "label": label})
+    random.Random(seed).shuffle(rows)
+    held_out = TEST + VALIDATION
+    splits = {"test": rows[:TEST], "validation": rows[TEST:held_out], "train": rows[held_out:]}
+    for name, part in splits.items():
+        with atomic_write(Path(out_dir) / f"{name}.json") as temporary:
+            lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in part)
+            temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        print(f"{Path(out_dir) / name}.json: {len(part):,} sentences")
+
+
+def decode(content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
+
+
+def read_source(source: str) -> dict[str, bytes]:
+    """The content of the two files, by label."""
+    if not source.startswith("https://"):
+        missing = [name for name in FILES.values() if not (Path(source) / name).is_file()]
+        if missing:
+            raise UserError(f"--source {source} is neither an https address nor a folder with {', '.join(missing)}")
+        return {label: (Path(source) / name).read_bytes() for label, name in FILES.items()}
+    try:
+        with urllib.request.urlopen(source, timeout=60) as response:
+            content = response.read()
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:  # read in memory: nothing is written by its names
+            members = {Path(member.name).name: member for member in archive.getmembers() if member.isfile()}
+            return {label: archive.extractfile(members[name]).read() for label, name in FILES.items()}
+    except (OSError, http.client.HTTPException, tarfile.TarError, KeyError) as error:
+        raise UserError(f"{source} could not be fetched ({error}); pass a folder by --source") from None
+
+
+if __name__ == "__main__":
+    cli.run(main)

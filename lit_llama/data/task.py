@@ -1,0 +1,257 @@
+"""From samples to token ids: training and validation splits, masked prompts, what was dropped and why."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+from lit_llama.checkpoint import load_config
+from lit_llama.common.errors import UserError, check_range
+from lit_llama.data.batches import IGNORE, TokenizedSample
+from lit_llama.data.prompts import BOS, END_OF_TURN, EOS, STYLES, Piece, choose_style, encode_control, encode_pieces
+from lit_llama.data.samples import SUFFIXES, Sample, Samples, read_samples
+from lit_llama.tokenizer import Tokenizer
+
+MAX_VALIDATION = 2000  # samples split off, and samples kept to be answered
+
+# ---------------------------------------------------------------------------------------------- splits
+
+
+def load_splits(data: Path | str | list[dict], val_fraction: float = 0.1) -> tuple[Samples, list[Sample]]:
+    """Training and validation samples of a folder with train.* and validation.*, or of one file or list split by hash.
+
+    The training samples are read again in every loop over them; those of validation are kept.
+    """
+    if isinstance(data, list):
+        return split_by_hash(data, "data", val_fraction)
+    check_data(data)
+    path = Path(data)
+    train_file, val_file = (
+        (path, None) if path.is_file() else (split_file(path, "train"), split_file(path, "validation"))
+    )
+    if train_file is None:
+        raise UserError(f"{path} holds no train file ({', '.join('train' + suffix for suffix in SUFFIXES)})")
+    if val_file is not None:
+        return Samples(train_file), read_samples(val_file)
+    return split_by_hash(train_file, str(path), val_fraction)
+
+
+def check_data(data: Path | str | list[dict]) -> None:
+    """UserError where it is the name of nothing."""
+    if not isinstance(data, list) and not Path(data).exists():
+        raise UserError(
+            f"--data {data} is missing, seen from {Path.cwd()}; give a file ({', '.join(SUFFIXES)}) or a folder with "
+            "train.*"
+        )
+
+
+def split_by_hash(source: Path | list[dict], where: str, val_fraction: float) -> tuple[Samples, list[Sample]]:
+    """Training and validation samples; ``where`` they come from, for messages to the user.
+
+    The samples with the smallest hashes validate: a ``val_fraction`` of all, and at most MAX_VALIDATION. So adding rows
+    moves no other row across the split, but for those that the limit sends back. Equal samples stay together.
+    """
+    if not 0 < val_fraction < 1:
+        raise UserError(f"val_fraction {val_fraction} must lie between 0 and 1")
+    n_rows, small = 0, []
+    for sample in Samples(source):
+        n_rows += 1
+        fraction = hash_fraction(sample.key())
+        if fraction < val_fraction:
+            small.append((fraction, sample))
+    limit = sorted(fraction for fraction, _ in small)[MAX_VALIDATION] if len(small) > MAX_VALIDATION else 1.0
+    validation = [sample for fraction, sample in small if fraction < limit]
+    if len(validation) in (0, n_rows):
+        raise UserError(
+            f"{where}: {n_rows} rows are too few to split off {val_fraction:.0%} for validation; give more, or a "
+            "folder with train.* and validation.*"
+        )
+    return Samples(source, without=frozenset(sample.row for sample in validation)), validation
+
+
+def split_file(folder: Path, split: str) -> Path | None:
+    files = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").exists()]
+    if len(files) > 1:
+        raise UserError(f"{folder} holds {' and '.join(file.name for file in files)}; keep one")
+    return files[0] if files else None
+
+
+def hash_fraction(key: str) -> float:
+    """A number in [0, 1) that depends on the key alone."""
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
+
+
+# ---------------------------------------------------------------------------------------------- token ids
+
+
+def tokenize_samples(
+    samples: Iterable[Sample], style: str, tokenizer: Tokenizer, max_seq_length: int
+) -> list[TokenizedSample | None]:
+    """Token ids with only the answers as targets; None for a sample of which nothing of an answer is there to learn.
+
+    Too long a sample loses its end, but a cut answer still ends with its end-of-turn token: a model that never sees
+    one never learns to stop. UserError if there is no sample with an answer.
+    """
+
+    def pieces(sample: Sample) -> Iterable[Piece]:
+        text = [(BOS, False), (sample.text or "", True), (EOS, True)]
+        return STYLES[style](sample.messages) if sample.messages else text
+
+    tokenized: list[TokenizedSample | None] = []
+    for sample, ids, trains in encode_in_batches(samples, pieces, tokenizer):
+        drop_untrained_end(ids, trains)
+        cut = len(ids) > max_seq_length
+        if cut and trains[max_seq_length - 1]:
+            end = END_OF_TURN.get(style, EOS) if sample.messages else EOS
+            ids[max_seq_length - 1 :] = encode_control(end, tokenizer)
+            trains[max_seq_length - 1 :] = [trains[max_seq_length - 2]]  # no end right after a prompt
+        ids, trains = ids[:max_seq_length], trains[:max_seq_length]
+        drop_untrained_end(ids, trains)
+        has_answer = sum(trains[1:]) > 1  # an end alone is an empty answer
+        targets = [token if train else IGNORE for token, train in zip(ids[1:], trains[1:], strict=True)]
+        sample_ids = TokenizedSample(array("i", ids[:-1]), array("i", targets), cut, sample.where)
+        tokenized.append(sample_ids if has_answer else None)
+    if not any(tokenized):
+        raise UserError(
+            f"none of {len(tokenized)} samples has an answer that begins within max_seq_length {max_seq_length}; "
+            "raise it, or fill in the answers"
+        )
+    return tokenized
+
+
+def encode_in_batches(
+    samples: Iterable[Sample], pieces: Callable[[Sample], Iterable[Piece]], tokenizer: Tokenizer, size: int = 1000
+) -> Iterator[tuple[Sample, list[int], list[bool]]]:
+    """Each sample with its token ids, and for each id whether it is trained on. UserError names the sample."""
+    samples = iter(samples)
+    while batch := list(islice(samples, size)):
+        try:
+            encoded = encode_pieces(map(pieces, batch), tokenizer)
+        except UserError as error:
+            if len(batch) == 1:
+                raise UserError(f"{batch[0].where}: {error}") from None
+            yield from encode_in_batches(batch, pieces, tokenizer, size=1)  # finds the sample
+            continue
+        for sample, (ids, trains) in zip(batch, encoded, strict=True):
+            yield sample, ids, trains
+
+
+def drop_untrained_end(ids: list[int], trains: list[bool]) -> None:
+    """Remove, in place, what follows the last answer: it teaches nothing."""
+    while trains and not trains[-1]:
+        ids.pop(), trains.pop()
+
+
+def encode_samples(
+    samples: list[Sample], style: str, tokenizer: Tokenizer, max_seq_length: int
+) -> tuple[list[Sample], list[TokenizedSample]]:
+    """The samples that have something to learn within ``max_seq_length``, and their ids."""
+    tokenized = tokenize_samples(samples, style, tokenizer, max_seq_length)
+    kept = [sample for sample, ids in zip(samples, tokenized, strict=True) if ids is not None]
+    return kept, [ids for ids in tokenized if ids is not None]
+
+
+def tokenize_labels(
+    samples: Iterable[Sample], style: str, tokenizer: Tokenizer, max_seq_length: int, labels: list[str]
+) -> list[TokenizedSample]:
+    """Each sample's prompt, with its label's number as the target of the last token: what a classifier's head learns.
+
+    Too long a prompt loses its beginning.
+    """
+
+    def pieces(sample: Sample) -> Iterable[Piece]:
+        if sample.label not in labels:
+            found = "no label" if sample.label is None else f"the label {sample.label!r}, which training never shows"
+            raise UserError(f"a classifier needs rows with one of its labels; this one has {found}")
+        return STYLES[style](sample.prompt)
+
+    tokenized = []
+    for sample, ids, _ in encode_in_batches(samples, pieces, tokenizer):
+        ids = ids[-max_seq_length:]
+        if not ids:
+            raise UserError(f"{sample.where}: the text is empty, there is nothing to classify")
+        targets = array("i", [IGNORE] * (len(ids) - 1) + [labels.index(sample.label or "")])
+        tokenized.append(TokenizedSample(array("i", ids), targets, where=sample.where))
+    return tokenized
+
+
+def can_be_asked(sample: Sample, encoded: TokenizedSample) -> bool:
+    """Whether a sample has a prompt that can be put to the model, and an answer to compare with."""
+    return bool(sample.messages and sample.prompt) and not encoded.cut
+
+
+@dataclass
+class Task:
+    """The data of a run: token ids to train and validate on, and the held-out samples to answer."""
+
+    data: str
+    tokenizer: Tokenizer
+    prompt_style: str
+    train: list[TokenizedSample]
+    validation: list[TokenizedSample]
+    held_out: list[Sample]
+    summary: str
+    labels: list[str] | None = None  # of a classifier, in the order of its head's rows
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over ids and targets: two runs with the same one learn from the same numbers in the same order."""
+        digest = hashlib.sha256()
+        for sample in self.train + self.validation:
+            digest.update(json.dumps([sample.ids.tolist(), sample.targets.tolist()]).encode())
+        return digest.hexdigest()
+
+
+def load_task(
+    data: Path | str | list[dict],
+    checkpoint_dir: Path | str,
+    prompt_style: str | None,
+    max_seq_length: int,
+    classify: bool = False,
+    n_virtual: int = 0,
+) -> Task:
+    """Read, split and encode ``data`` for a base; ``summary`` says what was found and what was dropped.
+
+    With ``classify`` the targets are labels, for a head that takes the place of the language head.
+    """
+    tokenizer, block_size = Tokenizer(checkpoint_dir), load_config(checkpoint_dir).block_size
+    if max_seq_length > block_size:
+        raise UserError(f"--train.max_seq_length {max_seq_length} exceeds the base's context of {block_size} tokens")
+    check_range("--prompt_length", n_virtual, 0, block_size - 1)
+    name = "rows" if isinstance(data, list) else str(data)
+    train, validation = load_splits(data)
+    only_texts = not any(sample.messages for split in (validation, train) for sample in split)
+    style = choose_style("plain" if only_texts and not prompt_style else prompt_style, tokenizer)
+    if classify:
+        labels = sorted({sample.label for sample in train if sample.label is not None})
+        train_ids, val_ids = (
+            tokenize_labels(split, style, tokenizer, max_seq_length, labels) for split in (train, validation)
+        )
+        summary = f"{name}: {len(train_ids)} samples to train on, {len(val_ids)} to validate, labels {labels}"
+        answers = [replace(s, messages=[*s.prompt, {"role": "assistant", "content": s.label}]) for s in validation]
+        return Task(name, tokenizer, style, train_ids, val_ids, answers[:MAX_VALIDATION], summary, labels)
+    tokenized = tokenize_samples(train, style, tokenizer, max_seq_length)
+    train_ids = [ids for ids in tokenized if ids is not None]
+    kept, val_ids = encode_samples(validation, style, tokenizer, max_seq_length)
+    longest = max(len(sample.ids) for sample in train_ids + val_ids)
+    if longest + n_virtual > block_size:
+        raise UserError(
+            f"the longest sample has {longest} tokens, and the {n_virtual} in front leave {block_size - n_virtual} of "
+            f"the base's context of {block_size}; pass --train.max_seq_length {block_size - n_virtual}"
+        )
+    shared = {hash(sample.ids.tobytes()) for sample in val_ids}.intersection(hash(s.ids.tobytes()) for s in train_ids)
+    dropped = len(tokenized) - len(train_ids) + len(validation) - len(kept)
+    notes = {
+        "dropped: nothing to learn within max_seq_length (an empty answer?)": dropped,
+        "cut to max_seq_length": sum(ids.cut for ids in train_ids + val_ids),
+        "of validation also in training": sum(hash(sample.ids.tobytes()) in shared for sample in val_ids),
+    }
+    summary = f"{name}: {len(train_ids)} samples to train on, {len(val_ids)} to validate, prompt style {style}"
+    summary += "".join(f"; {count} {note}" for note, count in notes.items() if count)
+    held_out = [sample for sample, ids in zip(kept, val_ids, strict=True) if can_be_asked(sample, ids)]
+    return Task(name, tokenizer, style, train_ids, val_ids, held_out[:MAX_VALIDATION], summary)

@@ -1,0 +1,235 @@
+"""Where a program runs and how wide its base weights are."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lit_llama.common.errors import UserError, check_range
+from lit_llama.devices import ranks
+from lit_llama.devices.sharding import check_sharding
+from lit_llama.model import LLaMA
+from lit_llama.trained import trained_tensors
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+    from lightning.fabric.loggers import Logger
+
+# What Fabric starts the processes by: sharding (sharding.py) and the sum of gradients (train/loss.py) are ours.
+STRATEGIES = {"auto": "auto", "ddp": "ddp", "fsdp": "ddp"}
+PRECISIONS = {"bf16-true": torch.bfloat16, "32-true": torch.float32}
+
+
+def launch(
+    devices: int = 1,
+    num_nodes: int = 1,
+    strategy: str = "auto",
+    logger: str | None = None,
+    out_dir: Path | str = "",
+) -> Fabric:
+    """Start Fabric on the machine's accelerator, with one process for each device; torchrun's or srun's if it was one
+    of them that started this program.
+
+    Fabric's own precision stays at float32: its "bf16-true" would cast the trained tensors too, and in bfloat16 an
+    optimizer step of 1e-3 on 0.5 is lost. ``--precision`` is the width that the base is loaded in.
+    """
+    from lightning.fabric import Fabric  # takes seconds to import, which --help need not wait for
+
+    if strategy not in STRATEGIES:
+        raise UserError(f"--strategy {strategy} is none of {', '.join(STRATEGIES)}")
+    check_launcher(devices, num_nodes)
+    if strategy == "fsdp":
+        check_sharding(devices * num_nodes)
+    try:
+        fabric = Fabric(
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy=STRATEGIES[strategy],
+            precision="32-true",
+            loggers=named_loggers(logger, Path(out_dir)),
+        )
+        fabric.launch()
+    except Exception as error:  # Fabric has no common class for what it finds wrong with a machine
+        raise UserError(f"--devices {devices} --num_nodes {num_nodes}: {error}") from None
+    return fabric
+
+
+def launch_sharded(devices: int, num_nodes: int, quantize: str | None) -> Fabric | None:
+    """Fabric for several devices that answer with a base in pieces (sharding.py); None for one device."""
+    if (devices, num_nodes) == (1, 1):
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # SLURM's variables are there without srun, too: in an sbatch script
+            check_launcher(devices, num_nodes)
+        return None  # without the seconds that Fabric takes to import
+    if (quantize or "none") != "none":
+        raise UserError(
+            f"--devices {devices} --num_nodes {num_nodes} keep the base in pieces, for which it cannot be quantized; "
+            f"leave out --quantize {quantize}, or take one device"
+        )
+    return launch(devices, num_nodes, "fsdp")
+
+
+@torch.no_grad()
+def broadcast_trained(fabric: Fabric, model: LLaMA) -> None:
+    """Give every rank rank 0's trained tensors: what they are computed from may round differently on other machines."""
+    if fabric.world_size > 1:
+        for tensor in trained_tensors(model).values():
+            torch.distributed.broadcast(tensor.detach(), src=0)
+
+
+def named_loggers(name: str | None, out_dir: Path) -> list[Logger]:
+    """Fabric's logger for a ``--logger``: "tensorboard" shows what metrics.csv holds, from files in ``out_dir``."""
+    if name is None:
+        return []
+    if name != "tensorboard":
+        raise UserError(f"--logger {name!r}: there is tensorboard alone; metrics.csv is written in any case")
+    from lightning.fabric.loggers import TensorBoardLogger
+
+    try:
+        return [TensorBoardLogger(root_dir=out_dir, name="tensorboard", version="")]
+    except ModuleNotFoundError:
+        raise UserError('--logger tensorboard needs the package; run: pip install -e ".[tensorboard]"') from None
+
+
+def check_launcher(devices: int, num_nodes: int) -> None:
+    """UserError unless torchrun or srun, where one of them started this process, started as many as the flags say.
+
+    Fabric would go on: with --devices 1, every process would be a run of its own, all into the same folder. On a CPU
+    it would also start any number of processes: without torchrun and srun there may be one per core.
+    """
+    check_range("--devices", devices, 1, 2**20)
+    check_range("--num_nodes", num_nodes, 1, 2**20)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        starter, world, per_node = "torchrun", os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]
+    elif "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        starter, world = "srun", os.environ["SLURM_NTASKS"]
+        per_node = os.environ.get("SLURM_NTASKS_PER_NODE", world)
+    else:
+        cores = os.cpu_count() or 1
+        if devices > cores and default_device().type == "cpu":
+            raise UserError(
+                f"--devices {devices} are more processes than the {cores} cores of this CPU; pass --devices {cores} or "
+                f"fewer, or start them yourself with torchrun --nproc_per_node {devices}"
+            )
+        return
+    if (int(per_node), int(world)) != (devices, devices * num_nodes):
+        raise UserError(
+            f"{starter} started {per_node} processes on a node and {world} in all, which --devices {devices} "
+            f"--num_nodes {num_nodes} does not; pass --devices {per_node} --num_nodes {int(world) // int(per_node)}"
+        )
+
+
+def default_device() -> torch.device:
+    """What one process generates on: CUDA, else Apple's GPU, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def base_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The base's dtype for a ``--precision`` of "bf16-true", "32-true", or "auto": the faster one on this device."""
+    return PRECISIONS[resolve_precision(precision, device)]
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """A key of PRECISIONS for a ``--precision``, with a note where it is a slow one."""
+    if precision == "auto":
+        return "bf16-true" if multiplies_bf16(device) else "32-true"
+    if precision not in PRECISIONS:
+        raise UserError(f"--precision {precision!r} is none of auto, {', '.join(PRECISIONS)}")
+    slow = precision == "bf16-true" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    if slow:
+        ranks.log_rank0("note: this CPU has no bfloat16 instructions: 32-true is many times as fast")
+    return precision
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device is known to have bfloat16 matrix instructions: of Apple's GPUs only the later ones have.
+
+    On a CPU without them (two Zen 3 cores, AVX2 alone) a bfloat16 product of 284 x 576 x 1536 takes seven times as long
+    as a float32 one, and the product of its backward pass sixty times.
+    """
+    if device.type == "cpu":
+        checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+        return any(check is not None and check() for check in checks)
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes this process has held at one time: of the GPU where it runs on one, else of main memory.
+
+    None on Windows' CPUs, where nothing in the standard library tells.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    if sys.platform == "linux":  # where rusage also counts what the process that started this one had held
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        if "VmHWM:" in status:  # a sandbox's kernel may leave it out
+            return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def held_memory() -> int | None:
+    """Bytes of main memory that this process holds now; None where Linux's /proc is not there to tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be taken: of the GPU, or of main memory as far as the process's cgroup lets it.
+
+    None where neither CUDA nor Linux tells.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
+        return int(min(int(lines["MemAvailable"].split()[0]) * 1024, *cgroup_rooms()))
+    except OSError:
+        return None
+
+
+CGROUP_FILES = {  # of version 2 and 1: where the tree is, the limit, what is used, and what of that can be dropped
+    "": ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def cgroup_rooms() -> list[float]:
+    """What each control group around this process leaves it; infinity at the end, as if there were one without limit.
+
+    The kernel kills a process that goes beyond it, without an error: https://docs.kernel.org/admin-guide/cgroup-v2.html#memory.
+    """
+    rooms: list[float] = []
+    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        _, controller, path = line.split(":", 2)
+        root, limit_file, used_file, cache = CGROUP_FILES.get(controller, ("", "", "", ""))
+        group = Path(root + path)
+        for level in (group, *group.parents) if root else ():
+            try:
+                limit, used = ((level / name).read_text(encoding="utf-8").strip() for name in (limit_file, used_file))
+                stat = dict(entry.split() for entry in (level / "memory.stat").read_text(encoding="utf-8").splitlines())
+            except OSError:  # a group seen from within a container, or the root, which has no limit
+                continue
+            if limit != "max":
+                rooms.append(int(limit) - int(used) + int(stat.get(cache, 0)))
+    return [*rooms, math.inf]

@@ -1,0 +1,119 @@
+"""GGUF files of LLaMA models -> this project's checkpoints, every quantization type that gguf dequantizes.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGUFReader, dequantize
+from torch import Tensor
+
+from lit_llama.cli import UserError
+from lit_llama.common.files import whole_folder
+from lit_llama.configs import LLAMA_31_SCALING, LLAMA_32_SCALING
+from lit_llama.formats.convert import write_model
+from lit_llama.formats.gguf_tokenizer import write_gguf_tokenizer
+from lit_llama.model import LLaMAConfig, rope_frequencies
+
+
+def convert_gguf(source: Path, out_dir: Path, name: str | None = None, dtype: str | None = None) -> LLaMAConfig:
+    """A .gguf file of architecture "llama" -> ``out_dir``; its tokenizer comes from the file too."""
+    source = Path(source)
+    with whole_folder(out_dir) as folder:
+        reader = open_gguf(source)
+        config = gguf_config(reader, source, name or source.stem)
+        write_gguf_tokenizer(reader, folder)
+        write_model(folder, config, gguf_tensors(reader), "gguf", dtype)
+    return config
+
+
+def open_gguf(path: Path) -> GGUFReader:
+    """The file, memory-mapped; UserError unless it is one whole GGUF file of a LLaMA."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
+    try:
+        reader = GGUFReader(path)
+        architecture, parts = field(reader, "general.architecture"), field(reader, "split.count", 1)
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise UserError(f"{path} is not a whole GGUF file: {error}") from None
+    if architecture != "llama":
+        raise UserError(f"{path} holds a model of architecture {architecture!r}; only 'llama' is supported")
+    if parts > 1:
+        raise UserError(f"{path} is one of {parts} parts; join them with llama-gguf-split --merge first")
+    if reader.byte_order != "I":
+        raise UserError(f"{path} has the other byte order than this machine; take a file made for it")
+    return reader
+
+
+def field(reader: GGUFReader, key: str, default: object = None) -> Any:
+    """A value of the header: str, int, float or bool; KeyError where it is absent and there is no default."""
+    found = reader.fields.get(key)
+    if found is None and default is None:
+        raise KeyError(f"its header lacks {key}")
+    return default if found is None else found.contents()
+
+
+def gguf_config(reader: GGUFReader, path: Path, name: str) -> LLaMAConfig:
+    """The header -> our config; the vocabulary's size is the embedding's."""
+    shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors}
+    if field(reader, "llama.rope.scaling.type", "none") != "none":
+        raise UserError(f"{path}: rope scaling {field(reader, 'llama.rope.scaling.type')!r} is not supported")
+    try:
+        n_head, n_embd = field(reader, "llama.attention.head_count"), field(reader, "llama.embedding_length")
+        head_size = field(reader, "llama.attention.key_length", n_embd // n_head)
+        for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+            if field(reader, key, head_size) != head_size:
+                raise ValueError(f"{key} {field(reader, key)} differs from the head size {head_size}")
+        config = LLaMAConfig(
+            name=name,
+            block_size=field(reader, "llama.context_length"),
+            vocab_size=shapes["token_embd.weight"][0],
+            n_layer=field(reader, "llama.block_count"),
+            n_head=n_head,
+            n_kv_head=field(reader, "llama.attention.head_count_kv", n_head),
+            n_embd=n_embd,
+            head_size=head_size,
+            intermediate_size=field(reader, "llama.feed_forward_length"),
+            norm_eps=shortest(field(reader, "llama.attention.layer_norm_rms_epsilon")),
+            rope_base=shortest(field(reader, "llama.rope.freq_base", 10000.0)),
+            tie_embeddings="output.weight" not in shapes,
+        )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: {str(error).strip(chr(34))}") from None
+    return replace(config, rope_scaling=gguf_rope_scaling(reader, config, path))
+
+
+def shortest(value: float) -> float:
+    """The shortest decimal that is the same float32: 9.999999747378752e-06 was 1e-5 before the file rounded it."""
+    return float(str(np.float32(value)))
+
+
+def gguf_rope_scaling(reader: GGUFReader, config: LLaMAConfig, path: Path) -> dict | None:
+    """Llama 3's scaling by its effect: the file stores by what each pair's frequency is divided, (hs/2,)."""
+    stored = [tensor for name, tensor in gguf_tensors(reader, only="rope_freqs.weight")]
+    if not stored:
+        return None
+    for scaling in (LLAMA_31_SCALING, LLAMA_32_SCALING):
+        divisors = rope_frequencies(config) / rope_frequencies(replace(config, rope_scaling=scaling))
+        if stored[0].shape == divisors.shape and torch.allclose(stored[0], divisors, rtol=1e-4):
+            return dict(scaling)
+    raise UserError(f"{path}: rope_freqs.weight fits neither Llama 3.1's scaling (factor 8) nor 3.2's (factor 32)")
+
+
+def gguf_tensors(reader: GGUFReader, only: str | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor (or the one named) in float32, dequantized as it is reached."""
+    for tensor in reader.tensors:
+        if only is not None and tensor.name != only:
+            continue
+        try:
+            array = dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise UserError(f"tensor {tensor.name}: {error}") from None
+        yield tensor.name, torch.from_numpy(np.require(array, np.float32, ["C", "W"]))  # a copy only where read-only

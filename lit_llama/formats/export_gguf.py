@@ -1,0 +1,101 @@
+"""This project's checkpoints -> GGUF files for llama.cpp: convert_gguf.py the other way round.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from torch import Tensor
+from tqdm import tqdm
+
+from lit_llama.checkpoint import tensor_shapes
+from lit_llama.cli import UserError
+from lit_llama.common.files import atomic_write, check_new
+from lit_llama.formats.export import exported_tensors, trained_style, whole_model
+from lit_llama.formats.gguf_vocabulary import vocabulary_fields
+from lit_llama.model import LLaMAConfig, rope_frequencies
+
+TYPES = {
+    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+
+
+def export_gguf(checkpoint_dir: Path, out_file: Path, type: str = "f16", prompt_style: str | None = None) -> None:
+    """A whole model and its tokenizer -> one file: matrices in one of TYPES, vectors in float32.
+
+    ``prompt_style``: as for ``export_hf``.
+    """
+    out_file = Path(out_file)
+    check_new(out_file)
+    config, (quantization, file_type) = whole_model(checkpoint_dir), TYPES[type]
+    writer = GGUFWriter(None, "llama")
+    add_config(writer, config, file_type)
+    style = trained_style(checkpoint_dir, prompt_style)
+    add_fields(writer, vocabulary_fields(checkpoint_dir, config.vocab_size, style))
+    # The file begins with a table of its tensors: they are read twice, for it and for themselves, each alone in memory.
+    for name, tensor in gguf_tensors(checkpoint_dir, config):
+        stored = stored_type(tensor, quantization)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[stored]
+        nbytes = tensor.numel() // block * block_bytes
+        writer.add_tensor_info(name, tuple(tensor.shape), np.dtype(np.float32), nbytes, stored)
+    with atomic_write(out_file) as temporary, closing(writer):
+        writer.write_header_to_file(temporary)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        total = len(tensor_shapes(config)) + 2 * config.n_layer  # q, k and v apart
+        for name, tensor in tqdm(gguf_tensors(checkpoint_dir, config), "exporting", total, disable=None):
+            stored = stored_type(tensor, quantization)
+            if stored == GGMLQuantizationType.F16 and tensor.abs().max() > np.finfo(np.float16).max:
+                raise UserError(f"{name} holds {tensor.abs().max():.3g}, more than float16 can; pass --type f32")
+            writer.write_tensor_data(gguf.quantize(tensor.float().numpy(), stored))
+
+
+def stored_type(tensor: Tensor, quantization: GGMLQuantizationType) -> GGMLQuantizationType:
+    """The type a tensor is stored in: llama.cpp wants vectors in float32, and rows in whole blocks."""
+    if tensor.dim() == 1:
+        return GGMLQuantizationType.F32
+    block, _ = gguf.GGML_QUANT_SIZES[quantization]
+    return quantization if tensor.size(1) % block == 0 else GGMLQuantizationType.F16
+
+
+def gguf_tensors(checkpoint_dir: Path, config: LLaMAConfig) -> Iterator[tuple[str, Tensor]]:
+    """The tensors by GGUF's names; Llama 3's rotary scaling as what each pair's frequency is divided by, (hs/2,)."""
+    if config.rope_scaling is not None:
+        yield "rope_freqs.weight", rope_frequencies(replace(config, rope_scaling=None)) / rope_frequencies(config)
+    yield from exported_tensors(checkpoint_dir, config, "gguf", interleaved=True)
+
+
+def add_config(writer: GGUFWriter, config: LLaMAConfig, file_type: LlamaFileType) -> None:
+    writer.add_name(config.name)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_context_length(config.block_size)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_block_count(config.n_layer)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.n_kv_head)
+    writer.add_key_length(config.head_size)
+    writer.add_value_length(config.head_size)
+    writer.add_rope_dimension_count(config.head_size)
+    writer.add_rope_freq_base(config.rope_base)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+
+
+def add_fields(writer: GGUFWriter, fields: dict) -> None:
+    """Fields of the tokenizer, each by its Python type."""
+    add: dict[type, Callable] = {bool: writer.add_bool, int: writer.add_uint32}
+    add |= {str: writer.add_string, list: writer.add_array}
+    for name, value in fields.items():
+        add[type(value)](f"tokenizer.{name}", value)

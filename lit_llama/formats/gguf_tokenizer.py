@@ -1,0 +1,134 @@
+"""A tokenizer.json from the vocabulary inside a GGUF file.
+
+A GGUF names its tokenizer in ``tokenizer.ggml.*`` (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): tokens,
+their types, and either merges ("gpt2", byte-level BPE: Llama 3, SmolLM2) or scores ("llama", sentencepiece BPE: LLaMA 1
+and 2). What splits the text before the merges is only named, not stored; the definitions are llama.cpp's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gguf import GGUFReader, TokenType
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from lit_llama.cli import UserError
+from lit_llama.common.files import atomic_write, write_json
+from lit_llama.tokenizer import JSON_FILE, SETTINGS_FILE
+
+# Llama 3's: contractions, words with one leading character, up to three digits, punctuation, line ends, spaces.
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2 = [pre_tokenizers.ByteLevel(add_prefix_space=False)]  # its regex is GPT-2's
+LLAMA3 = [
+    pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+]
+SMOLLM = [pre_tokenizers.Digits(individual_digits=True), *GPT2]  # first every digit by itself, then GPT-2's regex
+LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+PRE_TOKENIZERS: dict = {"gpt-2": GPT2, "default": GPT2, "smollm": SMOLLM, **dict.fromkeys(LLAMA3_NAMES, LLAMA3)}
+LLAMA_IDS = {"unknown": 0, "bos": 1, "eos": 2}  # llama.cpp's for a sentencepiece vocabulary that states none
+
+
+def write_gguf_tokenizer(reader: GGUFReader, folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json of an opened GGUF into ``folder``."""
+    prefix = "tokenizer."
+    fields = {key[len(prefix) :]: field.contents() for key, field in reader.fields.items() if key.startswith(prefix)}
+    write_tokenizer(fields, folder)
+
+
+def write_tokenizer(meta: dict, folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json for the fields ``meta``, named without their "tokenizer.".
+
+    Raises UserError for a kind of tokenizer or of pre-tokenizer that is not known here, or when metadata is missing.
+    """
+    model, tokens = meta.get("ggml.model"), meta.get("ggml.tokens", [])
+    if model not in ("gpt2", "llama"):
+        raise UserError(f"the GGUF's tokenizer is of the kind {model!r}; known kinds: gpt2, llama")
+    types = meta.get("ggml.token_type", [TokenType.NORMAL] * len(tokens))
+    if not tokens or len(types) != len(tokens) or len(set(tokens)) != len(tokens):
+        raise UserError(f"the GGUF's {len(tokens)} tokens and {len(types)} token types are no vocabulary")
+    settings = special_tokens(tokens, meta)
+
+    tokenizer = byte_level(tokens, meta) if model == "gpt2" else sentencepiece(tokens, types, settings, meta)
+    for token, kind in zip(tokens, types, strict=True):
+        if kind in (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED):
+            special = kind != TokenType.USER_DEFINED  # user-defined tokens are found in text, the others never
+            tokenizer.add_tokens([AddedToken(token, normalized=False, special=special)])
+    if settings["add_bos_token"]:
+        bos = settings["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing([bos, "$A"], None, [(bos, tokens.index(bos))])
+
+    with atomic_write(Path(folder) / JSON_FILE) as temporary:
+        tokenizer.save(str(temporary))
+    write_json(Path(folder) / SETTINGS_FILE, {"tokenizer_class": "PreTrainedTokenizerFast", **settings})
+
+
+def special_tokens(tokens: list[str], meta: dict) -> dict:
+    """The content of tokenizer_config.json, with llama.cpp's defaults for what the file does not say."""
+    is_llama = meta["ggml.model"] == "llama"
+    settings = {}
+    for name, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
+        token_id = meta.get(f"ggml.{key}_token_id", LLAMA_IDS.get(key) if is_llama else None)
+        if token_id is not None:
+            if token_id >= len(tokens):
+                raise UserError(f"the GGUF's {key} token is {token_id}, but it has {len(tokens)} tokens")
+            settings[f"{name}_token"] = tokens[token_id]
+    wants_bos = meta.get("ggml.add_bos_token", is_llama or meta.get("ggml.pre") in LLAMA3_NAMES)
+    settings["add_bos_token"] = bool(wants_bos) and "bos_token" in settings
+    if "chat_template" in meta:
+        settings["chat_template"] = meta["chat_template"]
+    return settings
+
+
+def byte_level(tokens: list[str], meta: dict) -> Tokenizer:
+    """Byte-level BPE (GPT-2's) with the file's merges."""
+    pre = meta.get("ggml.pre")
+    if pre not in PRE_TOKENIZERS:
+        raise UserError(
+            f"the GGUF's pre-tokenizer is {pre!r}; known ones: {', '.join(PRE_TOKENIZERS)}. Another way to split "
+            "would tokenize most texts wrongly; convert the model's safetensors and tokenizer.json instead"
+        )
+    merges = [tuple(merge.split(" ", 1)) for merge in meta.get("ggml.merges", [])]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    try:  # Llama 3 takes a word that is a token as a whole, whatever the merges would make of it
+        tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in LLAMA3_NAMES))
+    except Exception as error:  # the library raises nothing more specific
+        raise UserError(f"the GGUF's {len(merges)} merges do not fit its {len(tokens)} tokens: {error}") from None
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def sentencepiece(tokens: list[str], types: list[int], settings: dict, meta: dict) -> Tokenizer:
+    """Sentencepiece's BPE: no pre-tokenizer, spaces as U+2581, one of them in front, unknown characters as bytes."""
+    scores = meta.get("ggml.scores", [])
+    if len(scores) != len(tokens):
+        raise UserError(f"the GGUF has {len(tokens)} tokens but {len(scores)} scores")
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = merges_by_score(tokens, types, scores)
+    unknown = settings["unk_token"]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    prefix = bool(meta.get("ggml.add_space_prefix", True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
+    return tokenizer
+
+
+def merges_by_score(tokens: list[str], types: list[int], scores: list[float]) -> list[tuple[str, str]]:
+    """Every way to join two tokens to a third, the best third first: sentencepiece joins by score and keeps no merges.
+
+    Control tokens and bytes take no part: "</s>" must not come out of the characters that spell it.
+    """
+    scored = zip(tokens, scores, types, strict=True)
+    score = {token: s for token, s, kind in scored if kind == TokenType.NORMAL}
+    merges = [
+        (token[:cut], token[cut:])
+        for token in score
+        for cut in range(1, len(token))
+        if token[:cut] in score and token[cut:] in score
+    ]
+    return sorted(merges, key=lambda pair: (score[pair[0] + pair[1]], len(pair[0])), reverse=True)

@@ -1,0 +1,93 @@
+"""What answers a prompt: a base, or what a finetune script trained over it, with its tokenizer and prompt style."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from lit_llama.checkpoint import load_model
+from lit_llama.cli import UserError
+from lit_llama.data.prompts import choose_style
+from lit_llama.devices.blocks import prepare_for_inference
+from lit_llama.devices.launch import base_dtype, default_device, launch_sharded
+from lit_llama.devices.quantize import quantize_base
+from lit_llama.devices.sharding import shard
+from lit_llama.model import LLaMA
+from lit_llama.settings import DEFAULT_BASE
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.trained import base_method, load_trained_folder, tokenizer_dir
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+
+class Answerer(NamedTuple):
+    name: str
+    model: LLaMA
+    tokenizer: Tokenizer
+    style: str  # of prompts
+    max_seq_length: int | None  # tokens of a sample in training, where there was one
+
+
+@contextmanager
+def answering(
+    trained_dir: Path | str | None,
+    checkpoint_dir: Path | str | None,
+    prompt_style: str | None,
+    precision: str,
+    quantize: str | None,
+    compile: bool,
+    devices: int = 1,
+    num_nodes: int = 1,
+) -> Iterator[tuple[Answerer, Fabric | None]]:
+    """What generate/base.py and generate/adapter.py answer with, and Fabric where several devices share it.
+
+    The arguments are those scripts' flags. UserError for flags that cannot be had together.
+    """
+    if compile and (devices, num_nodes) != (1, 1):
+        raise UserError(
+            f"--devices {devices} --num_nodes {num_nodes} keep the base in pieces, which are not compiled; leave out "
+            "--compile, or take one device"
+        )
+    fabric = launch_sharded(devices, num_nodes, quantize)
+    device = fabric.device if fabric else default_device()
+    dtype = base_dtype(precision, device)
+    loaded = load_answerer(trained_dir, checkpoint_dir, prompt_style, dtype, device, quantize, fabric)
+    prepare_for_inference(loaded.model, compile)
+    yield loaded, fabric
+
+
+def load_answerer(
+    trained_dir: Path | str | None,
+    checkpoint_dir: Path | str | None,
+    prompt_style: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str | None,
+    fabric: Fabric | None = None,
+) -> Answerer:
+    """A trained folder over its base, or the base alone where ``trained_dir`` is None.
+
+    What is None is as it was in training, or the default. With ``fabric`` its ranks hold the base in pieces, and
+    ``quantize`` is not looked at: pieces are never quantized.
+    """
+    # With fabric left in its file, memory-mapped, for shard to cast and move block by block.
+    kept = (None, "cpu", "none") if fabric else (dtype, device, quantize)
+    if trained_dir:
+        model, method = load_trained_folder(trained_dir, checkpoint_dir, *kept)
+        tokenizer = Tokenizer(tokenizer_dir(trained_dir, checkpoint_dir, method))
+        name = f"{method['method']} over {method['base']['name']}"
+    else:
+        folder = Path(checkpoint_dir or DEFAULT_BASE)
+        method = base_method(folder)
+        tokenizer, model = Tokenizer(folder), load_model(folder, *kept[:2]).requires_grad_(False)
+        quantize_base(model, kept[2] or "none")
+        name = model.config.name
+    style = choose_style(prompt_style or method.get("prompt_style"), tokenizer)
+    if fabric:
+        shard(fabric, model, dtype)
+    return Answerer(name, model, tokenizer, style, method["train"]["max_seq_length"] if method else None)

@@ -1,0 +1,170 @@
+"""The measuring of scripts/benchmark.py: the machine's limits, and contenders that take turns.
+
+Every contender (contenders.py) lives in a process of its own and waits for its turn, round by round, so that a machine
+whose speed drifts slows all of them, and each has a peak memory of its own.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+
+from lit_llama.bars import Bar
+from lit_llama.checkpoint import load_model
+from lit_llama.cli import UserError
+from lit_llama.data.batches import TokenizedSample
+from lit_llama.devices.launch import PRECISIONS, default_device, synchronize
+from lit_llama.measure.contenders import Contender, serve
+from lit_llama.measure.report import flops_per_token
+from lit_llama.methods import METHODS
+from lit_llama.model import LLaMA, LLaMAConfig
+
+# ---------------------------------------------------------------------------------------------- the machine's limits
+
+
+def best_seconds(work, repeats: int = 7) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+def limits(precisions: set[str], config: LLaMAConfig, tokens: int = 1024) -> dict[str, float]:
+    """What this machine can do: for each precision floating-point operations a second, in products of the model's own
+    shapes with so many ``tokens``; and as "read" the bytes a second that it reads from memory."""
+    device = default_device()
+    large = torch.zeros(2**28, device=device)  # 1 GiB, more than any cache holds
+
+    def wait(result: torch.Tensor) -> None:
+        synchronize(device)
+
+    def product_rate(dtype: torch.dtype) -> float:
+        x = torch.randn(tokens, config.n_embd, device=device, dtype=dtype)
+        up = torch.randn(config.intermediate_size, config.n_embd, device=device, dtype=dtype)
+        seconds = best_seconds(lambda: wait([x @ up.T for _ in range(10)][-1]))
+        return 10 * 2 * tokens * up.numel() / seconds
+
+    found = {precision: product_rate(PRECISIONS[precision]) for precision in sorted(precisions)}
+    return found | {"read": large.nbytes / best_seconds(lambda: wait(large.sum()), 3)}
+
+
+def limit_of(kind: str, contender: Contender, limit: dict[str, float], samples: list[TokenizedSample]) -> float:
+    """Tokens a second if nothing but the products, or in decoding nothing but reading the weights, took time."""
+    config = contender.config
+    if kind == "decode":
+        with torch.device("meta"):
+            model = LLaMA(config)
+        narrow = 1 if "int8" in contender.options else 0.5 if "nf4" in contender.options else None
+        wide = PRECISIONS[contender.precision].itemsize
+        blocks = sum(p.numel() for p in model.transformer.h.parameters()) * (narrow or wide)
+        return limit["read"] / (blocks + model.lm_head.weight.numel() * wide)
+
+    def flops(n_layer: int) -> float:
+        with default_device():
+            model = LLaMA(replace(config, n_layer=n_layer)).requires_grad_(False)
+        METHODS[contender.method](model)
+        return flops_per_token(model, samples[:16])  # it keeps every score of attention
+
+    few = min(4, config.n_layer)  # a 7B whole in float32 takes 27 GB, and every block beyond the fourth adds the same
+    further = flops(few + 1) - flops(few) if config.n_layer > few else 0.0
+    return limit[contender.precision] / (flops(few) + (config.n_layer - few) * further)
+
+
+# ---------------------------------------------------------------------------------------------- measuring
+
+
+def measure(kind: str, contenders: list[Contender], work: list[list[tuple]], limit: dict[str, float]) -> list[dict]:
+    """All contenders in turn, round by round; the first round does not count. A row for each."""
+    spawn = multiprocessing.get_context("spawn")
+    ends, processes = [], []
+    for contender in contenders:
+        end, other = spawn.Pipe()
+        process = spawn.Process(target=serve, args=(contender, kind, other, torch.get_num_threads()), daemon=True)
+        process.start()
+        other.close()  # so that the end of the process is heard
+        ends.append(end)
+        processes.append(process)
+        if error := hear(end):  # one after the other: building several at once would need the memory of all
+            raise UserError(f"{contender.name} cannot be measured: {error}")
+    seen: list[list[tuple]] = [[] for _ in contenders]
+    with Bar(len(work) * len(contenders), kind, "round") as bar:
+        for number, jobs in enumerate(work):
+            for contender, end, found in zip(contenders, ends, seen, strict=True):
+                answers = []
+                for job in jobs:
+                    end.send(job)
+                    answers.append(hear(end))
+                    if isinstance(answers[-1], str):
+                        raise UserError(f"{contender.name} failed: {answers[-1]}")
+                bar.update()
+                if number:
+                    seconds, computed, peaks = zip(*answers, strict=True)
+                    peak = max(peak or 0 for peak in peaks)  # Windows does not tell
+                    found.append((sum(seconds), sum(computed), peak, count_tokens(kind, jobs)))
+    for end, process in zip(ends, processes, strict=True):
+        end.send(None)
+        process.join()
+    return [to_row(kind, *pair, work, limit) for pair in zip(contenders, seen, strict=True)]
+
+
+def hear(end: Any) -> Any:
+    """What a contender says; what to say of one that ended without an error."""
+    try:
+        return end.recv()
+    except EOFError:
+        return "its process ended without an error; it may have run out of memory"
+
+
+def count_tokens(kind: str, jobs: list[tuple]) -> int:
+    return sum(job[1] if kind == "decode" else sum(len(sample.ids) for sample in job[0]) for job in jobs)
+
+
+def to_row(kind: str, contender: Contender, found: list[tuple], work: list[list[tuple]], limit: dict) -> dict:
+    rates = [tokens / seconds for seconds, _, _, tokens in found]
+    samples = [] if kind == "decode" else work[1][0][0]
+    row = {"kind": kind, "name": contender.name, "tokens_per_s": statistics.median(rates)}
+    row |= {"least": min(rates), "most": max(rates), "rounds": rates}
+    row["of_limit"] = row["tokens_per_s"] / limit_of(kind, contender, limit, samples)
+    row["peak_mib"] = max(peak for _, _, peak, _ in found) / 2**20 or None
+    if kind == "train":
+        row["padding"] = 1 - sum(tokens for *_, tokens in found) / sum(computed for _, computed, _, _ in found)
+    return row
+
+
+def measure_load(checkpoint_dir: str, precision: str, rounds: int) -> dict:
+    device = default_device()
+    seconds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        model = load_model(checkpoint_dir, PRECISIONS[precision], device)
+        for param in model.parameters():
+            param.detach().sum()  # of a mapped file nothing is read before it is used
+        seconds.append(time.perf_counter() - started)
+    return {"kind": "load", "name": f"ours {precision}", "seconds": statistics.median(seconds), "rounds": seconds}
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown; ``x`` is the ratio to the first line of its kind."""
+    lines = [
+        "| | | tokens/s (least to most) | x | of the limit | padding | peak MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["kind"] == "load":
+            lines.append(f"| load | {row['name']} | {row['seconds']:.2f} s | | | | |")
+            continue
+        first = next(other for other in rows if other["kind"] == row["kind"])
+        rate = f"{row['tokens_per_s']:,.0f} ({row['least']:,.0f} to {row['most']:,.0f})"
+        ratio = statistics.median(a / b for a, b in zip(row["rounds"], first["rounds"], strict=True))
+        padding = f"{row['padding']:.0%}" if "padding" in row else ""
+        cells = [row["kind"], row["name"], rate, f"{ratio:.2f}", f"{row['of_limit']:.0%}", padding]
+        cells.append("" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines).replace("%", " %")

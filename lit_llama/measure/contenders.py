@@ -1,0 +1,225 @@
+"""What scripts/benchmark.py measures: this project, LitGPT and PEFT doing the same work, each in a process of its own.
+
+A contender trains on lists of token ids with a method, or decodes one token after the other. Weights are random: speed
+does not depend on them, and every contender has the same shapes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_llama.checkpoint import load_config
+from lit_llama.cli import UserError
+from lit_llama.configs import CONFIGS
+from lit_llama.data.batches import IGNORE, TokenizedSample, collate, micro_batches
+from lit_llama.devices.blocks import prepare_for_inference, wrap_blocks
+from lit_llama.devices.launch import PRECISIONS, default_device, peak_memory, synchronize
+from lit_llama.devices.quantize import quantize_base
+from lit_llama.generate.decode import generate
+from lit_llama.methods import METHODS
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.train.loss import target_loss
+from lit_llama.trained import trained_tensors
+
+
+@dataclass
+class Contender:
+    """One line of the benchmark: ``project`` is "ours", "litgpt" or "peft"; ``options`` e.g. ("compile", "int8").
+
+    A micro-batch holds ``micro_batch_tokens`` of ours, and ``micro_batch_samples`` padded to the longest of the others.
+    """
+
+    project: str
+    model: str
+    method: str
+    precision: str
+    options: tuple[str, ...] = ()
+    micro_batch_tokens: int = 1024
+    micro_batch_samples: int = 4
+
+    @property
+    def config(self) -> LLaMAConfig:
+        """The shapes: of a released model (lit_llama/configs.py), or of the base in a folder."""
+        return LLaMAConfig.from_name(self.model) if self.model in CONFIGS else load_config(self.model)
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.project, self.method, self.precision, *self.options])
+
+    @contextmanager
+    def tensors(self, device: torch.device) -> Iterator[None]:
+        """Make all tensors in the base's precision on the device: a 7B would first take 27 GB of main memory."""
+        torch.set_default_dtype(PRECISIONS[self.precision])
+        try:
+            with device:
+                yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+# A step takes samples and returns the tokens it computed, padding included, but not where attention alone computes it;
+# decode takes a prompt and a count.
+Step = Callable[[list[TokenizedSample]], int]
+Decode = Callable[[list[int], int], int]
+
+
+def serve(contender: Contender, kind: str, connection, threads: int) -> None:
+    """Build a contender, then measure what comes through ``connection`` until None comes. Runs in its own process."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(1)
+    device = default_device()
+    try:
+        with ExitStack() as stack:
+            build = {"ours": build_ours, "litgpt": build_litgpt, "peft": build_peft}[contender.project]
+            work = build(contender, kind, device, stack)
+            connection.send(None)
+            while (job := connection.recv()) is not None:
+                started = time.perf_counter()
+                computed = work(*job)
+                synchronize(device)
+                connection.send((time.perf_counter() - started, computed, peak_memory(device)))
+    except EOFError:  # the benchmark has ended: nobody listens
+        pass
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {error}")
+
+
+# ---------------------------------------------------------------------------------------------- ours
+
+
+def build_ours(contender: Contender, kind: str, device: torch.device, stack: ExitStack) -> Step | Decode:
+    options = set(contender.options)
+    with contender.tensors(device):
+        model = LLaMA(contender.config).init_weights()
+    quantize_base(model, "int8" if "int8" in options else "nf4" if "nf4" in options else "none")
+    model.requires_grad_(False)
+    METHODS[contender.method](model)
+    open_gates(model)
+    if kind == "decode":
+        prepare_for_inference(model, compile="compile" in options)
+        return lambda prompt, count: sum(1 for _ in generate(model, prompt, count, stop=set()))
+    wrap_blocks(model, compile="compile" in options, checkpointing="checkpointing" in options)
+    optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=1e-3)
+
+    def step(samples: list[TokenizedSample]) -> int:
+        computed, n_targets = 0, sum(sample.n_targets for sample in samples)
+        for batch in micro_batches(samples, contender.micro_batch_tokens):
+            ids, targets, lengths = collate(batch, device)
+            computed += sum(lengths)  # but for attention, and for what rounding adds
+            (target_loss(model, ids, targets, lengths) / n_targets).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return computed
+
+    return step
+
+
+def open_gates(model: torch.nn.Module) -> None:
+    """Gates at zero leave the prompts without a gradient: open them, as they are after a few steps."""
+    for name, param in model.named_parameters():
+        if "gat" in name.rsplit(".", 1)[-1] and param.requires_grad:  # gating_factor; adaption_gate of PEFT
+            torch.nn.init.constant_(param, 0.1)
+
+
+# ---------------------------------------------------------------------------------------------- the others
+
+
+def padded_steps(
+    contender: Contender, params: list[Tensor], device: torch.device, loss_of: Callable[[Tensor, Tensor], Tensor]
+) -> Step:
+    """Micro-batches of samples in the order they come, each a mean over its tokens: as the others train."""
+    size = contender.micro_batch_samples
+    optimizer = torch.optim.AdamW(params, lr=1e-3)
+
+    def step(samples: list[TokenizedSample]) -> int:
+        computed = 0
+        batches = [samples[i : i + size] for i in range(0, len(samples), size)]
+        for batch in batches:
+            ids, targets, _ = collate(batch, device)
+            computed += ids.numel()
+            (loss_of(ids, targets) / len(batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return computed
+
+    return step
+
+
+def build_litgpt(contender: Contender, kind: str, device: torch.device, stack: ExitStack) -> Step | Decode:
+    """LitGPT's own modules, its chunked head and loss, and its decoding loop."""
+    import importlib
+
+    module = importlib.import_module(f"litgpt.{contender.method}")
+    mark = {"adapter": "mark_only_adapter_as_trainable", "lora": "mark_only_lora_as_trainable"}[contender.method]
+    lora = dict(lora_r=8, lora_alpha=16, lora_dropout=0.05, lora_query=True, lora_value=True)
+    names = {"smollm2-135m": "SmolLM2-135M", "smollm2-360m": "SmolLM2-360M", "tiny-llama-1.1b": "tiny-llama-1.1b"}
+    names["Llama-2-7b"] = "Llama-2-7b-hf"
+    if contender.model not in names:
+        raise UserError(f"--model {contender.model} is not named by LitGPT's; it has {', '.join(names)}")
+    config = module.Config.from_name(names[contender.model], **(lora if contender.method == "lora" else {}))
+    with contender.tensors(device):
+        model = module.GPT(config)
+    getattr(module, mark)(model)
+    open_gates(model)
+    if kind == "decode":
+        from litgpt.generate.base import generate as litgpt_generate
+
+        def decode(prompt: list[int], count: int) -> int:
+            model.eval()
+            with torch.inference_mode():
+                model.max_seq_length = len(prompt) + count
+                model.set_kv_cache(1, device=device)
+                ids = torch.tensor(prompt, device=device)
+                return len(litgpt_generate(model, ids, len(prompt) + count, temperature=0.0)) - len(prompt)
+
+        return decode
+    from litgpt.utils import chunked_cross_entropy
+
+    def loss_of(ids: Tensor, targets: Tensor) -> Tensor:
+        for block in model.transformer.h:  # the prompts' cached keys would have no graph in the second pass
+            if hasattr(block.attn, "adapter_kv_cache"):
+                block.attn.adapter_kv_cache = None
+        return chunked_cross_entropy(model(ids, lm_head_chunk_size=128), targets)
+
+    return padded_steps(contender, [p for p in model.parameters() if p.requires_grad], device, loss_of)
+
+
+def build_peft(contender: Contender, kind: str, device: torch.device, stack: ExitStack) -> Step | Decode:
+    """PEFT's AdaptionPrompt or LoRA over transformers' LlamaForCausalLM, SDPA attention."""
+    from peft import AdaptionPromptConfig, LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = contender.config
+    sizes: dict = dict(vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.intermediate_size)
+    sizes |= dict(num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head)
+    sizes |= dict(head_dim=c.head_size, max_position_embeddings=c.block_size, tie_word_embeddings=c.tie_embeddings)
+    with contender.tensors(device):
+        base: Any = LlamaForCausalLM(LlamaConfig(**sizes))
+    adapter = AdaptionPromptConfig(adapter_len=10, adapter_layers=c.n_layer - 2, task_type="CAUSAL_LM")
+    lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    configs: dict = {"adapter": adapter, "lora": lora}
+    model: Any = get_peft_model(base, configs[contender.method])
+    open_gates(model)
+    if kind == "decode":
+
+        def decode(prompt: list[int], count: int) -> int:
+            model.eval()
+            ids = torch.tensor([prompt], device=device)
+            lengths = dict(max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+            return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **lengths).size(1) - len(prompt)
+
+        return decode
+
+    def loss_of(ids: Tensor, targets: Tensor) -> Tensor:
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+
+    return padded_steps(contender, [p for p in model.parameters() if p.requires_grad], device, loss_of)

@@ -1,0 +1,172 @@
+"""How good a model is on samples: the loss of their answers, and whether its own answers are the same."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from lit_llama.bars import Bar
+from lit_llama.cli import UserError
+from lit_llama.data.batches import IGNORE, TokenizedSample, collate, micro_batches
+from lit_llama.data.prompts import encode_prompt, stop_ids, user_text
+from lit_llama.data.samples import Sample, read_samples
+from lit_llama.data.task import Task, split_file
+from lit_llama.devices import ranks
+from lit_llama.devices.sharding import keep_in_step
+from lit_llama.generate.classify import label_shares
+from lit_llama.generate.decode import generate_batch
+from lit_llama.model import LLaMA
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.train.loss import target_vectors
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+
+def shared(fabric: Fabric, model: LLaMA | None, items: list, work: Callable[[list], list]) -> list:
+    """What ``work`` makes of ``items``, in their order and on every rank; each rank works on a share of them.
+
+    A sharded ``model`` that it calls is kept in step.
+    """
+    own = items[fabric.global_rank :: fabric.world_size]
+    with nullcontext() if model is None else keep_in_step(fabric, model):
+        done = work(own) if own else []
+    if fabric.world_size == 1:
+        return done
+    parts: list[list] = [[]] * fabric.world_size
+    torch.distributed.all_gather_object(parts, done)
+    results = [None] * len(items)
+    for rank, part in enumerate(parts):
+        results[rank :: fabric.world_size] = part
+    return results
+
+
+def longest_answer(tokenizer: Tokenizer, samples: list[Sample]) -> int:
+    """Tokens that show whether an answer is right: one more than the longest expected one has."""
+    return 1 + max((len(tokenizer.encode(sample.answer)) for sample in samples), default=0)
+
+
+def answer_samples(
+    model: LLaMA,
+    tokenizer: Tokenizer,
+    style: str,
+    samples: list[Sample],
+    max_new_tokens: int,
+    batch_size: int = 32,
+    name: str = "answering",
+) -> list[str]:
+    """The model's greedy answer to each sample's prompt, in their order, decoded in batches of similar length."""
+    if not samples:
+        return []
+    prompts = [encode_prompt(sample.prompt, style, tokenizer) for sample in samples]
+    # A prompt near the context's end has less room. It is not answered with others, which would get no more.
+    room = [max(1, min(max_new_tokens, model.text_room - len(prompt))) for prompt in prompts]
+    order = sorted(range(len(samples)), key=lambda i: (room[i], len(prompts[i])))
+    answers = [""] * len(samples)
+    with Bar(len(samples), name, "sample", hidden=ranks.rank() > 0) as bar:
+        while order:
+            rows = [i for i in order[:batch_size] if room[i] == room[order[0]]]
+            order = order[len(rows) :]
+            tokens = generate_batch(model, [prompts[i] for i in rows], room[rows[0]], stop_ids(style, tokenizer))
+            for i, ids in zip(rows, tokens, strict=True):
+                answers[i] = tokenizer.decode(ids).strip()
+            bar.update(len(rows))
+    return answers
+
+
+def add_shots(samples: list[Sample], folder: Path, shots: int, seed: int) -> list[Sample]:
+    """The samples with the same ``shots`` examples in front, drawn from the folder's train file."""
+    file = split_file(folder, "train") if folder.is_dir() else None
+    if file is None:
+        raise UserError(f"--shots takes its examples from a train file: {folder} must be a folder with one")
+    examples = [sample for sample in read_samples(file) if sample.messages]
+    if len(examples) < shots:
+        raise UserError(f"--shots {shots}, but {file} holds {len(examples)} rows with an answer")
+    given = [message for sample in random.Random(seed).sample(examples, shots) for message in sample.messages]
+    return [replace(sample, messages=given + sample.messages) for sample in samples if sample.messages]
+
+
+def count_last_answers(
+    samples: list[Sample], encoded: list[TokenizedSample], style: str, tokenizer: Tokenizer
+) -> tuple[list[Sample], list[TokenizedSample]]:
+    """Take the examples' answers off the targets, for they are given; drop what has no room for its own answer."""
+    kept = []
+    for sample, ids in zip(samples, encoded, strict=True):
+        given = len(encode_prompt(sample.prompt, style, tokenizer)) - 1
+        if given < len(ids.ids):
+            ids.targets[:given] = array("i", [IGNORE]) * given
+            kept.append((sample, ids))
+    if not kept:
+        raise UserError(f"none of {len(samples)} samples fits the context with its examples; pass fewer --shots")
+    return [sample for sample, _ in kept], [ids for _, ids in kept]
+
+
+@torch.inference_mode()
+def sample_losses(model: LLaMA, encoded: list[TokenizedSample], device: torch.device) -> list[float]:
+    """The cross-entropy of each sample, summed over its target tokens."""
+    model.eval()
+    losses: dict[int, float] = {}
+    with Bar(len(encoded), "loss", "sample", hidden=ranks.rank() > 0) as bar:
+        for batch in micro_batches(encoded, max_tokens=1024):
+            vectors, targets, where = target_vectors(model, *collate(batch, device))
+            of_tokens = F.cross_entropy(model.lm_head(vectors).float(), targets, reduction="none")  # (n,)
+            of_rows = torch.zeros(len(batch), device=device).index_add_(0, where.nonzero()[:, 0], of_tokens)
+            losses |= zip(map(id, batch), of_rows.tolist(), strict=True)
+            bar.update(len(batch))
+    return [losses[id(ids)] for ids in encoded]
+
+
+def is_right(answer: str, sample: Sample) -> bool:
+    """Whether an answer is the expected text to the letter, blanks around it aside."""
+    return answer.strip() == sample.answer.strip()
+
+
+class BeforeAfter:
+    """The answers to held-out samples at several points of a run, shared among the ranks, and how many are right."""
+
+    def __init__(self, fabric: Fabric, task: Task, n_samples: int) -> None:
+        if n_samples < 0:
+            raise UserError(f"--eval_samples {n_samples} must not be negative")
+        self.fabric, self.task = fabric, task
+        self.n_samples = min(n_samples, len(task.held_out))
+        self.samples = task.held_out[: self.n_samples]
+        self.answers: dict[str, list[str]] = {}
+
+    def ask(self, when: str, model: LLaMA) -> None:
+        """Answer the samples, if ``model`` can: a base to be sharded is not on its device yet, and has no labels."""
+        wte, labels = model.transformer.wte.weight, self.task.labels
+        if wte.device.type != self.fabric.device.type or labels and model.lm_head.out_features != len(labels):
+            return
+        task = self.task
+        if labels is not None:
+            prompts = [sample.ids.tolist() for sample in task.validation[: self.n_samples]]
+            chosen = shared(self.fabric, model, prompts, lambda own: list(label_shares(model, own).argmax(1)))
+            self.answers[when] = [labels[i] for i in chosen]
+            return
+        longest = longest_answer(task.tokenizer, self.samples)
+
+        def answer(own: list[Sample]) -> list[str]:
+            return answer_samples(model, task.tokenizer, task.prompt_style, own, longest, name=when)
+
+        self.answers[when] = shared(self.fabric, model, self.samples, answer)
+
+    def show(self, n_examples: int = 3) -> None:
+        """Print some samples with their answers, then the exact match at each point."""
+        if not self.n_samples:
+            return
+        for i, sample in enumerate(self.samples[:n_examples]):
+            ranks.print_rank0(f"\nprompt    {user_text(sample.prompt[-1])}\nexpected  {sample.answer}")
+            for when, answers in self.answers.items():
+                ranks.print_rank0(f"{when:8}  {answers[i]}")
+        ranks.print_rank0()
+        for when, answers in self.answers.items():
+            right = sum(is_right(*pair) for pair in zip(answers, self.samples, strict=True))
+            ranks.print_rank0(f"exact match {when}: {100 * right / self.n_samples:.1f} %")
