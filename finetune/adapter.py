@@ -16,20 +16,18 @@ from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import check_range
 from lit_llama.data.batches import collate, step_indices
 from lit_llama.data.task import check_data, load_task
-from lit_llama.devices import ranks
 from lit_llama.devices.blocks import unwrap_blocks, wrap_blocks
-from lit_llama.devices.launch import base_dtype, broadcast_trained, launch
+from lit_llama.devices.launch import base_dtype, launch, print_rank0
 from lit_llama.devices.memory import check_memory
 from lit_llama.devices.quantize import quantize_base
 from lit_llama.devices.sharding import check_together, shard
 from lit_llama.formats.download import ensure_base
 from lit_llama.methods.adapter import add_adapter, start_from_text
 from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
-from lit_llama.train.evaluate import BeforeAfter
-from lit_llama.train.loss import clip_gradient, split_by_tokens, sum_over_ranks, target_loss, validate
-from lit_llama.train.run import Run, default_out_dir
-from lit_llama.train.schedule import learning_rate_at
-from lit_llama.trained import count_trainable, describe_run
+from lit_llama.train.evaluate import BeforeAfter, validate
+from lit_llama.train.loss import broadcast_trained, clip_gradient, split_by_tokens, sum_over_ranks, target_loss
+from lit_llama.train.run import Run, default_out_dir, describe_run
+from lit_llama.trained import count_trainable
 
 
 def main(
@@ -80,12 +78,14 @@ def main(
     # Data: token ids, with a target only where the answer is
     task = load_task(data, checkpoint_dir, prompt_style, train.max_seq_length)
     total_steps = train.total_steps(len(task.train))
-    ranks.print_rank0(f"{task.summary}\n{train.summary(len(task.train), fabric.world_size)}")
+    print_rank0(f"{task.summary}\n{train.summary(len(task.train), fabric.world_size)}")
 
     # Run: the folder that everything is written to
     arguments = dict(prompt_length=prompt_length, start_layer=start_layer, gate=gate, gate_init=gate_init)
     dtype = base_dtype(precision, fabric.device)
-    settings = describe_run("adapter", arguments, checkpoint_dir, task, train, dtype, quantize, lr_scale=gate_lr_scale)
+    settings = describe_run(
+        "adapter", add_adapter, arguments, checkpoint_dir, task, train, dtype, quantize, lr_scale=gate_lr_scale
+    )
     run = Run(fabric, out_dir, settings, resume, overwrite, allow_changes)
     check_memory(fabric, settings, task, train, strategy, compile, checkpointing)
 
@@ -98,7 +98,7 @@ def main(
     add_adapter(model, **arguments)
     if strategy == "fsdp":
         shard(fabric, model, dtype)
-    ranks.print_rank0(count_trainable(model))
+    print_rank0(count_trainable(model))
     if prompt_init == "text" and not resume:
         start_from_text(model, task.train[0].ids.tolist())
     broadcast_trained(fabric, model)
@@ -128,7 +128,7 @@ def main(
             loss += micro_loss.detach()
         loss = sum_over_ranks(fabric, model, loss)  # and the gradients
 
-        lr = learning_rate_at(step, total_steps, train)
+        lr = train.learning_rate_at(step, total_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         grad_norm = clip_gradient(model, train.clip, step, batch)
@@ -144,7 +144,7 @@ def main(
     unwrap_blocks(model)
     answers.ask("after", model)
     answers.show()
-    ranks.print_rank0(f'\nsaved in {out_dir}; try: python generate/adapter.py --trained_dir {out_dir} --prompt "..."')
+    print_rank0(f'\nsaved in {out_dir}; try: python generate/adapter.py --trained_dir {out_dir} --prompt "..."')
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def main(
             several devices none.
         compile: Compile the blocks by torch.compile: half a minute first; in float32 on a CPU nothing is gained.
     """
-    from lit_llama.devices import ranks
+    from lit_llama.devices.launch import log_rank0
     from lit_llama.generate.classify import is_classifier
     from lit_llama.generate.decode import stream_answer
     from lit_llama.generate.load import answering
@@ -49,7 +49,7 @@ def main(
         raise cli.UserError(f"{trained_dir} answers with a label, not with text: see generate/classify.py")
     flags = (trained_dir, checkpoint_dir, None, precision, quantize, compile, devices, num_nodes)
     with answering(*flags) as (loaded, fabric):
-        ranks.log_rank0(loaded.name + (f" in {fabric.world_size} pieces" if fabric else ""))
+        log_rank0(loaded.name + (f" in {fabric.world_size} pieces" if fabric else ""))
         stream_answer(loaded.model, loaded.tokenizer, loaded.style, prompt, input, max_new_tokens, sampling, fabric)
 
 

@@ -19,7 +19,7 @@ from typing import NoReturn, get_args
 from jsonargparse import ArgumentParser, Namespace, auto_parser
 
 from lit_llama.common.errors import Interrupted, UserError
-from lit_llama.devices import ranks
+from lit_llama.devices.launch import give_way, log_rank0, rank
 from lit_llama.settings import SHARED_FLAGS
 
 
@@ -43,24 +43,24 @@ def run(main: Callable, leading: str | None = None) -> None:
     except UserError as error:
         fail(str(error))
     except Interrupted as stopped:
-        ranks.log_rank0(str(stopped))
-        sys.exit(130 if ranks.rank() == 0 else 0)  # Fabric's launcher kills rank 0 after any other exit code
+        log_rank0(str(stopped))
+        sys.exit(130 if rank() == 0 else 0)  # Fabric's launcher kills rank 0 after any other exit code
     except KeyboardInterrupt:
-        ranks.log_rank0("interrupted")
+        log_rank0("interrupted")
         sys.exit(130)
     except Exception as error:
         if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
             fail(out_of_memory(str(error), config))
         if isinstance(error, OSError):
             fail(describe(error))
-        ranks.give_way()
+        give_way()
         raise
 
 
 def fail(text: str) -> NoReturn:
     """End the program with one line and exit code 2. Where several ranks find the same fault, rank 0 reports it."""
-    ranks.give_way()
-    print(f"error: {text}" + (f" (rank {ranks.rank()})" if ranks.rank() else ""), file=sys.stderr)
+    give_way()
+    print(f"error: {text}" + (f" (rank {rank()})" if rank() else ""), file=sys.stderr)
     sys.exit(2)
 
 

@@ -103,6 +103,14 @@ class TrainArgs:
             raise UserError(f"--train.warmup_steps {self.warmup_steps} must be less than the {steps} steps in all")
         return steps
 
+    def learning_rate_at(self, step: int, total_steps: int) -> float:
+        """The learning rate of optimizer step ``step`` (from 0): linear warm-up, then a cosine that ends at 0."""
+        warmup = total_steps // 10 if self.warmup_steps is None else self.warmup_steps
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        progress = (step - warmup) / max(1, total_steps - warmup)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
     def summary(self, n_samples: int, world_size: int = 1) -> str:
         """How often the steps go through the samples, and whether every device has work."""
         steps = self.total_steps(n_samples)

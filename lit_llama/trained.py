@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lit_llama import __version__
 from lit_llama.checkpoint import (
     MODEL_FILE,
     check_dtypes,
     check_tensors,
     fingerprint,
     load_config,
-    load_model,
 )
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import read_json, read_tensors, tensor_headers
-from lit_llama.devices import ranks
-from lit_llama.devices.quantize import count_numbers, quantization, quantize_base
-from lit_llama.methods import METHODS
+from lit_llama.devices.quantize import count_numbers
 from lit_llama.model import LLaMA
 from lit_llama.settings import MOST_TOKENS
 
 if TYPE_CHECKING:  # data is loaded above this module
-    from lit_llama.data.task import Task
-    from lit_llama.settings import TrainArgs
+    pass
 
 TRAINED_FILE, METHOD_FILE = "trained.safetensors", "method.json"
 DTYPES = {torch.float32: "F32", torch.float64: "F64"}  # what trains is float32; a test's whole model may be float64
@@ -60,38 +54,6 @@ def describe_base(checkpoint_dir: Path | str) -> dict:
     }
 
 
-def describe_run(
-    method: str,
-    arguments: dict,
-    checkpoint_dir: Path | str,
-    task: Task,
-    train: TrainArgs,
-    dtype: torch.dtype,
-    quantize: str = "none",
-    **rates: float,
-) -> dict:
-    """What method.json says of a run: all that generation and a resumed run need to know.
-
-    ``arguments`` are those of the method's function, ``rates`` further settings of the optimizer. Raises UserError if
-    the arguments do not fit the base; no weight is loaded to find out.
-    """
-    with torch.device("meta"):
-        METHODS[method](LLaMA(load_config(checkpoint_dir)).requires_grad_(False), **arguments)
-    return {
-        "method": method,
-        "arguments": arguments,
-        "base": describe_base(checkpoint_dir),
-        "base_dtype": str(dtype).removeprefix("torch."),
-        "quantize": quantize,
-        "prompt_style": task.prompt_style,
-        "data": task.data,
-        "data_fingerprint": task.fingerprint,
-        "train": asdict(train),
-        **rates,
-        "version": __version__,
-    }
-
-
 def load_trained(model: LLaMA, path: Path, prefix: str = "") -> dict:
     """Copy the tensors of a safetensors file, those named with ``prefix``, into the trained ones of ``model``.
 
@@ -113,63 +75,6 @@ def check_trained(tensors: dict[str, Tensor], path: Path, prefix: str = "") -> N
     expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     check_tensors({name: shape for name, (shape, _) in headers.items()}, expected, path)
     check_dtypes(headers, tuple({DTYPES[tensor.dtype] for tensor in tensors.values()}), path)
-
-
-def load_trained_folder(
-    trained_dir: Path | str,
-    checkpoint_dir: Path | str | None = None,
-    dtype: torch.dtype | None = torch.float32,
-    device: torch.device | str = "cpu",
-    quantize: str | None = "none",
-) -> tuple[LLaMA, dict]:
-    """The base with a finished method on it, and its method.json.
-
-    ``checkpoint_dir`` overrides where the base lies; that it is the same base is checked. A folder that holds a whole
-    model needs no base. ``quantize`` says what its weights are kept in, None as in training: what was trained over a
-    narrow base fits the wide one too, but has learned to make up for the narrow one's errors.
-    """
-    method, path = read_method(trained_dir), Path(trained_dir) / METHOD_FILE
-    quantize = quantize or method["quantize"]
-    if (Path(trained_dir) / MODEL_FILE).exists():  # a checkpoint folder: nothing of the base is left
-        model = load_model(trained_dir, dtype, device)
-        quantize_base(model, quantize)
-        return model.requires_grad_(False), method
-    model = load_model(check_base(method["base"], checkpoint_dir, path), dtype, device)
-    quantize_base(model, quantize)
-    add_trained(model, trained_dir, method)
-    return model, method
-
-
-def add_trained(model: LLaMA, trained_dir: Path | str, method: dict) -> None:
-    """Freeze ``model``, a base, and put on it what a trained folder with this method.json learned."""
-    path = Path(trained_dir) / METHOD_FILE
-    if method["method"] not in METHODS:
-        raise UserError(f"{path} names the method {method['method']!r}, not one of {', '.join(METHODS)}")
-
-    def add_method(model: LLaMA) -> LLaMA:
-        model.requires_grad_(False)
-        try:
-            METHODS[method["method"]](model, **method["arguments"])
-        except Exception as error:  # whatever arguments raise that no script wrote
-            reason = str(error).split("\n")[0]
-            raise UserError(f"{path}: the arguments do not fit {method['method']}: {reason}") from None
-        if model.reparametrization is not None:
-            model.reparametrization.flatten(model)
-        return model
-
-    with torch.device("meta"):  # arguments that the tensors do not bear out cost no memory
-        plan = add_method(LLaMA(model.config))
-    check_trained(trained_tensors(plan), Path(trained_dir) / TRAINED_FILE)
-    for tensor in trained_tensors(add_method(model)).values():
-        tensor.data = tensor.data.clone()  # it may be the base's own, which another model goes on using (chat.py)
-    check_recipe(method, load_trained(model, Path(trained_dir) / TRAINED_FILE), path)
-    before, now = method["quantize"], quantization(model)
-    if now != before:
-        why = "has not seen its errors" if before == "none" else "has learned to make up for the other's errors"
-        ranks.log_rank0(
-            f"note: {trained_dir} was trained with --quantize {before}, its base is loaded with {now}: "
-            f"it fits, but {why}"
-        )
 
 
 def check_recipe(method: dict, about: dict, path: Path) -> None:

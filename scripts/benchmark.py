@@ -128,7 +128,7 @@ def choose(
     from lit_llama.configs import CONFIGS
     from lit_llama.devices.launch import default_device, resolve_precision
     from lit_llama.measure.contenders import Contender
-    from lit_llama.methods import METHODS
+    from lit_llama.methods.table import METHODS
 
     for name, given, known in (("kinds", kinds, KINDS), ("methods", methods, METHODS), ("against", against, OTHERS)):
         if not set(given) <= set(known) or not (given or name == "against"):

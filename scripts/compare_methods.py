@@ -286,9 +286,10 @@ def measure(job: ScriptRun, samples: list, file: Path) -> dict:
     """All figures of one finished run."""
     from lit_llama.checkpoint import load_model
     from lit_llama.common.files import read_json
+    from lit_llama.generate.load import load_trained_folder
     from lit_llama.measure.report import flops_per_token, learning_rate, lowest_loss, quality
     from lit_llama.train.run import COSTS_FILE, read_metrics
-    from lit_llama.trained import load_trained_folder, read_method
+    from lit_llama.trained import read_method
 
     method = read_method(job.out_dir)
     if method["method"] == "full":

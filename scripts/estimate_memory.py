@@ -49,7 +49,7 @@ def main(
     from lit_llama.configs import CONFIGS
     from lit_llama.devices.launch import PRECISIONS, STRATEGIES, held_memory
     from lit_llama.devices.memory import NARROW_BYTES, estimate, imagined
-    from lit_llama.methods import METHODS
+    from lit_llama.methods.table import METHODS
     from lit_llama.model import LLaMAConfig
 
     if not (Path(model) / "config.json").exists() and model not in CONFIGS:

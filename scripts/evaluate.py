@@ -73,9 +73,8 @@ def main(
     from lit_llama.common.files import check_writable
     from lit_llama.data.samples import read_samples
     from lit_llama.data.task import split_file
-    from lit_llama.devices import ranks
     from lit_llama.devices.blocks import prepare_for_inference
-    from lit_llama.devices.launch import base_dtype, launch
+    from lit_llama.devices.launch import base_dtype, launch, print_rank0
     from lit_llama.generate.classify import is_classifier
     from lit_llama.generate.load import load_answerer
     from lit_llama.trained import read_method
@@ -104,7 +103,7 @@ def main(
         name, model, tokenizer, style, length = load_answerer(
             trained_dir, checkpoint_dir, prompt_style, dtype, fabric.device, quantize, fabric if sharded else None
         )
-        ranks.print_rank0(f"{name} on {file}")
+        print_rank0(f"{name} on {file}")
         length = min(max_seq_length or length or (model.text_room if shots else 512), model.text_room)
         given = Examples(Path(data), shots, shots_seed)
         prepare_for_inference(model, compile)
@@ -133,7 +132,7 @@ def evaluate_answers(
 ) -> list[tuple]:
     """Print loss, perplexity and exact match. The ranks share the samples, and each has all results in the end."""
     from lit_llama.data.task import can_be_asked, encode_samples
-    from lit_llama.devices import ranks
+    from lit_llama.devices.launch import print_rank0
     from lit_llama.train.evaluate import (
         add_shots,
         answer_samples,
@@ -152,8 +151,8 @@ def evaluate_answers(
     loss = sum(losses) / sum(ids.n_targets for ids in encoded)
     dropped = len(samples) - len(kept)
     drops = f"; {dropped} dropped: no answer within {length} tokens" if dropped else ""
-    ranks.print_rank0(f"{len(kept)} samples{drops}")
-    ranks.print_rank0(f"loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
+    print_rank0(f"{len(kept)} samples{drops}")
+    print_rank0(f"loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
     questions = [i for i, (sample, ids) in enumerate(zip(kept, encoded, strict=True)) if can_be_asked(sample, ids)]
     longest = longest_answer(tokenizer, [kept[i] for i in questions])
 
@@ -164,7 +163,7 @@ def evaluate_answers(
     right = {i: is_right(answer, kept[i]) for i, answer in answers.items()}
     if right:
         correct = sum(right.values())
-        ranks.print_rank0(f"exact match: {100 * correct / len(right):.1f} % ({correct} of {len(right)})")
+        print_rank0(f"exact match: {100 * correct / len(right):.1f} % ({correct} of {len(right)})")
     figures = [(losses[i], ids.n_targets, right.get(i), answers.get(i)) for i, ids in enumerate(encoded)]
     return [(sample.row, *row) for sample, row in zip(kept, figures, strict=True)]
 
@@ -185,7 +184,7 @@ def evaluate_labels(
 
     from lit_llama.data.prompts import choose_style
     from lit_llama.data.task import tokenize_labels
-    from lit_llama.devices import ranks
+    from lit_llama.devices.launch import print_rank0
     from lit_llama.generate.classify import load_classifier
     from lit_llama.tokenizer import Tokenizer
     from lit_llama.train.evaluate import shared
@@ -200,8 +199,8 @@ def evaluate_labels(
     chosen = shares.argmax(1).tolist()
     correct = sum(one == other for one, other in zip(chosen, answers, strict=True))
     losses = -np.log(shares[range(len(answers)), answers].clip(1e-12))
-    ranks.print_rank0(f"{method['method']} over {method['base']['name']}: loss {losses.mean():.4f}")
-    ranks.print_rank0(f"accuracy: {100 * correct / len(answers):.1f} % ({correct} of {len(answers)})")
+    print_rank0(f"{method['method']} over {method['base']['name']}: loss {losses.mean():.4f}")
+    print_rank0(f"accuracy: {100 * correct / len(answers):.1f} % ({correct} of {len(answers)})")
     rows = zip(samples, losses.tolist(), chosen, answers, strict=True)
     return [(sample.row, loss, 1, one == other, labels[one]) for sample, loss, one, other in rows]
 

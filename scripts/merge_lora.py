@@ -46,8 +46,9 @@ def main(trained_dir: str, out_dir: str, checkpoint_dir: str | None = None, dtyp
     from lit_llama.checkpoint import save_checkpoint
     from lit_llama.common.files import check_new, whole_folder
     from lit_llama.formats.convert import copy_tokenizer
+    from lit_llama.generate.load import load_trained_folder
     from lit_llama.train.run import save_command_line
-    from lit_llama.trained import load_trained_folder, read_method
+    from lit_llama.trained import read_method
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise cli.UserError(f"--dtype {dtype!r} is none of float32, bfloat16, float16")

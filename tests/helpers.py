@@ -27,9 +27,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lit_llama.checkpoint import load_model, save_checkpoint
 from lit_llama.cli import UserError, parser_of
 from lit_llama.common.files import save_tensors, write_json
-from lit_llama.methods import METHODS
 from lit_llama.methods.adapter import add_adapter
 from lit_llama.methods.lora import TARGETS
+from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.train.loss import target_loss
 from lit_llama.trained import describe_base, kept_tensors, trained_tensors

@@ -15,7 +15,7 @@ from lit_llama.data.batches import collate
 from lit_llama.data.task import load_task
 from lit_llama.devices.launch import PRECISIONS, launch
 from lit_llama.devices.sharding import is_piece, shard
-from lit_llama.methods import METHODS
+from lit_llama.methods.table import METHODS
 from lit_llama.settings import TrainArgs
 from lit_llama.train.evaluate import BeforeAfter
 from lit_llama.train.loss import split_by_tokens, sum_over_ranks, target_loss

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lit_llama.data.batches import IGNORE
 from lit_llama.devices.blocks import first_trained, unwrap_blocks, wrap_blocks
 from lit_llama.generate.decode import generate, generate_batch
-from lit_llama.methods import METHODS
+from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig, attention, plain_attention
 from lit_llama.train.loss import padded_width, target_loss
 from lit_llama.trained import trained_tensors

@@ -16,7 +16,7 @@ from lit_llama.common.files import save_tensors, write_json
 from lit_llama.data.prompts import encode_prompt, stop_ids
 from lit_llama.generate.chat import CACHE_STEP, Chat, converse, edit_lines, same_weights
 from lit_llama.generate.decode import generate
-from lit_llama.methods import METHODS
+from lit_llama.methods.table import METHODS
 from lit_llama.settings import Sampling
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.trained import METHOD_FILE, TRAINED_FILE, describe_base, kept_tensors

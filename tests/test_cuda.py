@@ -9,7 +9,7 @@ from lit_llama.devices.graphs import NextLogits
 from lit_llama.devices.quantize import NarrowLinear, count_numbers, quantize_base
 from lit_llama.generate.decode import decode, decoding, generate, generate_batch
 from lit_llama.measure.contenders import open_gates
-from lit_llama.methods import METHODS
+from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.settings import Sampling
 from lit_llama.train.loss import target_loss

@@ -13,9 +13,10 @@ from helpers import equal_to, logits_of, make_base, script_parser, shake, tiny_m
 
 from lit_llama import cli
 from lit_llama.generate.decode import generate
-from lit_llama.methods import METHODS
+from lit_llama.generate.load import load_trained_folder
+from lit_llama.methods.table import METHODS
 from lit_llama.train.loss import target_loss
-from lit_llama.trained import load_trained_folder, trained_tensors
+from lit_llama.trained import trained_tensors
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", ROOT / "finetune/README.md", ROOT / "data/README.md"]

@@ -17,8 +17,9 @@ from lit_llama.data.batches import IGNORE
 from lit_llama.data.prompts import END_OF_TURN, EOS, STYLES, encode_control, encode_pieces, encode_prompt
 from lit_llama.data.samples import SUFFIXES, Sample, read_samples, to_sample
 from lit_llama.data.task import tokenize_samples
+from lit_llama.generate.load import load_trained_folder
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.trained import load_trained_folder, trained_tensors
+from lit_llama.trained import trained_tensors
 
 often, sometimes = (settings(max_examples=n, deadline=None, suppress_health_check=list(HealthCheck)) for n in (150, 60))
 text = st.text(st.characters(codec="utf-8"), max_size=30)

@@ -10,7 +10,7 @@ import time
 import pytest
 from helpers import ROOT, command, make_base, metrics, run_process, succeed, sums, write_rows
 
-from lit_llama.devices import ranks
+from lit_llama.devices.launch import barrier
 
 
 @pytest.fixture(scope="module")
@@ -140,4 +140,4 @@ def test_a_barrier_that_fails_says_what_for():
             raise RuntimeError("Timed out waiting 1800000ms")
 
     with pytest.raises(RuntimeError, match="^rank 0 waited for the others to save the state: Timed out .*ms"):
-        ranks.barrier(Alone(), "save the state")
+        barrier(Alone(), "save the state")

@@ -12,8 +12,8 @@ from helpers import logits_of, make_base, save_trained
 
 from lit_llama.formats.export import export_hf
 from lit_llama.formats.peft import export_peft
+from lit_llama.generate.load import load_trained_folder
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.trained import load_trained_folder
 
 FORMATS = Path(__file__).parent.parent / "docs" / "formats.md"
 TASK = """

@@ -9,8 +9,8 @@ from helpers import make_base, metrics, refuse, run, succeed
 from safetensors import safe_open
 
 from lit_llama.checkpoint import load_model
+from lit_llama.generate.load import load_trained_folder
 from lit_llama.methods.features import fit_classifier, probabilities
-from lit_llama.trained import load_trained_folder
 
 SCRIPTS = {
     "adapter": ["--start_layer", 1],

@@ -26,9 +26,9 @@ from lit_llama.common.files import save_tensors
 from lit_llama.data.batches import IGNORE
 from lit_llama.generate.classify import label_shares
 from lit_llama.generate.decode import generate, generate_batch
-from lit_llama.methods import METHODS
 from lit_llama.methods.features import text_vectors
 from lit_llama.methods.lora import TARGETS, places
+from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig, apply_rope
 from lit_llama.train.loss import target_loss
 from lit_llama.trained import kept_tensors, load_trained, trained_tensors

@@ -10,16 +10,10 @@ from helpers import make_base
 from lit_llama.checkpoint import load_model
 from lit_llama.common.files import save_tensors, write_json
 from lit_llama.generate.decode import generate, generate_batch
+from lit_llama.generate.load import load_trained_folder
 from lit_llama.generate.mixed import Mixer
-from lit_llama.methods import METHODS
-from lit_llama.trained import (
-    METHOD_FILE,
-    TRAINED_FILE,
-    describe_base,
-    kept_tensors,
-    load_trained_folder,
-    trained_tensors,
-)
+from lit_llama.methods.table import METHODS
+from lit_llama.trained import METHOD_FILE, TRAINED_FILE, describe_base, kept_tensors, trained_tensors
 
 FOLDERS = {
     "adapter-5": ("adapter", dict(prompt_length=5, start_layer=1)),

@@ -22,8 +22,8 @@ from lit_llama.cli import UserError
 from lit_llama.common.files import read_json, read_tensors, save_tensors, write_json
 from lit_llama.formats.export import export_hf
 from lit_llama.formats.peft import export_peft, import_peft
+from lit_llama.generate.load import load_trained_folder
 from lit_llama.methods.lora import TARGETS
-from lit_llama.trained import load_trained_folder
 
 SHAPES = {"tied, scaled": dict(tie_embeddings=True, rope_scaling=SCALING), "untied": dict()}
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

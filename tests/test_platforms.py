@@ -16,7 +16,7 @@ from lit_llama import cli, trained
 from lit_llama.devices import launch
 from lit_llama.measure.plots import plot_comparison
 from lit_llama.measure.report import markdown
-from lit_llama.train.signals import catch_interrupt
+from lit_llama.train.run import catch_interrupt
 
 ROOT = Path(__file__).parent.parent
 CODE = [
@@ -109,9 +109,7 @@ def test_no_file_is_replaced_while_it_is_mapped(tmp_path, monkeypatch):
     flags += ["--eval_samples", 0, "--train.max_steps", 4, "--train.save_every", 2, "--out_dir", tmp_path / "out"]
     for method in ("full", "lora"):
         with monkeypatch.context() as patch:
-            patch.setattr(
-                "lit_llama.train.signals.Interrupt.seen", lambda self, fabric: True
-            )  # Ctrl-C in the first step
+            patch.setattr("lit_llama.train.run.Interrupt.seen", lambda self, fabric: True)  # Ctrl-C in the first step
             assert run(f"finetune/{method}.py", *flags, "--overwrite").returncode == 130
         written = len(replaced)
         succeed(f"finetune/{method}.py", *flags, "--resume")
@@ -144,7 +142,7 @@ def test_a_closed_terminal_is_a_reason_to_save(monkeypatch):
     before = signal.getsignal(signal.SIGHUP)
     with open(os.devnull, "w") as terminal, catch_interrupt() as interrupt:
         monkeypatch.setattr(sys, "stderr", terminal)
-        monkeypatch.setattr("lit_llama.devices.ranks.log_rank0", gone)
+        monkeypatch.setattr("lit_llama.devices.launch.log_rank0", gone)
         os.kill(os.getpid(), signal.SIGHUP)
         assert interrupt.came
     assert signal.getsignal(signal.SIGHUP) is before

@@ -35,10 +35,10 @@ from lit_llama.devices.quantize import (
     quantize_base,
 )
 from lit_llama.generate.decode import generate, generate_batch
-from lit_llama.generate.load import answering
-from lit_llama.methods import METHODS
+from lit_llama.generate.load import answering, load_trained_folder
+from lit_llama.methods.table import METHODS
 from lit_llama.model import Linear
-from lit_llama.trained import load_trained_folder, trained_tensors
+from lit_llama.trained import trained_tensors
 
 OVER_INT8 = [case for case in CASES if case != "full"]  # full keeps nothing of the base
 every_case = pytest.mark.parametrize("case", OVER_INT8)

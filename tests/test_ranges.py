@@ -7,7 +7,7 @@ from helpers import make_base
 
 from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError
-from lit_llama.methods import METHODS
+from lit_llama.methods.table import METHODS
 from lit_llama.settings import TRAIN_RANGES, Sampling, TrainArgs
 
 BOUNDED = {  # of a tiny model with 3 layers, a width of 32 and a context of 512: the least and the most

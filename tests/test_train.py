@@ -19,12 +19,13 @@ from lit_llama.common.errors import Interrupted, UserError
 from lit_llama.common.files import open_tensors, read_json, read_tensors, write_json
 from lit_llama.data.batches import IGNORE, TokenizedSample, collate, micro_batches
 from lit_llama.data.task import load_task
+from lit_llama.generate.load import load_trained_folder
 from lit_llama.methods.adapter import add_adapter
 from lit_llama.settings import TrainArgs
-from lit_llama.train.loss import split_by_tokens, split_evenly, target_loss, validate
+from lit_llama.train.evaluate import validate
+from lit_llama.train.loss import split_by_tokens, split_evenly, target_loss
 from lit_llama.train.run import STATE_FILE, Run, read_metrics
-from lit_llama.train.schedule import learning_rate_at
-from lit_llama.trained import load_trained_folder, trained_tensors
+from lit_llama.trained import trained_tensors
 
 SCRIPTS = sorted(path for path in (Path(__file__).parent.parent / "finetune").glob("*.py") if path.stem != "features")
 ARGS = dict(max_steps=6, batch_size=5, learning_rate=0.02, warmup_steps=2, eval_every=3, save_every=2)
@@ -160,7 +161,7 @@ def test_ranks_share_the_samples_of_a_step_evenly(places, world_size):
 
 def test_schedule_rises_in_a_line_to_the_full_rate_and_falls_to_zero():
     args = TrainArgs(max_steps=100, warmup_steps=10, learning_rate=3e-2)
-    rates = [learning_rate_at(step, 100, args) for step in range(101)]
+    rates = [args.learning_rate_at(step, 100) for step in range(101)]
     assert rates[0] == pytest.approx(3e-3) and rates[9] == rates[10] == pytest.approx(3e-2) == max(rates)
     assert rates[55] == pytest.approx(1.5e-2) and rates[100] == pytest.approx(0, abs=1e-12)
 
@@ -172,7 +173,7 @@ def test_the_learning_rate_really_reached_the_optimizer(places, tmp_path, monkey
         torch.optim.AdamW, "step", lambda self: (seen.append([g["lr"] for g in self.param_groups]), step(self))
     )
     train(places, tmp_path / "out", gate_lr_scale=0.5)
-    rates = [learning_rate_at(i, 6, TrainArgs(**ARGS)) for i in range(6)]
+    rates = [TrainArgs(**ARGS).learning_rate_at(i, 6) for i in range(6)]
     assert seen == [[rate, 0.5 * rate] for rate in rates] and max(rates) == 0.02
     assert [float(row["lr"]) for row in metrics(tmp_path / "out")] == rates
 
@@ -443,7 +444,7 @@ def test_a_folder_of_an_earlier_version_resumes(places, tmp_path):
 def test_a_warmup_that_never_ends_is_refused(places, tmp_path):
     with pytest.raises(UserError, match="warmup_steps 6 must be less than the 6 steps"):
         train(places, tmp_path, warmup_steps=6)
-    rates = [learning_rate_at(step, 50, TrainArgs(max_steps=50, learning_rate=1.0)) for step in range(50)]
+    rates = [TrainArgs(max_steps=50, learning_rate=1.0).learning_rate_at(step, 50) for step in range(50)]
     assert rates[4] == 1.0 and rates[3] < 1.0 and rates[6] < 1.0  # a tenth where it is not given
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 from lit_llama.common.errors import UserError, check_range
-from lit_llama.devices import ranks
 from lit_llama.devices.sharding import check_sharding
-from lit_llama.model import LLaMA
-from lit_llama.trained import trained_tensors
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -71,14 +70,6 @@ def launch_sharded(devices: int, num_nodes: int, quantize: str | None) -> Fabric
             f"leave out --quantize {quantize}, or take one device"
         )
     return launch(devices, num_nodes, "fsdp")
-
-
-@torch.no_grad()
-def broadcast_trained(fabric: Fabric, model: LLaMA) -> None:
-    """Give every rank rank 0's trained tensors: what they are computed from may round differently on other machines."""
-    if fabric.world_size > 1:
-        for tensor in trained_tensors(model).values():
-            torch.distributed.broadcast(tensor.detach(), src=0)
 
 
 def named_loggers(name: str | None, out_dir: Path) -> list[Logger]:
@@ -143,7 +134,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         raise UserError(f"--precision {precision!r} is none of auto, {', '.join(PRECISIONS)}")
     slow = precision == "bf16-true" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
     if slow:
-        ranks.log_rank0("note: this CPU has no bfloat16 instructions: 32-true is many times as fast")
+        log_rank0("note: this CPU has no bfloat16 instructions: 32-true is many times as fast")
     return precision
 
 
@@ -233,3 +224,44 @@ def cgroup_rooms() -> list[float]:
             if limit != "max":
                 rooms.append(int(limit) - int(used) + int(stat.get(cache, 0)))
     return [*rooms, math.inf]
+
+
+PARENT = os.getppid()  # rank 0, if Fabric's launcher started this process
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of several."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def print_rank0(text: str = "") -> None:
+    """Print ``text`` once for the whole job. Fabric's own print does so once per node."""
+    if rank() == 0:
+        print(text, flush=True)  # before anything that goes to stderr next
+
+
+def log_rank0(text: str) -> None:
+    """Like ``print_rank0``, on stderr: for everything that is not a result."""
+    if rank() == 0:
+        print(text, file=sys.stderr)
+
+
+def barrier(fabric: Fabric, what: str) -> None:
+    """Wait for all ranks. ``what`` completes "waited for the others to ..." in an error."""
+    try:
+        fabric.barrier()
+    except RuntimeError as error:
+        raise RuntimeError(f"rank {rank()} waited for the others to {what}: {error}") from None
+
+
+def give_way() -> None:
+    """On ranks other than 0: wait before reporting a fault that rank 0 may report, too, and end if it has."""
+    started_by_rank0 = "TORCHELASTIC_RUN_ID" not in os.environ and "SLURM_PROCID" not in os.environ
+    for _ in range(10 if rank() > 0 else 0):
+        time.sleep(1)
+        if started_by_rank0 and os.getppid() != PARENT:  # rank 0 has ended
+            sys.exit(1)

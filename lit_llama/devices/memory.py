@@ -132,7 +132,7 @@ class FusedAttention(TorchFunctionMode):
 
 def imagined(config: LLaMAConfig, method: str, arguments: dict, dtype: torch.dtype) -> LLaMA:
     """The model as it will be trained, on the meta device."""
-    from lit_llama.methods import METHODS
+    from lit_llama.methods.table import METHODS
 
     if method not in METHODS:
         raise UserError(f"the method {method!r} is none of {', '.join(METHODS)}; see lit_llama/methods/__init__.py")

@@ -29,9 +29,9 @@ from lit_llama.data.prompts import choose_style
 from lit_llama.formats.convert import copy_tokenizer
 from lit_llama.formats.export import complete_tokenizer
 from lit_llama.formats.layouts import layer_names
-from lit_llama.methods import METHODS
 from lit_llama.methods.adapter import ACTIVATIONS
 from lit_llama.methods.lora import TARGETS
+from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.settings import MOST_TOKENS
 from lit_llama.tokenizer import Tokenizer, read_chat_template

@@ -24,10 +24,11 @@ from lit_llama.data.prompts import STYLES, Control, Message, encode_control, sto
 from lit_llama.devices.blocks import unwrap_blocks, wrap_blocks
 from lit_llama.generate.classify import is_classifier
 from lit_llama.generate.decode import decode, stream_text
+from lit_llama.generate.load import add_trained
 from lit_llama.model import LLaMA
 from lit_llama.settings import Sampling
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.trained import add_trained, read_method
+from lit_llama.trained import read_method
 
 CACHE_STEP = 1024  # the cache grows by these many slots: the whole context of a long one may not fit in memory
 

@@ -11,9 +11,10 @@ import torch
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
 from lit_llama.common.files import read_tensors
+from lit_llama.generate.load import load_trained_folder
 from lit_llama.methods.features import probabilities, text_vectors
 from lit_llama.model import LLaMA
-from lit_llama.trained import METHOD_FILE, TRAINED_FILE, check_base, load_trained_folder, read_method
+from lit_llama.trained import METHOD_FILE, TRAINED_FILE, check_base, read_method
 
 # prompts as ids -> the probability of each label, (n, labels)
 Classifier = Callable[[list[list[int]]], np.ndarray]

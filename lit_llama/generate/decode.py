@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lit_llama.cli import UserError
 from lit_llama.data.prompts import encode_prompt, stop_ids
-from lit_llama.devices import ranks
 from lit_llama.devices.graphs import NextLogits
+from lit_llama.devices.launch import log_rank0, print_rank0, rank
 from lit_llama.devices.sharding import keep_in_step
 from lit_llama.model import LLaMA
 from lit_llama.settings import Sampling
@@ -201,8 +201,8 @@ def stream_answer(
     )
     with keep_in_step(fabric, model):  # unlike devices may round unlike, and end their answers at other tokens
         for text in stream_text(tokenizer, counted(ids)):
-            if ranks.rank() == 0:
+            if rank() == 0:
                 print(text, end="", flush=True)
     seconds = time.perf_counter() - started
-    ranks.print_rank0()
-    ranks.log_rank0(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s")
+    print_rank0()
+    log_rank0(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s")

@@ -9,17 +9,29 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lit_llama.checkpoint import load_model
+from lit_llama.checkpoint import MODEL_FILE, load_model
 from lit_llama.cli import UserError
 from lit_llama.data.prompts import choose_style
 from lit_llama.devices.blocks import prepare_for_inference
-from lit_llama.devices.launch import base_dtype, default_device, launch_sharded
-from lit_llama.devices.quantize import quantize_base
+from lit_llama.devices.launch import base_dtype, default_device, launch_sharded, log_rank0
+from lit_llama.devices.quantize import quantization, quantize_base
 from lit_llama.devices.sharding import shard
+from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA
 from lit_llama.settings import DEFAULT_BASE
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.trained import base_method, load_trained_folder, tokenizer_dir
+from lit_llama.trained import (
+    METHOD_FILE,
+    TRAINED_FILE,
+    base_method,
+    check_base,
+    check_recipe,
+    check_trained,
+    load_trained,
+    read_method,
+    tokenizer_dir,
+    trained_tensors,
+)
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -91,3 +103,60 @@ def load_answerer(
     if fabric:
         shard(fabric, model, dtype)
     return Answerer(name, model, tokenizer, style, method["train"]["max_seq_length"] if method else None)
+
+
+def load_trained_folder(
+    trained_dir: Path | str,
+    checkpoint_dir: Path | str | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+    quantize: str | None = "none",
+) -> tuple[LLaMA, dict]:
+    """The base with a finished method on it, and its method.json.
+
+    ``checkpoint_dir`` overrides where the base lies; that it is the same base is checked. A folder that holds a whole
+    model needs no base. ``quantize`` says what its weights are kept in, None as in training: what was trained over a
+    narrow base fits the wide one too, but has learned to make up for the narrow one's errors.
+    """
+    method, path = read_method(trained_dir), Path(trained_dir) / METHOD_FILE
+    quantize = quantize or method["quantize"]
+    if (Path(trained_dir) / MODEL_FILE).exists():  # a checkpoint folder: nothing of the base is left
+        model = load_model(trained_dir, dtype, device)
+        quantize_base(model, quantize)
+        return model.requires_grad_(False), method
+    model = load_model(check_base(method["base"], checkpoint_dir, path), dtype, device)
+    quantize_base(model, quantize)
+    add_trained(model, trained_dir, method)
+    return model, method
+
+
+def add_trained(model: LLaMA, trained_dir: Path | str, method: dict) -> None:
+    """Freeze ``model``, a base, and put on it what a trained folder with this method.json learned."""
+    path = Path(trained_dir) / METHOD_FILE
+    if method["method"] not in METHODS:
+        raise UserError(f"{path} names the method {method['method']!r}, not one of {', '.join(METHODS)}")
+
+    def add_method(model: LLaMA) -> LLaMA:
+        model.requires_grad_(False)
+        try:
+            METHODS[method["method"]](model, **method["arguments"])
+        except Exception as error:  # whatever arguments raise that no script wrote
+            reason = str(error).split("\n")[0]
+            raise UserError(f"{path}: the arguments do not fit {method['method']}: {reason}") from None
+        if model.reparametrization is not None:
+            model.reparametrization.flatten(model)
+        return model
+
+    with torch.device("meta"):  # arguments that the tensors do not bear out cost no memory
+        plan = add_method(LLaMA(model.config))
+    check_trained(trained_tensors(plan), Path(trained_dir) / TRAINED_FILE)
+    for tensor in trained_tensors(add_method(model)).values():
+        tensor.data = tensor.data.clone()  # it may be the base's own, which another model goes on using (chat.py)
+    check_recipe(method, load_trained(model, Path(trained_dir) / TRAINED_FILE), path)
+    before, now = method["quantize"], quantization(model)
+    if now != before:
+        why = "has not seen its errors" if before == "none" else "has learned to make up for the other's errors"
+        log_rank0(
+            f"note: {trained_dir} was trained with --quantize {before}, its base is loaded with {now}: "
+            f"it fits, but {why}"
+        )

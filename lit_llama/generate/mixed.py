@@ -21,12 +21,12 @@ from torch import Tensor
 
 from lit_llama.cli import UserError
 from lit_llama.devices.quantize import quantization
+from lit_llama.generate.load import load_trained_folder
 from lit_llama.methods.adapter import AdapterAttention
 from lit_llama.methods.lora import places
 from lit_llama.methods.prefix import PrefixAttention
 from lit_llama.methods.soft_prompt import SoftPromptEmbedding
 from lit_llama.model import CausalSelfAttention, LLaMA, attention
-from lit_llama.trained import load_trained_folder
 
 MIXABLE = ("adapter", "prefix", "soft_prompt", "lora")
 

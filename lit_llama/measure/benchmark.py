@@ -21,7 +21,7 @@ from lit_llama.data.batches import TokenizedSample
 from lit_llama.devices.launch import PRECISIONS, default_device, synchronize
 from lit_llama.measure.contenders import Contender, serve
 from lit_llama.measure.report import flops_per_token
-from lit_llama.methods import METHODS
+from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 
 # ---------------------------------------------------------------------------------------------- the machine's limits

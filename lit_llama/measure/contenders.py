@@ -24,7 +24,7 @@ from lit_llama.devices.blocks import prepare_for_inference, wrap_blocks
 from lit_llama.devices.launch import PRECISIONS, default_device, peak_memory, synchronize
 from lit_llama.devices.quantize import quantize_base
 from lit_llama.generate.decode import generate
-from lit_llama.methods import METHODS
+from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.train.loss import target_loss
 from lit_llama.trained import trained_tensors

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 from array import array
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,13 @@ from lit_llama.data.batches import IGNORE, TokenizedSample, collate, micro_batch
 from lit_llama.data.prompts import encode_prompt, stop_ids, user_text
 from lit_llama.data.samples import Sample, read_samples
 from lit_llama.data.task import Task, split_file
-from lit_llama.devices import ranks
+from lit_llama.devices.launch import print_rank0, rank
 from lit_llama.devices.sharding import keep_in_step
 from lit_llama.generate.classify import label_shares
 from lit_llama.generate.decode import generate_batch
 from lit_llama.model import LLaMA
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.train.loss import target_vectors
+from lit_llama.train.loss import LOWER_THE_RATE, split_evenly, target_loss, target_vectors
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -44,8 +45,8 @@ def shared(fabric: Fabric, model: LLaMA | None, items: list, work: Callable[[lis
     parts: list[list] = [[]] * fabric.world_size
     torch.distributed.all_gather_object(parts, done)
     results = [None] * len(items)
-    for rank, part in enumerate(parts):
-        results[rank :: fabric.world_size] = part
+    for i, part in enumerate(parts):
+        results[i :: fabric.world_size] = part
     return results
 
 
@@ -71,7 +72,7 @@ def answer_samples(
     room = [max(1, min(max_new_tokens, model.text_room - len(prompt))) for prompt in prompts]
     order = sorted(range(len(samples)), key=lambda i: (room[i], len(prompts[i])))
     answers = [""] * len(samples)
-    with Bar(len(samples), name, "sample", hidden=ranks.rank() > 0) as bar:
+    with Bar(len(samples), name, "sample", hidden=rank() > 0) as bar:
         while order:
             rows = [i for i in order[:batch_size] if room[i] == room[order[0]]]
             order = order[len(rows) :]
@@ -114,7 +115,7 @@ def sample_losses(model: LLaMA, encoded: list[TokenizedSample], device: torch.de
     """The cross-entropy of each sample, summed over its target tokens."""
     model.eval()
     losses: dict[int, float] = {}
-    with Bar(len(encoded), "loss", "sample", hidden=ranks.rank() > 0) as bar:
+    with Bar(len(encoded), "loss", "sample", hidden=rank() > 0) as bar:
         for batch in micro_batches(encoded, max_tokens=1024):
             vectors, targets, where = target_vectors(model, *collate(batch, device))
             of_tokens = F.cross_entropy(model.lm_head(vectors).float(), targets, reduction="none")  # (n,)
@@ -127,6 +128,23 @@ def sample_losses(model: LLaMA, encoded: list[TokenizedSample], device: torch.de
 def is_right(answer: str, sample: Sample) -> bool:
     """Whether an answer is the expected text to the letter, blanks around it aside."""
     return answer.strip() == sample.answer.strip()
+
+
+@torch.no_grad()
+def validate(fabric: Fabric, model: LLaMA, data: list[TokenizedSample], micro_batch_tokens: int) -> float:
+    """Loss per target token over all of ``data``, each sample counted once whatever the number of ranks."""
+    training = model.training
+    model.eval()
+    loss = torch.zeros((), device=fabric.device)
+    with keep_in_step(fabric, model):
+        for batch in micro_batches(split_evenly(data, fabric.world_size)[fabric.global_rank], micro_batch_tokens):
+            loss += target_loss(model, *collate(batch, fabric.device))
+    model.train(training)
+    summed: Any = fabric.all_reduce(loss, reduce_op="sum")
+    mean = summed.item() / sum(sample.n_targets for sample in data)
+    if not math.isfinite(mean):
+        raise UserError(f"the validation loss is {mean}; {LOWER_THE_RATE}")
+    return mean
 
 
 class BeforeAfter:
@@ -163,10 +181,10 @@ class BeforeAfter:
         if not self.n_samples:
             return
         for i, sample in enumerate(self.samples[:n_examples]):
-            ranks.print_rank0(f"\nprompt    {user_text(sample.prompt[-1])}\nexpected  {sample.answer}")
+            print_rank0(f"\nprompt    {user_text(sample.prompt[-1])}\nexpected  {sample.answer}")
             for when, answers in self.answers.items():
-                ranks.print_rank0(f"{when:8}  {answers[i]}")
-        ranks.print_rank0()
+                print_rank0(f"{when:8}  {answers[i]}")
+        print_rank0()
         for when, answers in self.answers.items():
             right = sum(is_right(*pair) for pair in zip(answers, self.samples, strict=True))
-            ranks.print_rank0(f"exact match {when}: {100 * right / self.n_samples:.1f} %")
+            print_rank0(f"exact match {when}: {100 * right / self.n_samples:.1f} %")

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lit_llama.cli import UserError
-from lit_llama.data.batches import IGNORE, Packing, TokenizedSample, collate, micro_batches
-from lit_llama.devices.sharding import is_sharded, keep_in_step
+from lit_llama.data.batches import IGNORE, Packing, TokenizedSample, micro_batches
+from lit_llama.devices.sharding import is_sharded
 from lit_llama.model import LLaMA
 from lit_llama.trained import trained_tensors
 
@@ -135,6 +135,14 @@ def sum_over_ranks(fabric: Fabric, model: LLaMA, loss: Tensor) -> Tensor:
     return summed
 
 
+@torch.no_grad()
+def broadcast_trained(fabric: Fabric, model: LLaMA) -> None:
+    """Give every rank rank 0's trained tensors: what they are computed from may round differently on other machines."""
+    if fabric.world_size > 1:
+        for tensor in trained_tensors(model).values():
+            torch.distributed.broadcast(tensor.detach(), src=0)
+
+
 def clip_gradient(model: LLaMA, max_norm: float, step: int, batch: list[TokenizedSample]) -> float:
     """Scale the gradient down to ``max_norm`` (0: no limit) and return its norm before that.
 
@@ -151,20 +159,3 @@ def clip_gradient(model: LLaMA, max_norm: float, step: int, batch: list[Tokenize
 
 
 LOWER_THE_RATE = "start again with a lower --train.learning_rate or --train.clip (--overwrite), or look at the samples"
-
-
-@torch.no_grad()
-def validate(fabric: Fabric, model: LLaMA, data: list[TokenizedSample], micro_batch_tokens: int) -> float:
-    """Loss per target token over all of ``data``, each sample counted once whatever the number of ranks."""
-    training = model.training
-    model.eval()
-    loss = torch.zeros((), device=fabric.device)
-    with keep_in_step(fabric, model):
-        for batch in micro_batches(split_evenly(data, fabric.world_size)[fabric.global_rank], micro_batch_tokens):
-            loss += target_loss(model, *collate(batch, fabric.device))
-    model.train(training)
-    summed: Any = fabric.all_reduce(loss, reduce_op="sum")
-    mean = summed.item() / sum(sample.n_targets for sample in data)
-    if not math.isfinite(mean):
-        raise UserError(f"the validation loss is {mean}; {LOWER_THE_RATE}")
-    return mean

@@ -12,19 +12,23 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock, Timeout
 
-from lit_llama import cli
+from lit_llama import __version__, cli
 from lit_llama.bars import Bar
 from lit_llama.checkpoint import CONFIG_FILE as MODEL_CONFIG_FILE
-from lit_llama.checkpoint import INDEX_FILE, MODEL_FILE
+from lit_llama.checkpoint import INDEX_FILE, MODEL_FILE, load_config
 from lit_llama.cli import Interrupted, UserError
 from lit_llama.common.files import (
     atomic_write,
@@ -36,12 +40,20 @@ from lit_llama.common.files import (
     write_json,
 )
 from lit_llama.data.samples import read_text
-from lit_llama.devices import ranks
-from lit_llama.devices.launch import peak_memory
+from lit_llama.data.task import Task
+from lit_llama.devices.launch import barrier, log_rank0, peak_memory, print_rank0
 from lit_llama.formats.convert import copy_tokenizer
 from lit_llama.model import LLaMA
-from lit_llama.train.signals import catch_interrupt
-from lit_llama.trained import METHOD_FILE, RECIPE, TRAINED_FILE, kept_tensors, load_trained, trained_tensors
+from lit_llama.settings import TrainArgs
+from lit_llama.trained import (
+    METHOD_FILE,
+    RECIPE,
+    TRAINED_FILE,
+    describe_base,
+    kept_tensors,
+    load_trained,
+    trained_tensors,
+)
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -87,7 +99,7 @@ class Run:
             raise UserError("--allow_changes is for --resume: give both or neither")
         self.check_folder(overwrite)
         self.describes_itself = resume and not self.check_settings(allow_changes)  # method.json is already true
-        ranks.barrier(fabric, f"look into {out_dir}")  # nobody writes before everybody has looked
+        barrier(fabric, f"look into {out_dir}")  # nobody writes before everybody has looked
 
     def check_folder(self, overwrite: bool) -> None:
         """UserError if ``out_dir`` holds something that this run may not touch."""
@@ -120,7 +132,7 @@ class Run:
                 f"with ({CONFIG_FILE} has them), or {way_out}"
             )
         for change in changes:
-            ranks.print_rank0(f"note: continuing with other settings: {change}")
+            print_rank0(f"note: continuing with other settings: {change}")
         return bool(changes)
 
     def steps(self, model: LLaMA, optimizer: torch.optim.Optimizer, total_steps: int, save_every: int) -> Iterator[int]:
@@ -176,7 +188,7 @@ class Run:
 
     def load_best(self, model: LLaMA) -> None:
         """Leave ``model`` as it was at its best validated step."""
-        ranks.barrier(self.fabric, "finish the last step")
+        barrier(self.fabric, "finish the last step")
         if model.reparametrization is not None:
             model.reparametrization.flatten(model)
         load_trained(model, self.out_dir / self.trained_file)
@@ -244,7 +256,7 @@ class Run:
             about = {"step": self.step, "best_loss": self.best_loss, "best_step": self.best_step, "goal": self.goal}
             save_tensors(self.out_dir / STATE_FILE, tensors, about)
             self.save_costs(sum(float(row["seconds"]) for row in read_metrics(self.out_dir)))
-        ranks.barrier(self.fabric, "save the state")  # no rank may end the job before the file is complete
+        barrier(self.fabric, "save the state")  # no rank may end the job before the file is complete
 
     def save_costs(self, seconds: float) -> None:
         """Write how long training has taken, and the peak memory in bytes of rank 0's process."""
@@ -281,6 +293,79 @@ class Run:
                 "--train.learning_rate too low, or so high that it jumps about? Are the answers where they should be?",
                 file=sys.stderr,
             )
+
+
+class Interrupt:
+    """Whether Ctrl-C, SIGTERM or SIGHUP came."""
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __call__(self, signum: int, frame: object) -> None:
+        if self.came and signum == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait
+        self.came = True
+        try:
+            log_rank0("\nstopping; press Ctrl-C again to stop at once")
+        except OSError:  # the terminal has closed: what is still printed must not keep the state from being saved
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+    def seen(self, fabric: Fabric) -> bool:
+        """The same answer on every rank, so that none waits for one that has stopped."""
+        if fabric.world_size == 1:
+            return self.came
+        return bool(fabric.all_reduce(torch.tensor(float(self.came), device=fabric.device), reduce_op="sum"))
+
+
+@contextmanager
+def catch_interrupt() -> Iterator[Interrupt]:
+    """Turn Ctrl-C, SIGTERM and SIGHUP into a question to ask between steps."""
+    interrupt = Interrupt()
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield interrupt
+        return
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+        numbers.append(signal.SIGHUP)
+    handlers = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield interrupt
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def describe_run(
+    method: str,
+    add: Callable[..., None],
+    arguments: dict,
+    checkpoint_dir: Path | str,
+    task: Task,
+    train: TrainArgs,
+    dtype: torch.dtype,
+    quantize: str = "none",
+    **rates: float,
+) -> dict:
+    """What method.json says of a run: all that generation and a resumed run need to know.
+
+    ``add`` adds the method to a model, with ``arguments``; ``rates`` are further settings of the optimizer. Raises
+    UserError if the arguments do not fit the base; no weight is loaded to find out.
+    """
+    with torch.device("meta"):
+        add(LLaMA(load_config(checkpoint_dir)).requires_grad_(False), **arguments)
+    return {
+        "method": method,
+        "arguments": arguments,
+        "base": describe_base(checkpoint_dir),
+        "base_dtype": str(dtype).removeprefix("torch."),
+        "quantize": quantize,
+        "prompt_style": task.prompt_style,
+        "data": task.data,
+        "data_fingerprint": task.fingerprint,
+        "train": asdict(train),
+        **rates,
+        "version": __version__,
+    }
 
 
 def default_out_dir(method: str, data: str | list[dict]) -> Path:
