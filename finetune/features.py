@@ -11,7 +11,7 @@ import time
 from lit_llama import __version__, cli
 from lit_llama.bars import Bar
 from lit_llama.checkpoint import load_model
-from lit_llama.common.errors import check_range
+from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import save_arrays
 from lit_llama.data.task import check_data, load_task
 from lit_llama.devices.launch import base_dtype, launch
@@ -51,7 +51,7 @@ def main(
         yes: Do not ask before a download.
     """
     if classifier not in CLASSIFIERS:
-        raise cli.UserError(f"--classifier {classifier!r} is none of {', '.join(CLASSIFIERS)}")
+        raise UserError(f"--classifier {classifier!r} is none of {', '.join(CLASSIFIERS)}")
     check_range("--max_samples", max_samples, 1, MOST)
     check_range("--max_seq_length", max_seq_length, 1, MOST_TOKENS)
     check_range("--seed", seed, 0, MOST_SEED)

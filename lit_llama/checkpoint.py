@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.common.files import open_tensors, read_json, read_tensors, save_tensors, tensor_headers, write_json
 from lit_llama.model import LLaMA, LLaMAConfig
 

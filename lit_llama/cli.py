@@ -1,4 +1,4 @@
-"""The command line of every script: flags from main's signature, errors of the user in one line."""
+"""The command line of every script: flags come from main's signature, and a user's error is one line."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from typing import NoReturn, get_args
 from jsonargparse import ArgumentParser, Namespace, auto_parser
 
 from lit_llama.common.errors import Interrupted, UserError
+from lit_llama.common.files import atomic_write
 from lit_llama.devices.launch import give_way, log_rank0, rank
 from lit_llama.settings import SHARED_FLAGS
 
 
 def run(main: Callable, leading: str | None = None) -> None:
-    """Call ``main`` with the command line's flags; what stands before the first one is the list ``leading``.
+    """Call ``main`` with the command line's flags. Arguments before the first flag become the list ``leading``.
 
-    A UserError, a file that cannot be read or written, and too little memory end the program with one line and exit
-    code 2, Ctrl-C with 130. Of several processes that fail, one reports it.
+    A UserError, a file that cannot be read or written, or too little memory ends the program with one line and exit
+    code 2; Ctrl-C ends it with 130. If several processes fail, one reports it.
     """
-    global command_line
+    global _settings
     open_closed_streams()
     write_utf8()
     config = Namespace()
     try:
         parser = parser_of(main)
         config = parse(parser, gather(sys.argv[1:], leading) if leading else sys.argv[1:])
-        command_line = parser.dump(Namespace({k: v for k, v in vars(config).items() if k not in ONE_OFF}))
+        _settings = parser.dump(Namespace({k: v for k, v in vars(config).items() if k not in ONE_OFF}))
         arguments = parser.instantiate(config)
         arguments.pop("config", None)
         main(**arguments)
@@ -58,7 +59,7 @@ def run(main: Callable, leading: str | None = None) -> None:
 
 
 def fail(text: str) -> NoReturn:
-    """End the program with one line and exit code 2. Where several ranks find the same fault, rank 0 reports it."""
+    """End the program with one line and exit code 2. If several ranks find the same fault, rank 0 reports it."""
     give_way()
     print(f"error: {text}" + (f" (rank {rank()})" if rank() else ""), file=sys.stderr)
     sys.exit(2)
@@ -68,9 +69,9 @@ def describe(error: OSError) -> str:
     return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}"
 
 
-# What torch's allocators, their libraries and the operating system say.
+# The words of torch's allocators, their libraries and the operating system.
 OUT_OF_MEMORY = re.compile("(?i)out of memory|can.t allocate|cannot allocate|not enough memory|bad_alloc|ALLOC_FAILED")
-LESS_MEMORY = {  # flags, and the value that takes less memory; None for any lower one
+LESS_MEMORY = {  # flags, and the value that needs less memory (None: any lower one)
     "train.micro_batch_tokens": None,
     "micro_batch_tokens": None,
     "batch_size": None,
@@ -84,7 +85,7 @@ LESS_MEMORY = {  # flags, and the value that takes less memory; None for any low
 
 
 def out_of_memory(message: str, config: Namespace) -> str:
-    """One line for the user: what was asked for, and which of the script's flags lower it."""
+    """One line for the user: how much memory was requested, and which of the script's flags lower it."""
     asked = re.search(r"(?:tried|unable) to (?:allocate|mmap) ([\d.,]+ ?\w+)", message, re.I)
     ways = [
         f"a lower --{flag}" if value is None else f"--{flag}" if value is True else f"--{flag} {value}"
@@ -98,25 +99,33 @@ def out_of_memory(message: str, config: Namespace) -> str:
 
 
 def open_closed_streams() -> None:
-    """Let a standard stream that is closed, as with ``<&-``, be an empty one: libraries do not expect None."""
+    """Open /dev/null for a closed standard stream (``<&-``): libraries do not expect None."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 def write_utf8() -> None:
-    """Print UTF-8 into files and pipes, too, where Windows has a code page that lacks most characters."""
+    """Print UTF-8 into files and pipes too: Windows' code pages lack most characters."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
-ONE_OFF = ("config", "resume", "overwrite", "allow_changes", "yes")  # answers to a situation, not settings of a run
-command_line: str | None = None  # the resolved settings as YAML, for a run to save beside its output
+ONE_OFF = ("config", "resume", "overwrite", "allow_changes", "yes")  # flags that are not settings of a run
+CONFIG_FILE = "config.yaml"
+_settings: str | None = None  # of the script that runs, as YAML
+
+
+def save_settings(folder: Path) -> None:
+    """Write the settings of the script that runs, if one does, to ``folder``, for ``--config`` to read."""
+    if _settings is not None:
+        with atomic_write(folder / CONFIG_FILE) as temporary:
+            temporary.write_text(_settings, encoding="utf-8")
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's, which would read a --config in the locale's encoding: here it is UTF-8, as it is written."""
+    """Reads a --config as UTF-8, as it is written; jsonargparse would use the locale's encoding."""
 
     def parse_path(self, path, *args, **kwargs) -> Namespace:
         try:
@@ -127,9 +136,9 @@ class Parser(ArgumentParser):
 
 
 def parser_of(main: Callable) -> ArgumentParser:
-    """A flag for each argument of ``main``; its help is a line of the docstring's Args, or of SHARED_FLAGS."""
+    """A flag for each argument of ``main``. Its help is a line of the docstring's Args or of SHARED_FLAGS."""
     parser = auto_parser(main, as_positional=False, parser_class=Parser)
-    parser.exit_on_error = False  # jsonargparse prints the usage, a screenful, before what is wrong
+    parser.exit_on_error = False  # argparse would print a screenful of usage before the error
     parser.allow_abbrev = False
     for action in parser._actions:
         action.help = action.help or SHARED_FLAGS.get(action.dest)
@@ -137,7 +146,7 @@ def parser_of(main: Callable) -> ArgumentParser:
 
 
 def parse(parser: ArgumentParser, args: list[str]) -> Namespace:
-    """The values of the flags. UserError for one that is unknown, with the nearest, or missing, or does not fit."""
+    """The values of the flags. Raises UserError if one is unknown (naming the nearest), missing or invalid."""
     args = bare_switches(parser, args)
     check_flags(parser, args)
     try:
@@ -149,7 +158,7 @@ def parse(parser: ArgumentParser, args: list[str]) -> Namespace:
 
 
 def check_flags(parser: ArgumentParser, args: list[str]) -> None:
-    """UserError for the first argument that argparse takes for a flag and that is none."""
+    """Raises UserError for the first unknown flag."""
     flags = parser._option_string_actions
     for before, arg in zip(["", *args], args, strict=False):
         name = arg.split("=")[0]
@@ -160,7 +169,7 @@ def check_flags(parser: ArgumentParser, args: list[str]) -> None:
 
 
 def check_values(parser: ArgumentParser, config: Namespace) -> None:
-    """UserError for what jsonargparse lets through, most of it from a file: null for any type, infinity, NaN."""
+    """Raises UserError for values that jsonargparse accepts: null for any type, infinity, NaN."""
     for group in parser.groups or ():
         if not isinstance(config[group], Namespace):
             raise UserError(f"--{group} {config[group]} must hold its settings by name")
@@ -175,7 +184,7 @@ def check_values(parser: ArgumentParser, config: Namespace) -> None:
 
 
 def nearest_flag(name: str, flags: Iterable[str]) -> str:
-    """A question for the flag with the same last part, --train.seed for --seed, or with the one spelled most alike."""
+    """Suggests the flag with the same last part (--train.seed for --seed) or the most similar spelling."""
     by_last_part = {flag.strip("-").split(".")[-1]: flag for flag in reversed(list(flags)) if flag != "-h"}
     last_part = name.strip("-").replace("-", "_").split(".")[-1]
     alike = get_close_matches(last_part, by_last_part, n=1)
@@ -189,7 +198,7 @@ def gather(args: list[str], flag: str) -> list[str]:
 
 
 def bare_switches(parser: ArgumentParser, args: list[str]) -> list[str]:
-    """Let ``--resume`` stand for ``--resume true``: jsonargparse wants a value for every bool."""
+    """Make ``--resume`` mean ``--resume true``: jsonargparse wants a value for every bool."""
     switches = {flag for flag, value in vars(parser.get_defaults()).items() if isinstance(value, bool)}
     switches = {f"--{flag}" for flag in switches}
     spelled = []
@@ -199,9 +208,9 @@ def bare_switches(parser: ArgumentParser, args: list[str]) -> list[str]:
 
 
 def call(function: Callable, what: str, **flags: object) -> None:
-    """Call ``function`` with the flags that were given (are not None), for a script that serves several.
+    """Call ``function`` with the flags that are not None, for a script that serves several functions.
 
-    UserError where ``function``, ``what`` in words, does not take one of them or needs another.
+    Raises UserError if ``function`` (``what`` in words) does not take one of them or needs another.
     """
     parameters = inspect.signature(function).parameters
     given = {name: value for name, value in flags.items() if value is not None}

@@ -21,7 +21,7 @@ from lit_llama.configs import CONFIGS, LLAMA_31_SCALING
 
 @dataclass
 class LLaMAConfig:
-    """What distinguishes one member of the family from another. The defaults are LLaMA 1's 7B."""
+    """The sizes and constants of a model of the LLaMA family. The defaults are LLaMA 1's 7B."""
 
     name: str = "7B"
     block_size: int = 2048  # longest sequence in tokens
@@ -36,13 +36,13 @@ class LLaMAConfig:
     rope_base: float = 10000.0
     rope_scaling: dict | None = None  # Llama 3.1's, see rope_frequencies
     tie_embeddings: bool = False  # lm_head shares the weight of wte
-    bias: bool = False  # on every linear layer: what adapter_v2 leaves when it is merged
+    bias: bool = False  # on every linear layer, as in a merged adapter_v2
 
     def __post_init__(self):
         sizes = "block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_size", "intermediate_size"
         for field, value in ((field, getattr(self, field)) for field in sizes):
             if type(value) is not int or not 1 <= value <= (4096 if field == "n_layer" else 2**24):
-                raise ValueError(f"{field} must be a positive whole number of a plausible size, got {value!r}")
+                raise ValueError(f"{field} must be a positive integer of a plausible size, got {value!r}")
         if self.head_size % 2:
             raise ValueError(f"head_size must be even (rotary pairs), got {self.head_size}")
         if self.n_head % self.n_kv_head:
@@ -59,14 +59,14 @@ class LLaMAConfig:
 
 
 def unfreeze(module: nn.Module) -> None:
-    """Let a module's weights train: in float32, for in bfloat16 an optimizer step of 1e-3 on 0.5 is lost."""
+    """Make a module trainable, in float32: in bfloat16, 0.5 + 1e-3 rounds back to 0.5."""
     for layer in [layer for layer in module.modules() if hasattr(layer, "widen")]:  # devices/quantize.py
         layer.widen()
     module.float().requires_grad_(True)
 
 
 class RMSNorm(nn.Module):
-    """y = weight * x / sqrt(mean(x^2) + eps), the statistics in float32 (https://arxiv.org/abs/1910.07467)."""
+    """y = weight * x / sqrt(mean(x^2) + eps), computed in float32 (https://arxiv.org/abs/1910.07467)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -74,17 +74,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (wide * self.weight).type_as(x)
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (x32 * self.weight).type_as(x)
 
 
 def rope_frequencies(config: LLaMAConfig, device: torch.device | None = None) -> Tensor:
-    """Radians per position of each rotary pair: (hs / 2,) in float32.
+    """Radians per position of each rotary pair, (hs/2,) in float32.
 
-    With ``rope_scaling``, Llama 3.1's rule: wavelengths that fit the original context ``high_freq_factor`` times
-    or more stay, those that fit it at most ``low_freq_factor`` times are stretched by ``factor``, and the ones
-    between are interpolated.
+    ``rope_scaling`` is Llama 3.1's rule. Wavelengths that fit the original context at least ``high_freq_factor`` times
+    stay as they are. Those that fit at most ``low_freq_factor`` times become ``factor`` times longer. The rule
+    interpolates between the two.
     """
     pairs = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device)
     freqs = 1.0 / config.rope_base ** (pairs / config.head_size)
@@ -102,16 +102,16 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x (B, heads, T, hs); cos and sin (T, hs/2) or (B, 1, T, hs/2) in float32 (https://arxiv.org/abs/2104.09864).
     """
-    x1, x2 = x.chunk(2, dim=-1)  # the products are in float32 at least
+    x1, x2 = x.chunk(2, dim=-1)  # cos and sin promote the products to float32
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
 
 
 class KVCache:
-    """Preallocated keys and values of one layer, (B, nkv, S, hs). A method may keep its own beside them."""
+    """Preallocated keys and values of one layer, (B, nkv, S, hs)."""
 
     def __init__(self, k: Tensor, v: Tensor) -> None:
         self.k, self.v = k, v
-        self.prompt: tuple[Tensor, Tensor] | None = None  # a method's constant keys and values: gone with the cache
+        self.prompt: tuple[Tensor, Tensor] | None = None  # keys and values that a method caches
 
     def update(self, k: Tensor, v: Tensor, input_pos: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """Write k and v (B, nkv, T, hs) into the slots ``input_pos`` (T,); return the first ``end`` slots of each."""
@@ -121,27 +121,26 @@ class KVCache:
 
 
 class Linear(nn.Linear):
-    """Casts its weight to the input's dtype: where it trains it is float32, whatever the base's."""
+    """Casts its weight to the input's dtype: a trainable weight is float32 whatever the base's precision."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(hs)) v over all of k, over where ``mask`` is True, or causally.
+    """softmax(q k^T / sqrt(hs)) v: over all of k, where ``mask`` is True, or causally.
 
     q (B, nh, T, hs), k and v (B, nkv, S, hs) -> (B, nh, T, hs).
     """
-    # In bfloat16 on a CPU the fused kernel is slow for few scores. One core with AVX512-BF16, nine heads: a token over
-    # 1,000 keys takes 950 us, as plain products 250; training on 14 sequences of 70 tokens 31 and 5.4 ms. Beyond
-    # 512 x 512 scores a head the kernel wins.
+    # The fused bfloat16 kernel for CPUs is slow below 512 x 512 scores per head. On one AVX512-BF16 core with nine
+    # heads, one token over 1,000 keys takes 950 us fused and 250 us as plain products.
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.size(2) * k.size(2) <= 512 * 512:
         return plain_attention(q, k, v, mask, is_causal)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=q.size(1) != k.size(1))
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-    """As ``attention``, in two batched products: the query heads that share a key head stand below each other."""
+    """``attention`` in two batched products. Query heads that share a key head are stacked along T."""
     (B, nh, T, hs), (nkv, S) = q.shape, k.shape[1:3]
     q, k, v = q.reshape(B * nkv, -1, hs), k.reshape(B * nkv, S, hs), v.reshape(B * nkv, S, hs)
     if is_causal:
@@ -152,9 +151,9 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_cau
 
 
 class CausalSelfAttention(nn.Module):
-    """Attention in two named steps, ``qkv`` and ``attend``, so that a method can override one and keep the other.
+    """Attention in two steps, ``qkv`` and ``attend``. A method can override one and keep the other.
 
-    It alone knows the layout of the fused projection: ``qkv_slices`` names the rows of each part.
+    ``qkv_slices`` holds the rows of q, k and v in the fused projection; no other code knows this layout.
     """
 
     def __init__(self, config: LLaMAConfig) -> None:
@@ -165,19 +164,19 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(q_size, config.n_embd, bias=config.bias)
         q, k = slice(0, q_size), slice(q_size, q_size + kv_size)
         self.qkv_slices = {"q": q, "k": k, "v": slice(k.stop, k.stop + kv_size)}
-        self.kv_cache: KVCache | None = None  # a slot that LLaMA.set_kv_cache fills for decoding
+        self.kv_cache: KVCache | None = None  # set by LLaMA.set_kv_cache for decoding
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) -> q (B, nh, T, hs), k and v (B, nkv, T, hs), not yet rotated."""
         sizes = [rows.stop - rows.start for rows in self.qkv_slices.values()]
-        parts = self.c_attn(x).split(sizes, -1)  # the gradient of slices would be three whole tensors, added up
+        parts = self.c_attn(x).split(sizes, -1)  # not slices: their gradients would be three full tensors
         q, k, v = (part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in parts)
         return q, k, v
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """-> (B, nh, T, hs): causal over k and v, or over the cache where ``mask`` (B or 1, 1, T, S) is True."""
+        """-> (B, nh, T, hs). Causal over k and v, or over the cache where ``mask`` (B or 1, 1, T, S) is True."""
         if input_pos is not None:
             k, v = self.kv_cache.update(k, v, input_pos, end=mask.size(-1))
         return attention(q, k, v, mask, is_causal=mask is None)
@@ -217,53 +216,54 @@ class Block(nn.Module):
 
 
 class LLaMA(nn.Module):
-    """Token ids in, logits out. Training passes ``idx`` alone; decoding passes ``input_pos`` and uses the KV cache."""
+    """Token ids in, logits out. Training passes ``idx`` alone. Decoding passes ``input_pos`` and uses the KV cache."""
 
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__()
         self.config = config
-        self.transformer: Any = nn.ModuleDict()  # for mypy any part of a module may be a tensor
+        self.transformer: Any = nn.ModuleDict()  # Any: mypy takes submodules for tensors
         self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.transformer.ln_f = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=config.bias)
         self.tie_weights()
         self._rope: tuple[Tensor, Tensor] | None = None  # cos and sin (positions, hs/2), grown as needed
-        self.first_position = 0  # of the text: a method may put something in front (methods/prefix.py)
-        self.virtual_ids: list[int] = []  # ids past the vocabulary in front of every text (methods/soft_prompt.py)
-        self.compute_dtype: torch.dtype | None = None  # narrower than the weights (methods/full.py)
-        self.reparametrization: Any = None  # makes what is kept out of what trains (methods/prefix.py)
+        # What some methods set:
+        self.first_position = 0  # position of the first token, after a prefix (methods/prefix.py)
+        self.virtual_ids: list[int] = []  # ids beyond the vocabulary, before every text (methods/soft_prompt.py)
+        self.compute_dtype: torch.dtype | None = None  # if it is not that of the weights (methods/full.py)
+        self.reparametrization: Any = None  # an MLP that computes the prefix in training (methods/prefix.py)
 
     def tie_weights(self) -> None:
-        """Share the embedding's weight with the head where the config says so; needed again after a load."""
+        """Let the head use the embedding's weight if the config says so. Loading weights needs it again."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
 
     def replace_head(self, n_labels: int) -> None:
-        """Put a new head in place of the language head: C -> labels, all equally likely at the start."""
+        """Replace the language head by a new one, C -> labels. At first all labels are equally likely."""
         self.lm_head = Linear(self.config.n_embd, n_labels, bias=False).to(self.transformer.wte.weight.device)
         nn.init.zeros_(self.lm_head.weight)
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed in: the embedding's dtype, if nothing else is said."""
+        """The dtype of activations: the embedding's, unless ``compute_dtype`` is set."""
         return self.compute_dtype or self.transformer.wte.weight.dtype
 
     def init_weights(self, std: float = 0.02) -> LLaMA:
-        """Random weights as GPT-2's: normal for matrices, ones for norms. A checkpoint overwrites them."""
+        """Random weights as in GPT-2: normal for matrices, ones for norms."""
         for matrix in (param for param in self.parameters() if param.dim() == 2):
             nn.init.normal_(matrix, std=std)
         return self
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of every position's angles in float32, (*positions.shape, hs/2).
+        """cos and sin of the angles at ``positions`` in float32, (*positions.shape, hs/2).
 
-        The tables are neither buffers nor parameters: ``.to(torch.bfloat16)`` would round them, with errors up to
-        1.0 at position 256, and a model made on the meta device would have none.
+        The tables are neither buffers nor parameters, because ``.to(torch.bfloat16)`` would round them, with errors up
+        to 1.0 at position 256.
         """
         length = max(positions.size(-1), self.cache_size) + self.first_position
         if self._rope is None or self._rope[0].size(0) < length or self._rope[0].device != positions.device:
-            with torch.inference_mode(False):  # tables made while generating must serve training too
+            with torch.inference_mode(False):  # tables made in generation must also serve training
                 steps = torch.arange(length, device=positions.device, dtype=torch.float32)
                 angles = torch.outer(steps, rope_frequencies(self.config, positions.device))
                 self._rope = angles.cos(), angles.sin()
@@ -275,15 +275,16 @@ class LLaMA(nn.Module):
     ) -> Tensor:
         """idx (B, T) -> the vectors after the final norm (B, T, C).
 
-        Without ``input_pos``: causal over idx, no cache, no mask tensor; right padding is harmless, and left out by a
-        ``packing`` (batches.py): (1, N, C). With ``input_pos`` (T,): idx goes into these slots of the KV cache and sees
-        all slots up to its own; ``pad`` (B,) counts the padding slots at the left of each row, which nothing sees.
+        Without ``input_pos``: causal over idx, no cache and no mask tensor. Right padding is harmless; a ``packing``
+        (data/batches.py) leaves it out and returns (1, N, C).
+        With ``input_pos`` (T,): the tokens go into these slots of the KV cache, and each sees the slots up to its own.
+        ``pad`` (B,) is the number of padding slots at the left of each row, which no token sees.
         """
         self.check_length(idx.size(1), input_pos)
         positions, mask = torch.arange(idx.size(1), device=idx.device), None
         if input_pos is not None:
             positions, mask = input_pos, self.decode_mask(input_pos, pad)
-        if pad is not None:  # (B, 1, T): the distance from the row's first real token
+        if pad is not None:  # (B, 1, T): positions count from the row's first real token
             positions = (input_pos - pad[:, None, None]).clamp(min=0)
         cos, sin = self.rope(positions)
         x = self.transformer.wte(idx if packing is None else packing.gather(idx)).to(self.dtype)  # (B, T, C)
@@ -292,17 +293,17 @@ class LLaMA(nn.Module):
         return self.transformer.ln_f(x)
 
     def forward(self, idx: Tensor, input_pos: Tensor | None = None, pad: Tensor | None = None) -> Tensor:
-        """idx (B, T) -> logits (B, T, V); the arguments are those of ``hidden_states``."""
+        """idx (B, T) -> logits (B, T, V). For the arguments see ``hidden_states``."""
         return self.lm_head(self.hidden_states(idx, input_pos, pad))
 
     @property
     def context(self) -> int:
-        """Tokens that fit, ``virtual_ids`` among them."""
+        """Tokens that fit, including the ``virtual_ids``."""
         return self.config.block_size - self.first_position
 
     @property
     def text_room(self) -> int:
-        """Tokens that fit behind the ``virtual_ids``."""
+        """Tokens that fit after the ``virtual_ids``."""
         return self.context - len(self.virtual_ids)
 
     def check_length(self, T: int, input_pos: Tensor | None) -> None:
@@ -313,7 +314,7 @@ class LLaMA(nn.Module):
 
     @property
     def cache_size(self) -> int:
-        """Slots of the KV cache, 0 without one."""
+        """Slots of the KV cache; 0 without a cache."""
         cache = self.transformer.h[0].attn.kv_cache
         return 0 if cache is None else cache.k.size(2)
 
@@ -331,13 +332,13 @@ class LLaMA(nn.Module):
             block.attn.kv_cache = None
 
     def decode_mask(self, input_pos: Tensor, pad: Tensor | None) -> Tensor:
-        """(1 or B, 1, T, S): a token sees the slots up to its own, without the row's padding."""
-        # On CPU only the filled part is read; elsewhere to know it would cost a host sync per token.
+        """(1 or B, 1, T, S): a token sees the slots up to its own, except the row's padding."""
+        # A CPU reads only the filled slots. On a GPU, finding out how many there are would cost a sync per token.
         end = int(input_pos[-1]) + 1 if input_pos.device.type == "cpu" else self.cache_size
         slots = torch.arange(end, device=input_pos.device)
         mask = slots <= input_pos[:, None]  # (T, S)
         if pad is None:
             return mask[None, None]
         real = slots >= pad[:, None, None]  # (B, 1, S)
-        # A padding token sees itself: a row of a softmax that sees nothing is NaN.
+        # A padding token sees itself: a softmax over nothing is NaN.
         return (mask & (real | (slots == input_pos[:, None])))[:, None]

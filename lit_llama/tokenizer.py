@@ -17,7 +17,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import decoders, pre_tokenizers
 
 from lit_llama.checkpoint import CONFIG_FILE
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.common.files import read_json
 
 JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"

@@ -1,4 +1,4 @@
-"""Trained folders: what a method learned over a base, in ``trained.safetensors`` and ``method.json``."""
+"""Trained folders: what a method adds to a base, in ``trained.safetensors`` and ``method.json``."""
 
 from __future__ import annotations
 
@@ -25,40 +25,39 @@ if TYPE_CHECKING:  # data is loaded above this module
     pass
 
 TRAINED_FILE, METHOD_FILE = "trained.safetensors", "method.json"
-DTYPES = {torch.float32: "F32", torch.float64: "F64"}  # what trains is float32; a test's whole model may be float64
-RECIPE = ("method", "arguments", "prompt_style")  # of method.json, repeated in the tensors' header: both must agree
+DTYPES = {torch.float32: "F32", torch.float64: "F64"}  # trainable parameters are float32; tests also use float64
+RECIPE = ("method", "arguments", "prompt_style")  # parts of method.json that the tensors' header repeats
 
 
 def trained_tensors(model: LLaMA) -> dict[str, Tensor]:
-    """What trains, by name: freeze first, then add, and nothing else is left."""
+    """The trainable parameters by name. Freeze the base, then add a method: only its parameters are left."""
     return {name: param for name, param in model.named_parameters() if param.requires_grad}
 
 
 def count_trainable(model: LLaMA) -> str:
-    """How many parameters are trained, as a line for the user."""
+    """The number of trainable parameters, as a line for the user."""
     trainable, total = sum(tensor.numel() for tensor in trained_tensors(model).values()), count_numbers(model)
     return f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)"
 
 
 def kept_tensors(model: LLaMA) -> dict[str, Tensor]:
-    """What a trained folder holds, by name: what trains, or what is made of it (methods/prefix.py)."""
+    """The tensors of a trained folder by name: what trains, or what is computed from it (methods/prefix.py)."""
     return trained_tensors(model) if model.reparametrization is None else model.reparametrization.kept_tensors()
 
 
 def describe_base(checkpoint_dir: Path | str) -> dict:
-    """What method.json says of the base a method was trained on."""
+    """The base that a method was trained on, for method.json."""
     return {
-        "checkpoint_dir": Path(checkpoint_dir).as_posix(),  # read on Windows and elsewhere
+        "checkpoint_dir": Path(checkpoint_dir).as_posix(),  # the same on Windows
         "name": load_config(checkpoint_dir).name,
         "fingerprint": fingerprint(checkpoint_dir),
     }
 
 
 def load_trained(model: LLaMA, path: Path, prefix: str = "") -> dict:
-    """Copy the tensors of a safetensors file, those named with ``prefix``, into the trained ones of ``model``.
+    """Copy the tensors of a safetensors file whose names begin with ``prefix`` into the trainable ones of ``model``.
 
-    Returns what ``save_tensors`` was told about them. UserError, and nothing copied, unless names, shapes and dtypes
-    are the same.
+    Returns the ``about`` of ``save_tensors``. Raises UserError, and copies nothing, if names, shapes or dtypes differ.
     """
     tensors = trained_tensors(model)
     check_trained(tensors, path, prefix)
@@ -70,7 +69,7 @@ def load_trained(model: LLaMA, path: Path, prefix: str = "") -> dict:
 
 
 def check_trained(tensors: dict[str, Tensor], path: Path, prefix: str = "") -> None:
-    """UserError unless the header of a safetensors file has ``tensors``, on any device, and no others."""
+    """Raises UserError unless a safetensors file holds exactly ``tensors``. Reads only its header."""
     headers = {name[len(prefix) :]: it for name, it in tensor_headers(path).items() if name.startswith(prefix)}
     expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     check_tensors({name: shape for name, (shape, _) in headers.items()}, expected, path)
@@ -78,14 +77,14 @@ def check_trained(tensors: dict[str, Tensor], path: Path, prefix: str = "") -> N
 
 
 def check_recipe(method: dict, about: dict, path: Path) -> None:
-    """UserError unless method.json (``path``) says what the tensors' header was told in training."""
+    """Raises UserError unless method.json (``path``) agrees with the tensors' header (``about``)."""
     for key in RECIPE:
         if about.get(key, method[key]) != method[key]:
             raise UserError(f"{path}: {key} is {method[key]}, but {TRAINED_FILE} was trained with {about[key]}")
 
 
 def tokenizer_dir(trained_dir: Path | str, checkpoint_dir: Path | str | None, method: dict) -> Path:
-    """Where the tokenizer of a trained folder lies: in its base, or in itself where it holds a whole model."""
+    """The folder of the tokenizer: the base, or the trained folder itself if it holds a whole model."""
     whole = (Path(trained_dir) / MODEL_FILE).exists()
     return Path(trained_dir if whole else checkpoint_dir or method["base"]["checkpoint_dir"])
 
@@ -94,14 +93,12 @@ def read_method(trained_dir: Path | str) -> dict:
     """The method.json of a trained folder."""
     path = Path(trained_dir) / METHOD_FILE
     if not path.exists():
-        raise UserError(
-            f"{path} is missing: {trained_dir} is not what a finetune script wrote; run one, or pass its --out_dir"
-        )
+        raise UserError(f"{path} is missing, so no finetune script wrote {trained_dir}; run one, or pass its --out_dir")
     method = read_json(path)
     check_fields(method, {"method": str, "arguments": dict, "base": dict, "prompt_style": str}, path)
     check_fields(method["base"], {"checkpoint_dir": str, "name": str, "fingerprint": str}, path)
     method.setdefault("trained_parameters", method.get("trained_numbers"))  # its name in older folders
-    method.setdefault("quantize", "none")  # folders written before the field existed lack it
+    method.setdefault("quantize", "none")  # older folders lack it
     check_fields(method, {"quantize": str}, path)
     check_fields(method.setdefault("train", {"max_seq_length": 512}), {"max_seq_length": int}, path)
     check_range(f"{path}: max_seq_length", method["train"]["max_seq_length"], 1, MOST_TOKENS)
@@ -112,12 +109,12 @@ def read_method(trained_dir: Path | str) -> dict:
 
 
 def base_method(checkpoint_dir: Path | str) -> dict:
-    """The method.json of a base that finetune/full.py wrote, which says how to ask it; {} for any other base."""
+    """The method.json of a base that finetune/full.py wrote (it knows the prompt style); {} for any other base."""
     return read_method(checkpoint_dir) if (Path(checkpoint_dir) / METHOD_FILE).exists() else {}
 
 
 def check_fields(content: dict, kinds: dict[str, type], path: Path) -> None:
-    """UserError unless ``content`` has each field, and of its type."""
+    """Raises UserError if ``content`` lacks a field or has one of another type."""
     for field, kind in kinds.items():
         if field not in content:
             raise UserError(f"{path} lacks {field}; copy the trained folder again")
@@ -126,7 +123,7 @@ def check_fields(content: dict, kinds: dict[str, type], path: Path) -> None:
 
 
 def check_base(base: dict, checkpoint_dir: Path | str | None, path: Path) -> Path:
-    """The folder of the base that ``path`` (a method.json) was trained on; UserError when it is another model."""
+    """The folder of the base that ``path`` (a method.json) was trained on. Raises UserError if it is another model."""
     folder = Path(checkpoint_dir or base["checkpoint_dir"])
     if not folder.exists():
         raise UserError(f"{path} was trained on {base['name']} in {folder}, which is missing; pass --checkpoint_dir")

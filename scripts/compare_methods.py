@@ -77,11 +77,11 @@ def main(
         check_range("--shots", count, 0, MOST)
 
     from lit_llama.checkpoint import load_config
+    from lit_llama.cli import save_settings
     from lit_llama.common.files import check_writable
     from lit_llama.data.task import split_file
     from lit_llama.devices.launch import STRATEGIES, check_launcher
     from lit_llama.devices.sharding import check_sharding
-    from lit_llama.train.run import save_command_line
 
     check_launcher(devices, num_nodes=1)
     if strategy not in STRATEGIES:
@@ -106,7 +106,7 @@ def main(
         trials = pilot_jobs(folder, tried, max(1, pilot_samples // batch_size))
         bases = {f"base, {count} examples": (count, folder / f"base-{count}-{split}.json") for count in shots}
     keep_settings(folder / "settings.json", settings)
-    save_command_line(folder)
+    save_settings(folder)
     failed: dict[str, str] = {}
     with Bar(sum(job.steps for job in trials + jobs), "steps", "step") as bar:
         run_jobs(trials, jobs, settings, failed, bar)

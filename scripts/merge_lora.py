@@ -44,10 +44,10 @@ def main(trained_dir: str, out_dir: str, checkpoint_dir: str | None = None, dtyp
     import torch
 
     from lit_llama.checkpoint import save_checkpoint
+    from lit_llama.cli import save_settings
     from lit_llama.common.files import check_new, whole_folder
     from lit_llama.formats.convert import copy_tokenizer
     from lit_llama.generate.load import load_trained_folder
-    from lit_llama.train.run import save_command_line
     from lit_llama.trained import read_method
 
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -62,7 +62,7 @@ def main(trained_dir: str, out_dir: str, checkpoint_dir: str | None = None, dtyp
     with whole_folder(Path(out_dir)) as folder:
         save_checkpoint(folder, config, ((name, t.to(getattr(torch, dtype))) for name, t in merged.items()))
         copy_tokenizer(Path(checkpoint_dir or method["base"]["checkpoint_dir"]), folder, method["prompt_style"])
-        save_command_line(folder)
+        save_settings(folder)
     print(f"wrote {out_dir}")
     if method["method"] == "adapter_v2":
         save_prompts(model, method, Path(out_dir))

@@ -59,7 +59,7 @@ def lie(path: Path, change: Callable[[dict], object]) -> None:
 CONFIG = {
     "lacks a field": (dict(n_layer=...), "config.json is not a config of this project: missing .'n_layer'"),
     "has another field": (dict(hidden_size=3), "unknown .'hidden_size'"),
-    "-1 layers": (dict(n_layer=-1), "n_layer must be a positive whole number of a plausible size, got -1"),
+    "-1 layers": (dict(n_layer=-1), "n_layer must be a positive integer of a plausible size, got -1"),
     "1e9 layers": (dict(n_layer=10**9), "n_layer must be .*, got 1000000000"),
     "4000 layers": (dict(n_layer=4000), "config.json has n_layer 4000, but the files 2. tensors"),
     "4 layers": (dict(n_layer=4), "h.3.* is missing"),
@@ -105,24 +105,24 @@ CASES |= {f"config: {name}": (config_case(changes), message) for name, (changes,
 WEIGHTS = "base/model.safetensors"
 TENSORS = {
     "is missing": (Path.unlink, "model.safetensors is missing"),
-    "is empty": (lambda p: p.write_bytes(b""), "model.safetensors is not a whole safetensors file"),
-    "is cut": (lambda p: p.write_bytes(p.read_bytes()[:-9]), "is not a whole safetensors file"),
-    "is text": (lambda p: p.write_text("weights " * 99), "is not a whole safetensors file"),
-    "is a folder": (lambda p: (p.unlink(), p.mkdir()), "is not a whole safetensors file"),
-    "has a flipped bit": (lambda p: flip(p, -100), "is damaged: its checksum is another"),
-    "has a flipped bit in its header": (lambda p: flip(p, 60), "is not a whole|is damaged|does not fit"),
-    "claims an endless header": (lambda p: p.write_bytes(b"\xff" * 8 + p.read_bytes()[8:]), "is not a whole"),
+    "is empty": (lambda p: p.write_bytes(b""), "model.safetensors is not a complete safetensors file"),
+    "is cut": (lambda p: p.write_bytes(p.read_bytes()[:-9]), "is not a complete safetensors file"),
+    "is text": (lambda p: p.write_text("weights " * 99), "is not a complete safetensors file"),
+    "is a folder": (lambda p: (p.unlink(), p.mkdir()), "is not a complete safetensors file"),
+    "has a flipped bit": (lambda p: flip(p, -100), "is damaged: its checksum does not match"),
+    "has a flipped bit in its header": (lambda p: flip(p, 60), "is not a complete|is damaged|does not fit"),
+    "claims an endless header": (lambda p: p.write_bytes(b"\xff" * 8 + p.read_bytes()[8:]), "is not a complete"),
     "claims a header past its end": (
         lambda p: p.write_bytes(struct.pack("<Q", 2**26) + p.read_bytes()[8:]),
-        "is not a whole",
+        "is not a complete",
     ),
     "claims a shape past its end": (
         lambda p: lie(p, lambda h: next(v for k, v in h.items() if k[0] == "t").update(shape=[2**40, 2**20])),
-        "is not a whole",
+        "is not a complete",
     ),
     "has tensors that overlap": (
         lambda p: lie(p, lambda h: [v.update(data_offsets=[0, 4]) for k, v in h.items() if k[0] == "t"]),
-        "is not a whole",
+        "is not a complete",
     ),
     "is of whole numbers": (
         lambda p: edit_tensors(p, lambda t: t.update({k: v.int() for k, v in t.items()})),
@@ -251,7 +251,7 @@ CASES |= {
         lambda place: [*TRAINED, "--checkpoint_dir", "other"],
         "trained on tiny .fingerprint",
     ),
-    "no trained folder": (lambda place: [*TRAINED, "--trained_dir", "none"], "not what a finetune script wrote"),
+    "no trained folder": (lambda place: [*TRAINED, "--trained_dir", "none"], "no finetune script wrote"),
     "labels asked of text": (
         lambda place: ["generate/classify.py", *TRAINED[1:3], "--prompt", "a"],
         "see generate.adapter",
@@ -347,7 +347,7 @@ REQUESTS = {
     "without a prompt": ('{"input": "a"}', 'requests.jsonl:1: a request needs a "prompt"'),
     "of numbers": ('{"prompt": 3}', 'requests.jsonl:1: a request needs a "prompt"'),
     "not UTF-8": (b'{"prompt": "\xff"}', "requests.jsonl:1: not UTF-8"),
-    "to nothing": ('{"prompt": "a", "trained_dir": "none"}', "none is not what a finetune script wrote"),
+    "to nothing": ('{"prompt": "a", "trained_dir": "none"}', "no finetune script wrote none"),
 }
 
 
@@ -384,7 +384,7 @@ FLAGS = [
     (FINETUNE, ["--train.max_steps"], "--train.max_steps: expected one argument"),
     (FINETUNE, ["--precision", "8-bit"], "--precision '8-bit' is none of auto"),
     (FINETUNE, ["--devices", -5], "--devices -5"),
-    (FINETUNE, ["--devices", 100_000], "--devices 100000 are more processes than the .* cores .*torchrun --nproc_per"),
+    (FINETUNE, ["--devices", 100_000], "--devices 100000: this CPU has only .* cores; .*torchrun --nproc_per"),
     (FINETUNE, ["--prompt_length", 10**12], "prompt_length 1000000000000 must lie within 1 and 512"),
     (FINETUNE, ["--train.batch_size", 10**12], "--train.batch_size 1000000000000 must lie within 1 and 65536"),
     (FINETUNE, ["--gate_lr_scale", "1e300"], "--gate_lr_scale 1e.300 must lie within 0 and 100"),

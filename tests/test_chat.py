@@ -230,7 +230,7 @@ def test_pasted_lines_are_one_turn():
 
 
 def test_load_refuses_what_does_not_fit(chat, tmp_path, trained_dirs):
-    with pytest.raises(UserError, match="not what a finetune script wrote"):
+    with pytest.raises(UserError, match="no finetune script wrote"):
         chat.load(str(tmp_path))
     other = make_base(tmp_path / "other", seed=2)
     chat.checkpoint_dir = other

@@ -98,7 +98,7 @@ BROKEN = {
     "no weights": (lambda b: (b / "model.safetensors").unlink(), "model.safetensors is missing"),
     "cut weights": (
         lambda b: (b / "model.safetensors").write_bytes((b / "model.safetensors").read_bytes()[:-9]),
-        "not a whole safetensors file",
+        "not a complete safetensors file",
     ),
     "missing tensor": (
         lambda b: change_tensors(b / "model.safetensors", lambda t: t.pop("lm_head.weight")),
@@ -161,7 +161,7 @@ def test_fingerprint_tells_a_single_tensor_apart(base):
 
 
 TRAINED_BROKEN = {
-    "no method.json": (lambda f: (f / "method.json").unlink(), "not what a finetune script wrote"),
+    "no method.json": (lambda f: (f / "method.json").unlink(), "no finetune script wrote"),
     "unknown method": (
         lambda f: edit_json(f / "method.json", method="os.system"),
         "names the method 'os.system', not one of",

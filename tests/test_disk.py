@@ -81,7 +81,7 @@ def small_files():
 def test_a_file_that_may_not_grow(places, tmp_path, monkeypatch):  # noqa: F811
     with small_files() as begin, monkeypatch.context() as patch:
         fail_after_step(patch, 3, begin)
-        with pytest.raises(UserError, match="state.safetensors cannot be written .File too large.: make room"):
+        with pytest.raises(UserError, match="state.safetensors cannot be written .File too large.: free some space"):
             train(places, tmp_path / "out")
     assert read_tensors(tmp_path / "out" / STATE_FILE)[1]["step"] == 2
     train(places, tmp_path / "out", resume=True)
@@ -115,7 +115,9 @@ def test_every_output_is_written_whole_or_not_at_all(tmp_path, name, write):
     before = files(tmp_path)
     with small_files() as begin:
         begin()
-        with pytest.raises(UserError, match=f"{name}.* cannot be written .*: make room and try again; what was there"):
+        with pytest.raises(
+            UserError, match=f"{name}.* cannot be written .*: free some space and try again; existing files"
+        ):
             write(tmp_path / name)
     assert files(tmp_path) == before
 
@@ -139,7 +141,7 @@ def test_an_output_is_checked_before_the_work(tmp_path):
     check_writable(tmp_path / "file")
     before = sorted(tmp_path.rglob("*"))
     for place, reason in ((tmp_path, "Is a directory"), (tmp_path / "file/a.json", "Not a directory")):
-        with pytest.raises(UserError, match=f"cannot be written .{reason}.: choose a place that you may write to"):
+        with pytest.raises(UserError, match=f"cannot be written .{reason}.: choose a folder that you can write to"):
             check_writable(place)
     with pytest.raises(UserError, match="exists already"):
         check_new(tmp_path / "file")
@@ -163,7 +165,7 @@ def test_scripts_check_their_output_before_they_fetch_or_load(tmp_path, monkeypa
     for fetch in ("urllib.request.urlopen", "subprocess.run", "lit_llama.checkpoint.load_model"):
         monkeypatch.setattr(fetch, None)
     (tmp_path / "file").touch()
-    refuse(*command, tmp_path / "file/out", message="out.* cannot be written .Not a directory.: choose a place")
+    refuse(*command, tmp_path / "file/out", message="out.* cannot be written .Not a directory.: choose a folder")
 
 
 def no_space(*_, **__):
@@ -173,7 +175,7 @@ def no_space(*_, **__):
 @pytest.mark.parametrize("function", ["os.fsync", "os.replace", "lit_llama.common.files.save_file"])
 def test_a_full_disk(places, tmp_path, monkeypatch, function):  # noqa: F811
     fail_after_step(monkeypatch, 3, lambda: monkeypatch.setattr(function, no_space))
-    message = "cannot be written .No space left on device.: make room and try again; what was there is untouched"
+    message = "cannot be written .No space left on device.: free some space and try again; existing files are unchanged"
     check_that_it_goes_on(places, tmp_path, monkeypatch, message)
 
 
@@ -221,7 +223,7 @@ def test_a_folder_without_write_permission(places, tmp_path):  # noqa: F811
     assert uid != 0
     for message in said:
         assert message.startswith("UserError: ")
-        assert "(Permission denied): choose a place that you may write to" in message
+        assert "(Permission denied): choose a folder that you can write to" in message
     assert files(tmp_path / "out") == before
 
 
@@ -240,7 +242,7 @@ def test_two_runs_into_one_folder(places, tmp_path):  # noqa: F811
     command = [sys.executable, "-c", HOLD, tmp_path / LOCK_FILE]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline().strip() == b""
-    with pytest.raises(UserError, match="another process is writing into .*; wait until it ends, stop it, or"):
+    with pytest.raises(UserError, match="another process writes to .*; wait until it ends, stop it, or"):
         train(places, tmp_path)
     holder.kill()
     holder.wait()

@@ -82,7 +82,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(places, tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    step = int(re.search(r"saved at step (\d+) of 400; the same command with --resume continues", stderr)[1])
+    step = int(re.search(r"saved at step (\d+) of 400; --resume continues", stderr)[1])
     assert len(metrics(tmp_path / "out")) == step
     succeed("finetune/adapter.py", *flags, "--resume")
     assert [int(row["step"]) for row in metrics(tmp_path / "out")] == list(range(1, 401))
@@ -96,7 +96,7 @@ def test_generate_reads_everything_from_the_trained_folder(places):
     assert result.returncode == 0, result.stderr
     assert "adapter over tiny" in result.stderr and "tokens/s" in result.stderr
     assert result.stdout.endswith("\n")
-    refuse("generate/adapter.py", "--trained_dir", folder, "--prompt", "a", message="not what a finetune script wrote")
+    refuse("generate/adapter.py", "--trained_dir", folder, "--prompt", "a", message="no finetune script wrote")
     refuse(
         "generate/base.py", "--checkpoint_dir", folder / "base", "--prompt", "a" * 600, message="do not fit the context"
     )

@@ -1,6 +1,6 @@
-"""Reading and writing files: whole or absent, checked when read, and never unpickled.
+"""Reading and writing files. A file is complete or absent, and checked when read; nothing is unpickled.
 
-Every file is written under a temporary name, flushed to disk and renamed: under its final name it is whole.
+Every file is written under a temporary name, flushed to disk and renamed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; on success flush it to disk and rename it, on failure remove it.
+    """Yield a temporary name next to ``path``. On success flush and rename it, on failure remove it.
 
-    UserError, and the file of that name as it was, when the disk is full or the folder may not be written to.
+    Raises UserError if the disk is full or the folder cannot be written; an existing file stays as it was.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -38,7 +38,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # safetensors makes files that their owner alone can read
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read
         flush(temporary)
         os.replace(temporary, path)
         flush_folder(path.parent)
@@ -51,7 +51,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """As ``atomic_write`` for a folder that does not exist yet."""
+    """``atomic_write`` for a folder that does not exist yet."""
     path = Path(path)
     check_new(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -70,7 +70,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def check_writable(path: Path | str) -> None:
-    """Raise UserError if the file ``path`` could not be written; for scripts to call before their work."""
+    """Raises UserError if the file ``path`` cannot be written. Scripts call it before their work."""
     above = Path(path).absolute().parent
     try:
         if Path(path).is_dir():
@@ -84,21 +84,21 @@ def check_writable(path: Path | str) -> None:
 
 
 def check_new(path: Path | str) -> None:
-    """Raise UserError if the file or folder ``path`` exists already, or could not be written."""
+    """Raises UserError if the file or folder ``path`` exists already or cannot be written."""
     if Path(path).exists():
         raise UserError(f"{path} exists already; remove it or choose another name")
     check_writable(path)
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's content is on the disk."""
+    """Wait until a file's content is on disk."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
 
 def flush_folder(folder: Path) -> None:
-    """Wait until a folder's names are on the disk: without it a power cut may undo a rename."""
-    if os.name == "nt":  # where a folder cannot be opened
+    """Wait until a folder's names are on disk, so that a power failure cannot undo a rename."""
+    if os.name == "nt":  # Windows cannot open a folder
         return
     opened = os.open(folder, os.O_RDONLY)
     try:
@@ -108,17 +108,17 @@ def flush_folder(folder: Path) -> None:
 
 
 def write_error(path: Path | str, error: OSError) -> UserError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: numpy wrote less than it should
-    way_out = "make room and try again" if full else "choose a place that you may write to"
-    return UserError(f"{path} cannot be written ({error.strerror or error}): {way_out}; what was there is untouched")
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: numpy wrote too few bytes
+    way_out = "free some space and try again" if full else "choose a folder that you can write to"
+    return UserError(f"{path} cannot be written ({error.strerror or error}): {way_out}; existing files are unchanged")
 
 
-# Names of ``atomic_write``, and those that safetensors writes under. Nothing else in a folder is ours.
+# Temporary names of ``atomic_write`` and of safetensors.
 UNFINISHED = re.compile(r"\..+\.\d+\.tmp|\.tmp[0-9A-Za-z]{6}")
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete the temporary files that a process left in ``folder`` when it was killed in the middle of a write."""
+    """Delete temporary files that a killed process left in ``folder``."""
     for file in folder.glob(".*"):
         if UNFINISHED.fullmatch(file.name) and file.is_file():
             file.unlink()
@@ -146,12 +146,12 @@ def read_json(path: Path) -> dict:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict | None = None, foreign: bool = False) -> None:
-    """Write a safetensors file with a checksum, and ``about`` (as JSON) in its header.
+    """Write a safetensors file with a checksum and ``about`` (as JSON) in its header.
 
-    A ``foreign`` file has neither: transformers and PEFT ask the header for the one thing they write themselves.
+    A ``foreign`` file, for transformers and PEFT, has neither: they expect a header like their own.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # One entry in the header: safetensors writes several of them in any order, and equal runs give equal bytes.
+    # A single entry: safetensors writes several in any order, and equal runs must give equal bytes.
     header = json.dumps({**(about or {}), "crc32": checksum(tensors, about or {})}, sort_keys=True)
     with atomic_write(path) as temporary:
         try:
@@ -165,12 +165,12 @@ ABOUT = "lit_llama"  # our entry in the header
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """As ``save_tensors``, for numpy's arrays."""
+    """``save_tensors`` for NumPy arrays."""
     save_tensors(path, {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()})
 
 
 def checksum(tensors: dict[str, Tensor], about: dict) -> int:
-    """CRC-32 over all that a file says (2 to 3 GB/s): it finds what a disk or network spoiled, not what was forged."""
+    """CRC-32 of tensors and ``about`` (2 to 3 GB/s). It finds damage by disk or network, not forgery."""
     crc = zlib.crc32(json.dumps(about, sort_keys=True).encode())
     for name in sorted(tensors):
         crc = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy().data, zlib.crc32(name.encode(), crc))
@@ -178,24 +178,24 @@ def checksum(tensors: dict[str, Tensor], about: dict) -> int:
 
 
 def open_tensors(path: Path):
-    """safetensors' ``safe_open`` for torch, with a UserError when the file is missing or not whole."""
+    """safetensors' ``safe_open``. Raises UserError if the file is missing or incomplete."""
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file: {error}") from None
+        raise UserError(f"{path} is not a complete safetensors file: {error}") from None
 
 
 def read_tensors(path: Path, foreign: bool = False) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a file, mapped into memory, and what ``save_tensors`` was told about them.
+    """The tensors of a file, mapped into memory, and the ``about`` of ``save_tensors``.
 
-    UserError when the file is damaged. Those of other programs, ``foreign``, have no checksum and nothing about them.
+    Raises UserError if the file is damaged. A ``foreign`` file, of another program, has no checksum.
     """
     with open_tensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         header = (file.metadata() or {}).get(ABOUT)
-    if header is None:  # not proof of another program: a spoiled byte may have hit the entry's name
+    if header is None:  # another program, or damage in the header
         if foreign:
             return tensors, {}
         raise UserError(f"{path} has no checksum: it is damaged, or another program wrote it; copy or make it again")
@@ -205,12 +205,12 @@ def read_tensors(path: Path, foreign: bool = False) -> tuple[dict[str, Tensor], 
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):  # no JSON, no object, no such entry
         damaged = True
     if damaged:
-        raise UserError(f"{path} is damaged: its checksum is another; copy or make it again")
+        raise UserError(f"{path} is damaged: its checksum does not match; copy or make it again")
     return tensors, about
 
 
 def tensor_headers(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and safetensors' name of the dtype of each tensor, by name; no tensor is read."""
+    """Shape and dtype (as safetensors names it) of each tensor, by name. Reads only the header."""
     with open_tensors(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}
         return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}

@@ -1,4 +1,8 @@
-"""Where a program runs and how wide its base weights are."""
+"""Where a program runs: processes (ranks), their device, the base's precision, and memory.
+
+Fabric's launcher and torchrun end the whole job when a process dies. A rank that waits for a dead one fails when its
+connection breaks, or after 30 minutes, Fabric's default timeout.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from lightning.fabric.loggers import Logger
 
-# What Fabric starts the processes by: sharding (sharding.py) and the sum of gradients (train/loss.py) are ours.
+# Fabric only starts the processes. Sharding (sharding.py) and the sum of gradients (train/loss.py) are ours.
 STRATEGIES = {"auto": "auto", "ddp": "ddp", "fsdp": "ddp"}
 PRECISIONS = {"bf16-true": torch.bfloat16, "32-true": torch.float32}
 
@@ -31,13 +35,12 @@ def launch(
     logger: str | None = None,
     out_dir: Path | str = "",
 ) -> Fabric:
-    """Start Fabric on the machine's accelerator, with one process for each device; torchrun's or srun's if it was one
-    of them that started this program.
+    """Start Fabric with one process per device, or join the processes that torchrun or srun started.
 
-    Fabric's own precision stays at float32: its "bf16-true" would cast the trained tensors too, and in bfloat16 an
-    optimizer step of 1e-3 on 0.5 is lost. ``--precision`` is the width that the base is loaded in.
+    Fabric's own precision stays float32: its "bf16-true" would also cast trainable parameters. ``--precision`` applies
+    to the frozen base.
     """
-    from lightning.fabric import Fabric  # takes seconds to import, which --help need not wait for
+    from lightning.fabric import Fabric  # it takes seconds to import; --help does not need it
 
     if strategy not in STRATEGIES:
         raise UserError(f"--strategy {strategy} is none of {', '.join(STRATEGIES)}")
@@ -53,21 +56,21 @@ def launch(
             loggers=named_loggers(logger, Path(out_dir)),
         )
         fabric.launch()
-    except Exception as error:  # Fabric has no common class for what it finds wrong with a machine
+    except Exception as error:  # Fabric's errors have no common class
         raise UserError(f"--devices {devices} --num_nodes {num_nodes}: {error}") from None
     return fabric
 
 
 def launch_sharded(devices: int, num_nodes: int, quantize: str | None) -> Fabric | None:
-    """Fabric for several devices that answer with a base in pieces (sharding.py); None for one device."""
+    """Fabric for several devices that answer with a sharded base (sharding.py); None for one device."""
     if (devices, num_nodes) == (1, 1):
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # SLURM's variables are there without srun, too: in an sbatch script
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # an sbatch script has SLURM's variables without srun
             check_launcher(devices, num_nodes)
-        return None  # without the seconds that Fabric takes to import
+        return None  # Fabric takes seconds to import
     if (quantize or "none") != "none":
         raise UserError(
-            f"--devices {devices} --num_nodes {num_nodes} keep the base in pieces, for which it cannot be quantized; "
-            f"leave out --quantize {quantize}, or take one device"
+            f"--devices {devices} --num_nodes {num_nodes} shards the base, and a sharded base cannot be quantized; "
+            f"leave out --quantize {quantize}, or use one device"
         )
     return launch(devices, num_nodes, "fsdp")
 
@@ -87,10 +90,10 @@ def named_loggers(name: str | None, out_dir: Path) -> list[Logger]:
 
 
 def check_launcher(devices: int, num_nodes: int) -> None:
-    """UserError unless torchrun or srun, where one of them started this process, started as many as the flags say.
+    """Raises UserError if torchrun or srun started another number of processes than the flags say.
 
-    Fabric would go on: with --devices 1, every process would be a run of its own, all into the same folder. On a CPU
-    it would also start any number of processes: without torchrun and srun there may be one per core.
+    Fabric would not notice: with --devices 1, every process would be a run of its own in the same folder. Without
+    torchrun or srun, a CPU gets at most one process per core.
     """
     check_range("--devices", devices, 1, 2**20)
     check_range("--num_nodes", num_nodes, 1, 2**20)
@@ -103,46 +106,46 @@ def check_launcher(devices: int, num_nodes: int) -> None:
         cores = os.cpu_count() or 1
         if devices > cores and default_device().type == "cpu":
             raise UserError(
-                f"--devices {devices} are more processes than the {cores} cores of this CPU; pass --devices {cores} or "
-                f"fewer, or start them yourself with torchrun --nproc_per_node {devices}"
+                f"--devices {devices}: this CPU has only {cores} cores; pass --devices {cores} or fewer, or start the "
+                f"processes with torchrun --nproc_per_node {devices}"
             )
         return
     if (int(per_node), int(world)) != (devices, devices * num_nodes):
         raise UserError(
-            f"{starter} started {per_node} processes on a node and {world} in all, which --devices {devices} "
-            f"--num_nodes {num_nodes} does not; pass --devices {per_node} --num_nodes {int(world) // int(per_node)}"
+            f"{starter} started {per_node} processes on a node and {world} in all; instead of --devices {devices} "
+            f"--num_nodes {num_nodes} pass --devices {per_node} --num_nodes {int(world) // int(per_node)}"
         )
 
 
 def default_device() -> torch.device:
-    """What one process generates on: CUDA, else Apple's GPU, else the CPU."""
+    """The device of a single process: CUDA if available, else Apple's GPU, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def base_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The base's dtype for a ``--precision`` of "bf16-true", "32-true", or "auto": the faster one on this device."""
+    """The base's dtype for a ``--precision`` of "bf16-true", "32-true" or "auto" (the faster one on this device)."""
     return PRECISIONS[resolve_precision(precision, device)]
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """A key of PRECISIONS for a ``--precision``, with a note where it is a slow one."""
+    """The key of PRECISIONS for a ``--precision``. Prints a note if it is slow on this device."""
     if precision == "auto":
         return "bf16-true" if multiplies_bf16(device) else "32-true"
     if precision not in PRECISIONS:
         raise UserError(f"--precision {precision!r} is none of auto, {', '.join(PRECISIONS)}")
     slow = precision == "bf16-true" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
     if slow:
-        log_rank0("note: this CPU has no bfloat16 instructions: 32-true is many times as fast")
+        log_rank0("note: this CPU has no bfloat16 instructions; --precision 32-true is many times faster")
     return precision
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the device is known to have bfloat16 matrix instructions: of Apple's GPUs only the later ones have.
+    """Whether the device is known to have bfloat16 matrix instructions (False for Apple's GPUs).
 
-    On a CPU without them (two Zen 3 cores, AVX2 alone) a bfloat16 product of 284 x 576 x 1536 takes seven times as long
-    as a float32 one, and the product of its backward pass sixty times.
+    Without them, bfloat16 is slow: on two Zen 3 cores with AVX2, a product of 284 x 576 x 1536 takes seven times as
+    long as in float32, and its backward pass sixty times as long.
     """
     if device.type == "cpu":
         checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
@@ -151,7 +154,7 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given; a CPU always has."""
+    """Wait until the device has finished its work. A CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     elif device.type == "mps":
@@ -159,17 +162,17 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most bytes this process has held at one time: of the GPU where it runs on one, else of main memory.
+    """Peak memory of this process in bytes: GPU memory on a GPU, else main memory.
 
-    None on Windows' CPUs, where nothing in the standard library tells.
+    None on a Windows CPU, where the standard library cannot tell.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return None
-    if sys.platform == "linux":  # where rusage also counts what the process that started this one had held
+    if sys.platform == "linux":  # here rusage includes the peak of the parent process
         status = Path("/proc/self/status").read_text(encoding="utf-8")
-        if "VmHWM:" in status:  # a sandbox's kernel may leave it out
+        if "VmHWM:" in status:  # some sandboxes leave it out
             return int(status.split("VmHWM:")[1].split()[0]) * 1024
     import resource
 
@@ -178,7 +181,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def held_memory() -> int | None:
-    """Bytes of main memory that this process holds now; None where Linux's /proc is not there to tell."""
+    """Main memory of this process in bytes; None without Linux's /proc."""
     try:
         return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -186,31 +189,31 @@ def held_memory() -> int | None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be taken: of the GPU, or of main memory as far as the process's cgroup lets it.
+    """Free memory in bytes: of the GPU, or main memory within the limit of the process's cgroup.
 
-    None where neither CUDA nor Linux tells.
+    None if neither CUDA nor Linux can tell.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
-        return int(min(int(lines["MemAvailable"].split()[0]) * 1024, *cgroup_rooms()))
+        return int(min(int(lines["MemAvailable"].split()[0]) * 1024, *cgroup_free_bytes()))
     except OSError:
         return None
 
 
-CGROUP_FILES = {  # of version 2 and 1: where the tree is, the limit, what is used, and what of that can be dropped
+CGROUP_FILES = {  # of version 2 and 1: root, limit, usage, and the reclaimable part of the usage
     "": ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
 
 
-def cgroup_rooms() -> list[float]:
-    """What each control group around this process leaves it; infinity at the end, as if there were one without limit.
+def cgroup_free_bytes() -> list[float]:
+    """Free bytes in each control group of this process, and infinity.
 
-    The kernel kills a process that goes beyond it, without an error: https://docs.kernel.org/admin-guide/cgroup-v2.html#memory.
+    The kernel kills a process that exceeds one: https://docs.kernel.org/admin-guide/cgroup-v2.html#memory.
     """
-    rooms: list[float] = []
+    free_bytes: list[float] = []
     for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         _, controller, path = line.split(":", 2)
         root, limit_file, used_file, cache = CGROUP_FILES.get(controller, ("", "", "", ""))
@@ -219,18 +222,18 @@ def cgroup_rooms() -> list[float]:
             try:
                 limit, used = ((level / name).read_text(encoding="utf-8").strip() for name in (limit_file, used_file))
                 stat = dict(entry.split() for entry in (level / "memory.stat").read_text(encoding="utf-8").splitlines())
-            except OSError:  # a group seen from within a container, or the root, which has no limit
+            except OSError:  # a group outside the container, or the root group
                 continue
             if limit != "max":
-                rooms.append(int(limit) - int(used) + int(stat.get(cache, 0)))
-    return [*rooms, math.inf]
+                free_bytes.append(int(limit) - int(used) + int(stat.get(cache, 0)))
+    return [*free_bytes, math.inf]
 
 
 PARENT = os.getppid()  # rank 0, if Fabric's launcher started this process
 
 
 def is_distributed() -> bool:
-    """Whether this process is one of several."""
+    """Whether this process is one of several ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -239,19 +242,19 @@ def rank() -> int:
 
 
 def print_rank0(text: str = "") -> None:
-    """Print ``text`` once for the whole job. Fabric's own print does so once per node."""
+    """Print ``text`` on rank 0. Fabric's own print does so once per node."""
     if rank() == 0:
-        print(text, flush=True)  # before anything that goes to stderr next
+        print(text, flush=True)  # before later output to stderr
 
 
 def log_rank0(text: str) -> None:
-    """Like ``print_rank0``, on stderr: for everything that is not a result."""
+    """Print ``text`` on rank 0 to stderr, for everything that is not a result."""
     if rank() == 0:
         print(text, file=sys.stderr)
 
 
 def barrier(fabric: Fabric, what: str) -> None:
-    """Wait for all ranks. ``what`` completes "waited for the others to ..." in an error."""
+    """Wait for all ranks. ``what`` completes the error message "waited for the others to ..."."""
     try:
         fabric.barrier()
     except RuntimeError as error:
@@ -259,7 +262,7 @@ def barrier(fabric: Fabric, what: str) -> None:
 
 
 def give_way() -> None:
-    """On ranks other than 0: wait before reporting a fault that rank 0 may report, too, and end if it has."""
+    """Let rank 0 report a fault first: other ranks wait ten seconds, and exit if rank 0 has ended."""
     started_by_rank0 = "TORCHELASTIC_RUN_ID" not in os.environ and "SLURM_PROCID" not in os.environ
     for _ in range(10 if rank() > 0 else 0):
         time.sleep(1)

@@ -14,7 +14,7 @@ Trains C * labels + labels numbers, C + 1 where there are two labels: 4,097 for 
 import numpy as np
 import torch
 
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.model import LLaMA
 
 CLASSIFIERS = ("logistic", "forest")

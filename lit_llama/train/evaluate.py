@@ -1,4 +1,4 @@
-"""How good a model is on samples: the loss of their answers, and whether its own answers are the same."""
+"""How good a model is on samples: the loss of the expected answers, and exact match of its own answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from lit_llama.bars import Bar
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.data.batches import IGNORE, TokenizedSample, collate, micro_batches
 from lit_llama.data.prompts import encode_prompt, stop_ids, user_text
 from lit_llama.data.samples import Sample, read_samples
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 
 def shared(fabric: Fabric, model: LLaMA | None, items: list, work: Callable[[list], list]) -> list:
-    """What ``work`` makes of ``items``, in their order and on every rank; each rank works on a share of them.
+    """The results of ``work`` on ``items``, in order, on every rank. Each rank works on its part of them.
 
-    A sharded ``model`` that it calls is kept in step.
+    A sharded ``model`` that ``work`` runs is kept in step.
     """
     own = items[fabric.global_rank :: fabric.world_size]
     with nullcontext() if model is None else keep_in_step(fabric, model):
@@ -51,7 +51,7 @@ def shared(fabric: Fabric, model: LLaMA | None, items: list, work: Callable[[lis
 
 
 def longest_answer(tokenizer: Tokenizer, samples: list[Sample]) -> int:
-    """Tokens that show whether an answer is right: one more than the longest expected one has."""
+    """The number of tokens to generate: one more than the longest expected answer."""
     return 1 + max((len(tokenizer.encode(sample.answer)) for sample in samples), default=0)
 
 
@@ -64,11 +64,11 @@ def answer_samples(
     batch_size: int = 32,
     name: str = "answering",
 ) -> list[str]:
-    """The model's greedy answer to each sample's prompt, in their order, decoded in batches of similar length."""
+    """The model's greedy answer to each sample's prompt, in order. Prompts of similar length are decoded together."""
     if not samples:
         return []
     prompts = [encode_prompt(sample.prompt, style, tokenizer) for sample in samples]
-    # A prompt near the context's end has less room. It is not answered with others, which would get no more.
+    # A prompt near the context's end gets a shorter answer, and shares no batch with prompts that have more room.
     room = [max(1, min(max_new_tokens, model.text_room - len(prompt))) for prompt in prompts]
     order = sorted(range(len(samples)), key=lambda i: (room[i], len(prompts[i])))
     answers = [""] * len(samples)
@@ -126,13 +126,13 @@ def sample_losses(model: LLaMA, encoded: list[TokenizedSample], device: torch.de
 
 
 def is_right(answer: str, sample: Sample) -> bool:
-    """Whether an answer is the expected text to the letter, blanks around it aside."""
+    """Whether an answer is exactly the expected text, apart from surrounding whitespace."""
     return answer.strip() == sample.answer.strip()
 
 
 @torch.no_grad()
 def validate(fabric: Fabric, model: LLaMA, data: list[TokenizedSample], micro_batch_tokens: int) -> float:
-    """Loss per target token over all of ``data``, each sample counted once whatever the number of ranks."""
+    """Loss per target token over all of ``data``. Each rank computes its part."""
     training = model.training
     model.eval()
     loss = torch.zeros((), device=fabric.device)
@@ -148,7 +148,7 @@ def validate(fabric: Fabric, model: LLaMA, data: list[TokenizedSample], micro_ba
 
 
 class BeforeAfter:
-    """The answers to held-out samples at several points of a run, shared among the ranks, and how many are right."""
+    """Answers to held-out samples at several points of a run, and how many are right. Each rank answers its part."""
 
     def __init__(self, fabric: Fabric, task: Task, n_samples: int) -> None:
         if n_samples < 0:
@@ -159,7 +159,7 @@ class BeforeAfter:
         self.answers: dict[str, list[str]] = {}
 
     def ask(self, when: str, model: LLaMA) -> None:
-        """Answer the samples, if ``model`` can: a base to be sharded is not on its device yet, and has no labels."""
+        """Answer the samples, if ``model`` can: a base still to be sharded, or without a classifier head, cannot."""
         wte, labels = model.transformer.wte.weight, self.task.labels
         if wte.device.type != self.fabric.device.type or labels and model.lm_head.out_features != len(labels):
             return

@@ -1,8 +1,7 @@
-"""The loss and gradient of a step, whatever the micro-batches and the number of devices.
+"""Loss and gradient of a step.
 
-The loss is the sum over all target tokens divided by their number on all ranks. So neither the size of the
-micro-batches nor the number of devices changes the gradient. (Where a method has dropout, its mask does depend on the
-micro-batch.)
+The loss is the sum over all target tokens, divided by their number on all ranks. So the gradient depends on neither the
+size of the micro-batches nor the number of devices. (With dropout, the mask depends on the micro-batch.)
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.data.batches import IGNORE, Packing, TokenizedSample, micro_batches
 from lit_llama.devices.sharding import is_sharded
 from lit_llama.model import LLaMA
@@ -32,10 +31,9 @@ def target_loss(
 ) -> Tensor:
     """Cross-entropy summed over the target tokens, a float32 scalar. ids and targets (B, T).
 
-    Where the rows' ``lengths`` are told, attention alone computes their padding.
-
-    Only positions with a target reach the head. More than ``chunk_size`` of them do so in chunks, and again in the
-    backward pass: the float32 logits of a whole batch, its largest tensor by far, never exist.
+    With the rows' ``lengths``, only attention computes padding. Only positions with a target reach the head, in chunks
+    of ``chunk_size`` that the backward pass recomputes: the float32 logits of a whole batch, by far the largest tensor,
+    never exist.
     """
     hidden, targets, _ = target_vectors(model, ids, targets, lengths)
     if len(targets) <= chunk_size:
@@ -48,7 +46,7 @@ def target_loss(
 def target_vectors(
     model: LLaMA, ids: Tensor, targets: Tensor, lengths: list[int] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the n positions of ids (B, T) that have a target: vectors (n, C), targets (n,), and where they are (B, T')."""
+    """The n positions of ids (B, T) that have a target: vectors (n, C), targets (n,), and a mask of them (B, T')."""
     more = padded_width(model, ids) - ids.size(1)
     ids, targets = F.pad(ids, (0, more)), F.pad(targets, (0, more), value=IGNORE)
     if model.virtual_ids:
@@ -65,16 +63,16 @@ def target_vectors(
 
 
 def shape_multiple(model: LLaMA, ids: Tensor) -> int:
-    """What a batch's width and its number of tokens are rounded up to: a multiple of 8 in bfloat16 on a CPU, else of 1.
+    """A batch's width and number of tokens are rounded up to a multiple of this: 8 in bfloat16 on a CPU, else 1.
 
-    oneDNN compiles a kernel for every new shape and keeps a thousand of them: 375 steps on bookings, each with a length
-    of its own, took 2.5 GB of memory, and no less time.
+    oneDNN compiles a kernel for every new shape and keeps a thousand of them: 375 steps on bookings, each of another
+    length, took 2.5 GB more memory.
     """
     return 8 if ids.device.type == "cpu" and model.dtype == torch.bfloat16 else 1
 
 
 def padded_width(model: LLaMA, ids: Tensor) -> int:
-    """How wide a batch of ids (B, T) is made: the next multiple of ``shape_multiple`` that fits the context."""
+    """Width of a batch of ids (B, T) after padding: the next multiple of ``shape_multiple`` that fits the context."""
     T, multiple = ids.size(1), shape_multiple(model, ids)
     return max(T, min(-(-T // multiple) * multiple, model.text_room))
 
@@ -89,8 +87,7 @@ def split_by_tokens(
 ) -> list[list[TokenizedSample]]:
     """This rank's micro-batches of a step. Each sample, longest first, goes to the rank with the fewest tokens so far.
 
-    All ranks must pass through a sharded model equally often, so there a rank with fewer micro-batches gets more of
-    them, without targets.
+    All ranks must run a sharded model equally often, so a rank with fewer micro-batches gets more, without targets.
     """
     parts = [micro_batches(part, micro_batch_tokens) for part in split_evenly(samples, fabric.world_size)]
     own = parts[fabric.global_rank]
@@ -101,7 +98,7 @@ def split_by_tokens(
 
 
 def split_evenly(samples: list[TokenizedSample], world_size: int) -> list[list[TokenizedSample]]:
-    """The samples of each rank, which differ by at most the tokens of the longest sample."""
+    """The samples of each rank. Their token counts differ by at most the longest sample."""
     tokens = [0] * world_size
     parts: list[list[TokenizedSample]] = [[] for _ in range(world_size)]
     for sample in sorted(samples, key=lambda sample: len(sample.ids), reverse=True):
@@ -111,13 +108,13 @@ def split_evenly(samples: list[TokenizedSample], world_size: int) -> list[list[T
     return parts
 
 
-BUCKET_PARAMETERS = 2**24  # gradients of so many parameters travel together
+BUCKET_PARAMETERS = 2**24  # gradients summed by one all-reduce
 
 
 def sum_over_ranks(fabric: Fabric, model: LLaMA, loss: Tensor) -> Tensor:
-    """Make every gradient the sum over all ranks, in place, and return the sum of their losses.
+    """Sum the gradients over all ranks, in place, and return the sum of their losses.
 
-    DistributedDataParallel would average, and hang where a rank has no micro-batch.
+    DistributedDataParallel would average them, and hang if a rank has no micro-batch.
     """
     if fabric.world_size == 1:
         return loss
@@ -137,17 +134,16 @@ def sum_over_ranks(fabric: Fabric, model: LLaMA, loss: Tensor) -> Tensor:
 
 @torch.no_grad()
 def broadcast_trained(fabric: Fabric, model: LLaMA) -> None:
-    """Give every rank rank 0's trained tensors: what they are computed from may round differently on other machines."""
+    """Copy rank 0's trainable parameters to all ranks: their initialization may round differently on other machines."""
     if fabric.world_size > 1:
         for tensor in trained_tensors(model).values():
             torch.distributed.broadcast(tensor.detach(), src=0)
 
 
 def clip_gradient(model: LLaMA, max_norm: float, step: int, batch: list[TokenizedSample]) -> float:
-    """Scale the gradient down to ``max_norm`` (0: no limit) and return its norm before that.
+    """Clip the gradient's norm to ``max_norm`` (0: no limit) and return the norm before clipping.
 
-    UserError, with the step (counted from 1) and its samples, if it is not finite: the weights are still the last good
-    ones.
+    Raises UserError with the step (counted from 1) and its samples if it is not finite; the weights are unchanged.
     """
     params = [p for p in trained_tensors(model).values() if p.grad is not None]
     try:

@@ -1,8 +1,12 @@
-"""The folder of a training run, and how to go on after a stop.
+"""The folder of a training run: what it holds, and how a stopped run continues.
 
-``trained.safetensors`` and ``method.json`` (the best validated step), ``metrics.csv`` (every step), ``config.yaml``
-(the command line), ``costs.json`` (seconds, memory) and ``state/`` (the last saved step). A run knows files: it knows
-neither the loop nor the model it saves.
+    trained.safetensors  method.json    the best validated step
+    metrics.csv                         one row per step
+    config.yaml                         the command line, for --config
+    costs.json                          seconds of training, peak memory
+    state/                              the last saved step, for --resume
+
+A run knows files. It knows neither the loop nor the method.
 """
 
 from __future__ import annotations
@@ -25,11 +29,12 @@ from typing import TYPE_CHECKING
 import torch
 from filelock import FileLock, Timeout
 
-from lit_llama import __version__, cli
+from lit_llama import __version__
 from lit_llama.bars import Bar
 from lit_llama.checkpoint import CONFIG_FILE as MODEL_CONFIG_FILE
 from lit_llama.checkpoint import INDEX_FILE, MODEL_FILE, load_config
-from lit_llama.cli import Interrupted, UserError
+from lit_llama.cli import CONFIG_FILE, save_settings
+from lit_llama.common.errors import Interrupted, UserError
 from lit_llama.common.files import (
     atomic_write,
     read_json,
@@ -59,18 +64,20 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 METRICS_FILE, COSTS_FILE = "metrics.csv", "costs.json"
-CONFIG_FILE, LOCK_FILE, STATE_FILE = "config.yaml", ".lock", "state/state.safetensors"
-# A resumed run may differ in these settings: they are names, or change how much memory is used and no result.
+LOCK_FILE, STATE_FILE = ".lock", "state/state.safetensors"
+# A resumed run may differ in these settings: they change no result.
 MAY_CHANGE = {"base.checkpoint_dir", "base.name", "data", "version", "train.micro_batch_tokens", "train.save_every"}
 
 
 class Run:
     """The folder ``out_dir`` of one run.
 
-    ``settings`` is what method.json will hold: what generation needs to know, and what a resumed run must share. A
-    folder that holds a run needs ``resume`` or ``overwrite``; ``allow_changes`` resumes with another base, other data
-    or other settings of training. With ``whole_model_of``, a checkpoint folder, ``out_dir`` becomes a checkpoint folder
-    of the same shape. Raises UserError where the flags and the folder do not fit. Writes nothing until the first step.
+    ``settings`` becomes method.json: what generation needs, and what a resumed run must share. If the folder already
+    holds a run, pass ``resume`` or ``overwrite``; ``allow_changes`` resumes with another base, other data or other
+    training settings. With ``whole_model_of``, a checkpoint folder, ``out_dir`` becomes a checkpoint folder of the
+    same shape. Nothing is written before the first step.
+
+    Raises UserError if the flags do not fit the folder.
     """
 
     def __init__(
@@ -87,22 +94,25 @@ class Run:
         self.whole_model_of = whole_model_of
         self.trained_file = MODEL_FILE if whole_model_of else TRAINED_FILE
         self.recipe = {key: settings[key] for key in RECIPE}
-        self.goal = [settings["base"]["fingerprint"], settings["data_fingerprint"]]  # what a validation loss is of
+        self.goal = [
+            settings["base"]["fingerprint"],
+            settings["data_fingerprint"],
+        ]  # losses of another are not compared
         self.step, self.best_loss, self.best_step = 0, math.inf, 0
-        self.row: dict[str, float] = {}  # the figures of the current step
+        self.row: dict[str, float] = {}  # figures of the current step
         self.step_began, self.tokens, self.seconds = 0.0, 0.0, 0.0
-        # A singleton: from Python a second run may resume the first one's folder in the same process.
+        # A singleton, so that a second run in the same process can resume the folder.
         self.folder_lock = FileLock(os.path.realpath(self.out_dir / LOCK_FILE), is_singleton=True)
         if resume and overwrite:
             raise UserError("--resume continues a run and --overwrite starts it again: give one of them")
         if allow_changes and not resume:
             raise UserError("--allow_changes is for --resume: give both or neither")
         self.check_folder(overwrite)
-        self.describes_itself = resume and not self.check_settings(allow_changes)  # method.json is already true
-        barrier(fabric, f"look into {out_dir}")  # nobody writes before everybody has looked
+        self.describes_itself = resume and not self.check_settings(allow_changes)  # method.json stays as it is
+        barrier(fabric, f"look into {out_dir}")  # no rank writes before all have looked
 
     def check_folder(self, overwrite: bool) -> None:
-        """UserError if ``out_dir`` holds something that this run may not touch."""
+        """Raises UserError if ``out_dir`` holds something that this run must not change."""
         if self.out_dir.exists() and not self.out_dir.is_dir():
             raise UserError(f"--out_dir {self.out_dir} is a file")
         if os.path.realpath(self.out_dir) == os.path.realpath(self.settings["base"]["checkpoint_dir"]):
@@ -121,29 +131,29 @@ class Run:
             )
 
     def check_settings(self, allow_changes: bool) -> bool:
-        """Whether a resumed run has other settings than it began with: UserError, unless they are allowed."""
+        """Whether settings differ from those the run began with. Raises UserError unless that is allowed."""
         changed = differences(read_json(self.out_dir / METHOD_FILE), self.settings)
         changes = [change for key, change in changed.items() if key not in MAY_CHANGE]
-        fits = not any(key.split(".")[0] in RECIPE for key in changed)  # what was trained so far stays of use
+        fits = not any(key.split(".")[0] in RECIPE for key in changed)  # the trained tensors can still be used
         if changes and not (fits and allow_changes):
             way_out = "--allow_changes to continue with these" if fits else "--overwrite to start again with these"
             raise UserError(
-                f"--resume of {self.out_dir} with other settings: {'; '.join(changes)}. Give those that the run began "
-                f"with ({CONFIG_FILE} has them), or {way_out}"
+                f"--resume of {self.out_dir} with other settings: {'; '.join(changes)}. Pass the settings that the run "
+                f"began with (see {CONFIG_FILE}), or {way_out}"
             )
         for change in changes:
             print_rank0(f"note: continuing with other settings: {change}")
         return bool(changes)
 
     def steps(self, model: LLaMA, optimizer: torch.optim.Optimizer, total_steps: int, save_every: int) -> Iterator[int]:
-        """The number of each step still to take, from 0.
+        """Yields the number of each step to take, counted from 0.
 
-        Loads the state of a resumed run first, and saves the state after every ``save_every`` steps. On Ctrl-C or
-        SIGTERM it finishes the step, saves, and raises Interrupted.
+        A resumed run loads its state first. The state is saved every ``save_every`` steps. On Ctrl-C or SIGTERM, the
+        step is finished, the state saved, and Interrupted raised.
         """
         self.start(sum(tensor.numel() for tensor in trained_tensors(model).values()))
         self.step = self.load_state(model, optimizer) if self.resume else 0
-        if self.step == 0:  # so that a run that is stopped before its first save can be resumed
+        if self.step == 0:  # a run stopped before its first regular save can be resumed
             self.save_state(model, optimizer)
         hidden = not self.fabric.is_global_zero
         try:
@@ -152,17 +162,14 @@ class Run:
                     self.row, self.step_began = {}, time.perf_counter()
                     try:
                         yield self.step
-                    finally:  # after a break in the script, too
+                    finally:  # also when the script breaks out of the loop
                         self.step += 1
                         self.write_row(bar)
                     stopping = interrupt.seen(self.fabric)
                     if self.step % save_every == 0 or self.step == total_steps or stopping:
                         self.save_state(model, optimizer)
                     if stopping:
-                        raise Interrupted(
-                            f"stopped and saved at step {self.step} of {total_steps}; the same command with --resume "
-                            "continues"
-                        )
+                        raise Interrupted(f"stopped and saved at step {self.step} of {total_steps}; --resume continues")
                     if self.step == 40 + total_steps // 5:
                         self.warn_if_stuck()
         finally:
@@ -170,9 +177,9 @@ class Run:
                 logger.finalize("success")
 
     def log(self, step: int, **figures: float) -> None:
-        """Add figures of a step (from 0) to metrics.csv, where a new name becomes a new column.
+        """Add figures of a step (counted from 0) to metrics.csv. A new name becomes a new column.
 
-        The first call of a step also takes the seconds since the step began.
+        The first call in a step also records the seconds since the step began.
         """
         if not self.row:
             figures["seconds"] = round(time.perf_counter() - self.step_began, 3)
@@ -187,16 +194,16 @@ class Run:
                 save_tensors(self.out_dir / self.trained_file, kept_tensors(model), self.recipe)
 
     def load_best(self, model: LLaMA) -> None:
-        """Leave ``model`` as it was at its best validated step."""
+        """Load the best validated step into ``model``."""
         barrier(self.fabric, "finish the last step")
         if model.reparametrization is not None:
             model.reparametrization.flatten(model)
         load_trained(model, self.out_dir / self.trained_file)
 
-    # what is written
+    # files
 
     def start(self, trained_parameters: int) -> None:
-        """Lock the folder, remove the run that was there unless it is resumed, and describe the new one."""
+        """Lock the folder, remove an earlier run unless it is resumed, and write what describes this one."""
         self.lock()
         if self.fabric.is_global_zero and not self.describes_itself:
             if not self.resume:
@@ -205,10 +212,10 @@ class Run:
             if self.whole_model_of:
                 write_json(self.out_dir / MODEL_CONFIG_FILE, read_json(Path(self.whole_model_of) / MODEL_CONFIG_FILE))
                 copy_tokenizer(Path(self.whole_model_of), self.out_dir, self.settings["prompt_style"])
-            save_command_line(self.out_dir)
+            save_settings(self.out_dir)
 
     def lock(self) -> None:
-        """Lock the folder for as long as this object lives. UserError on every rank if another process has it."""
+        """Lock the folder while this object lives. Raises UserError on every rank if another process holds the lock."""
         taken = False
         if self.fabric.is_global_zero:
             try:
@@ -222,19 +229,18 @@ class Run:
                 raise write_error(self.out_dir, error) from None
         if self.fabric.broadcast(taken):
             raise UserError(
-                f"another process is writing into {self.out_dir}; wait until it ends, stop it, or choose another "
-                "--out_dir"
+                f"another process writes to {self.out_dir}; wait until it ends, stop it, or choose another --out_dir"
             )
 
     def remove(self) -> None:
-        """Delete what a run writes, and nothing else in the folder."""
+        """Delete the files that a run writes, and nothing else in the folder."""
         for name in (METHOD_FILE, TRAINED_FILE, MODEL_FILE, METRICS_FILE, CONFIG_FILE, COSTS_FILE):
             (self.out_dir / name).unlink(missing_ok=True)
         for name in ("state", "tensorboard"):
             shutil.rmtree(self.out_dir / name, ignore_errors=True)
 
     def write_row(self, bar: Bar) -> None:
-        """Write the figures of the step that ends to metrics.csv, to the loggers and to the bar."""
+        """Write the step's figures to metrics.csv, the loggers and the bar."""
         if not self.fabric.is_global_zero or not self.row:
             return
         append_row(self.out_dir / METRICS_FILE, self.row)
@@ -248,22 +254,22 @@ class Run:
             bar.write(f"step {self.step}: validation loss {self.row['val_loss']:.4f}", file=sys.stderr)
 
     def save_state(self, model: LLaMA, optimizer: torch.optim.Optimizer) -> None:
-        """Trained tensors, optimizer, step and best loss, in one file, so that they are of one step."""
+        """Save trained tensors, optimizer, step and best loss in one file, so that they belong to the same step."""
         if self.fabric.is_global_zero:
             tensors = {f"trained.{name}": tensor for name, tensor in trained_tensors(model).items()}
             for i, values in optimizer.state_dict()["state"].items():
                 tensors.update({f"optimizer.{i}.{key}": value for key, value in values.items()})
             about = {"step": self.step, "best_loss": self.best_loss, "best_step": self.best_step, "goal": self.goal}
             save_tensors(self.out_dir / STATE_FILE, tensors, about)
-            self.save_costs(sum(float(row["seconds"]) for row in read_metrics(self.out_dir)))
+            self.save_costs(self.seconds)
         barrier(self.fabric, "save the state")  # no rank may end the job before the file is complete
 
     def save_costs(self, seconds: float) -> None:
-        """Write how long training has taken, and the peak memory in bytes of rank 0's process."""
+        """Write the seconds of training, and the peak memory of rank 0 in bytes."""
         write_json(self.out_dir / COSTS_FILE, {"seconds": seconds, "peak_memory": peak_memory(self.fabric.device)})
 
     def load_state(self, model: LLaMA, optimizer: torch.optim.Optimizer) -> int:
-        """Load the last saved state and return its number of steps. Later rows of metrics.csv are removed."""
+        """Load the last saved state, drop later rows of metrics.csv, and return the number of steps taken."""
         path = self.out_dir / STATE_FILE
         load_trained(model, path, prefix="trained.")
         tensors, about = read_tensors(path)
@@ -271,17 +277,19 @@ class Run:
         for name in tensors:
             if name.startswith("optimizer."):
                 _, i, key = name.split(".")
-                state.setdefault(int(i), {})[key] = tensors[name].clone()  # not mapped: the file will be replaced
+                state.setdefault(int(i), {})[key] = tensors[name].clone()  # a copy: the mapped file will be replaced
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         if about.get("goal", self.goal) == self.goal:
             self.best_loss, self.best_step = about["best_loss"], about["best_step"]
         if self.fabric.is_global_zero:
             rows = [row for row in read_metrics(self.out_dir) if int(row["step"]) <= about["step"]]
+            self.seconds = sum(float(row["seconds"]) for row in rows)
+            self.tokens = sum(float(row.get("tokens") or 0) for row in rows)
             write_rows(self.out_dir / METRICS_FILE, rows)
         return about["step"]
 
     def warn_if_stuck(self) -> None:
-        """Warn if the training loss has not moved: compare its mean over the first and the last quarter of steps."""
+        """Warn if the mean loss of the last quarter of steps is not below that of the first quarter."""
         losses = [float(row["loss"]) for row in read_metrics(self.out_dir) if row.get("loss")]
         n = len(losses) // 4
         if not self.fabric.is_global_zero or not n:
@@ -289,29 +297,29 @@ class Run:
         before, now = sum(losses[:n]) / n, sum(losses[-n:]) / n
         if now > 0.99 * before:
             print(
-                f"warning: after {len(losses)} steps the loss has not moved: {now:.4f}, at first {before:.4f}. Is "
-                "--train.learning_rate too low, or so high that it jumps about? Are the answers where they should be?",
+                f"warning: the loss has not fallen in {len(losses)} steps (first {before:.4f}, now {now:.4f}). Check "
+                "--train.learning_rate (too low or too high?) and the answers in the data.",
                 file=sys.stderr,
             )
 
 
 class Interrupt:
-    """Whether Ctrl-C, SIGTERM or SIGHUP came."""
+    """Whether Ctrl-C, SIGTERM or SIGHUP arrived."""
 
     def __init__(self) -> None:
         self.came = False
 
     def __call__(self, signum: int, frame: object) -> None:
         if self.came and signum == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait
+            raise KeyboardInterrupt  # a second Ctrl-C stops at once
         self.came = True
         try:
             log_rank0("\nstopping; press Ctrl-C again to stop at once")
-        except OSError:  # the terminal has closed: what is still printed must not keep the state from being saved
+        except OSError:  # the terminal has closed: a failing print must not prevent the save
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
     def seen(self, fabric: Fabric) -> bool:
-        """The same answer on every rank, so that none waits for one that has stopped."""
+        """Whether any rank was interrupted; the same answer on every rank, so that all stop together."""
         if fabric.world_size == 1:
             return self.came
         return bool(fabric.all_reduce(torch.tensor(float(self.came), device=fabric.device), reduce_op="sum"))
@@ -319,13 +327,13 @@ class Interrupt:
 
 @contextmanager
 def catch_interrupt() -> Iterator[Interrupt]:
-    """Turn Ctrl-C, SIGTERM and SIGHUP into a question to ask between steps."""
+    """Record Ctrl-C, SIGTERM and SIGHUP, so that a loop can check for them between steps."""
     interrupt = Interrupt()
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+    if threading.current_thread() is not threading.main_thread():  # handlers can only be set in the main thread
         yield interrupt
         return
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
         numbers.append(signal.SIGHUP)
     handlers = {number: signal.signal(number, interrupt) for number in numbers}
     try:
@@ -346,10 +354,10 @@ def describe_run(
     quantize: str = "none",
     **rates: float,
 ) -> dict:
-    """What method.json says of a run: all that generation and a resumed run need to know.
+    """The method.json of a run: everything that generation and a resumed run need to know.
 
-    ``add`` adds the method to a model, with ``arguments``; ``rates`` are further settings of the optimizer. Raises
-    UserError if the arguments do not fit the base; no weight is loaded to find out.
+    ``add(model, **arguments)`` adds the method to a model; ``rates`` are further settings of the optimizer. Raises
+    UserError if the arguments do not fit the base, which is checked without loading weights.
     """
     with torch.device("meta"):
         add(LLaMA(load_config(checkpoint_dir)).requires_grad_(False), **arguments)
@@ -369,19 +377,12 @@ def describe_run(
 
 
 def default_out_dir(method: str, data: str | list[dict]) -> Path:
-    """out/, the method, and the name of the data."""
+    """out/METHOD/DATA, relative to the current directory."""
     return Path("out") / method / ("rows" if isinstance(data, list) else Path(data).stem)
 
 
-def save_command_line(folder: Path) -> None:
-    """Write the resolved settings of the script that runs, if one does, for ``--config`` to read."""
-    if cli.command_line is not None:
-        with atomic_write(folder / CONFIG_FILE) as temporary:
-            temporary.write_text(cli.command_line, encoding="utf-8")
-
-
 def append_row(path: Path, row: dict) -> None:
-    """Add a row to a CSV file. A name that is no column yet becomes one: the file is written again."""
+    """Append a row to a CSV file. If it has a new column, the file is rewritten."""
     columns: list[str] = []
     if path.exists():
         with open(path, encoding="utf-8") as file:
@@ -405,9 +406,9 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def read_metrics(out_dir: Path) -> list[dict]:
-    """The steps so far of a run that may still be going on: without a last line that is still being written.
+    """The rows of metrics.csv. A last line that is still being written is left out; a missing figure is "".
 
-    Raises UserError, with the line, for a value that is not a number. It may be empty: not every step has every figure.
+    Raises UserError, with the line, for a value that is not a number.
     """
     path = out_dir / METRICS_FILE
     if not path.exists():
@@ -424,7 +425,7 @@ def read_metrics(out_dir: Path) -> list[dict]:
 
 
 def differences(before: dict, now: dict) -> dict[str, str]:
-    """The settings that both have and that differ, each with a few words for the user."""
+    """The settings that are in both and differ, each with a description for the user."""
     before, now = flatten(before), flatten(now)
     changed = [key for key in now if key in before and before[key] != now[key]]
     return {key: f"{key} was {before[key]!r}, now {now[key]!r}" for key in changed}
