@@ -33,6 +33,7 @@ def run(main: Callable, leading: str | None = None) -> None:
     global _settings
     open_closed_streams()
     write_utf8()
+    warn_of_other_clone(Path(main.__code__.co_filename))
     config = Namespace()
     try:
         parser = parser_of(main)
@@ -96,6 +97,15 @@ def out_of_memory(message: str, config: Namespace) -> str:
         f"not enough memory{f' (tried to allocate {asked[1]})' if asked else ''}; free some, or pass "
         f"{', '.join(ways) or 'a smaller model'}"
     )
+
+
+def warn_of_other_clone(script: Path) -> None:
+    """Print a note if the script's own clone is not the one that ``lit_llama`` is imported from."""
+    here, imported = script.resolve().parents[1], Path(__file__).resolve().parents[1]
+    if (here / "lit_llama").is_dir() and here != imported:
+        log_rank0(
+            f"note: lit_llama is imported from {imported}, not from {here}; to change that: pip install -e {here}"
+        )
 
 
 def open_closed_streams() -> None:

@@ -30,7 +30,7 @@ SHARED_FLAGS = {
     "compile": "Compile the blocks with torch.compile: minutes once; no gain in float32 on a CPU.",
     "checkpointing": "Recompute activations in the backward pass: less memory, a third more work.",
     "quantize": "Keep the frozen base's weights in int8, or on CUDA in nf4.",
-    "logger": '"tensorboard" also shows the figures of metrics.csv there; it reads them from out_dir.',
+    "logger": "Also send settings and metrics to tensorboard, wandb or mlflow; the package must be installed.",
     "resume": "Continue the run in out_dir.",
     "overwrite": "Replace the run in out_dir.",
     "allow_changes": "With resume: continue although data, base or settings of training have changed.",

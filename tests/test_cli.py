@@ -239,3 +239,11 @@ def test_track_passes_every_item_on(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert list(bars.track("abc", 3, "letters", "letter")) == ["a", "b", "c"]
     assert sys.stderr.getvalue().splitlines()[-1] == "letters: 3 of 3"
+
+
+def test_a_script_says_that_another_clone_is_imported(tmp_path, capsys):
+    (tmp_path / "lit_llama").mkdir()
+    cli.warn_of_other_clone(tmp_path / "finetune/lora.py")
+    cli.warn_of_other_clone(ROOT / "finetune/lora.py")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"note: lit_llama is imported from {ROOT}, not from {tmp_path}; ")

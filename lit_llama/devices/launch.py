@@ -47,13 +47,14 @@ def launch(
     check_launcher(devices, num_nodes)
     if strategy == "fsdp":
         check_sharding(devices * num_nodes)
+    loggers = make_loggers(logger, Path(out_dir))
     try:
         fabric = Fabric(
             devices=devices,
             num_nodes=num_nodes,
             strategy=STRATEGIES[strategy],
             precision="32-true",
-            loggers=named_loggers(logger, Path(out_dir)),
+            loggers=loggers,
         )
         fabric.launch()
     except Exception as error:  # Fabric's errors have no common class
@@ -75,18 +76,28 @@ def launch_sharded(devices: int, num_nodes: int, quantize: str | None) -> Fabric
     return launch(devices, num_nodes, "fsdp")
 
 
-def named_loggers(name: str | None, out_dir: Path) -> list[Logger]:
-    """Fabric's logger for a ``--logger``: "tensorboard" shows what metrics.csv holds, from files in ``out_dir``."""
+def make_loggers(name: str | None, out_dir: Path) -> list[Logger]:
+    """The logger for a ``--logger``. Raises UserError if the name is unknown or the logger's package is missing."""
     if name is None:
         return []
-    if name != "tensorboard":
-        raise UserError(f"--logger {name!r}: there is tensorboard alone; metrics.csv is written in any case")
-    from lightning.fabric.loggers import TensorBoardLogger
-
     try:
-        return [TensorBoardLogger(root_dir=out_dir, name="tensorboard", version="")]
+        if name == "tensorboard":
+            from lightning.fabric.loggers import TensorBoardLogger
+
+            return [TensorBoardLogger(out_dir, name="tensorboard", version="", default_hp_metric=False)]
+        if name == "wandb":
+            from lightning.pytorch.loggers import WandbLogger
+
+            return [WandbLogger(project="lit-llama", save_dir=out_dir)]
+        if name == "mlflow":
+            from lightning.pytorch.loggers import MLFlowLogger
+
+            return [
+                MLFlowLogger("lit-llama", tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"))
+            ]
     except ModuleNotFoundError:
-        raise UserError('--logger tensorboard needs the package; run: pip install -e ".[tensorboard]"') from None
+        raise UserError(f"--logger {name} needs its package; run: pip install {name}") from None
+    raise UserError(f"--logger {name!r} is none of tensorboard, wandb, mlflow; metrics.csv is always written")
 
 
 def check_launcher(devices: int, num_nodes: int) -> None:

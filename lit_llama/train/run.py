@@ -213,6 +213,8 @@ class Run:
                 write_json(self.out_dir / MODEL_CONFIG_FILE, read_json(Path(self.whole_model_of) / MODEL_CONFIG_FILE))
                 copy_tokenizer(Path(self.whole_model_of), self.out_dir, self.settings["prompt_style"])
             save_settings(self.out_dir)
+        for logger in self.fabric.loggers:
+            logger.log_hyperparams(flatten(self.settings))
 
     def lock(self) -> None:
         """Lock the folder while this object lives. Raises UserError on every rank if another process holds the lock."""
