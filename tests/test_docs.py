@@ -60,7 +60,7 @@ def test_links_and_named_functions_exist(page):
             headings = re.findall(r"^#+ (.*)", linked.read_text(encoding="utf-8"), re.M)
             assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
     for name, file in re.findall(r"`(\w+)` in `([\w/]+\.py)`", text):
-        assert re.search(rf"^(def |class )?{name}\b", (ROOT / file).read_text(encoding="utf-8"), re.M), name
+        assert re.search(rf"^ *(def |class )?{name}\b", (ROOT / file).read_text(encoding="utf-8"), re.M), name
 
 
 def code_block(path: Path, heading: str) -> str:

@@ -1,6 +1,6 @@
-"""The finetuning methods: one file each, with one function that adds the method to a frozen model.
+"""The finetuning methods: one file each, one function each that adds the method to a frozen model.
 
-features.py changes no model, so it is not in METHODS.
+features, which changes no model, stands beside them in methods/features.py.
 """
 
 from collections.abc import Callable
