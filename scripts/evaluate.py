@@ -73,8 +73,8 @@ def main(
     from lit_llama.common.files import check_writable
     from lit_llama.data.samples import read_samples
     from lit_llama.data.task import split_file
-    from lit_llama.devices.blocks import prepare_for_inference
     from lit_llama.devices.launch import base_dtype, launch, print_rank0
+    from lit_llama.devices.prepack import prepare_for_inference
     from lit_llama.generate.classify import is_classifier
     from lit_llama.generate.load import load_answerer
     from lit_llama.trained import read_method
@@ -104,7 +104,7 @@ def main(
             trained_dir, checkpoint_dir, prompt_style, dtype, fabric.device, quantize, fabric if sharded else None
         )
         print_rank0(f"{name} on {file}")
-        length = min(max_seq_length or length or (model.text_room if shots else 512), model.text_room)
+        length = min(max_seq_length or length or (model.max_text_tokens if shots else 512), model.max_text_tokens)
         given = Examples(Path(data), shots, shots_seed)
         prepare_for_inference(model, compile)
         rows = evaluate_answers(fabric, samples, model, tokenizer, style, length, batch_size, given)

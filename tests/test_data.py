@@ -310,9 +310,9 @@ def test_collate_pads_at_the_right():
 def test_packing_leaves_out_the_padding_and_puts_tokens_back_in_their_places():
     x = torch.arange(1, 25).view(2, 4, 3)
     packing = Packing([3, 1], 4)
-    packed = packing.gather(x)
+    packed = packing.unpad(x)
     assert packed.tolist() == [[*x[0, :3].tolist(), x[1, 0].tolist()]]
-    heads = packing.spread(torch.stack((packed, -packed), 1))  # (1, 2, N, 3) -> (2, 2, 4, 3)
+    heads = packing.pad(torch.stack((packed, -packed), 1))  # (1, 2, N, 3) -> (2, 2, 4, 3)
     assert heads.shape == (2, 2, 4, 3) and torch.equal(heads[:, 0], -heads[:, 1])
     assert torch.equal(heads[0, 0, :3], x[0, :3]) and torch.equal(heads[1, 0, 0], x[1, 0])
     assert Packing([3, 1], 4, multiple=3).places.tolist() == [0, 1, 2, 4, 3, 5]
@@ -323,11 +323,11 @@ def test_packing_leaves_out_the_padding_and_puts_tokens_back_in_their_places():
 def test_gradients_go_back_to_the_places_that_packing_took():
     packing = Packing([3, 1], 4)
     x, dy = torch.randn(2, 4, 3, requires_grad=True), torch.randn(1, 4, 3)
-    packing.gather(x).backward(dy)
+    packing.unpad(x).backward(dy)
     assert torch.equal(x.grad[0, :3], dy[0, :3]) and torch.equal(x.grad[1, 0], dy[0, 3])
     assert not x.grad[0, 3:].any() and not x.grad[1, 1:].any(), "padding was not taken"
     packed, dy = torch.randn(1, 2, 4, 3, requires_grad=True), torch.randn(2, 2, 4, 3)  # (B, heads, T, hs)
-    packing.spread(packed).backward(dy)
+    packing.pad(packed).backward(dy)
     assert torch.equal(packed.grad[0, :, :3], dy[0, :, :3]) and torch.equal(packed.grad[0, :, 3], dy[1, :, 0])
 
 

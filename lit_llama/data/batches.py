@@ -78,11 +78,11 @@ def collate(samples: list[TokenizedSample], device: torch.device | str = "cpu") 
     return torch.from_numpy(ids).to(device), torch.from_numpy(targets).to(device), lengths
 
 
-class Take(torch.autograd.Function):
-    """x (M, ...), index (N,) -> x[index] (N, ...); its gradient is dy[back] (M, ...), and zero in the rows ``unused``.
+class GatherRows(torch.autograd.Function):
+    """x (M, ...), index (N,) -> x[index] (N, ...). The gradient is dy[back] (M, ...), and zero in the rows ``unused``.
 
-    Right where all the gradient of a row arrives at its place in ``back`` (M,). That of index_select would be added up,
-    for rows may be taken twice: on a GPU by atomic operations, of which all that belong to padding meet in one row.
+    Only valid if the whole gradient of a row arrives at its place in ``back`` (M,). The gradient of index_select would
+    add up rows that were taken twice, on a GPU by atomic operations that all hit the row that padding repeats.
     """
 
     @staticmethod
@@ -97,18 +97,18 @@ class Take(torch.autograd.Function):
 
 
 class Packing:
-    """The tokens of a padded batch (B, T) without its padding: one row of N, each of which knows its place.
+    """Removes the padding of a batch (B, T): N tokens in one row, and back.
 
-    Attention alone needs them as (B, T) again; all else in the model looks at single tokens, and is spared the padding.
+    Only attention needs the (B, T) form. Everything else works on single tokens and skips the padding.
     """
 
     def __init__(self, lengths: list[int], T: int, device: torch.device | str = "cpu", multiple: int = 1) -> None:
-        """The first ``lengths`` tokens of each row, and of the padding what makes their number a ``multiple``."""
+        """Keep the first ``lengths`` tokens of each row, and enough padding to make N a ``multiple``."""
         places = [row * T + t for row, length in enumerate(lengths) for t in range(length)]
         padding = [row * T + t for row, length in enumerate(lengths) for t in range(length, T)]
         fill = -len(places) % multiple
         places, padding = places + padding[:fill], padding[fill:]
-        order = [0] * (len(lengths) * T)  # of padding the first token: causal attention never looks at it
+        order = [0] * (len(lengths) * T)  # padding repeats the first token; causal attention never sees it
         for i, place in enumerate(places):
             order[place] = i
         self.shape = torch.Size((len(lengths), T))
@@ -116,15 +116,15 @@ class Packing:
         self.order = torch.tensor(order, device=device)  # (B * T,) within N
         self.padding = torch.tensor(padding, device=device, dtype=torch.long)  # the rest of B * T
 
-    def gather(self, x: Tensor) -> Tensor:
+    def unpad(self, x: Tensor) -> Tensor:
         """(B, T, ...) -> (1, N, ...)."""
-        return Take.apply(x.flatten(0, 1), self.places, self.order, self.padding)[None]
+        return GatherRows.apply(x.flatten(0, 1), self.places, self.order, self.padding)[None]
 
-    def spread(self, x: Tensor) -> Tensor:
-        """(1, heads, N, hs) -> (B, heads, T, hs). Autograd keeps indices alone.
+    def pad(self, x: Tensor) -> Tensor:
+        """(1, heads, N, hs) -> (B, heads, T, hs). Autograd keeps only the indices.
 
-        Padding repeats the first token, and what gradient arrives there is dropped. It is zero: ``gather`` gives none
-        to queries in padding, and no other query sees their keys.
+        The gradient of padding is dropped. It is zero: ``unpad`` gives none to queries in padding, and no other query
+        sees their keys.
         """
-        rows = Take.apply(x[0].transpose(0, 1), self.order, self.places, self.padding[:0])
+        rows = GatherRows.apply(x[0].transpose(0, 1), self.order, self.places, self.padding[:0])
         return rows.unflatten(0, self.shape).transpose(1, 2)

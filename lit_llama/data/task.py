@@ -199,6 +199,11 @@ class Task:
     labels: list[str] | None = None  # of a classifier, in the order of its head's rows
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest training sample."""
+        return max(len(sample.ids) for sample in self.train)
+
+    @property
     def fingerprint(self) -> str:
         """sha256 over ids and targets: two runs with the same one learn from the same numbers in the same order."""
         digest = hashlib.sha256()

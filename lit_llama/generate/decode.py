@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lit_llama.cli import UserError
 from lit_llama.data.prompts import encode_prompt, stop_ids
-from lit_llama.devices.graphs import NextLogits
+from lit_llama.devices.blocks import keep_in_step
+from lit_llama.devices.cuda_graphs import NextLogits
 from lit_llama.devices.launch import log_rank0, print_rank0, rank
-from lit_llama.devices.sharding import keep_in_step
 from lit_llama.model import LLaMA
 from lit_llama.settings import Sampling
 from lit_llama.tokenizer import Tokenizer
@@ -42,11 +42,11 @@ def check_length(model: LLaMA, prompt_tokens: int, max_new_tokens: int) -> None:
     """UserError unless prompt and answer fit the model's context."""
     if prompt_tokens < 1:
         raise UserError("the prompt is empty: there is nothing to continue")
-    if max_new_tokens < 1 or prompt_tokens + max_new_tokens > model.text_room:
-        left = model.text_room - prompt_tokens
+    if max_new_tokens < 1 or prompt_tokens + max_new_tokens > model.max_text_tokens:
+        left = model.max_text_tokens - prompt_tokens
         raise UserError(
             f"a prompt of {prompt_tokens} tokens and max_new_tokens {max_new_tokens} do not fit the context of "
-            f"{model.text_room} tokens; shorten the prompt"
+            f"{model.max_text_tokens} tokens; shorten the prompt"
             + (f" or choose max_new_tokens from 1 to {left}" if left > 0 else "")
         )
 
