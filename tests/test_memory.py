@@ -91,8 +91,11 @@ def test_a_run_says_what_it_needs_before_it_runs_out(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "lit_llama.devices.memory.step_memory", lambda *_, **__: StepMemory(10**9, 10**8, 8 * 10**8, 10**8)
     )
-    for size, code, message in ((2 * 10**9, 0, ""), (1.1 * 10**9, 0, "warning: a step needs about 1.00 GB and 1.10 GB"),
-                                (0.7 * 10**9, 2, "a step needs about 1.00 GB and 0.70 GB are free; pass --")):  # fmt: skip
+    for size, code, message in [
+        (2 * 10**9, 0, ""),
+        (1.1 * 10**9, 0, "warning: a step needs about 1.00 GB and 1.10 GB"),
+        (0.7 * 10**9, 2, "error: a step needs about 1.00 GB and 0.70 GB are free; pass --"),
+    ]:
         free.append(int(size))
         result = run("finetune/adapter.py", *flags)
         assert result.returncode == code and message in result.stderr and bool(message) == ("a step" in result.stderr)
