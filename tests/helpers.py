@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import importlib
 import importlib.util
 import io
 import json
@@ -31,6 +32,7 @@ from lit_llama.methods import METHODS
 from lit_llama.methods.adapter import add_adapter
 from lit_llama.methods.lora import TARGETS
 from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.settings import TrainArgs
 from lit_llama.train.loss import target_loss
 from lit_llama.trained import describe_base, kept_tensors, trained_tensors
 
@@ -442,6 +444,27 @@ def refuse(script: str, *flags: object, message: str) -> None:
     result = run(script, *flags)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert re.search(message, result.stderr.strip().splitlines()[-1]), result.stderr
+
+
+# ------------------------------------------------------------------ Finetune scripts called from Python
+
+ARGS = dict(max_steps=6, batch_size=5, learning_rate=0.02, warmup_steps=2, eval_every=3, save_every=2)
+
+
+def finetune(folder: Path, out_dir: Path, method: str = "adapter", **flags) -> None:
+    """``main`` of finetune/METHOD.py over folder/base and folder/sums; settings of TrainArgs may be among the flags."""
+    settings = {name: flags.pop(name) for name in list(flags) if name in TrainArgs.__dataclass_fields__}
+    defaults = dict(data=str(folder / "sums"), eval_samples=0, precision="32-true")
+    if method == "adapter":
+        defaults |= dict(prompt_length=4, start_layer=1, prompt_init="normal")
+    where = dict(checkpoint_dir=str(folder / "base"), out_dir=str(out_dir))
+    main = importlib.import_module(f"finetune.{method}").main
+    main(**where, train=TrainArgs(**{**ARGS, **settings}), **{**defaults, **flags})
+
+
+def bytes_of(out_dir: Path) -> list[bytes]:
+    """What a resumed run must end with, to the byte."""
+    return [path.read_bytes() for path in sorted(out_dir.rglob("*.safetensors"))]
 
 
 def metrics(out_dir: Path) -> list[dict]:
