@@ -1,4 +1,4 @@
-"""What several test files share: tiny bases, models and tokenizers, and ways to run a script and read what it wrote."""
+"""Shared by the tests: tiny bases, models and tokenizers; functions that run a script and read what it wrote."""
 
 import csv
 import functools
@@ -170,6 +170,7 @@ CASES = {
     "prefix by an MLP": ("prefix", dict(prompt_length=4, mlp_size=6)),
     "houlsby": ("houlsby", dict(bottleneck_size=5)),
     "adapter": ("adapter", dict(prompt_length=5, start_layer=1)),
+    "adapter with a gate per layer": ("adapter", dict(prompt_length=5, start_layer=1, gate="layer")),
     "adapter_v2": ("adapter_v2", dict(prompt_length=5, start_layer=1)),
     "lora": ("lora", dict(r=3, dropout=0.0)),
     "lora on all": ("lora", dict(r=3, alpha=5.0, dropout=0.0, targets=TARGETS)),
@@ -218,14 +219,14 @@ def train_steps(model: LLaMA, steps: int) -> list[float]:
 
 
 def check_cached_decoding(model: LLaMA) -> None:
-    """In pieces of several lengths, in float64."""
+    """Chunks of several lengths, and one token at a time, give the logits of the full forward pass, in float64."""
     ids = torch.cat((torch.tensor([model.virtual_ids] * 2, dtype=torch.long), tokens()), 1)
     with torch.no_grad():
         full = model(ids)
-        model.set_kv_cache(2, 20)
-        cuts = (0, 4, 5, ids.size(1))
-        parts = [model(ids[:, a:b], torch.arange(a, b)) for a, b in zip(cuts, cuts[1:], strict=False)]
-    torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-9, rtol=1e-9)
+        for ends in ([0, 4, 5, 9, ids.size(1)], list(range(ids.size(1) + 1))):
+            model.set_kv_cache(2, 20)
+            parts = [model(ids[:, a:b], torch.arange(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
+            torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-9, rtol=1e-9)
 
 
 def equal_to(theirs, model: LLaMA, drop: int = 0) -> None:
@@ -267,7 +268,7 @@ def check_logits(folder: Path, theirs: LlamaForCausalLM, tolerance: float = 1e-5
 
 
 def refused(match: str, out: Path, convert, *args, **kwargs) -> None:
-    """The call ends in a UserError that matches, and leaves neither ``out`` nor anything temporary beside it."""
+    """The call raises a UserError that matches, and leaves no ``out`` and no temporary file next to it."""
     before = set(out.parent.iterdir())
     with pytest.raises(UserError, match=match):
         convert(*args, **kwargs)

@@ -260,8 +260,10 @@ def place(origin, tmp_path):
 
 
 def check_refusal(place: Path, command: list, message: str) -> None:
-    def files() -> dict[Path, bytes]:
-        return {path: path.read_bytes() for path in place.rglob("*") if path.is_file() and path.name != ".lock"}
+    def files() -> dict[Path, bytes | None]:  # folders too: a refused run leaves none behind
+        return {
+            path: path.read_bytes() if path.is_file() else None for path in place.rglob("*") if path.name != ".lock"
+        }
 
     before = files()
     result = run(*command, cwd=place)

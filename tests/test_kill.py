@@ -1,4 +1,4 @@
-"""A run that is killed at any moment loses the steps since its last save, and nothing else; nor does a run leak."""
+"""A run that is killed at any moment loses only the steps since its last save. Memory stays flat over many steps."""
 
 import csv
 import json
