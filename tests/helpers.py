@@ -170,7 +170,6 @@ CASES = {
     "prefix by an MLP": ("prefix", dict(prompt_length=4, mlp_size=6)),
     "houlsby": ("houlsby", dict(bottleneck_size=5)),
     "adapter": ("adapter", dict(prompt_length=5, start_layer=1)),
-    "adapter with a gate per layer": ("adapter", dict(prompt_length=5, start_layer=1, gate="layer")),
     "adapter_v2": ("adapter_v2", dict(prompt_length=5, start_layer=1)),
     "lora": ("lora", dict(r=3, dropout=0.0)),
     "lora on all": ("lora", dict(r=3, alpha=5.0, dropout=0.0, targets=TARGETS)),

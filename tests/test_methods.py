@@ -494,16 +494,18 @@ def peft_adapter(model, theirs):
 
 
 @pytest.mark.parametrize(
-    ("case", "in_peft", "n_virtual"),
+    ("method", "arguments", "in_peft", "n_virtual"),
     [
-        ("lora", peft_lora, 0),
-        ("prefix", peft_prefix, 0),
-        ("soft_prompt", peft_soft_prompt, 4),
-        ("adapter with a gate per layer", peft_adapter, 0),
+        ("lora", dict(r=3, dropout=0.0), peft_lora, 0),
+        ("prefix", dict(prompt_length=4), peft_prefix, 0),
+        ("soft_prompt", dict(prompt_length=4), peft_soft_prompt, 4),
+        ("adapter", dict(prompt_length=5, start_layer=1, gate="layer"), peft_adapter, 0),
     ],
 )
-def test_equals_peft(case, in_peft, n_virtual):
-    model = tuned(case)
+def test_equals_peft(method, arguments, in_peft, n_virtual):
+    model = tiny_model().requires_grad_(False)
+    METHODS[method](model, **arguments)
+    shake(model)
     with torch.no_grad():
         theirs = in_peft(model, transformers_model(tiny_model()))
     equal_to(theirs, model, drop=n_virtual)
