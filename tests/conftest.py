@@ -1,4 +1,4 @@
-"""One thread and one precision for the tests; the real base; a tiny base with data for the scripts."""
+"""One thread and one precision for all tests; the real base; a tiny base with data for the scripts."""
 
 import os
 import random

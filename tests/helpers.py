@@ -1,7 +1,8 @@
-"""What several test files share: tiny bases, models and tokenizers, and ways to run a script and read what it wrote."""
+"""Shared by the tests: tiny bases, models and tokenizers; functions that run a script and read what it wrote."""
 
 import csv
 import functools
+import importlib
 import importlib.util
 import io
 import json
@@ -25,16 +26,18 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_llama.checkpoint import load_model, save_checkpoint
-from lit_llama.cli import UserError, parser_of
+from lit_llama.cli import parser_of
+from lit_llama.common.errors import UserError
 from lit_llama.common.files import save_tensors, write_json
-from lit_llama.methods.adapter import add_adapter
 from lit_llama.methods.lora import TARGETS
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.settings import TrainArgs
 from lit_llama.train.loss import target_loss
 from lit_llama.trained import describe_base, kept_tensors, trained_tensors
 
 ROOT = Path(__file__).parent.parent
+SCRIPTS = [path for name in ("finetune", "generate", "scripts", "data") for path in sorted((ROOT / name).glob("*.py"))]
 SOME_BASE = {"checkpoint_dir": "base", "name": "tiny", "fingerprint": ""}  # of a method.json whose base is not read
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -66,18 +69,28 @@ def make_base(folder: Path, seed: int = 1, **changes) -> Path:
     return folder
 
 
-def save_trained(base: Path, folder: Path, method: str, **arguments) -> Path:
-    """A trained folder over ``base``, with random values in all that trains."""
+def trained_model(base: Path, method: str, **arguments) -> LLaMA:
+    """The base with the method, and random values in all that trains."""
     model = load_model(base).requires_grad_(False)
+    torch.manual_seed(1)
     METHODS[method](model, **arguments)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for tensor in trained_tensors(model).values():
-            tensor += 0.2 * torch.randn(tensor.shape, generator=generator)
-    save_tensors(folder / "trained.safetensors", kept_tensors(model))
+    shake(model)
+    return model
+
+
+def save_trained(base: Path, folder: Path, method: str, **arguments) -> Path:
+    """The folder of a trained_model."""
+    save_tensors(folder / "trained.safetensors", kept_tensors(trained_model(base, method, **arguments)))
     about = {"base": describe_base(base), "prompt_style": "chatml", "train": {"max_seq_length": 64}}
     write_json(folder / "method.json", {"method": method, "arguments": arguments, **about})
     return folder
+
+
+def make_trained(folder: Path, base: Path) -> LLaMA:
+    """Save an adapter over the base, and give the model."""
+    arguments = dict(prompt_length=3, start_layer=1)
+    save_trained(base, folder, "adapter", **arguments)
+    return trained_model(base, "adapter", **arguments)
 
 
 def write_rows(path: Path, rows: list) -> Path:
@@ -115,65 +128,38 @@ def tiny_model(**changes) -> LLaMA:
 
 
 def transformers_model(model: LLaMA) -> LlamaForCausalLM:
-    """The same model in transformers, its weights written out by Hugging Face's names."""
-    c = model.config
-    rope = {"rope_type": "default", "rope_theta": c.rope_base}
-    if c.rope_scaling:
-        rope = {"rope_type": "llama3", "rope_theta": c.rope_base, **c.rope_scaling}
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.n_embd,
-            intermediate_size=c.intermediate_size,
-            num_hidden_layers=c.n_layer,
-            num_attention_heads=c.n_head,
-            num_key_value_heads=c.n_kv_head,
-            head_dim=c.head_size,
-            max_position_embeddings=c.block_size,
-            rms_norm_eps=c.norm_eps,
-            rope_parameters=rope,
-            rope_theta=c.rope_base,  # how versions before 5 say it
-            rope_scaling=rope if c.rope_scaling else None,
-            tie_word_embeddings=c.tie_embeddings,
-        )
-    )
-    ours = model.state_dict()
-    state = {
-        "model.embed_tokens.weight": ours["transformer.wte.weight"],
-        "model.norm.weight": ours["transformer.ln_f.weight"],
+    """The same model in transformers, its weights under Hugging Face's names."""
+    c, ours = model.config, model.state_dict()
+    rope = {"rope_type": "llama3" if c.rope_scaling else "default", "rope_theta": c.rope_base, **(c.rope_scaling or {})}
+    config = LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.intermediate_size, head_dim=c.head_size,
+        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
+        max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tie_embeddings,
+        rope_parameters=rope, rope_theta=c.rope_base, rope_scaling=rope if c.rope_scaling else None,  # the last two: v4
+    )  # fmt: skip
+    names = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm", "lm_head": "lm_head"}
+    state = {f"{theirs}.weight": ours[f"{name}.weight"] for name, theirs in names.items()}
+    in_block = {
+        "attn.c_proj": "self_attn.o_proj",
+        "mlp.c_fc1": "mlp.gate_proj",
+        "mlp.c_fc2": "mlp.up_proj",
+        "mlp.c_proj": "mlp.down_proj",
+        "rms_1": "input_layernorm",
+        "rms_2": "post_attention_layernorm",
     }
-    state["lm_head.weight"] = ours["lm_head.weight"]
-    q, kv = c.n_head * c.head_size, c.n_kv_head * c.head_size
     for i in range(c.n_layer):
-        us, them = f"transformer.h.{i}", f"model.layers.{i}"
-        parts = ours[f"{us}.attn.c_attn.weight"].split([q, kv, kv])
-        state.update({f"{them}.self_attn.{n}_proj.weight": part for n, part in zip("qkv", parts, strict=True)})
-        for mine, name in {
-            "attn.c_proj": "self_attn.o_proj",
-            "mlp.c_fc1": "mlp.gate_proj",
-            "mlp.c_fc2": "mlp.up_proj",
-            "mlp.c_proj": "mlp.down_proj",
-            "rms_1": "input_layernorm",
-            "rms_2": "post_attention_layernorm",
-        }.items():
-            state[f"{them}.{name}.weight"] = ours[f"{us}.{mine}.weight"]
+        block, layer = f"transformer.h.{i}", f"model.layers.{i}"
+        parts = ours[f"{block}.attn.c_attn.weight"].split(
+            [n * c.head_size for n in (c.n_head, c.n_kv_head, c.n_kv_head)]
+        )
+        state |= {f"{layer}.self_attn.{n}_proj.weight": part for n, part in zip("qkv", parts, strict=True)}
+        state |= {f"{layer}.{theirs}.weight": ours[f"{block}.{name}.weight"] for name, theirs in in_block.items()}
+    theirs = LlamaForCausalLM(config)
     theirs.load_state_dict(state)
     return theirs.eval()
 
 
 # ---------------------------------------------------------------------- A tiny model with a method
-
-
-def adapted(start_layer=1, prompt_length=5, on=True, **changes) -> LLaMA:
-    """A tiny frozen model with an adapter, its gates random where ``on``."""
-    extra = {key: changes.pop(key) for key in ("gate", "gate_activation") if key in changes}
-    model = tiny_model(**changes)
-    model.requires_grad_(False)
-    add_adapter(model, prompt_length, start_layer, **extra)
-    if on:
-        for block in model.transformer.h[start_layer:]:
-            torch.nn.init.normal_(block.attn.gating_factor)
-    return model
 
 
 CASES = {
@@ -232,34 +218,23 @@ def train_steps(model: LLaMA, steps: int) -> list[float]:
 
 
 def check_cached_decoding(model: LLaMA) -> None:
-    """In pieces of several lengths, in float64."""
+    """Chunks of several lengths, and one token at a time, give the logits of the full forward pass, in float64."""
     ids = torch.cat((torch.tensor([model.virtual_ids] * 2, dtype=torch.long), tokens()), 1)
     with torch.no_grad():
         full = model(ids)
-        model.set_kv_cache(2, 20)
-        cuts = (0, 4, 5, ids.size(1))
-        parts = [model(ids[:, a:b], torch.arange(a, b)) for a, b in zip(cuts, cuts[1:], strict=False)]
-    torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-9, rtol=1e-9)
+        for ends in ([0, 4, 5, 9, ids.size(1)], list(range(ids.size(1) + 1))):
+            model.set_kv_cache(2, 20)
+            parts = [model(ids[:, a:b], torch.arange(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
+            torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-9, rtol=1e-9)
 
 
 def equal_to(theirs, model: LLaMA, drop: int = 0) -> None:
+    """The same logits as ``theirs`` after its first ``drop`` positions, and others than the base's."""
     idx = torch.randint(0, TINY["vocab_size"], (2, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ours = logits_of(model.eval(), idx)
         torch.testing.assert_close(ours, theirs.eval()(idx).logits[:, drop:], atol=1e-4, rtol=1e-4)
         assert (ours - tiny_model()(idx)).abs().max() > 0.01
-
-
-def make_trained(folder, base):
-    model = load_model(base)
-    model.requires_grad_(False)
-    add_adapter(model, prompt_length=3, start_layer=1)
-    for block in model.transformer.h[1:]:
-        torch.nn.init.normal_(block.attn.gating_factor)
-    method = {"method": "adapter", "arguments": {"prompt_length": 3, "start_layer": 1}, "prompt_style": "chatml"}
-    write_json(folder / "method.json", {**method, "base": describe_base(base)})
-    save_tensors(folder / "trained.safetensors", trained_tensors(model))
-    return model
 
 
 # ----------------------------------------------------------------------------- Foreign checkpoints
@@ -292,7 +267,7 @@ def check_logits(folder: Path, theirs: LlamaForCausalLM, tolerance: float = 1e-5
 
 
 def refused(match: str, out: Path, convert, *args, **kwargs) -> None:
-    """The call ends in a UserError that matches, and leaves neither ``out`` nor anything temporary beside it."""
+    """The call raises a UserError that matches, and leaves no ``out`` and no temporary file next to it."""
     before = set(out.parent.iterdir())
     with pytest.raises(UserError, match=match):
         convert(*args, **kwargs)
@@ -301,12 +276,7 @@ def refused(match: str, out: Path, convert, *args, **kwargs) -> None:
 
 def interleave(weight: torch.Tensor, n_head: int) -> torch.Tensor:
     """Half-split rows -> interleaved: row i of a head goes to 2i, row i + hs/2 to 2i + 1."""
-    out, hs = torch.empty_like(weight), weight.size(0) // n_head
-    for head in range(n_head):
-        for i in range(hs // 2):
-            out[head * hs + 2 * i] = weight[head * hs + i]
-            out[head * hs + 2 * i + 1] = weight[head * hs + hs // 2 + i]
-    return out
+    return weight.unflatten(0, (n_head, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 EXPORT_SHAPES = {
@@ -441,6 +411,27 @@ def refuse(script: str, *flags: object, message: str) -> None:
     result = run(script, *flags)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert re.search(message, result.stderr.strip().splitlines()[-1]), result.stderr
+
+
+# ------------------------------------------------------------------ Finetune scripts called from Python
+
+ARGS = dict(max_steps=6, batch_size=5, learning_rate=0.02, warmup_steps=2, eval_every=3, save_every=2)
+
+
+def finetune(folder: Path, out_dir: Path, method: str = "adapter", **flags) -> None:
+    """``main`` of finetune/METHOD.py over folder/base and folder/sums; settings of TrainArgs may be among the flags."""
+    settings = {name: flags.pop(name) for name in list(flags) if name in TrainArgs.__dataclass_fields__}
+    defaults = dict(data=str(folder / "sums"), eval_samples=0, precision="32-true")
+    if method == "adapter":
+        defaults |= dict(prompt_length=4, start_layer=1, prompt_init="normal")
+    where = dict(checkpoint_dir=str(folder / "base"), out_dir=str(out_dir))
+    main = importlib.import_module(f"finetune.{method}").main
+    main(**where, train=TrainArgs(**{**ARGS, **settings}), **{**defaults, **flags})
+
+
+def bytes_of(out_dir: Path) -> list[bytes]:
+    """What a resumed run must end with, to the byte."""
+    return [path.read_bytes() for path in sorted(out_dir.rglob("*.safetensors"))]
 
 
 def metrics(out_dir: Path) -> list[dict]:

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import math
 import os
 import re
 import sys
@@ -9,35 +10,13 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import ROOT, run_process, script_parser, succeed
+from helpers import ROOT, SCRIPTS, run_process, script_parser, succeed
 
 from lit_llama import cli
-from lit_llama.cli import UserError, bare_switches, parse, parser_of
+from lit_llama.cli import bare_switches, parse, parser_of
 from lit_llama.common import progress
-
-SCRIPT_FOLDERS = ("finetune", "generate", "scripts", "data")
-SCRIPTS = [path for folder in SCRIPT_FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_every_flag_has_a_sentence(path):
-    flags = {action.option_strings[-1]: action.help for action in script_parser(path)._actions}
-    own = {flag: text for flag, text in flags.items() if flag not in JSONARGPARSES}
-    assert own
-    assert path.parent.name != "finetune" or "--overwrite" in own
-    for flag, text in own.items():
-        assert text and text.endswith(".") and text[0] != "(", f"{flag} has no sentence: {text!r}"
-
-
-JSONARGPARSES = ("--help", "--config", "--print_config", "--train", "--sampling")  # the last two: a file for a group
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_help_in_a_process_of_its_own(path):
-    """A script sees its own folder first on the path, and must not shadow a package."""
-    result = run_process(path, "--help")
-    assert result.returncode == 0 and "--config" in result.stdout, result.stderr
+from lit_llama.common.errors import UserError
+from lit_llama.settings import TRAIN_RANGES, Sampling, TrainArgs
 
 
 def mistake(*args: str, script: str = "finetune/adapter.py") -> str:
@@ -45,6 +24,41 @@ def mistake(*args: str, script: str = "finetune/adapter.py") -> str:
         parse(script_parser(ROOT / script), list(args))
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_flag_has_a_sentence(path):
+    flags = {action.option_strings[-1]: action.help for action in script_parser(path)._actions}
+    for flag in ("--help", "--config", "--print_config", "--train", "--sampling"):  # jsonargparse's, and groups
+        flags.pop(flag, None)
+    assert flags
+    for flag, text in flags.items():
+        assert text and text.endswith(".") and text[0] != "(", f"{flag} has no sentence: {text!r}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_help_in_a_process_of_its_own(path):
+    """A script has its own folder first on the path, which must not hide a package."""
+    result = run_process(path, "--help")
+    assert result.returncode == 0 and "--config" in result.stdout, result.stderr
+
+
+def test_numbers_of_training_and_sampling_have_bounds():
+    bounds = [(TrainArgs, "--train", name, *ends) for name, ends in TRAIN_RANGES.items()]
+    bounds += [(Sampling, "--sampling", "temperature", 0.001, 1000), (Sampling, "--sampling", "top_k", 1, 10**9)]
+    bounds += [(Sampling, "--sampling", "top_p", 1e-6, 1), (Sampling, "--sampling", "seed", 0, 2**32 - 1)]
+    for settings, group, name, low, high in bounds:
+        others = {"max_steps": 1} if settings is TrainArgs else {"temperature": 1.0}
+        for value in (low, high):
+            settings(**{**others, name: value})
+        for value in (low - 1, high + 1, 1e300, math.inf, math.nan):
+            with pytest.raises(UserError, match=f"^{group}.{name}.* must lie within {low} and {high}$"):
+                settings(**{**others, name: value})
+    with pytest.raises(UserError, match="give --train.max_steps or --train.epochs"):
+        TrainArgs()
+    with pytest.raises(UserError, match="pass a --sampling.temperature above 0 with them"):
+        Sampling(top_p=0.5)
 
 
 def test_an_unknown_flag_is_answered_with_the_nearest():
@@ -58,63 +72,61 @@ def test_an_unknown_flag_is_answered_with_the_nearest():
 
 def test_values_that_do_not_fit_are_named():
     assert re.search('"train.epochs": .*int.* Given value: x', mistake("--train.epochs", "x"))
-    methods = mistake("--methods", "adapter", script="scripts/compare_methods.py")
-    assert re.search('"methods": .*tuple.*adapter', methods)
+    assert re.search('"train.clip": .*float.*inf', mistake("--train.clip", "inf"))
     assert re.search('"resume": .*bool.*perhaps', mistake("--resume", "perhaps"))
     assert mistake("stray") == "unrecognized arguments: stray"
     assert mistake("--prompt_length") == "argument --prompt_length: expected one argument"
     assert "File does not exist" in mistake("--config", "none.yaml")
-    convert = "scripts/convert.py"
-    assert mistake(script=convert) == "the following arguments are required: source, out_dir"
-    flags = ("--source", "a", "--out_dir", "b", "--dtype", "int3")
-    assert re.search("\"dtype\": .*'float32', 'bfloat16', 'float16'.*int3", mistake(*flags, script=convert))
+    assert re.search("\"prompt_init\": .*'text', 'normal'.*zero", mistake("--prompt_init", "zero"))
+    required = "the following arguments are required: source, out_dir"
+    assert mistake(script="scripts/convert.py") == required
 
 
-def test_a_configuration_is_read_and_its_mistakes_are_named(tmp_path):
-    file = tmp_path / "run.yaml"
-    file.write_text("prompt_length: 7\ntrain:\n  learning_rate: 0.5\n")
-    config = parse(script_parser(ROOT / "finetune/adapter.py"), ["--config", str(file), "--prompt_length", "8"])
-    assert config.train.learning_rate == 0.5 and config.prompt_length == 8
-    for wrong in ("learning_rat: 3", "train:\n  learning_rat: 3"):
-        file.write_text(wrong)
-        assert "option 'learning_rat'" in mistake("--config", str(file)).lower()
+@pytest.fixture
+def config(tmp_path):
+    """Writes a configuration file and gives its path."""
+
+    def write(content: str | bytes) -> str:
+        (tmp_path / "run.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(tmp_path / "run.yaml")
+
+    return write
+
+
+def test_a_configuration_is_read_and_flags_win(config, monkeypatch):
+    file = config("prompt_length: 7\nout_dir: null\ndata: Gruß\ntrain: {max_steps: null, epochs: 2}")
+    monkeypatch.setattr("builtins.open", partial(open, encoding="ascii"))  # what a call without an encoding would get
+    found = parse(script_parser(ROOT / "finetune/adapter.py"), ["--config", file, "--prompt_length", "8"])
+    assert (found.prompt_length, found.out_dir, found.data) == (8, None, "Gruß")
+    assert (found.train.max_steps, found.train.epochs) == (None, 2)
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("data: null", "--data null: expected a value"),
-        ("devices: null", "--devices null: expected a value"),
+        ("learning_rat: 3", "ption 'learning_rat'"),
+        ("train:\n  learning_rat: 3", "ption 'learning_rat'"),
         ("resume: null", "--resume null: expected a value"),
         ("train: null", "--train None must hold its settings by name"),
-        ("train: 3", "--train 3 must hold its settings by name"),
         ("train: []", "--train [] must hold its settings by name"),
         ("train: {learning_rate: null}", "--train.learning_rate null: expected a value"),
-        ("train: {seed: null}", "--train.seed null: expected a value"),
         ("gate_init: .nan", "--gate_init nan must be a finite number"),
-        ("gate_init: 1e400", "--gate_init inf must be a finite number"),
         (f"gate_init: 1{400 * '0'}", "int too large to convert to float"),
         ('data: "a\\0b"', "--data 'a\\x00b' must not hold a zero byte"),
         (b"data: \xff", "run.yaml is not UTF-8: 'utf-8' codec can't decode byte 0xff"),
     ],
 )
-def test_what_yaml_can_hold_is_checked_like_flags(tmp_path, content, message):
-    file = tmp_path / "run.yaml"
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert message in mistake("--config", str(file))
+def test_mistakes_in_a_configuration_are_named(config, content, message):
+    assert message in mistake("--config", config(content))
 
 
-def test_what_may_be_null_stays_so(tmp_path):
-    (tmp_path / "run.yaml").write_text("out_dir: null\ntrain: {max_steps: null, epochs: 2}")
-    config = parse(script_parser(ROOT / "finetune/adapter.py"), ["--config", str(tmp_path / "run.yaml")])
-    assert config.out_dir is None and config.train.max_steps is None and config.train.epochs == 2
-
-
-def test_a_configuration_is_utf8_whatever_the_locale(tmp_path, monkeypatch):
-    (tmp_path / "run.yaml").write_text("data: Gruß", encoding="utf-8")
-    monkeypatch.setattr("builtins.open", partial(open, encoding="ascii"))  # what a call without an encoding would get
-    config = parse(script_parser(ROOT / "finetune/adapter.py"), ["--config", str(tmp_path / "run.yaml")])
-    assert config.data == "Gruß"
+def test_print_config_can_be_read_again(config):
+    parser, file = (
+        script_parser(ROOT / "finetune/lora.py"),
+        config(succeed("finetune/lora.py", "--r", "3", "--print_config")),
+    )
+    found = parse(parser, ["--config", file])
+    assert {**vars(found), "config": None} == {**vars(parse(parser, ["--r", "3"])), "config": None}
 
 
 def test_a_value_that_begins_with_a_dash():
@@ -126,50 +138,47 @@ def test_a_value_that_begins_with_a_dash():
     assert parse(script_parser(ROOT / "generate/base.py"), ["--prompt=--hi"]).prompt == "--hi"
 
 
+def outcome(monkeypatch, capsys, main, *args: str) -> tuple[int, str]:
+    """The exit code and what stands on stderr."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *args])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return stop.value.code, captured.err
+
+
 def test_a_mistake_is_one_line_and_exit_code_2(monkeypatch, capsys):
     def main(rate: float = 1.0) -> None:
         raise AssertionError("not reached")
 
-    monkeypatch.setattr(sys, "argv", ["script.py", "--rat", "2"])
-    with pytest.raises(SystemExit) as stop:
-        cli.run(main)
-    captured = capsys.readouterr()
-    assert stop.value.code == 2 and captured.out == ""
-    assert captured.err == "error: unknown flag --rat; did you mean --rate?\n"
-
-
-def error_of(action) -> BaseException:
-    with pytest.raises(Exception) as caught:  # noqa: B017
-        action()
-    return caught.value
+    found = outcome(monkeypatch, capsys, main, "--rat", "2")
+    assert found == (2, "error: unknown flag --rat; did you mean --rate?\n")
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "asked"),
     [
-        MemoryError(),
-        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
-        RuntimeError("std::bad_alloc"),
-        RuntimeError("unable to mmap 538082424 bytes from file <a>: Cannot allocate memory (12)"),
-        error_of(lambda: torch.empty(2**50)),
-        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 538082424 bytes."),
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of"),
-        torch.OutOfMemoryError("MPS backend out of memory (MPS allocated: 5.05 GB"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        (MemoryError(), ""),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), ""),
+        (RuntimeError("std::bad_alloc"), ""),
+        (RuntimeError("unable to mmap 538082424 bytes from file <a>: Cannot allocate memory (12)"), "538082424 bytes"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 5380 bytes."), "5380 bytes"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total"), "20.00 MiB"),
+        (torch.OutOfMemoryError("MPS backend out of memory (MPS allocated: 5.05 GB"), ""),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), ""),
+        (None, f"{2**52} bytes"),  # what torch itself raises
     ],
 )
-def test_too_little_memory_is_one_line_with_the_flags_that_need_less(monkeypatch, capsys, error):
+def test_too_little_memory_is_one_line_with_the_flags_that_need_less(monkeypatch, capsys, error, asked):
     def main(batch_size: int = 32, checkpointing: bool = False, quantize: str = "int8", rate: float = 1.0) -> None:
-        raise error
+        if error is not None:
+            raise error
+        torch.empty(2**50)
 
-    monkeypatch.setattr(sys, "argv", ["script.py"])
-    with pytest.raises(SystemExit) as stop:
-        cli.run(main)
-    said = capsys.readouterr().err
-    sizes = ("538082424 bytes", "4503599627370496 bytes", "20.00 MiB")
-    asked = next((f" (tried to allocate {size})" for size in sizes if size in str(error)), "")
-    assert stop.value.code == 2
-    assert said == f"error: not enough memory{asked}; free some, or pass a lower --batch_size, --checkpointing\n"
+    asked = f" (tried to allocate {asked})" if asked else ""
+    line = f"error: not enough memory{asked}; free some, or pass a lower --batch_size, --checkpointing\n"
+    assert outcome(monkeypatch, capsys, main) == (2, line)
 
 
 def test_other_runtime_errors_are_raised(monkeypatch):
@@ -189,13 +198,6 @@ def test_closed_standard_streams_are_empty(monkeypatch):
     with pytest.raises(EOFError):
         input()
     assert not sys.stdin.isatty()
-
-
-def test_print_config_can_be_read_again(tmp_path):
-    (tmp_path / "run.yaml").write_text(succeed("finetune/lora.py", "--r", "3", "--print_config"))
-    parser = script_parser(ROOT / "finetune/lora.py")
-    config = parse(parser, ["--config", str(tmp_path / "run.yaml")])
-    assert {**vars(config), "config": None} == {**vars(parse(parser, ["--r", "3"])), "config": None}
 
 
 def test_switches_need_no_value():

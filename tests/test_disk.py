@@ -1,22 +1,20 @@
 """Disks that are full or locked: a clear error, and the last good state as it was."""
 
 import errno
-import multiprocessing
 import os
 import re
-import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, make_base, refuse, script_parser
+from filelock import FileLock, Timeout
+from helpers import ROOT, SCRIPTS, bytes_of, finetune, make_base, refuse, script_parser
 from lightning.fabric import Fabric
-from test_train import bytes_of, places, train  # noqa: F401  (places is a fixture)
 
 from finetune import adapter
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.common.files import (
     atomic_write,
     check_new,
@@ -40,35 +38,10 @@ def files(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def fail_after_step(monkeypatch, step: int, begin_to_fail) -> None:
-    """Call ``begin_to_fail`` once a run has taken ``step`` steps."""
-    taken, clip_gradient = [], adapter.clip_gradient
-
-    def count(*args):
-        taken.append(1)
-        if len(taken) == step + 1:
-            begin_to_fail()
-        return clip_gradient(*args)
-
-    monkeypatch.setattr(adapter, "clip_gradient", count)
-
-
-def check_that_it_goes_on(places, tmp_path, monkeypatch, message) -> None:  # noqa: F811
-    """``tmp_path / "out"`` is a run that fails with ``message`` after step 3; its state is that of step 2."""
-    with pytest.raises(UserError, match=message):
-        train(places, tmp_path / "out")
-    monkeypatch.undo()
-    assert read_tensors(tmp_path / "out" / STATE_FILE)[1]["step"] == 2
-    assert not list((tmp_path / "out").rglob(".*tmp*"))
-    train(places, tmp_path / "whole")
-    train(places, tmp_path / "out", resume=True)
-    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
-
-
 @contextmanager
 def small_files():
     """Yield a function after whose call no file may grow beyond 900 bytes: writes stop half-way, as on a full disk."""
-    import resource
+    import resource  # POSIX alone has it
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -77,14 +50,48 @@ def small_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def fail_after_three_steps(monkeypatch, begin_to_fail) -> None:
+    taken, clip_gradient = [], adapter.clip_gradient
+
+    def count(*args):
+        taken.append(1)
+        if len(taken) == 4:
+            begin_to_fail()
+        return clip_gradient(*args)
+
+    monkeypatch.setattr(adapter, "clip_gradient", count)
+
+
 @posix
-def test_a_file_that_may_not_grow(places, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_whose_files_may_not_grow_keeps_its_last_state(folder, tmp_path, monkeypatch):
     with small_files() as begin, monkeypatch.context() as patch:
-        fail_after_step(patch, 3, begin)
+        fail_after_three_steps(patch, begin)
         with pytest.raises(UserError, match="state.safetensors cannot be written .File too large.: free some space"):
-            train(places, tmp_path / "out")
+            finetune(folder, tmp_path)
+    assert read_tensors(tmp_path / STATE_FILE)[1]["step"] == 2
+    finetune(folder, tmp_path, resume=True)
+
+
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    "function", ["os.fsync", "os.replace", "lit_llama.common.files.save_file", "csv.DictWriter.writerow"]
+)
+def test_a_run_on_a_full_disk_keeps_its_last_state_and_resumes(folder, tmp_path, monkeypatch, function):
+    with monkeypatch.context() as patch:
+        fail_after_three_steps(patch, lambda: patch.setattr(function, no_space))
+        message = (
+            "cannot be written .No space left on device.: free some space and try again; existing files are unchanged"
+        )
+        with pytest.raises(UserError, match=message):
+            finetune(folder, tmp_path / "out")
     assert read_tensors(tmp_path / "out" / STATE_FILE)[1]["step"] == 2
-    train(places, tmp_path / "out", resume=True)
+    assert not list((tmp_path / "out").rglob(".*tmp*"))
+    finetune(folder, tmp_path / "whole")
+    finetune(folder, tmp_path / "out", resume=True)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
 
 def plot(path: Path) -> None:
@@ -128,11 +135,10 @@ NOT_ATOMIC = ['open(log_file, "w+"', 'open(path, "a", newline="", encoding="utf-
 
 def test_there_is_one_way_to_write():
     writes = re.compile(r'\.write_(text|bytes)\(|savefig\(|copyfile\(|save_file\(|[^.]open\([^)]*"[wax]|r\.save\(')
-    for folder in ("lit_llama", "finetune", "generate", "scripts", "data"):
-        for path in (ROOT / folder).rglob("*.py"):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                allowed = any(text in line for text in ("temporary", *NOT_ATOMIC))
-                assert allowed or not writes.search(line), f"{path.name}: {line}"
+    for path in [*(ROOT / "lit_llama").rglob("*.py"), *SCRIPTS]:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            allowed = any(text in line for text in ("temporary", *NOT_ATOMIC))
+            assert allowed or not writes.search(line), f"{path.name}: {line}"
 
 
 def test_an_output_is_checked_before_the_work(tmp_path):
@@ -168,94 +174,50 @@ def test_scripts_check_their_output_before_they_fetch_or_load(tmp_path, monkeypa
     refuse(*command, tmp_path / "file/out", message="out.* cannot be written .Not a directory.: choose a folder")
 
 
-def no_space(*_, **__):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.mark.parametrize("function", ["os.fsync", "os.replace", "lit_llama.common.files.save_file"])
-def test_a_full_disk(places, tmp_path, monkeypatch, function):  # noqa: F811
-    fail_after_step(monkeypatch, 3, lambda: monkeypatch.setattr(function, no_space))
-    message = "cannot be written .No space left on device.: free some space and try again; existing files are unchanged"
-    check_that_it_goes_on(places, tmp_path, monkeypatch, message)
-
-
-def test_a_full_disk_under_the_metrics(places, tmp_path, monkeypatch):  # noqa: F811
-    fail_after_step(monkeypatch, 3, lambda: monkeypatch.setattr("csv.DictWriter.writerow", no_space))
-    check_that_it_goes_on(places, tmp_path, monkeypatch, "metrics.csv cannot be written .No space left on device")
-
-
-def without_permission(folder: Path, fabric: Fabric, pipe) -> None:
-    """In a child, which is root no longer: what comes of each kind of write into ``folder``."""
-    said, settings = [], read_json(folder / "method.json")
-    if os.getuid() == 0:
-        os.setgid(65534)
-        os.setuid(65534)
-    for write in (
-        lambda: Run(fabric, folder, settings, resume=True).start(0),
-        lambda: Run(fabric, folder / "new", settings).start(0),
-        lambda: save_tensors(folder / "trained.safetensors", {"a": torch.zeros(1)}),
-        lambda: whole_folder(folder / "new").__enter__(),
-    ):
-        try:
-            write()
-            said.append("written")
-        except Exception as error:
-            said.append(f"{type(error).__name__}: {error}")
-    pipe.send((os.getuid(), said))
-
-
 @posix
-def test_a_folder_without_write_permission(places, tmp_path):  # noqa: F811
-    train(places, tmp_path / "out")
-    before = files(tmp_path / "out")
-    for folder in (tmp_path, *tmp_path.parents):
-        if "pytest-of-" in str(folder):  # pytest's own, closed to others
-            folder.chmod(0o755)
-    (tmp_path / "out").chmod(0o555)
-    here, there = multiprocessing.Pipe()
-    arguments = (tmp_path / "out", Fabric(accelerator="cpu", devices=1), there)  # made while all may be imported
-    child = multiprocessing.get_context("fork").Process(target=without_permission, args=arguments)
-    child.start()
-    child.join()
-    (tmp_path / "out").chmod(0o755)
-    assert here.poll()
-    uid, said = here.recv()
-    assert uid != 0
-    for message in said:
-        assert message.startswith("UserError: ")
-        assert "(Permission denied): choose a folder that you can write to" in message
-    assert files(tmp_path / "out") == before
+def test_a_folder_without_write_permission_is_left_as_it_is(folder, tmp_path):
+    out, fabric = tmp_path / "out", Fabric(accelerator="cpu", devices=1)
+    finetune(folder, out)
+    before, settings = files(out), read_json(out / "method.json")
+    for parent in (tmp_path, *tmp_path.parents):
+        if "pytest-of-" in str(parent):  # pytest's own, closed to others
+            parent.chmod(0o755)
+    out.chmod(0o555)
+    root = os.geteuid() == 0
+    try:
+        if root:  # who may write everywhere
+            os.seteuid(65534)
+        for write in (
+            lambda: Run(fabric, out, settings, resume=True).start(0),
+            lambda: Run(fabric, out / "new", settings).start(0),
+            lambda: save_tensors(out / "trained.safetensors", {"a": torch.zeros(1)}),
+            lambda: whole_folder(out / "new").__enter__(),
+        ):
+            with pytest.raises(UserError, match=".Permission denied.: choose a folder that you can write to"):
+                write()
+    finally:
+        if root:
+            os.seteuid(0)
+        out.chmod(0o755)
+    assert files(out) == before
 
 
-HOLD = """
-import sys
-from filelock import FileLock
-
-lock = FileLock(sys.argv[1])
-lock.acquire(blocking=False)
-print(flush=True)
-input()
-"""
-
-
-def test_two_runs_into_one_folder(places, tmp_path):  # noqa: F811
-    command = [sys.executable, "-c", HOLD, tmp_path / LOCK_FILE]
-    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert holder.stdout.readline().strip() == b""
-    with pytest.raises(UserError, match="another process writes to .*; wait until it ends, stop it, or"):
-        train(places, tmp_path)
-    holder.kill()
-    holder.wait()
+def test_a_run_locks_its_folder_until_it_ends(folder, tmp_path, monkeypatch):
+    with FileLock(tmp_path / LOCK_FILE):
+        with pytest.raises(UserError, match="another process writes to .*; wait until it ends, stop it, or"):
+            finetune(folder, tmp_path)
     refused = []
 
     def try_to_lock(*_) -> None:
-        refused.append(subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True))
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / LOCK_FILE).acquire(blocking=False)
+        refused.append(True)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(adapter, "unwrap_blocks", try_to_lock)
-        train(places, tmp_path)  # a dead run keeps no lock
-    assert b"Timeout" in refused[0].stderr
-    train(places, tmp_path, overwrite=True)  # from Python, in one process
+        finetune(folder, tmp_path)
+    assert refused
+    finetune(folder, tmp_path, overwrite=True)  # from Python, in one process
 
 
 def test_a_rename_is_flushed_with_its_folder(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
-"""What the documentation says: its commands parse, its Python runs, and its example of a method is right."""
+"""What the documentation says: its commands parse, its Python runs, its example of a method and lm_eval are right."""
 
 import ast
+import json
 import re
 import shlex
 import sys
@@ -9,20 +10,35 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import equal_to, logits_of, make_base, script_parser, shake, tiny_model, tokens, transformers_model
+from helpers import (
+    CASES,
+    ROOT,
+    SCRIPTS,
+    check_cached_decoding,
+    equal_to,
+    logits_of,
+    make_base,
+    save_trained,
+    script_parser,
+    tiny_model,
+    tokens,
+    train_steps,
+    transformers_model,
+    tuned,
+)
+from peft import IA3Config, get_peft_model
 
 from lit_llama import cli
-from lit_llama.generate.decode import generate
+from lit_llama.checkpoint import load_model
+from lit_llama.formats.export import export_hf
+from lit_llama.formats.peft import export_peft
 from lit_llama.generate.load import load_trained_folder
 from lit_llama.methods.table import METHODS
-from lit_llama.train.loss import target_loss
+from lit_llama.tokenizer import Tokenizer
 from lit_llama.trained import trained_tensors
 
-ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", ROOT / "finetune/README.md", ROOT / "data/README.md"]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-SCRIPT_FOLDERS = ("finetune", "generate", "scripts", "data")
-SCRIPTS = [path for folder in SCRIPT_FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
 
 
 def commands(text: str) -> list[list[str]]:
@@ -45,13 +61,7 @@ def test_every_command_can_be_given(path):
         cli.parse(parser, cli.gather(args, "runs"))
 
 
-def test_a_wrong_command_would_be_found():
-    ((script, *args),) = commands("```\npython finetune/lora.py --rank 8    # not its name\n```")
-    with pytest.raises(cli.UserError, match="unknown flag --rank"):
-        cli.parse(script_parser(ROOT / script), args)
-
-
-@pytest.mark.parametrize("page", [*READMES, *DOCS, ROOT / "CONTRIBUTING.md"], ids=str)
+@pytest.mark.parametrize("page", [*READMES, *DOCS, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_links_and_named_functions_exist(page):
     text = page.read_text(encoding="utf-8")
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
@@ -70,7 +80,7 @@ def code_block(path: Path, heading: str) -> str:
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    """As it stands there; a tiny model lies where the default base would."""
+    """Unchanged, with a tiny model in place of the default base."""
     make_base(tmp_path / "checkpoints/smollm2-135m-instruct")
     monkeypatch.chdir(tmp_path)
     code = code_block(READMES[0], "From Python")
@@ -94,53 +104,38 @@ def test_the_lines_that_matter_are_those_of_the_code():
 # (IA)^3, the example of a method
 
 
-@pytest.fixture(scope="module")
-def add_ia3():
+@pytest.fixture
+def add_ia3(monkeypatch):
     code = code_block(READMES[1], "How to add a method")
     assert len(code.splitlines()) <= 40
     module = types.ModuleType("ia3")
-    sys.modules["ia3"] = module
+    monkeypatch.setitem(sys.modules, "ia3", module)
     exec(compile(code, "finetune/README.md", "exec"), module.__dict__)
+    monkeypatch.setitem(METHODS, "ia3", module.add_ia3)
+    monkeypatch.setitem(CASES, "ia3", ("ia3", {}))
     return module.add_ia3
 
 
-def with_ia3(add_ia3, on: bool = True, **changes):
-    model = tiny_model(**changes).requires_grad_(False)
-    add_ia3(model)
-    if on:
-        shake(model)
-    return model
-
-
 def test_ia3_begins_as_the_base_and_trains_its_vectors_alone(add_ia3):
-    base, model, ids = tiny_model(), with_ia3(add_ia3, on=False), tokens()
-    assert torch.equal(logits_of(model, ids), logits_of(base, ids))
-    assert set(base.state_dict()) < set(model.state_dict())
-    config = model.config
+    base, model = tiny_model(), tuned("ia3", on=False)
+    assert torch.equal(model(tokens()), base(tokens()))
+    config, trained = model.config, trained_tensors(model)
     count = config.n_layer * (2 * config.n_kv_head * config.head_size + config.intermediate_size)
-    assert sum(tensor.numel() for tensor in trained_tensors(model).values()) == count
+    assert sum(tensor.numel() for tensor in trained.values()) == count
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    optimizer = torch.optim.SGD(trained_tensors(model).values(), lr=0.1)
-    target_loss(model, ids[:, :-1], ids[:, 1:]).backward()
-    optimizer.step()
+    assert set(base.state_dict()) < set(before)
+    train_steps(model, steps=1)
     for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]) == (name not in trained_tensors(model)), name
+        assert torch.equal(tensor, before[name]) == (name not in trained), name
 
 
 def test_ia3_decodes_with_a_cache_as_without(add_ia3):
-    model, prompt = with_ia3(add_ia3), tokens(1)[0].tolist()
-    ids = list(prompt)
-    with torch.no_grad():
-        for _ in range(6):
-            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-    assert list(generate(model, prompt, 6, stop=set())) == ids[len(prompt) :]
+    check_cached_decoding(tuned("ia3").eval().double())
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(n_kv_head=6)], ids=["grouped", "not grouped"])
 def test_ia3_equals_peft(add_ia3, changes):
-    from peft import IA3Config, get_peft_model
-
-    model = with_ia3(add_ia3, **changes)
+    model = tuned("ia3", **changes)
     modules = ["k_proj", "v_proj", "down_proj"]
     config = IA3Config(target_modules=modules, feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
     theirs = get_peft_model(transformers_model(tiny_model(**changes)), config)
@@ -152,22 +147,62 @@ def test_ia3_equals_peft(add_ia3, changes):
     equal_to(theirs, model)
 
 
-def test_ia3_is_found_by_a_trained_folder(add_ia3, tmp_path, monkeypatch):
-    """What the page says of METHODS."""
-    from lit_llama.checkpoint import load_model
-    from lit_llama.common.files import save_tensors, write_json
-    from lit_llama.trained import METHOD_FILE, TRAINED_FILE, describe_base, kept_tensors
-
-    base = make_base(tmp_path / "base")
-    model = load_model(base).requires_grad_(False)
-    add_ia3(model)
-    shake(model)
-    save_tensors(tmp_path / "out" / TRAINED_FILE, kept_tensors(model))
-    described = {"method": "ia3", "arguments": {}, "base": describe_base(base), "prompt_style": "chatml"}
-    write_json(tmp_path / "out" / METHOD_FILE, described)
+def test_ia3_is_loaded_from_a_trained_folder(add_ia3, tmp_path, monkeypatch):
+    base, ids = make_base(tmp_path / "base"), torch.tensor([[5, 9, 30, 77]])
+    loaded, _ = load_trained_folder(save_trained(base, tmp_path / "out", "ia3"))
+    assert (loaded(ids) - load_model(base)(ids)).abs().max() > 1e-3
+    monkeypatch.delitem(METHODS, "ia3")
     with pytest.raises(cli.UserError, match="'ia3', not one of"):
         load_trained_folder(tmp_path / "out")
-    monkeypatch.setitem(METHODS, "ia3", add_ia3)
-    loaded, _ = load_trained_folder(tmp_path / "out")
-    ids = torch.tensor([[5, 9, 30, 77]])
-    assert torch.equal(loaded(ids), model(ids))
+
+
+# lm_eval
+
+TASK = """
+task: tiny
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/data.jsonl}}, cache_dir: {folder}/cache}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: 0
+metric_list: [{{metric: acc}}]
+"""
+CHOICES = ["four", "blue as the sea", "d"]
+
+
+@pytest.mark.slow  # lm_eval reads the files of its thousands of tasks first
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [("lora", dict(r=2, alpha=4, dropout=0.0, targets=["q", "fc1"])), ("soft_prompt", dict(prompt_length=3))],
+)
+def test_lm_eval_on_an_exported_folder_gives_our_log_probabilities(tmp_path, monkeypatch, method, arguments):
+    lm_eval = pytest.importorskip("lm_eval.__main__")
+    base = make_base(tmp_path / "base")
+    trained = save_trained(base, tmp_path / "trained", method, **arguments)
+    export_hf(base, tmp_path / "hf")
+    export_peft(trained, tmp_path / "peft")
+    rows = [{"question": question, "choices": CHOICES} for question in ("Two and two?", "The sky is", "A b c")]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tiny.yaml").write_text(TASK.format(folder=tmp_path))
+
+    (line,) = re.findall(r"lm_eval --model hf[^`]*", (ROOT / "docs/formats.md").read_text(encoding="utf-8"))
+    line = line.replace("exported/base", str(tmp_path / "hf")).replace("out/peft/bookings", str(tmp_path / "peft"))
+    line = line.replace("arc_easy", f"tiny --include_path {tmp_path} --device cpu --log_samples")
+    line = line.replace("pretrained=", "dtype=float32,pretrained=") + f" --output_path {tmp_path / 'results'}"
+    monkeypatch.setattr(sys, "argv", shlex.split(line))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    lm_eval.cli_evaluate()
+
+    (written,) = (tmp_path / "results").rglob("samples_tiny_*.jsonl")
+    samples = [json.loads(line) for line in written.read_text().splitlines()]
+    assert len(samples) == len(rows)
+    model, tokenizer = load_trained_folder(trained)[0].eval(), Tokenizer(base)
+    for sample in samples:
+        prompt = tokenizer.encode(sample["doc"]["question"])
+        for choice, answer in zip(CHOICES, sample["filtered_resps"], strict=True):
+            ids = tokenizer.encode(f" {choice}")
+            with torch.no_grad():
+                logits = logits_of(model, torch.tensor([prompt + ids]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+            assert float(answer[0]) == pytest.approx(logits[range(len(ids)), ids].sum().item(), abs=1e-3)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import adapted, make_base, tiny_model
+from helpers import make_base, tiny_model, tuned
 
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
@@ -22,7 +22,7 @@ def greedy_by_hand(model, prompt, n):
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("model", [tiny_model(), adapted()], ids=["base", "adapter"])
+@pytest.mark.parametrize("model", [tiny_model(), tuned("adapter")], ids=["base", "adapter"])
 def test_greedy_answers_are_the_argmax_of_the_full_forward_alone_and_in_a_batch(model):
     model.eval()
     expected = [greedy_by_hand(model, prompt, 9) for prompt in PROMPTS]

@@ -1,71 +1,80 @@
-"""Who may import whom (and what nothing may do), read off the source."""
+"""The order of the package's layers, the size of a script's import closure, and what no file may do."""
 
 import ast
+import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from helpers import ROOT, SCRIPTS
+
 PACKAGE = sorted((ROOT / "lit_llama").rglob("*.py"))
-SCRIPT_FOLDERS = ("finetune", "generate", "scripts", "data")
-SCRIPTS = [path for folder in SCRIPT_FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
-NEEDS_NO_METHOD = (
-    "model",
-    "train/loss",
-    "train/run",
-    "generate/decode",
-    "data/task",
-    "data/samples",
-    "data/prompts",
-    "train/evaluate",
-)
+LAYERS = [  # a part imports from its own layer and the ones before it; scripts import from all of them
+    "__init__ common configs",
+    "model settings",
+    "methods devices checkpoint",
+    "tokenizer trained cli",
+    "data",
+    "formats",
+    "generate",
+    "train",
+    "measure",
+]
+LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts.split()}
 
 
-def imports(path: Path, top_level_only: bool = False) -> set[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = tree.body if top_level_only else ast.walk(tree)
-    names = set()
-    for node in nodes:
+def imports(path: Path) -> set[str]:
+    """The names that a file imports, inside functions too: ``from a.b import c`` is a.b and a.b.c."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
 
 
-def test_there_is_something_to_check():
-    assert len(PACKAGE) > 10 and len(SCRIPTS) > 8
+def imported_files(path: Path) -> set[Path]:
+    """Those of ``imports`` that are files of this project."""
+    places = [ROOT / name.replace(".", "/") for name in imports(path)]
+    files = {file for place in places for file in (place.with_suffix(".py"), place / "__init__.py")}
+    return {file for file in files if file in PACKAGE and file.stat().st_size}
+
+
+def layer(path: Path) -> int:
+    return LAYER_OF[path.relative_to(ROOT / "lit_llama").with_suffix("").parts[0]]  # KeyError: not in LAYERS
+
+
+def test_layers_import_from_earlier_layers_and_in_no_circle():
+    files = [path for path in PACKAGE if path != ROOT / "lit_llama/__init__.py"]  # it hands out classes of any layer
+    wrong = [(path, file) for path in files for file in imported_files(path) if layer(file) > layer(path)]
+    assert not wrong, "\n".join(f"{path.relative_to(ROOT)} imports {file.relative_to(ROOT)}" for path, file in wrong)
+    TopologicalSorter({path: imported_files(path) for path in files}).prepare()  # CycleError shows a circle
+
+
+def test_a_finetune_script_can_be_read_with_all_that_it_imports():
+    closure, new = set(), {ROOT / "finetune/adapter.py"}
+    while new:
+        closure |= new
+        new = {file for path in new for file in imported_files(path)} - closure
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in closure)
+    assert len(closure) <= 22 and lines <= 3500, (len(closure), lines)
 
 
 def test_the_model_imports_torch_alone():
-    foreign = {name.split(".")[0] for name in imports(ROOT / "lit_llama" / "model.py")}
-    assert foreign == {"__future__", "dataclasses", "math", "typing", "torch", "lit_llama"}
-    assert {name for name in imports(ROOT / "lit_llama" / "model.py") if "lit_llama." in name} == {
-        "lit_llama.configs",
-        "lit_llama.configs.CONFIGS",
-        "lit_llama.configs.LLAMA_31_SCALING",
-    }
+    foreign = {name.split(".")[0] for name in imports(ROOT / "lit_llama/model.py")} - sys.stdlib_module_names
+    assert foreign == {"torch", "lit_llama"}
 
 
-def test_methods_import_the_model_and_no_other_part():
-    for path in (ROOT / "lit_llama" / "methods").glob("*.py"):
-        ours = {name for name in imports(path) if name.startswith("lit_llama")}
-        if path.name == "__init__.py":
-            continue
-        allowed = ["lit_llama.model", "lit_llama.cli", "lit_llama.common"]
-        allowed += ["lit_llama.methods.adapter"] * (path.stem == "adapter_v2")
-        assert all(name.startswith(tuple(allowed)) for name in ours), (path.name, ours)
+def test_data_and_training_know_no_method():
+    for path in PACKAGE:
+        if path.parent.name in ("data", "train"):
+            assert not any(name.startswith("lit_llama.methods") for name in imports(path)), path
 
 
-def test_no_part_knows_a_method_by_name():
-    for stem in NEEDS_NO_METHOD:
-        assert not any("methods" in name for name in imports(ROOT / "lit_llama" / f"{stem}.py")), stem
-    assert "lit_llama.methods.adapter" not in imports(ROOT / "lit_llama" / "trained.py")
-
-
-def test_scripts_and_the_package_never_import_scripts():
-    script_names = {path.stem for path in SCRIPTS} | {"finetune", "generate", "scripts"}
+def test_nothing_imports_a_script():
+    folders = {path.parent.name for path in SCRIPTS}
     for path in PACKAGE + SCRIPTS:
-        for name in imports(path):
-            assert name.split(".")[0] not in script_names, (path.name, name)
+        assert not folders & {name.split(".")[0] for name in imports(path)}, path
 
 
 def test_no_path_edits_no_loose_loading_and_no_unpickling():

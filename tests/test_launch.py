@@ -5,10 +5,9 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
-from helpers import ROOT, command, make_base, metrics, run_process, succeed, sums, write_rows
+from helpers import ROOT, make_base, metrics, run_process, succeed, sums, write_rows
 
 from lit_llama.devices.launch import barrier
 
@@ -112,26 +111,6 @@ def test_a_mistake_is_told_once(places, tmp_path):
     assert result.stdout.count("note: --train.batch_size 1 gives work to only 1 of 2 devices") == 1
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert len(errors(result.stderr)) == 1 and "start_layer 7 must lie within 0 and 2" in errors(result.stderr)[0]
-
-
-@pytest.mark.processes
-def test_a_rank_that_is_killed_ends_the_job_which_goes_on_alone(start, places, tmp_path):
-    _, flags = places
-    flags = [*flags, "--train.max_steps", 300, "--train.eval_every", 300, "--train.save_every", 5, "--eval_samples", 0]
-    flags += ["--precision", "32-true"]
-    several = ["--devices", 2, "--strategy", "fsdp"]
-    process = start(command("finetune/adapter.py", *flags, *several, "--out_dir", tmp_path))
-    deadline = time.time() + 300
-    while not ((tmp_path / "metrics.csv").exists() and len(metrics(tmp_path)) >= 7):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.05)
-    (child,) = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
-    os.kill(int(child), signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert len(metrics(tmp_path)) < 300
-    succeed("finetune/adapter.py", *flags, "--resume", "--out_dir", tmp_path)
-    assert [int(row["step"]) for row in metrics(tmp_path)] == list(range(1, 301))
 
 
 def test_a_barrier_that_fails_says_what_for():

@@ -1,4 +1,4 @@
-"""Every method: gradients, decoding, counts; and formulas and PEFT of all but LLaMA-Adapter (test_adapter.py)."""
+"""Every method: gradients, decoding, saving and counts, its paper's formula, and PEFT's implementation."""
 
 import copy
 import math
@@ -21,11 +21,14 @@ from helpers import (
     transformers_model,
     tuned,
 )
+from peft import AdaptionPromptConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
+from lit_llama.common.errors import UserError
 from lit_llama.common.files import save_tensors
 from lit_llama.data.batches import IGNORE
 from lit_llama.generate.classify import label_shares
 from lit_llama.generate.decode import generate, generate_batch
+from lit_llama.methods.adapter import AdapterAttention, start_from_text
 from lit_llama.methods.features import text_vectors
 from lit_llama.methods.lora import TARGETS, places
 from lit_llama.methods.table import METHODS
@@ -33,69 +36,58 @@ from lit_llama.model import LLaMA, LLaMAConfig, apply_rope
 from lit_llama.train.loss import target_loss
 from lit_llama.trained import kept_tensors, load_trained, trained_tensors
 
-IDENTITY = [name for name in CASES if not name.startswith(("soft", "prefix"))]
+EQUAL_AT_FIRST = [name for name in CASES if not name.startswith(("soft", "prefix"))]
 SHAPES = [dict(), dict(n_kv_head=6, bias=True), dict(tie_embeddings=True, rope_scaling=SCALING)]
 
 
-def count(name: str, method: str, **arguments) -> int:
+def close(ours: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "arguments", "expected"),
+    [
+        ("7B", "full", dict(), 6_738_415_616),
+        ("7B", "output_layers", dict(n_blocks=0), 131_072_000 + 4_096),
+        ("7B", "output_layers", dict(n_blocks=2), 131_072_000 + 4_096 + 404_766_720),
+        ("7B", "soft_prompt", dict(prompt_length=20), 81_920),
+        ("7B", "prefix", dict(prompt_length=10), 2_621_440),
+        ("7B", "prefix", dict(prompt_length=10, mlp_size=512), 136_618_496),
+        ("7B", "houlsby", dict(bottleneck_size=64), 33_820_672 + 266_240),
+        ("7B", "adapter", dict(), 1_229_760),
+        ("7B", "adapter_v2", dict(), 4_279_744),
+        ("7B", "adapter_v2", dict(scale_head=False), 4_215_744),
+        ("7B", "lora", dict(), 4_194_304),
+        ("7B", "lora", dict(targets=TARGETS), 19_988_480),
+        ("smollm2-135m", "adapter", dict(), 161_532),
+        ("smollm2-135m", "prefix", dict(), 115_200),
+        ("smollm2-135m", "lora", dict(), 460_800),
+    ],
+)
+def test_number_of_trainable_parameters(name, method, arguments, expected):
     with torch.device("meta"):
-        model = LLaMA(LLaMAConfig.from_name(name))
-        model.requires_grad_(False)
+        model = LLaMA(LLaMAConfig.from_name(name)).requires_grad_(False)
         METHODS[method](model, **arguments)
-    return sum(tensor.numel() for tensor in trained_tensors(model).values())
-
-
-@pytest.mark.parametrize(
-    ("method", "arguments", "expected"),
-    [
-        ("full", dict(), 6_738_415_616),
-        ("output_layers", dict(n_blocks=0), 131_072_000 + 4_096),
-        ("output_layers", dict(n_blocks=2), 131_072_000 + 4_096 + 404_766_720),
-        ("soft_prompt", dict(prompt_length=20), 81_920),
-        ("prefix", dict(prompt_length=10), 2_621_440),
-        ("prefix", dict(prompt_length=30), 7_864_320),
-        ("prefix", dict(prompt_length=10, mlp_size=512), 136_618_496),
-        ("houlsby", dict(bottleneck_size=64), 33_820_672 + 266_240),
-        ("adapter", dict(), 1_229_760),
-        ("adapter_v2", dict(), 4_279_744),
-        ("adapter_v2", dict(scale_head=False), 4_215_744),
-        ("lora", dict(), 4_194_304),
-        ("lora", dict(targets=TARGETS), 19_988_480),
-    ],
-)
-def test_count_of_trained_numbers_of_7b(method, arguments, expected):
-    assert count("7B", method, **arguments) == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "adapter", "prefix", "lora"),
-    [
-        ("tiny-llama-1.1b", 410_240, 112_640, 1_126_400),
-        ("smollm2-135m", 161_532, 115_200, 460_800),
-        ("Llama-3.2-1B", 287_168, 163_840, 851_968),
-    ],
-)
-def test_count_of_trained_numbers_of_smaller_models(name, adapter, prefix, lora):
-    assert [count(name, method) for method in ("adapter", "prefix", "lora")] == [adapter, prefix, lora]
+    assert sum(tensor.numel() for tensor in trained_tensors(model).values()) == expected
 
 
 @pytest.mark.parametrize("changes", SHAPES)
-@pytest.mark.parametrize("case", IDENTITY)
-def test_is_the_base_exactly_at_init(case, changes):
+@pytest.mark.parametrize("case", EQUAL_AT_FIRST)
+def test_the_model_is_the_base_exactly_before_training(case, changes):
     with torch.no_grad():
         assert torch.equal(tuned(case, on=False, **changes)(tokens()), tiny_model(**changes)(tokens()))
 
 
 @every_case
-def test_base_keys_and_bytes_are_kept(case):
+def test_three_steps_change_every_trained_tensor_and_nothing_of_the_frozen_base(case):
     base, model = tiny_model(tie_embeddings=True), tuned(case, on=False, tie_embeddings=True)
-    assert base.state_dict().keys() <= model.state_dict().keys()
-    trained = set(trained_tensors(model))
-    if case == "full":
-        trained.add("lm_head.weight")  # the embedding's
-    train_steps(model, steps=3)
-    for name, tensor in base.state_dict().items():
-        assert name in trained or torch.equal(model.state_dict()[name], tensor), name
+    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    assert base.state_dict().keys() <= before.keys()
+    trained = set(trained_tensors(model)) | ({"lm_head.weight"} if case == "full" else set())  # the embedding's
+    losses = train_steps(model, steps=3)
+    assert losses[-1] < losses[0]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (name not in trained), name
 
 
 def test_what_trains_of_the_base():
@@ -109,16 +101,6 @@ def test_what_trains_of_the_base():
     assert of_the_base("output_layers") == last | {"transformer.ln_f.weight", "lm_head.weight"}
     assert of_the_base("houlsby") == of_the_base("adapter_v2") == norms
     assert not any(of_the_base(case) for case in ("soft_prompt", "prefix", "prefix by an MLP", "adapter", "lora"))
-
-
-@every_case
-def test_every_trained_tensor_moves_within_three_steps(case):
-    model = tuned(case, on=False)
-    before = {name: tensor.detach().clone() for name, tensor in trained_tensors(model).items()}
-    losses = train_steps(model, steps=3)
-    for name, tensor in trained_tensors(model).items():
-        assert not torch.equal(tensor, before[name]), name
-    assert losses[-1] < losses[0]
 
 
 @every_case
@@ -164,28 +146,21 @@ def test_cached_decoding_equals_uncached(case, changes):
 
 
 @every_case
-def test_answers_are_those_of_the_full_forward_alone_and_in_a_batch(case):
+def test_answers_are_the_argmax_of_the_full_forward_before_and_after_training(case):
     model, prompts = tuned(case), [[5, 7, 9, 4, 4, 2], [3], [8, 1, 6]]
-    expected = []
-    for prompt in prompts:
-        ids = list(prompt)
-        with torch.no_grad():
-            for _ in range(5):
-                ids.append(int(logits_of(model.eval(), torch.tensor([ids]))[0, -1].argmax()))
-        expected.append(ids[len(prompt) :])
-    assert [list(generate(model, prompt, 5, stop=set())) for prompt in prompts] == expected
-    assert generate_batch(model, prompts, 5, stop=set()) == expected
-
-
-@every_case
-def test_gradient_still_flows_after_a_sample_and_a_validation(case):
-    model = tuned(case)
-    list(generate(model, [1, 2, 3], 4, stop=set()))
-    with torch.no_grad():
-        target_loss(model, tokens(), tokens().roll(-1, 1))
     for _ in range(2):
-        target_loss(model, tokens(), tokens().roll(-1, 1)).backward()
-    assert all(tensor.grad.abs().sum() > 0 for tensor in trained_tensors(model).values())
+        expected = []
+        for prompt in prompts:
+            ids = list(prompt)
+            with torch.no_grad():
+                for _ in range(5):
+                    ids.append(int(logits_of(model.eval(), torch.tensor([ids]))[0, -1].argmax()))
+            expected.append(ids[len(prompt) :])
+        assert [list(generate(model, prompt, 5, stop=set())) for prompt in prompts] == expected
+        assert generate_batch(model, prompts, 5, stop=set()) == expected
+        target_loss(model, tokens(), tokens().roll(-1, 1)).backward()  # generation leaves no inference tensors
+        assert all(tensor.grad.abs().sum() > 0 for tensor in trained_tensors(model).values())
+        shake(model)
 
 
 @every_case
@@ -203,8 +178,7 @@ def test_save_and_load_give_equal_logits(case, tmp_path):
 @every_case
 def test_trained_tensors_are_float32_over_a_bfloat16_base(case):
     method, arguments = CASES[case]
-    model = tiny_model().to(torch.bfloat16)
-    model.requires_grad_(False)
+    model = tiny_model().to(torch.bfloat16).requires_grad_(False)
     METHODS[method](model, **arguments)
     assert all(tensor.dtype == torch.float32 for tensor in trained_tensors(model).values())
     shake(model)
@@ -213,16 +187,134 @@ def test_trained_tensors_are_float32_over_a_bfloat16_base(case):
     assert train_steps(model, steps=1)[0] > 0
 
 
-def test_blocks_below_the_first_changed_one_build_no_graph():
-    seen = []
-    model = tuned("output_layers")
+@pytest.mark.parametrize(("case", "changed"), [("output_layers", [2]), ("adapter", [1, 2])])
+def test_blocks_below_the_first_changed_one_build_no_graph(case, changed):
+    seen, model = [], tuned(case)
     for block in model.transformer.h:
         block.register_forward_hook(lambda _, __, output: seen.append(output.requires_grad))
     model(tokens())
-    assert seen == [False, False, True]
+    assert seen == [i in changed for i in range(3)]
 
 
-# ---------------------------------------------------------------------------------------------- formulas
+BOUNDS = [  # the least and the most for a tiny model with 3 layers, a width of 48 and a context of 64
+    ("adapter", "prompt_length", 1, 64),
+    ("adapter", "start_layer", 0, 2),
+    ("adapter", "gate_init", -100, 100),
+    ("adapter_v2", "prompt_length", 1, 64),
+    ("adapter_v2", "start_layer", 0, 2),
+    ("houlsby", "bottleneck_size", 1, 192),
+    ("lora", "r", 1, 48),
+    ("lora", "alpha", 0.001, 10_000),
+    ("lora", "dropout", 0, 0.99),
+    ("lora", "start_layer", 0, 2),
+    ("output_layers", "n_blocks", 0, 3),
+    ("prefix", "prompt_length", 1, 63),
+    ("prefix", "mlp_size", 0, 192),
+    ("soft_prompt", "prompt_length", 1, 63),
+]
+
+
+@pytest.mark.parametrize(("method", "name", "low", "high"), BOUNDS)
+def test_arguments_out_of_range_are_refused_before_anything_changes(method, name, low, high):
+    for value in (low, high):
+        METHODS[method](tiny_model().requires_grad_(False), **{name: value})
+    model = tiny_model()
+    modules = [type(module) for module in model.modules()]
+    for value in (low - 1, high + 1, math.inf, math.nan):
+        with pytest.raises(UserError, match=f"^{name} .* must lie within {low} and {high}$"):
+            METHODS[method](model, **{name: value})
+    assert [type(module) for module in model.modules()] == modules
+
+
+def test_unknown_words_are_refused():
+    for method, name, value in (
+        ("lora", "targets", ["w"]),
+        ("adapter", "gate", "row"),
+        ("adapter", "gate_activation", "?"),
+    ):
+        with pytest.raises(ValueError, match="row|w|[?]"):
+            METHODS[method](tiny_model(), **{name: value})
+
+
+# LLaMA-Adapter
+
+
+@pytest.mark.parametrize(("n_tokens", "rows"), [(23, [1, 6, 11, 16, 22]), (6, [1, 2, 3, 4, 5]), (3, [1, 2, 3, 4, 5])])
+def test_prompts_start_as_what_their_block_reads_of_a_text(n_tokens, rows):
+    """A text of fewer tokens than the prompt has rows is repeated: no two rows are alike."""
+    base, model, ids = tiny_model(), tuned("adapter", on=False), tokens(1, n_tokens)[0].tolist()
+    start_from_text(model, ids)
+    assert torch.equal(model(tokens()), base(tokens()))
+    read: list[torch.Tensor] = []
+    for block in base.transformer.h[1:]:
+        block.attn.register_forward_pre_hook(lambda attn, args: read.append(args[0][0]))
+    base(torch.tensor([(ids * 2)[: max(n_tokens, 6)]]))
+    for block, x in zip(model.transformer.h[1:], read, strict=True):
+        prompt = block.attn.adapter_wte.weight
+        assert torch.equal(prompt, x[rows]) and len(prompt.unique(dim=0)) == len(prompt)
+        assert prompt.requires_grad and not block.attn._forward_pre_hooks
+
+
+def test_a_prompt_as_long_as_the_context_starts_from_a_text_in_bfloat16():
+    model = tiny_model().bfloat16().requires_grad_(False)
+    METHODS["adapter"](model, prompt_length=TINY["block_size"], start_layer=1)
+    start_from_text(model, tokens(1, 7)[0].tolist())
+    for block in model.transformer.h[1:]:
+        prompt = block.attn.adapter_wte.weight
+        assert prompt.dtype == torch.float32 and torch.equal(prompt, prompt.bfloat16().float())
+
+
+def causal_attention(q, k, v, before: int = 0) -> torch.Tensor:
+    """One head, (T, hs), one query at a time: each sees ``before`` keys more than its own position."""
+    ends, scale = [before + t + 1 for t in range(len(q))], 1 / math.sqrt(q.size(-1))
+    return torch.stack([(scale * k[:end] @ q[t]).softmax(0) @ v[:end] for t, end in enumerate(ends)])
+
+
+def naive_adapter(attn: AdapterAttention, x, cos, sin, gate) -> torch.Tensor:
+    """The paper's formula for one text x (T, C), one head at a time."""
+
+    def heads(y):  # q, k and v, each (heads, T, hs)
+        parts = (y @ attn.c_attn.weight.T).split([attn.n_head * hs, attn.n_kv_head * hs, attn.n_kv_head * hs], 1)
+        return [part.unflatten(1, (-1, hs)).transpose(0, 1) for part in parts]
+
+    hs, out = attn.head_size, []
+    (q, k, v), (_, prompt_k, prompt_v) = heads(x), heads(attn.adapter_wte.weight)  # the prompt's are not rotated
+    q, k = apply_rope(q[None], cos, sin)[0], apply_rope(k[None], cos, sin)[0]
+    for h in range(attn.n_head):
+        g = h // (attn.n_head // attn.n_kv_head)  # the key/value head that this query head uses
+        prompt = (q[h] @ prompt_k[g].T / math.sqrt(hs)).softmax(-1) @ prompt_v[g]
+        out.append(causal_attention(q[h], k[g], v[g]) + gate[h] * prompt)
+    return torch.cat(out, 1) @ attn.c_proj.weight.T
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments"),
+    [({}, {}), (dict(n_kv_head=6), {}), ({}, dict(gate="layer")), ({}, dict(gate_activation="tanh"))],
+)
+def test_adapter_is_the_papers_formula(changes, arguments):
+    model = tiny_model(**changes).requires_grad_(False)
+    METHODS["adapter"](model, prompt_length=5, start_layer=1, **arguments)
+    attn = model.transformer.h[1].attn
+    torch.nn.init.normal_(attn.gating_factor)
+    x, (cos, sin) = torch.randn(1, 7, TINY["n_embd"]), model.rope(torch.arange(7))
+    gate = attn.gating_factor.flatten()
+    gate = gate.tanh() if "gate_activation" in arguments else gate
+    with torch.no_grad():
+        expected = naive_adapter(attn, x[0], cos, sin, gate.expand(attn.n_head))[None]
+        close(attn(x, cos, sin), expected)
+        attn.gating_factor.zero_()
+        assert (attn(x, cos, sin) - expected).abs().max() > 0.05  # the prompt was really in it
+
+
+def test_only_gates_move_on_the_first_step_of_an_adapter():
+    model = tuned("adapter", on=False)
+    target_loss(model, tokens(), tokens().roll(-1, 1)).backward()
+    for block in model.transformer.h[1:]:
+        assert block.attn.adapter_wte.weight.grad.abs().max() == 0
+        assert block.attn.gating_factor.grad.abs().min() > 0
+
+
+# The other papers' formulas
 
 
 def test_lora_is_the_product_added_to_the_matrix():
@@ -233,13 +325,12 @@ def test_lora_is_the_product_added_to_the_matrix():
             with torch.no_grad():
                 layer.weight[rows] += 5.0 / 3 * pair.B @ pair.A
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens()), merged(tokens()), atol=1e-4, rtol=1e-4)
+        close(model(tokens()), merged(tokens()), 1e-4)
         assert (model(tokens()) - tiny_model()(tokens())).abs().max() > 0.1
 
 
 def test_lora_drops_out_in_training_alone():
-    model = tiny_model()
-    model.requires_grad_(False)
+    model = tiny_model().requires_grad_(False)
     METHODS["lora"](model, dropout=0.5)
     shake(model)
     with torch.no_grad():
@@ -252,19 +343,19 @@ def test_houlsby_is_the_papers_formula():
         down, up = layer.houlsby.down, layer.houlsby.up
         return z + F.gelu(z @ down.weight.T + down.bias) @ up.weight.T + up.bias
 
-    model = tuned("houlsby")
-    plain = tiny_model()
+    model, plain = tuned("houlsby"), tiny_model()
     cos, sin = model.rope(torch.arange(11))
     with torch.no_grad():
         x = model.transformer.wte(tokens())
         for block, base in zip(model.transformer.h, plain.transformer.h, strict=True):
             x = x + bottleneck(block.attn, base.attn(block.rms_1(x), cos, sin))
             x = x + bottleneck(block.mlp, base.mlp(block.rms_2(x)))
-        expected = model.lm_head(model.transformer.ln_f(x))
-        torch.testing.assert_close(model(tokens()), expected, atol=1e-5, rtol=1e-5)
+        close(model(tokens()), model.lm_head(model.transformer.ln_f(x)))
 
 
-class WrittenOut(torch.nn.Module):
+class ScaledLinear(torch.nn.Module):
+    """LLaMA-Adapter V2's linear layer, written out."""
+
     def __init__(self, layer):
         super().__init__()
         self.weight, self.scale, self.bias = layer.weight, layer.scale_bias.scale, layer.scale_bias.bias
@@ -280,32 +371,28 @@ def test_adapter_v2_scales_and_shifts_every_linear_layer_also_for_the_prompts():
     for block in expected.transformer.h:
         for owner, names in ((block.attn, ("c_attn", "c_proj")), (block.mlp, ("c_fc1", "c_fc2", "c_proj"))):
             for name in names:
-                setattr(owner, name, WrittenOut(getattr(owner, name)))
-    expected.lm_head = WrittenOut(expected.lm_head)
+                setattr(owner, name, ScaledLinear(getattr(owner, name)))
+    expected.lm_head = ScaledLinear(expected.lm_head)
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens()), expected(tokens()), atol=1e-5, rtol=1e-5)
+        close(model(tokens()), expected(tokens()))
 
 
 @pytest.mark.parametrize("n_kv_head", [2, 6])
 def test_prefix_is_the_papers_formula(n_kv_head):
     model = tuned("prefix", n_kv_head=n_kv_head)
-    attn, K, hs = model.transformer.h[1].attn, 4, TINY["head_size"]
-    x = torch.randn(1, 7, TINY["n_embd"])
+    attn, x = model.transformer.h[1].attn, torch.randn(1, 7, TINY["n_embd"])
     cos, sin = model.rope(torch.arange(7))
     base_cos, base_sin = tiny_model(n_kv_head=n_kv_head).rope(torch.arange(11))
     assert torch.equal(cos, base_cos[4:]) and torch.equal(sin, base_sin[4:])  # the text starts at position K
     with torch.no_grad():
         q, k, v = attn.qkv(x)
         q, k = apply_rope(q, cos, sin)[0], apply_rope(k, cos, sin)[0]
-        out = torch.zeros(7, attn.n_head * hs)
+        out = []
         for h in range(attn.n_head):
             g = h // (attn.n_head // n_kv_head)
             keys, values = torch.cat((attn.prefix[0, g], k[g])), torch.cat((attn.prefix[1, g], v[0, g]))
-            for t in range(7):
-                seen = slice(0, K + t + 1)
-                weights = (keys[seen] @ q[h, t] / math.sqrt(hs)).softmax(0)
-                out[t, h * hs : (h + 1) * hs] = weights @ values[seen]
-        torch.testing.assert_close(attn(x, cos, sin)[0], attn.c_proj(out), atol=1e-5, rtol=1e-5)
+            out.append(causal_attention(q[h], keys, values, before=4))
+        close(attn(x, cos, sin)[0], attn.c_proj(torch.cat(out, 1)))
 
 
 def test_the_mlp_of_prefix_tuning_is_the_papers_formula():
@@ -319,38 +406,36 @@ def test_the_mlp_of_prefix_tuning_is_the_papers_formula():
 
 
 def test_soft_prompt_is_the_papers_formula():
-    model = tuned("soft_prompt", tie_embeddings=True)
-    plain, wte = tiny_model(tie_embeddings=True), model.transformer.wte
+    model, plain = tuned("soft_prompt", tie_embeddings=True), tiny_model(tie_embeddings=True)
     cos, sin = plain.rope(torch.arange(15))
     with torch.no_grad():
-        x = torch.cat((wte.soft_prompt.expand(2, -1, -1), plain.transformer.wte(tokens())), 1)
+        x = torch.cat((model.transformer.wte.soft_prompt.expand(2, -1, -1), plain.transformer.wte(tokens())), 1)
         for block in plain.transformer.h:
             x = block(x, cos, sin)
         expected = plain.lm_head(plain.transformer.ln_f(x))[:, 4:]
-        torch.testing.assert_close(logits_of(model, tokens()), expected, atol=1e-5, rtol=1e-5)
+        close(logits_of(model, tokens()), expected)
         loss = F.cross_entropy(expected.flatten(0, 1), tokens().roll(-1, 1).flatten(), reduction="sum")
         torch.testing.assert_close(target_loss(model, tokens(), tokens().roll(-1, 1)), loss)
 
 
 def test_soft_prompt_starts_from_a_text_or_from_the_vocabulary():
-    model = tiny_model()
-    METHODS["soft_prompt"](model, prompt_length=5, init_ids=[7, 9])
-    wte = model.transformer.wte
-    assert torch.equal(wte.soft_prompt, wte.weight[[7, 9, 7, 9, 7]])
-    model = tiny_model()
-    METHODS["soft_prompt"](model, prompt_length=5)
-    wte = model.transformer.wte
-    assert all((wte.weight == row).all(1).any() for row in wte.soft_prompt)
+    starts = []
+    for init_ids in ([7, 9], None):
+        model = tiny_model()
+        METHODS["soft_prompt"](model, prompt_length=5, init_ids=init_ids)
+        starts.append(model.transformer.wte.soft_prompt)
+    weight = tiny_model().transformer.wte.weight
+    assert torch.equal(starts[0], weight[[7, 9, 7, 9, 7]])
+    assert all((weight == row).all(1).any() for row in starts[1])
 
 
 @pytest.mark.parametrize("method", ["full", "output_layers"])
 def test_a_classifiers_head_learns_labels_from_the_last_token(method):
-    model = tiny_model(tie_embeddings=True)
-    model.requires_grad_(False)
+    model = tiny_model(tie_embeddings=True).requires_grad_(False)
     METHODS[method](model, labels=["yes", "no", "perhaps"])
     assert model(tokens()).shape == (2, 11, 3) and model(tokens()).abs().max() == 0
     embedding = model.transformer.wte.weight.clone()
-    targets = torch.full((2, 11), -100)
+    targets = torch.full((2, 11), IGNORE)
     targets[:, -1] = torch.tensor([2, 0])
     optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=0.01)
     for _ in range(20):
@@ -368,60 +453,59 @@ def test_the_vectors_of_texts_are_those_of_each_text_alone():
         torch.testing.assert_close(vector, model.hidden_states(torch.tensor([text]))[0, -1].detach())
 
 
-@pytest.mark.parametrize(
-    ("method", "arguments"),
-    [("lora", dict(targets=("w",))), ("adapter", dict(gate="row")), ("adapter", dict(gate_activation="relu"))],
-)
-def test_unknown_words_are_refused(method, arguments):
-    """Numbers out of range: test_ranges.py."""
-    with pytest.raises(ValueError, match="row|relu|w"):
-        METHODS[method](tiny_model(), **arguments)
+# PEFT
 
 
-# ---------------------------------------------------------------------------------------------- PEFT
+def peft_lora(model, theirs):
+    theirs = get_peft_model(theirs, LoraConfig(r=3, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    for block, layer in zip(model.transformer.h, theirs.base_model.model.model.layers, strict=True):
+        for name, low_rank in block.attn.c_attn.lora.items():
+            projection = getattr(layer.self_attn, f"{name}_proj")
+            projection.lora_A["default"].weight.copy_(low_rank.A)
+            projection.lora_B["default"].weight.copy_(low_rank.B)
+    return theirs
 
 
-def test_lora_equals_peft():
-    from peft import LoraConfig, get_peft_model
-
-    model = tuned("lora")
-    config = LoraConfig(r=3, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    theirs = get_peft_model(transformers_model(tiny_model()), config)
-    with torch.no_grad():
-        for block, layer in zip(model.transformer.h, theirs.base_model.model.model.layers, strict=True):
-            for name, low_rank in block.attn.c_attn.lora.items():
-                projection = getattr(layer.self_attn, f"{name}_proj")
-                projection.lora_A["default"].weight.copy_(low_rank.A)
-                projection.lora_B["default"].weight.copy_(low_rank.B)
-    equal_to(theirs, model)
-
-
-def test_prefix_equals_peft():
-    from peft import PrefixTuningConfig, get_peft_model
-
-    model = tuned("prefix")
-    config = PrefixTuningConfig(
-        num_virtual_tokens=4,
-        num_layers=TINY["n_layer"],
-        num_attention_heads=TINY["n_kv_head"],
-        token_dim=TINY["n_kv_head"] * TINY["head_size"],
-        num_transformer_submodules=1,
-        task_type="CAUSAL_LM",
-    )
-    theirs = get_peft_model(transformers_model(tiny_model()), config)
+def peft_prefix(model, theirs):
+    nkv = TINY["n_kv_head"]
+    sizes = dict(num_layers=TINY["n_layer"], num_attention_heads=nkv, token_dim=nkv * TINY["head_size"])
+    config = PrefixTuningConfig(num_virtual_tokens=4, num_transformer_submodules=1, task_type="CAUSAL_LM", **sizes)
+    theirs = get_peft_model(theirs, config)
     rows = torch.stack([block.attn.prefix for block in model.transformer.h])  # (N, 2, nkv, K, hs)
-    with torch.no_grad():
-        weight = theirs.prompt_encoder["default"].embedding.weight
-        weight.copy_(rows.permute(3, 0, 1, 2, 4).reshape(weight.shape))
-    equal_to(theirs, model)
+    weight = theirs.prompt_encoder["default"].embedding.weight
+    weight.copy_(rows.permute(3, 0, 1, 2, 4).reshape(weight.shape))
+    return theirs
 
 
-def test_soft_prompt_equals_pefts_prompt_tuning():
-    from peft import PromptTuningConfig, get_peft_model
-
-    model = tuned("soft_prompt")
+def peft_soft_prompt(model, theirs):
     config = PromptTuningConfig(num_virtual_tokens=4, token_dim=TINY["n_embd"], task_type="CAUSAL_LM")
-    theirs = get_peft_model(transformers_model(tiny_model()), config)
+    theirs = get_peft_model(theirs, config)
+    theirs.prompt_encoder["default"].embedding.weight.copy_(model.transformer.wte.soft_prompt)
+    return theirs
+
+
+def peft_adapter(model, theirs):
+    config = AdaptionPromptConfig(adapter_len=5, adapter_layers=2, target_modules="self_attn", task_type="CAUSAL_LM")
+    theirs = get_peft_model(theirs, config)
+    for block, layer in zip(model.transformer.h[1:], theirs.base_model.model.model.layers[1:], strict=True):
+        layer.self_attn.adaption_gate.copy_(block.attn.gating_factor.flatten())
+        layer.self_attn.adaption_prompt.copy_(block.attn.adapter_wte.weight[None])
+    return theirs
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "in_peft", "n_virtual"),
+    [
+        ("lora", dict(r=3, dropout=0.0), peft_lora, 0),
+        ("prefix", dict(prompt_length=4), peft_prefix, 0),
+        ("soft_prompt", dict(prompt_length=4), peft_soft_prompt, 4),
+        ("adapter", dict(prompt_length=5, start_layer=1, gate="layer"), peft_adapter, 0),
+    ],
+)
+def test_equals_peft(method, arguments, in_peft, n_virtual):
+    model = tiny_model().requires_grad_(False)
+    METHODS[method](model, **arguments)
+    shake(model)
     with torch.no_grad():
-        theirs.prompt_encoder["default"].embedding.weight.copy_(model.transformer.wte.soft_prompt)
-    equal_to(theirs, model, drop=4)
+        theirs = in_peft(model, transformers_model(tiny_model()))
+    equal_to(theirs, model, drop=n_virtual)
