@@ -88,7 +88,12 @@ ELSEWHERE, PASSWD = ({"checkpoint_dir": x, "name": "tiny", "fingerprint": "0"} f
 FILES = {  # a file and the command that reads it: its content or a function that changes it, and the message
     ("base/model.safetensors", BASE): TENSORS,
     ("out/trained.safetensors", TRAINED): TENSORS,
-    ("base/model.safetensors.index.json", BASE): [('{"weight_map": {"a": "x.st"}}', "x.st is missing")],
+    ("base/model.safetensors.index.json", BASE): [
+        ('{"weight_map": {"a": "x.st"}}', "x.st is missing"),
+        ('{"weight_map": {"a": "../x"}}', "file names of its own folder"),
+        ('{"weight_map": {"a": ".."}}', "file names of its own folder"),
+        ('{"weight_map": {"a": ["x"]}}', "file names of its own folder"),
+    ],
     ("base/config.json", BASE): [
         ("", NOT_JSON),
         ("[]", "config.json must hold a JSON object, got list"),

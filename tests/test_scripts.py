@@ -116,10 +116,8 @@ def test_the_saved_configuration_runs_again(folder, tmp_path):
 def test_nobody_waits_for_answers_before_a_resumed_run_is_refused(folder, monkeypatch):
     monkeypatch.setattr("lit_llama.common.progress.SECONDS_BETWEEN_LINES", 0.0)
     flags = [*flags_of(folder), "--out_dir", trained(folder, "adapter"), "--resume"]
-    answered = [
-        "before 0/" in run("finetune/adapter.py", *flags, *more).stderr for more in ([], ["--prompt_length", 5])
-    ]
-    assert answered == [True, False]
+    for more, answers in (([], True), (["--prompt_length", 5], False)):
+        assert ("before 0/" in run("finetune/adapter.py", *flags, *more).stderr) == answers
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(folder, tmp_path):
