@@ -16,7 +16,8 @@ from lit_llama.common.files import save_arrays
 from lit_llama.data.task import check_data, load_task
 from lit_llama.devices.launch import base_dtype, launch
 from lit_llama.formats.download import ensure_base
-from lit_llama.methods.features import CLASSIFIERS, fit_classifier, probabilities, text_vectors
+from lit_llama.generate.decode import text_vectors
+from lit_llama.methods.features import CLASSIFIERS, fit_classifier, probabilities
 from lit_llama.settings import DEFAULT_BASE, MOST, MOST_SEED, MOST_TOKENS, Data
 from lit_llama.train.run import Run, default_out_dir
 from lit_llama.trained import TRAINED_FILE, describe_base

@@ -73,10 +73,9 @@ def main(
     from lit_llama.common.files import check_writable
     from lit_llama.data.samples import read_samples
     from lit_llama.data.task import split_file
-    from lit_llama.devices.blocks import prepare_for_inference
     from lit_llama.devices.launch import base_dtype, launch, print_rank0
     from lit_llama.generate.classify import is_classifier
-    from lit_llama.generate.load import load_answerer
+    from lit_llama.generate.load import load_for_generation
     from lit_llama.trained import read_method
 
     sharded, labels = strategy == "fsdp", bool(trained_dir) and is_classifier(read_method(trained_dir))
@@ -96,17 +95,25 @@ def main(
         ensure_base(checkpoint_dir or DEFAULT_BASE)
     samples = read_samples(file)[:max_samples]
     fabric = launch(devices, num_nodes, strategy)
-    dtype = base_dtype(precision, fabric.device)
     if labels:
+        dtype = base_dtype(precision, fabric.device)
         rows = evaluate_labels(fabric, samples, trained_dir, checkpoint_dir, dtype)
     else:
-        name, model, tokenizer, style, length = load_answerer(
-            trained_dir, checkpoint_dir, prompt_style, dtype, fabric.device, quantize, fabric if sharded else None
+        loaded = load_for_generation(
+            trained_dir,
+            checkpoint_dir,
+            prompt_style,
+            precision,
+            quantize,
+            compile,
+            device=fabric.device,
+            fabric=fabric if sharded else None,
         )
-        print_rank0(f"{name} on {file}")
-        length = min(max_seq_length or length or (model.text_room if shots else 512), model.text_room)
+        print_rank0(f"{loaded.name} on {file}")
+        model, tokenizer, style = loaded.model, loaded.tokenizer, loaded.prompt_style
+        length = max_seq_length or loaded.max_seq_length or (model.text_room if shots else 512)
+        length = min(length, model.text_room)
         given = Examples(Path(data), shots, shots_seed)
-        prepare_for_inference(model, compile)
         rows = evaluate_answers(fabric, samples, model, tokenizer, style, length, batch_size, given)
     if results is not None and fabric.is_global_zero:
         write_results(Path(results), rows)

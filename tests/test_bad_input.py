@@ -342,7 +342,7 @@ CASES |= {
 # prompts and requests
 
 REQUESTS = {
-    "of nothing": ("", "requests.jsonl holds no requests"),
+    "of nothing": ("", "requests.jsonl holds no rows"),
     "cut": ('{"prompt": ', "requests.jsonl:1: not valid JSON"),
     "without a prompt": ('{"input": "a"}', 'requests.jsonl:1: a request needs a "prompt"'),
     "of numbers": ('{"prompt": 3}', 'requests.jsonl:1: a request needs a "prompt"'),
@@ -358,7 +358,7 @@ def request_case(content: str | bytes) -> Callable[[Path], list]:
 
 CASES |= {f"requests {name}": (request_case(content), message) for name, (content, message) in REQUESTS.items()}
 CASES |= {
-    "requests: none": (lambda place: BATCH, "--requests requests.jsonl is missing"),
+    "requests: none": (lambda place: BATCH, "requests.jsonl is missing"),
     "prompt too long": (lambda place: [*BASE, "--prompt", "a" * 600], "do not fit the context of 512 tokens; shorten"),
     "prompt empty": (lambda place: [*BASE, "--prompt", "", "--prompt_style", "plain"], "the prompt is empty"),
     "prompt of half an emoji": (lambda place: [*BASE, "--prompt", "a\udcff"], "lone surrogate, .* at character"),

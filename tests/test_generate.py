@@ -7,7 +7,8 @@ from helpers import adapted, make_base, tiny_model
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
 from lit_llama.data.samples import Sample
-from lit_llama.generate.decode import Sampling, generate, generate_batch, next_token, stream_text
+from lit_llama.generate.decode import Sampling, generate, generate_batch, next_token
+from lit_llama.generate.stream import stream_text
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train.evaluate import answer_samples
 
@@ -124,7 +125,7 @@ class Bytes:
 
 def test_streaming_waits_for_whole_characters():
     text = "aé→🙂b"
-    parts = list(stream_text(Bytes(), iter(text.encode())))
+    parts = list(stream_text(Bytes(), iter(text.encode()), []))
     assert parts == ["a", "é", "→", "🙂", "b"]
-    assert list(stream_text(Bytes(), iter(text.encode()[:-2]))) == ["a", "é", "→", "\ufffd"]
-    assert list(stream_text(Bytes(), iter([]))) == []
+    assert list(stream_text(Bytes(), iter(text.encode()[:-2]), [])) == ["a", "é", "→", "\ufffd"]
+    assert list(stream_text(Bytes(), iter([]), [])) == []

@@ -101,7 +101,7 @@ def test_generate_reads_everything_from_the_trained_folder(places):
         "generate/base.py", "--checkpoint_dir", folder / "base", "--prompt", "a" * 600, message="do not fit the context"
     )
     flags = ["--checkpoint_dir", folder / "base", "--prompt", "a", "--compile", "--devices", 2]
-    refuse("generate/base.py", *flags, message="--devices 2 .* are not compiled; leave out --compile")
+    refuse("generate/base.py", *flags, message="--devices 2 .* neither --compile nor --quantize")
 
 
 def test_generate_repeats_a_seed(places):

@@ -12,31 +12,10 @@ Trains C * labels + labels numbers, C + 1 where there are two labels: 4,097 for 
 """
 
 import numpy as np
-import torch
 
 from lit_llama.common.errors import UserError
-from lit_llama.model import LLaMA
 
 CLASSIFIERS = ("logistic", "forest")
-
-
-@torch.inference_mode()
-def text_vectors(model: LLaMA, texts: list[list[int]], max_tokens: int = 4096, tick=lambda count: None) -> np.ndarray:
-    """Each text's vector at its last token, (n, C) in float32; ``tick`` hears how many more are done.
-
-    Texts are ids; those of similar length share a batch of at most ``max_tokens`` tokens with padding.
-    """
-    vectors = np.empty((len(texts), model.config.n_embd), dtype=np.float32)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    while order:
-        rows = order[-max(1, max_tokens // len(texts[order[-1]])) :]
-        del order[-len(rows) :]
-        last = torch.tensor([len(texts[i]) - 1 for i in rows])
-        idx = torch.tensor([texts[i] + [0] * (int(last.max()) + 1 - len(texts[i])) for i in rows])
-        hidden = model.hidden_states(idx.to(model.transformer.wte.weight.device))  # causal: padding is never seen
-        vectors[rows] = hidden[torch.arange(len(rows)), last].float().cpu().numpy()
-        tick(len(rows))
-    return vectors
 
 
 def fit_classifier(
