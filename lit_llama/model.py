@@ -184,9 +184,9 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, input_pos=None, mask=None, packing: Any = None) -> Tensor:
         q, k, v = self.qkv(x)
         if packing is not None:
-            q, k, v = map(packing.spread, (q, k, v))  # (1, heads, N, hs) -> (B, heads, T, hs)
+            q, k, v = map(packing.pad, (q, k, v))  # (1, heads, N, hs) -> (B, heads, T, hs)
         y = self.attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, input_pos, mask).transpose(1, 2).flatten(2)
-        return self.c_proj(y if packing is None else packing.gather(y))  # y (B, T, nh * hs)
+        return self.c_proj(y if packing is None else packing.unpad(y))  # y (B, T, nh * hs)
 
 
 class MLP(nn.Module):
@@ -287,7 +287,7 @@ class LLaMA(nn.Module):
         if pad is not None:  # (B, 1, T): positions count from the row's first real token
             positions = (input_pos - pad[:, None, None]).clamp(min=0)
         cos, sin = self.rope(positions)
-        x = self.transformer.wte(idx if packing is None else packing.gather(idx)).to(self.dtype)  # (B, T, C)
+        x = self.transformer.wte(idx if packing is None else packing.unpad(idx)).to(self.dtype)  # (B, T, C)
         for block in self.transformer.h:
             x = block(x, cos, sin, input_pos, mask, packing)
         return self.transformer.ln_f(x)

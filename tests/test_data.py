@@ -160,7 +160,7 @@ def test_summary_counts_what_is_dropped_cut_and_in_both_splits(tmp_path):
     write_rows(tmp_path / "data" / "train.json", rows)
     write_rows(tmp_path / "data" / "validation.json", sums(2))
     task = load_task(tmp_path / "data", base, None, 100)
-    assert "6 samples to train on, 2 to validate, prompt style chatml" in task.summary
+    assert "6 training samples, 2 for validation, prompt style chatml" in task.summary
     assert (
         "1 dropped" in task.summary and "1 cut" in task.summary and "2 of validation also in training" in task.summary
     )
@@ -229,7 +229,7 @@ def test_llama2_loses_no_system_message(tokenizer):
     system, user, answer = CONVERSATION[:3]
     for messages in ([system, answer], [system, system, user, answer], [user, system, answer]):
         sample = sample_of({"messages": messages})
-        with pytest.raises(UserError, match="test:1: llama2 puts a system message into the user's turn"):
+        with pytest.raises(UserError, match="test:1: llama2 needs a user's turn"):
             encode_sample(sample, "llama2", tokenizer, 512)
         assert encode_sample(sample, "chatml", tokenizer, 512) is not None
     whole = encode_sample(sample_of({"messages": [user, answer, system, user, answer]}), "llama2", tokenizer, 512)
@@ -310,9 +310,9 @@ def test_collate_pads_at_the_right():
 def test_packing_leaves_out_the_padding_and_puts_tokens_back_in_their_places():
     x = torch.arange(1, 25).view(2, 4, 3)
     packing = Packing([3, 1], 4)
-    packed = packing.gather(x)
+    packed = packing.unpad(x)
     assert packed.tolist() == [[*x[0, :3].tolist(), x[1, 0].tolist()]]
-    heads = packing.spread(torch.stack((packed, -packed), 1))  # (1, 2, N, 3) -> (2, 2, 4, 3)
+    heads = packing.pad(torch.stack((packed, -packed), 1))  # (1, 2, N, 3) -> (2, 2, 4, 3)
     assert heads.shape == (2, 2, 4, 3) and torch.equal(heads[:, 0], -heads[:, 1])
     assert torch.equal(heads[0, 0, :3], x[0, :3]) and torch.equal(heads[1, 0, 0], x[1, 0])
     assert Packing([3, 1], 4, multiple=3).places.tolist() == [0, 1, 2, 4, 3, 5]
@@ -323,11 +323,11 @@ def test_packing_leaves_out_the_padding_and_puts_tokens_back_in_their_places():
 def test_gradients_go_back_to_the_places_that_packing_took():
     packing = Packing([3, 1], 4)
     x, dy = torch.randn(2, 4, 3, requires_grad=True), torch.randn(1, 4, 3)
-    packing.gather(x).backward(dy)
+    packing.unpad(x).backward(dy)
     assert torch.equal(x.grad[0, :3], dy[0, :3]) and torch.equal(x.grad[1, 0], dy[0, 3])
     assert not x.grad[0, 3:].any() and not x.grad[1, 1:].any(), "padding was not taken"
     packed, dy = torch.randn(1, 2, 4, 3, requires_grad=True), torch.randn(2, 2, 4, 3)  # (B, heads, T, hs)
-    packing.spread(packed).backward(dy)
+    packing.pad(packed).backward(dy)
     assert torch.equal(packed.grad[0, :, :3], dy[0, :, :3]) and torch.equal(packed.grad[0, :, 3], dy[1, :, 0])
 
 

@@ -1,4 +1,4 @@
-"""Which samples a step takes, and how they are cut into micro-batches."""
+"""Which samples a step takes, and how they are split into micro-batches."""
 
 from __future__ import annotations
 
@@ -16,15 +16,12 @@ IGNORE = -100  # the target of a position that is not trained on
 
 @dataclass(slots=True)
 class TokenizedSample:
-    """ids (T,) as fed to the model and targets (T,), the next token or IGNORE: arrays of int32, 8 bytes a token.
-
-    ``cut``: it lost its end; ``where``: file and line, for messages to the user.
-    """
+    """Input ids (T,) and targets (T,), each the next token or IGNORE, as arrays of int32: 8 bytes per token."""
 
     ids: array[int]
     targets: array[int]
-    cut: bool = False
-    where: str = ""
+    cut: bool = False  # its end was cut off
+    where: str = ""  # file and line, for messages to the user
 
     @property
     def n_targets(self) -> int:
@@ -34,7 +31,7 @@ class TokenizedSample:
 def step_indices(step: int, batch_size: int, n_samples: int, seed: int, epochs: int | None = None) -> list[int]:
     """The samples of an optimizer step: a pure function, so a resumed run needs only the step number.
 
-    The samples of an epoch are a permutation drawn by (seed, epoch). With ``epochs`` the last step ends with the data.
+    Each epoch is a permutation drawn from (seed, epoch). The last of several ``epochs`` may end with a smaller step.
     """
     stream = range(step * batch_size, (step + 1) * batch_size)
     if epochs is not None:
@@ -42,25 +39,23 @@ def step_indices(step: int, batch_size: int, n_samples: int, seed: int, epochs: 
     return [epoch_order(seed, i // n_samples, n_samples)[i % n_samples] for i in stream]
 
 
-@lru_cache(maxsize=1)  # drawn once an epoch: it takes 0.1 s at 200,000 samples
+@lru_cache(maxsize=1)  # 200,000 samples take 0.1 s
 def epoch_order(seed: int, epoch: int, n_samples: int) -> array[int]:
     order = array("i", range(n_samples))
     random.Random(f"{seed} {epoch}").shuffle(order)
     return order
 
 
-def micro_batches(
-    samples: list[TokenizedSample], max_tokens: int, max_padding: float = 0.5
-) -> list[list[TokenizedSample]]:
-    """Cut samples, longest first, into batches of at most ``max_tokens`` tokens with padding.
+def micro_batches(samples: list[TokenizedSample], max_tokens: int) -> list[list[TokenizedSample]]:
+    """Split samples, longest first, into batches of at most ``max_tokens`` tokens including padding.
 
-    A sample shorter than its batch's longest by more than ``max_padding`` opens a new one. Attention alone computes the
-    padding, so half of a sample is cheaper than another pass.
+    A sample shorter than half of its batch's longest starts a new batch. Only attention computes the padding, so a
+    sample with less padding costs less than another pass.
     """
     batches: list[list[TokenizedSample]] = []
     for sample in sorted(samples, key=lambda sample: len(sample.ids), reverse=True):
         width = len(batches[-1][0].ids) if batches else 0
-        if batches and (len(batches[-1]) + 1) * width <= max_tokens and len(sample.ids) >= (1 - max_padding) * width:
+        if batches and (len(batches[-1]) + 1) * width <= max_tokens and 2 * len(sample.ids) >= width:
             batches[-1].append(sample)
         else:
             batches.append([sample])
@@ -68,7 +63,7 @@ def micro_batches(
 
 
 def collate(samples: list[TokenizedSample], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, list[int]]:
-    """ids (B, T), targets (B, T) and the rows' lengths: padded at the right, where causal attention never looks."""
+    """ids (B, T), targets (B, T) and the rows' lengths. Padding is at the right, where causal attention never looks."""
     lengths = [len(sample.ids) for sample in samples]
     ids = np.zeros((len(samples), max(lengths)), dtype=np.int64)
     targets = np.full_like(ids, IGNORE)
@@ -78,11 +73,11 @@ def collate(samples: list[TokenizedSample], device: torch.device | str = "cpu") 
     return torch.from_numpy(ids).to(device), torch.from_numpy(targets).to(device), lengths
 
 
-class Take(torch.autograd.Function):
-    """x (M, ...), index (N,) -> x[index] (N, ...); its gradient is dy[back] (M, ...), and zero in the rows ``unused``.
+class GatherRows(torch.autograd.Function):
+    """x (M, ...), index (N,) -> x[index] (N, ...), with the gradient dy[back] (M, ...), zero in the rows ``unused``.
 
-    Right where all the gradient of a row arrives at its place in ``back`` (M,). That of index_select would be added up,
-    for rows may be taken twice: on a GPU by atomic operations, of which all that belong to padding meet in one row.
+    Correct if ``back`` (M,) names the only row of dy that x's row gets a gradient from. index_select would instead add
+    up rows, because an index may repeat; on a GPU by atomic operations, which collide for all of the padding.
     """
 
     @staticmethod
@@ -97,18 +92,18 @@ class Take(torch.autograd.Function):
 
 
 class Packing:
-    """The tokens of a padded batch (B, T) without its padding: one row of N, each of which knows its place.
+    """Removes the padding of a batch (B, T), and puts it back.
 
-    Attention alone needs them as (B, T) again; all else in the model looks at single tokens, and is spared the padding.
+    Only attention needs a (B, T) batch. The rest of the model works on single tokens, one row of N, and skips padding.
     """
 
     def __init__(self, lengths: list[int], T: int, device: torch.device | str = "cpu", multiple: int = 1) -> None:
-        """The first ``lengths`` tokens of each row, and of the padding what makes their number a ``multiple``."""
+        """Keep the first ``lengths`` tokens of each row, and as much padding as makes their number a ``multiple``."""
         places = [row * T + t for row, length in enumerate(lengths) for t in range(length)]
         padding = [row * T + t for row, length in enumerate(lengths) for t in range(length, T)]
-        fill = -len(places) % multiple
-        places, padding = places + padding[:fill], padding[fill:]
-        order = [0] * (len(lengths) * T)  # of padding the first token: causal attention never looks at it
+        n_extra = -len(places) % multiple
+        places, padding = places + padding[:n_extra], padding[n_extra:]
+        order = [0] * (len(lengths) * T)  # padding repeats the first token
         for i, place in enumerate(places):
             order[place] = i
         self.shape = torch.Size((len(lengths), T))
@@ -116,15 +111,14 @@ class Packing:
         self.order = torch.tensor(order, device=device)  # (B * T,) within N
         self.padding = torch.tensor(padding, device=device, dtype=torch.long)  # the rest of B * T
 
-    def gather(self, x: Tensor) -> Tensor:
+    def unpad(self, x: Tensor) -> Tensor:
         """(B, T, ...) -> (1, N, ...)."""
-        return Take.apply(x.flatten(0, 1), self.places, self.order, self.padding)[None]
+        return GatherRows.apply(x.flatten(0, 1), self.places, self.order, self.padding)[None]
 
-    def spread(self, x: Tensor) -> Tensor:
-        """(1, heads, N, hs) -> (B, heads, T, hs). Autograd keeps indices alone.
+    def pad(self, x: Tensor) -> Tensor:
+        """(1, heads, N, hs) -> (B, heads, T, hs).
 
-        Padding repeats the first token, and what gradient arrives there is dropped. It is zero: ``gather`` gives none
-        to queries in padding, and no other query sees their keys.
+        Gradients at padding are dropped. They are zero: ``unpad`` sends none there, and no other query sees padding.
         """
-        rows = Take.apply(x[0].transpose(0, 1), self.order, self.places, self.padding[:0])
+        rows = GatherRows.apply(x[0].transpose(0, 1), self.order, self.places, self.padding[:0])
         return rows.unflatten(0, self.shape).transpose(1, 2)

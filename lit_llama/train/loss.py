@@ -58,7 +58,7 @@ def target_vectors(
     packing = Packing(
         [n + len(model.virtual_ids) for n in lengths], ids.size(1), ids.device, shape_multiple(model, ids)
     )
-    hidden = model.hidden_states(ids, packing=packing)[packing.gather(where)]
+    hidden = model.hidden_states(ids, packing=packing)[packing.unpad(where)]
     return hidden, targets[where], where
 
 
