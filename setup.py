@@ -1,7 +1,9 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
 HUB = ["huggingface_hub>=0.24"]
 QUANTIZE = ["bitsandbytes>=0.44"]
 PLOT = ["matplotlib>=3.8"]
@@ -21,16 +23,16 @@ TEST = [
 
 setup(
     name="lit-llama",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.*)"', (HERE / "lit_llama/__init__.py").read_text(encoding="utf-8"))[1],
     description="A readable LLaMA and every finetuning method around LLaMA-Adapter",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["lit_llama", "lit_llama.*"]),
     package_data={"lit_llama": ["py.typed"]},
     install_requires=[
-        "torch>=2.5,<2.14",  # bounded: a newer one may bring gigabytes of CUDA packages or other numbers
+        "torch>=2.5,<2.14",  # bounded: a newer version may bring gigabytes of CUDA packages or change results
         "lightning>=2.4",
         "sentencepiece>=0.2",
         "jsonargparse[signatures]>=4.49",

@@ -2,7 +2,7 @@
 
     python finetune/adapter.py                                      # SmolLM2-135M on data/bookings
     python finetune/adapter.py --data my.json --out_dir out/my      # your own data
-    python finetune/adapter.py --devices 8 --train.batch_size 64    # eight GPUs
+    python finetune/adapter.py --devices 8 --train.batch_size 64    # eight GPUs (not tried yet)
 
 Paper: https://arxiv.org/abs/2303.16199. What it adds to the model: lit_llama/methods/adapter.py.
 """
@@ -61,12 +61,12 @@ def main(
     """Finetune a base with LLaMA-Adapter.
 
     Args:
-        prompt_length: Rows of the learned prompt in each block (K).
-        start_layer: The first block that gets a prompt; the ones below stay as they are.
-        prompt_init: Prompts start as what their blocks read of a training "text", or "normal", as in the paper.
-        gate: One gate for each "head", as in the paper, or for each "layer", as in PEFT.
-        gate_init: Where the gates start; the paper's zero leaves the model as it is at first.
-        gate_lr_scale: The gates learn at this share of the learning rate.
+        prompt_length: Length of the learned prompt in each block (K).
+        start_layer: The first block that gets a prompt; the blocks below do not change.
+        prompt_init: Start the prompts from a training "text", or from N(0, 1) with "normal", as in the paper.
+        gate: One gate per "head", as in the paper, or per "layer", as in PEFT.
+        gate_init: Initial value of the gates. With the paper's 0 the model starts as the base.
+        gate_lr_scale: Learning rate of the gates, relative to --train.learning_rate.
     """
     check_range("--gate_lr_scale", gate_lr_scale, 0, 100)
     check_together(strategy, compile, quantize)

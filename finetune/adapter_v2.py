@@ -1,4 +1,4 @@
-"""Finetune with LLaMA-Adapter V2: the adapter, a scale and a bias on every linear layer, and the norms.
+"""Finetune with LLaMA-Adapter V2: the adapter, a scale and a bias for every linear layer, and trained norms.
 
     python finetune/adapter_v2.py
     python finetune/adapter_v2.py --data my.json --out_dir out/my
@@ -55,10 +55,10 @@ def main(
     """Finetune a base with LLaMA-Adapter V2.
 
     Args:
-        prompt_length: Rows of the learned prompt in each block (K).
+        prompt_length: Length of the learned prompt in each block (K).
         start_layer: The first block that gets a prompt.
-        scale_head: Whether the language head, too, gets a scale and a bias.
-        other_lr_scale: All but the prompts learn at this share of the learning rate.
+        scale_head: Give the language head a scale and a bias, too.
+        other_lr_scale: Learning rate of all but the prompts, relative to --train.learning_rate.
     """
     check_range("--other_lr_scale", other_lr_scale, 0, 100)
     check_together(strategy, compile, quantize)

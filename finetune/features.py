@@ -3,7 +3,7 @@
     python finetune/features.py                                       # SmolLM2-135M on data/intents
     python finetune/features.py --classifier forest --data my.csv     # a random forest, on your texts and labels
 
-What a text's vector is, and what is kept of the classifier: lit_llama/methods/features.py.
+The vectors and the classifier: lit_llama/methods/features.py.
 """
 
 import time
@@ -40,16 +40,10 @@ def main(
 
     Args:
         classifier: A "logistic" regression, or a random "forest".
-        checkpoint_dir: Folder of the base; the default one is offered for download when it is missing.
         data: A file, or a folder with train and validation files, whose rows have a label.
-        out_dir: Where the trained folder is written; by default out/features/ and the data's name.
-        prompt_style: alpaca, chatml, llama2, llama3 or plain; by default what the base's tokenizer tells.
-        max_samples: Train on the first ones only.
-        max_seq_length: Longer texts lose their beginning.
-        precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
-        seed: Of what the forest draws at random.
-        overwrite: Replace the run in out_dir.
-        yes: Do not ask before a download.
+        max_samples: Train on only the first samples, this many.
+        max_seq_length: Texts with more tokens lose their beginning.
+        seed: Random seed of the forest.
     """
     if classifier not in CLASSIFIERS:
         raise UserError(f"--classifier {classifier!r} is none of {', '.join(CLASSIFIERS)}")

@@ -1,10 +1,10 @@
 """Finetune all layers.
 
     python finetune/full.py
-    python finetune/full.py --head classifier --data data/intents      # a new head: a row for each label
+    python finetune/full.py --head classifier --data data/intents      # a new head, one row for each label
 
-The trained folder is a checkpoint folder: generate/base.py and every script take it as a base.
-What it trains of the model: lit_llama/methods/full.py.
+With a language head the trained folder is a checkpoint folder, and every script takes it as a base.
+What it trains: lit_llama/methods/full.py.
 """
 
 from typing import Literal
@@ -51,7 +51,7 @@ def main(
     """Finetune all layers of a base.
 
     Args:
-        head: The "language" head, or a new "classifier" of the data's labels.
+        head: Keep the "language" head, or train a new "classifier" with a row for each label.
     """
     out_dir = out_dir or default_out_dir("full", data)
     check_data(data)

@@ -51,7 +51,7 @@ def main(
     """Finetune a base with Houlsby adapters.
 
     Args:
-        bottleneck_size: Width of each bottleneck (m).
+        bottleneck_size: Size of each bottleneck (m).
     """
     check_together(strategy, compile, quantize)
     out_dir = out_dir or default_out_dir("houlsby", data)

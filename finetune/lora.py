@@ -1,4 +1,4 @@
-"""Finetune with LoRA: a product of two thin matrices beside the projections of queries and values.
+"""Finetune with LoRA: a low-rank update of the projections of queries and values.
 
     python finetune/lora.py
     python finetune/lora.py --targets '[q, k, v, proj, fc1, fc2, mlp_proj]'      # all seven matrices of a block
@@ -55,11 +55,11 @@ def main(
     """Finetune a base with LoRA.
 
     Args:
-        r: The rank: rows of A and columns of B.
-        alpha: The product is scaled by alpha / r.
-        dropout: On what goes into A, while training.
-        targets: Matrices with a pair (A, B): some of q, k, v, proj, fc1, fc2, mlp_proj.
-        start_layer: The first block that gets pairs; the ones below stay as they are.
+        r: Rank of the update B A: rows of A, columns of B.
+        alpha: The update is scaled by alpha / r.
+        dropout: Dropout on the input of A in training.
+        targets: Matrices to update: some of q, k, v, proj, fc1, fc2, mlp_proj.
+        start_layer: The first block that is updated; the blocks below do not change.
     """
     check_together(strategy, compile, quantize)
     out_dir = out_dir or default_out_dir("lora", data)

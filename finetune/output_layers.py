@@ -1,9 +1,9 @@
 """Finetune the output layers: the last blocks, the final norm and the head.
 
     python finetune/output_layers.py
-    python finetune/output_layers.py --head classifier --data data/intents      # a new head: a row for each label
+    python finetune/output_layers.py --head classifier --data data/intents      # a new head, one row for each label
 
-All below stays as it is. What it trains of the model: lit_llama/methods/output_layers.py.
+The blocks below stay frozen. What it trains: lit_llama/methods/output_layers.py.
 """
 
 from typing import Literal
@@ -53,8 +53,8 @@ def main(
     """Finetune the output layers of a base.
 
     Args:
-        n_blocks: How many of the last blocks train.
-        head: The "language" head, or a new "classifier" of the data's labels.
+        n_blocks: Number of blocks to train, from the top.
+        head: Keep the "language" head, or train a new "classifier" with a row for each label.
     """
     check_together(strategy, compile, quantize)
     out_dir = out_dir or default_out_dir("output_layers", data)

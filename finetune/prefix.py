@@ -1,7 +1,7 @@
 """Finetune with prefix tuning: learned keys and values in front of the text's own, in every block.
 
     python finetune/prefix.py
-    python finetune/prefix.py --mlp_size 512      # made by an MLP while training, as in the paper
+    python finetune/prefix.py --mlp_size 512      # trained through an MLP, as in the paper
 
 Paper: https://arxiv.org/abs/2101.00190. What it adds to the model: lit_llama/methods/prefix.py.
 """
@@ -51,8 +51,8 @@ def main(
     """Finetune a base with prefix tuning.
 
     Args:
-        prompt_length: Learned keys and values in each block (K).
-        mlp_size: Width of the MLP that makes them while training; 0 trains them directly.
+        prompt_length: Number of learned keys and values in each block (K).
+        mlp_size: Size of the MLP that computes them in training; 0 trains them directly.
     """
     check_together(strategy, compile, quantize)
     out_dir = out_dir or default_out_dir("prefix", data)

@@ -51,8 +51,8 @@ def main(
     """Finetune a base with soft prompts.
 
     Args:
-        prompt_length: Learned vectors (K).
-        init_text: The vectors start as this text's embeddings, repeated or cut to fit; else as common tokens'.
+        prompt_length: Number of learned vectors (K).
+        init_text: Start the vectors from this text's embeddings, repeated or cut to fit. Default: common tokens.
     """
     check_together(strategy, compile, quantize)
     out_dir = out_dir or default_out_dir("soft_prompt", data)

@@ -1,4 +1,4 @@
-"""Settings that are flags of several scripts. Nothing heavy is imported here: ``--help`` needs no torch."""
+"""Flags that several scripts share. This module imports quickly: ``--help`` needs no torch."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ else:
 
 DEFAULT_BASE = "checkpoints/smollm2-135m-instruct"
 
-# The flags that all finetune scripts have, for --help.
+# Help texts of the flags that all finetune scripts have.
 SHARED_FLAGS = {
     "train": "The settings of the training loop.",
     "data": "A .json, .jsonl, .csv or .txt file, or a folder with train and validation files.",
     "checkpoint_dir": "Folder of the base. The default one is offered for download if it is missing.",
     "out_dir": "Folder for the results. Default: out/, the method and the name of the data.",
-    "prompt_style": "alpaca, chatml, llama2, llama3 or plain. Default: what the base's tokenizer tells.",
-    "eval_samples": "Held-out samples to answer before and after training; 0 for none.",
-    "devices": "Processes per node, one for each device.",
-    "num_nodes": "Number of machines.",
-    "strategy": "ddp: the base on every device; fsdp: sharded across them, if it does not fit on one; or auto.",
+    "prompt_style": "alpaca, chatml, llama2, llama3 or plain. Default: the style of the base's tokenizer.",
+    "eval_samples": "Number of held-out samples to answer before and after training; 0 for none.",
+    "devices": "Devices per node: GPUs, or processes on a CPU.",
+    "num_nodes": "Number of nodes (machines).",
+    "strategy": "ddp (the base on every device), fsdp (the base sharded across them), or auto (ddp).",
     "precision": "Precision of the base's weights: bf16-true, 32-true, or auto for the faster one.",
-    "compile": "Compile the blocks with torch.compile: minutes once; no gain in float32 on a CPU.",
-    "checkpointing": "Recompute activations in the backward pass: less memory, a third more work.",
+    "compile": "Compile the blocks with torch.compile, which takes minutes; no gain in float32 on a CPU.",
+    "checkpointing": "Recompute activations in the backward pass: less memory, a third more computation.",
     "quantize": "Keep the frozen base's weights in int8, or on CUDA in nf4.",
     "logger": "Also send settings and metrics to tensorboard, wandb or mlflow; the package must be installed.",
     "resume": "Continue the run in out_dir.",
     "overwrite": "Replace the run in out_dir.",
-    "allow_changes": "With resume: continue although data, base or settings of training have changed.",
+    "allow_changes": "With --resume: continue although the data, the base or training settings have changed.",
     "yes": "Do not ask before a download.",
 }
 
 
-MOST = 10**9  # steps, samples or tokens: none of them allocates anything by itself
-MOST_TOKENS = 2**20  # of one forward pass or sample
-MOST_SAMPLES = 2**16  # of one step or batch
+MOST = 10**9  # steps, samples or tokens: a large value alone allocates nothing
+MOST_TOKENS = 2**20  # in one forward pass or sample
+MOST_SAMPLES = 2**16  # in one step or batch
 MOST_SEED = 2**32 - 1
 TRAIN_RANGES = {
     "max_steps": (1, MOST),
@@ -60,21 +60,21 @@ TRAIN_RANGES = {
 
 @dataclass
 class TrainArgs:
-    """The settings that every finetune script shares.
+    """Settings of the training loop.
 
     Args:
-        max_steps: Optimizer steps in all.
-        epochs: Passes over the training samples; where it is given, max_steps does not count.
-        batch_size: Samples of one optimizer step, on all devices together.
-        micro_batch_tokens: Tokens, padding included, of one forward and backward pass: less takes less memory.
+        max_steps: Number of optimizer steps.
+        epochs: Passes over the training samples. If given, max_steps is ignored.
+        batch_size: Samples per optimizer step, over all devices.
+        micro_batch_tokens: Tokens per forward and backward pass, with padding; fewer take less memory.
         max_seq_length: Longer samples are cut to this many tokens.
-        learning_rate: The highest rate, reached at the end of the warm-up.
-        warmup_steps: Optimizer steps over which the rate rises in a line, by default a tenth; a cosine to 0 follows.
-        weight_decay: AdamW's, on what the method's paper decays.
-        clip: The gradient's norm is cut to this; 0 switches that off.
-        eval_every: Steps between validations; there is one at the end in any case.
-        save_every: Steps between saves of the state that --resume goes on from.
-        seed: Of the order of samples and of everything drawn at random.
+        learning_rate: Peak learning rate, reached at the end of the warm-up.
+        warmup_steps: Steps of linear warm-up, then a cosine decay to 0. Default: a tenth of all steps.
+        weight_decay: AdamW's weight decay, on the parameters that the method's paper decays.
+        clip: Maximum norm of the gradient; 0 turns clipping off.
+        eval_every: Steps between validations; the last step is always validated.
+        save_every: Steps between saves of the state for --resume.
+        seed: Random seed for data order, initialization and dropout.
     """
 
     max_steps: int | None = None
@@ -97,7 +97,7 @@ class TrainArgs:
             check_range(f"--train.{name}", getattr(self, name), low, high)
 
     def total_steps(self, n_samples: int) -> int:
-        """Optimizer steps in all; UserError where the warm-up leaves none of them."""
+        """Number of optimizer steps. Raises UserError if the warm-up leaves none after it."""
         steps = (self.max_steps or 0) if self.epochs is None else math.ceil(self.epochs * n_samples / self.batch_size)
         if (self.warmup_steps or 0) >= steps:
             raise UserError(f"--train.warmup_steps {self.warmup_steps} must be less than the {steps} steps in all")
@@ -112,14 +112,14 @@ class TrainArgs:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
     def summary(self, n_samples: int, world_size: int = 1) -> str:
-        """How often the steps go through the samples, and whether every device has work."""
+        """Steps, epochs, and a note if some devices have no work."""
         steps = self.total_steps(n_samples)
         passes = self.epochs or steps * self.batch_size / n_samples
-        text = f"{steps:,} steps of {self.batch_size}: {passes:.2g} times through the samples to train on"
+        text = f"{steps:,} steps of {self.batch_size} samples: {passes:.2g} epochs"
         if self.batch_size < world_size:
             text += (
                 f"\nnote: --train.batch_size {self.batch_size} gives work to only {self.batch_size} of {world_size} "
-                "devices; a larger one, with a higher --train.learning_rate, to all"
+                "devices; raise it, and --train.learning_rate with it"
             )
         return text
 
@@ -129,10 +129,10 @@ class Sampling:
     """How the next token is chosen.
 
     Args:
-        temperature: 0 takes the likeliest token (greedy); higher values flatten the distribution.
-        top_k: Keep only this many of the likeliest tokens.
-        top_p: Keep the likeliest tokens that together hold this much probability.
-        seed: Makes sampled answers repeatable.
+        temperature: 0 takes the likeliest token (greedy); a higher value samples more evenly.
+        top_k: Sample from this many of the likeliest tokens.
+        top_p: Sample from the likeliest tokens with this much total probability.
+        seed: Random seed.
     """
 
     temperature: float = 0.0

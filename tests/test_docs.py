@@ -51,6 +51,19 @@ def test_a_wrong_command_would_be_found():
         cli.parse(script_parser(ROOT / script), args)
 
 
+@pytest.mark.parametrize("page", [*READMES, *DOCS, ROOT / "CONTRIBUTING.md"], ids=str)
+def test_links_and_named_functions_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", linked.read_text(encoding="utf-8"), re.M)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+    for name, file in re.findall(r"`(\w+)` in `([\w/]+\.py)`", text):
+        assert re.search(rf"^ *(def |class )?{name}\b", (ROOT / file).read_text(encoding="utf-8"), re.M), name
+
+
 def code_block(path: Path, heading: str) -> str:
     """The first Python block below a heading."""
     return path.read_text(encoding="utf-8").split(f"## {heading}\n")[1].split("```python\n")[1].split("```")[0]

@@ -29,7 +29,7 @@ def places(tmp_path_factory):
 def test_finetune_says_what_it_did_and_what_to_do_next(places):
     folder, _, printed = places
     assert "40 training samples, 13 for validation, prompt style chatml" in printed
-    assert "\n6 steps of 2: 0.3 times through the samples to train on\n" in printed
+    assert "\n6 steps of 2 samples: 0.3 epochs\n" in printed
     assert "trainable parameters: 648 of " in printed
     matches = [line for line in printed.splitlines() if "exact match" in line]
     assert re.fullmatch(r"exact match before: [\d.]+ %", matches[-2])

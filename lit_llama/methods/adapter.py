@@ -14,9 +14,9 @@ https://arxiv.org/abs/2303.16199
         |                       |
         +-- rotated q, shared   one gate per head, 0 at the start: the model begins as the base, exactly
 
-P starts as N(0, 1), as in the paper, or as what the block reads of K tokens of a text (``start_from_text``).
+P starts from N(0, 1), as in the paper, or from K tokens of a text as the block reads them (``start_from_text``).
 
-Trains L*K*C + L*nh numbers: 1,229,760 for LLaMA-7B with L=30, K=10.
+Trains L*K*C + L*nh parameters: 1,229,760 for LLaMA-7B with L=30, K=10.
 """
 
 import torch
@@ -34,7 +34,7 @@ class AdapterAttention(CausalSelfAttention):
     ) -> None:
         self.__dict__.update(attn.__dict__)  # adopt the layer: its modules under the same keys, no weight is copied
         device, n_embd = attn.c_attn.weight.device, attn.c_attn.in_features
-        # float32 whatever the base's precision: in bfloat16 an optimizer step of 1e-3 on 0.5 is lost
+        # float32 whatever the base's precision: in bfloat16, 0.5 + 1e-3 rounds back to 0.5
         self.adapter_wte = nn.Embedding(prompt_length, n_embd, device=device, dtype=torch.float32)  # P ~ N(0, 1)
         gates = {"head": self.n_head, "layer": 1}[gate]
         self.gating_factor = nn.Parameter(torch.full((gates, 1, 1), gate_init, device=device, dtype=torch.float32))
@@ -47,9 +47,9 @@ class AdapterAttention(CausalSelfAttention):
 
     def attend(self, q, k, v, input_pos=None, mask=None):
         y = super().attend(q, k, v, input_pos, mask)  # (B, nh, T, hs)
-        if input_pos is None:  # the prompt is learning: project it again
+        if input_pos is None:  # training: the prompt has changed since the last step
             ak, av = self.prompt_kv(q.dtype)
-        else:  # decoding: once per cache, never beyond its life
+        else:  # decoding: project it once per cache
             if self.kv_cache.prompt is None:
                 self.kv_cache.prompt = self.prompt_kv(q.dtype)
             ak, av = self.kv_cache.prompt
@@ -68,8 +68,8 @@ def add_adapter(
 ) -> None:
     """Give the blocks from ``start_layer`` on a prompt of ``prompt_length`` rows and a gate.
 
-    ``gate``: one per "head" (the paper) or per "layer" (PEFT). ``gate_activation``: "none", or "tanh" as the
-    original training code has it. ``gate_init`` other than 0 is there to see what the zero is good for.
+    ``gate``: one per "head" (the paper) or per "layer" (PEFT). ``gate_activation``: "none", or "tanh" as in the
+    paper's training code. ``gate_init``: 0 as in the paper; other values show why 0 matters.
     """
     check_range("prompt_length", prompt_length, 1, model.config.block_size)
     check_range("start_layer", start_layer, 0, model.config.n_layer - 1)
@@ -84,12 +84,12 @@ def add_adapter(
 
 @torch.no_grad()
 def start_from_text(model: LLaMA, ids: list[int]) -> None:
-    """Let each prompt start as K tokens spread over the text ``ids``, as its block reads them: past the first norm.
+    """Start each prompt from K tokens spread over the text ``ids``, as its block reads them after the first norm.
 
-    Their keys and values are such as the block's attention knows. Those of N(0, 1) mean nothing, and in SmolLM2-135M
-    are about three (keys) and up to eight times (values) as large. Prefix tuning gains from real words, too (Li & Liang
-    2021, section 7.4, https://arxiv.org/abs/2101.00190). A text of fewer tokens than K + 1 is repeated. UserError
-    unless the gates are zero: a block would read what the prompts below make of the text.
+    The block's attention then knows their keys and values. Those of N(0, 1) mean nothing to it, and in SmolLM2-135M
+    they are about three times (keys) and up to eight times (values) as large. Prefix tuning gains from real words, too
+    (Li & Liang 2021, section 7.4, https://arxiv.org/abs/2101.00190). A text shorter than K + 1 tokens is repeated.
+    Raises UserError unless the gates are zero: otherwise the prompts below would change what a block reads.
     """
     adapted = [block.attn for block in model.transformer.h if isinstance(block.attn, AdapterAttention)]
     if any(attn.gating_factor.any() for attn in adapted):
@@ -97,10 +97,10 @@ def start_from_text(model: LLaMA, ids: list[int]) -> None:
     K, device = adapted[0].adapter_wte.num_embeddings, adapted[0].adapter_wte.weight.device
     length = min(max(len(ids), K + 1), model.context)
     text = torch.tensor([(ids * (K + 1))[:length]], device=device)
-    rows = torch.linspace(1, length - 1, K).long().to(device)  # without the first token, which is like no other
+    rows = torch.linspace(1, length - 1, K).long().to(device)  # the first token's vector is unlike all others
 
     def adopt(attn: AdapterAttention, inputs: tuple) -> None:
-        attn.adapter_wte.weight.copy_(inputs[0][0, rows])  # of x (1, T, C)
+        attn.adapter_wte.weight.copy_(inputs[0][0, rows])  # inputs[0] is x (1, T, C)
 
     hooks = [attn.register_forward_pre_hook(adopt) for attn in adapted]
     model.hidden_states(text)

@@ -1,14 +1,14 @@
-"""LLaMA-Adapter V2: LLaMA-Adapter, a scale and a bias on every linear layer, and trained norms.
+"""LLaMA-Adapter V2: LLaMA-Adapter, a scale and a bias for every linear layer, and trained norms.
 
 Paper: "LLaMA-Adapter V2: Parameter-Efficient Visual Instruction Model", Gao et al. 2023,
 https://arxiv.org/abs/2304.15010
 
         y = s * (x W^T + b)        s (out,) starts at one, b (out,) at zero: the model begins as the base, exactly
 
-They also act on the projection of the adapter's prompts, which goes through the same layers.
+The adapter's prompts pass through the same layers, so s and b act on them, too.
 
-Trains the adapter's numbers, 2 * out for each linear layer, and (2N + 1)*C of the norms: 4,279,744 for LLaMA-7B,
-4,215,744 without the head's.
+Trains the adapter's parameters, 2 * out per linear layer and (2N + 1)*C in the norms: 4,279,744 for LLaMA-7B,
+4,215,744 without the head's scale and bias.
 """
 
 import torch
@@ -26,7 +26,7 @@ class ScaleBias(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size, device=device, dtype=torch.float32))
 
     def forward(self, y: Tensor) -> Tensor:
-        return (self.scale * (y + self.bias)).type_as(y)  # in float32: beside 1, bfloat16 is too coarse for the scale
+        return (self.scale * (y + self.bias)).type_as(y)  # in float32: near 1, bfloat16 is too coarse for s
 
 
 def apply_scale_bias(layer: nn.Linear, args: tuple, output: Tensor) -> Tensor:

@@ -1,14 +1,13 @@
-"""The feature-based approach: the frozen model's vectors as the input of a small classifier.
+"""The feature-based approach: the frozen model's vectors are the input of a small classifier.
 
-No gradient is computed. "Deep contextualized word representations", Peters et al. 2018,
-https://arxiv.org/abs/1802.05365, made a language model's vectors the features of other models.
+Paper: "Deep contextualized word representations", Peters et al. 2018, https://arxiv.org/abs/1802.05365
 
         ids (T,) -> wte -> h[0] .. h[N-1] -> ln_f -> the last token's vector (C,) -> logistic regression -> label
 
-Each text's vector is computed once. The classifier is scikit-learn's; what is kept of it are plain arrays, from which
-``probabilities`` computes what the classifier would: nothing has to be unpickled.
+Each text's vector is computed once, and no gradient. scikit-learn fits the classifier, which is saved as plain arrays,
+not as a pickle; ``probabilities`` computes its answers from them.
 
-Trains C * labels + labels numbers, C + 1 where there are two labels: 4,097 for LLaMA-7B.
+Trains (C + 1) * labels parameters, or C + 1 for two labels: 4,097 for LLaMA-7B.
 """
 
 import numpy as np
@@ -21,7 +20,7 @@ CLASSIFIERS = ("logistic", "forest")
 def fit_classifier(
     classifier: str, vectors: np.ndarray, labels: list[str], seed: int
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The arrays of a "logistic" regression or a random "forest" fitted by scikit-learn, and its labels in order."""
+    """Fit a "logistic" regression or a random "forest"; return its arrays, and its labels in their order."""
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.linear_model import LogisticRegression
 
@@ -32,12 +31,12 @@ def fit_classifier(
         return forest_arrays(forest), list(forest.classes_)
     mean, std = vectors.mean(0), vectors.std(0) + 1e-6
     logistic = LogisticRegression(max_iter=5000, random_state=seed).fit((vectors - mean) / std, labels)
-    weight = logistic.coef_ / std  # the standardisation goes into weight and bias
+    weight = logistic.coef_ / std  # fold the standardization into weight and bias
     return {"weight": weight, "bias": logistic.intercept_ - weight @ mean}, list(logistic.classes_)
 
 
 def forest_arrays(forest) -> dict[str, np.ndarray]:
-    """All trees in one row of nodes: children (-1 at a leaf), feature, threshold, the labels' shares, and the roots."""
+    """All trees' nodes as arrays: children (-1 at a leaf), feature, threshold, label probabilities; and the roots."""
     trees = [estimator.tree_ for estimator in forest.estimators_]
     roots = np.cumsum([0] + [tree.node_count for tree in trees])[:-1]
     left, right = (
@@ -57,7 +56,7 @@ def probabilities(arrays: dict[str, np.ndarray], vectors: np.ndarray) -> np.ndar
         scores = np.hstack([np.zeros_like(scores), scores]) if scores.shape[1] == 1 else scores
         scores = np.exp(scores - scores.max(1, keepdims=True))
         return scores / scores.sum(1, keepdims=True)
-    nodes = np.repeat(arrays["roots"][None], len(vectors), axis=0)  # (n, trees), walked down together
+    nodes = np.repeat(arrays["roots"][None], len(vectors), axis=0)  # (n, trees): all walks advance together
     while (inner := arrays["left"][nodes] >= 0).any():
         values = np.take_along_axis(vectors, arrays["feature"][nodes].clip(0), 1)  # leaves hold -2 there
         below = np.where(values <= arrays["threshold"][nodes], arrays["left"][nodes], arrays["right"][nodes])

@@ -5,9 +5,9 @@ Paper: "Parameter-Efficient Transfer Learning for NLP", Houlsby et al. 2019, htt
         x = x + A1(attn(rms_1(x)))                 A(z) = z + gelu(z W_down + b1) W_up + b2
         x = x + A2(mlp(rms_2(x)))                             (.., C) -> (.., m) -> (.., C)
 
-W_up and b2 start at zero, so the model begins as the base, exactly. The norms train too, as in the paper.
+W_up and b2 start at zero, so the model begins as the base, exactly. The norms train, too, as in the paper.
 
-Trains N*2*(2*C*m + C + m) + (2N + 1)*C numbers: 33,820,672 + 266,240 for LLaMA-7B with m=64.
+Trains N*2*(2*C*m + C + m) + (2N + 1)*C parameters: 33,820,672 + 266,240 for LLaMA-7B with m=64.
 """
 
 import torch
@@ -24,7 +24,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.down = nn.Linear(n_embd, size, device=device, dtype=torch.float32)
         self.up = nn.Linear(size, n_embd, device=device, dtype=torch.float32)
-        nn.init.normal_(self.down.weight, std=0.01)  # the paper's
+        nn.init.normal_(self.down.weight, std=0.01)  # as in the paper
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
 
@@ -39,7 +39,7 @@ def apply_bottleneck(layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
 
 
 def add_houlsby(model: LLaMA, bottleneck_size: int = 64) -> None:
-    """Put a bottleneck of ``bottleneck_size`` behind every attention and MLP, and let the norms train."""
+    """Add a bottleneck of ``bottleneck_size`` after every attention and MLP, and unfreeze the norms."""
     check_range("bottleneck_size", bottleneck_size, 1, 4 * model.config.n_embd)
     device = model.transformer.wte.weight.device
     for block in model.transformer.h:

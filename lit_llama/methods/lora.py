@@ -1,4 +1,4 @@
-"""LoRA: a product of two thin matrices beside a frozen one.
+"""LoRA: a low-rank update of frozen matrices.
 
 Paper: "LoRA: Low-Rank Adaptation of Large Language Models", Hu et al. 2021, https://arxiv.org/abs/2106.09685
 
@@ -6,10 +6,10 @@ Paper: "LoRA: Low-Rank Adaptation of Large Language Models", Hu et al. 2021, htt
             |                                 |
             +- dropout -- A (r, in) -- B (out, r) -- * alpha / r
 
-B starts at zero, so the model begins as the base, exactly. W + alpha/r * B A is a matrix of W's shape: it merges
-(scripts/merge_lora.py). Of the fused projection, q, k and v have a pair of their own each.
+B starts at zero, so the model begins as the base, exactly. W + alpha/r * B A has W's shape, so the update can be merged
+(scripts/merge_lora.py). In the fused projection, q, k and v each have their own pair (A, B).
 
-Trains r*(in + out) numbers for each matrix: 4,194,304 for LLaMA-7B with q and v at r=8, 19,988,480 with all seven.
+Trains r*(in + out) parameters per matrix: 4,194,304 for LLaMA-7B with q and v at r=8, 19,988,480 with all seven.
 """
 
 import math
@@ -42,7 +42,7 @@ class LowRank(nn.Module):
         return self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
 
     def delta(self) -> Tensor:
-        """What is added to the layer's rows of W: (out, in) in float32."""
+        """The update of the layer's rows of W: (out, in) in float32."""
         return self.scale * self.B @ self.A
 
 
@@ -53,7 +53,7 @@ def add_low_ranks(layer: nn.Linear, args: tuple, output: Tensor) -> Tensor:
 
 
 def places(block: Block) -> dict[str, tuple[nn.Linear, slice]]:
-    """Each target's layer, and the rows of its output."""
+    """The layer of each target, and its rows in that layer's output."""
     attn, mlp, all_rows = block.attn, block.mlp, slice(None)
     fused = {name: (attn.c_attn, rows) for name, rows in attn.qkv_slices.items()}
     others = {"proj": attn.c_proj, "fc1": mlp.c_fc1, "fc2": mlp.c_fc2, "mlp_proj": mlp.c_proj}
@@ -68,7 +68,7 @@ def add_lora(
     targets: tuple[str, ...] = ("q", "v"),
     start_layer: int = 0,
 ) -> None:
-    """Put a pair (A, B) of rank ``r`` beside each of the matrices ``targets`` of the blocks from ``start_layer`` on."""
+    """Add a pair (A, B) of rank ``r`` to each of the matrices ``targets``, in the blocks from ``start_layer`` on."""
     check_range("r", r, 1, model.config.n_embd)
     check_range("alpha", alpha, 0.001, 10_000)
     check_range("dropout", dropout, 0, 0.99)

@@ -7,11 +7,11 @@ Paper: "Prefix-Tuning: Optimizing Continuous Prompts for Generation", Li & Liang
         y = softmax(q k^T / sqrt(hs)) v                one softmax over both; every token sees all K
 
 The prefix takes the positions 0 to K-1 and is not rotated; the text starts at K. Keys and values are hard to train
-directly, so while training they may be made from rows E (K, C) by an MLP, which is left behind once they are learned:
+directly, so in training an MLP can compute them from rows E (K, C); it is dropped once they are learned:
 
         P = tanh(E W_down + b) W_up + b'               (K, N * 2 * nkv * hs)
 
-Keeps 2*N*K*nkv*hs numbers: 2,621,440 for LLaMA-7B with K=10; an MLP of 512 makes it 136,618,496 in training.
+Keeps 2*N*K*nkv*hs parameters: 2,621,440 for LLaMA-7B with K=10. With an MLP of 512, 136,618,496 train.
 """
 
 from typing import Any
@@ -33,14 +33,14 @@ class PrefixAttention(CausalSelfAttention):
     def attend(self, q, k, v, input_pos=None, mask=None):
         pk, pv = (t.to(q.dtype).expand(q.size(0), -1, -1, -1) for t in self.prefix)
         K = pk.size(2)
-        if input_pos is None:  # K more queries, dropped below, make the square that is_causal wants
+        if input_pos is None:  # is_causal needs as many queries as keys: add K, and drop them
             return attention(F.pad(q, (0, 0, K, 0)), torch.cat((pk, k), 2), torch.cat((pv, v), 2), None, True)[:, :, K:]
         k, v = self.kv_cache.update(k, v, input_pos, end=mask.size(-1))
         return attention(q, torch.cat((pk, k), 2), torch.cat((pv, v), 2), F.pad(mask, (K, 0), value=True))
 
 
 class PrefixMLP(nn.Module):
-    """Makes the prefixes of all blocks, and hands them out at the start of each pass through the model."""
+    """Computes the prefixes of all blocks at the start of each pass through the model."""
 
     def __init__(self, model: LLaMA, prompt_length: int, mlp_size: int, device: torch.device) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class PrefixMLP(nn.Module):
         return {f"transformer.h.{i}.attn.prefix": prefix for i, prefix in enumerate(self())}
 
     def flatten(self, model: LLaMA) -> None:
-        """Put the prefixes as they are now in place of the MLP."""
+        """Replace the MLP by the prefixes that it computes now."""
         self.handle.remove()
         for block, prefix in zip(model.transformer.h, self().detach(), strict=True):
             block.attn.__dict__.pop("prefix")
@@ -68,7 +68,7 @@ class PrefixMLP(nn.Module):
 
 
 def add_prefix(model: LLaMA, prompt_length: int = 10, mlp_size: int = 0) -> None:
-    """Give every block a prefix of ``prompt_length`` keys and values; with an ``mlp_size`` an MLP makes them."""
+    """Give every block a prefix of ``prompt_length`` keys and values; with an ``mlp_size``, an MLP computes them."""
     check_range("prompt_length", prompt_length, 1, model.config.block_size - 1)
     check_range("mlp_size", mlp_size, 0, 4 * model.config.n_embd)
     model.first_position = prompt_length

@@ -1,4 +1,4 @@
-"""Soft prompts: learned vectors in front of the text's own embeddings, and nothing else.
+"""Soft prompts: learned vectors in front of the text's embeddings.
 
 Paper: "The Power of Scale for Parameter-Efficient Prompt Tuning", Lester et al. 2021,
 https://arxiv.org/abs/2104.08691
@@ -6,10 +6,10 @@ https://arxiv.org/abs/2104.08691
         ids        V  V+1 .. V+K-1   5   17   9 ..        virtual ids past the vocabulary, then the text
         x0   =  [  P_0 P_1 .. P_K-1 ; E(5) E(17) E(9) .. ]    (B, K + T, C), P (K, C) learned
 
-The blocks see a longer text: causal over all of it, positions 0 to K+T-1, no loss on the prompt. In decoding it is read
-once, and its keys and values stay in the cache. P starts as rows of the vocabulary.
+The blocks see a longer text: causal over all of it, positions 0 to K+T-1, no loss on the prompt. In decoding the prompt
+is read once; its keys and values stay in the cache. P starts from embeddings of the vocabulary.
 
-Trains K*C numbers: 81,920 for LLaMA-7B with K=20.
+Trains K*C parameters: 81,920 for LLaMA-7B with K=20.
 """
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from lit_llama.common.errors import check_range
 from lit_llama.model import LLaMA
 
-COMMON_IDS = 5000  # as in the paper, P starts from common tokens: byte-pair encodings number them by frequency
+COMMON_IDS = 5000  # P starts from common tokens, as in the paper: byte-pair encodings number tokens by frequency
 
 
 class SoftPromptEmbedding(nn.Embedding):
@@ -36,9 +36,9 @@ class SoftPromptEmbedding(nn.Embedding):
 
 
 def add_soft_prompt(model: LLaMA, prompt_length: int = 20, init_ids: list[int] | None = None) -> None:
-    """Put ``prompt_length`` learned rows in front of every text.
+    """Put ``prompt_length`` learned vectors in front of every text.
 
-    They start as the embeddings of ``init_ids`` (repeated or cut to fit), or of common tokens drawn at random.
+    They start from the embeddings of ``init_ids`` (repeated or cut to fit), or of random common tokens.
     """
     wte = model.transformer.wte
     check_range("prompt_length", prompt_length, 1, model.config.block_size - 1)
