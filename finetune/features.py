@@ -3,7 +3,7 @@
     python finetune/features.py                                       # SmolLM2-135M on data/intents
     python finetune/features.py --classifier forest --data my.csv     # a random forest, on your texts and labels
 
-The vectors and the classifier: lit_llama/methods/features.py.
+The classifier: lit_llama/methods/features.py. The vectors: text_vectors in lit_llama/generate/decode.py.
 """
 
 import time
