@@ -11,7 +11,7 @@ from helpers import make_base, sums, write_rows
 
 from lit_llama.common.errors import UserError
 from lit_llama.data.batches import IGNORE, Packing, TokenizedSample, collate, epoch_order, micro_batches, step_indices
-from lit_llama.data.prompts import encode_prompt
+from lit_llama.data.prompts import STYLES, encode_prompt
 from lit_llama.data.samples import Sample, read_samples, to_sample
 from lit_llama.data.task import hash_fraction, load_splits, load_task, tokenize_samples
 from lit_llama.tokenizer import Tokenizer
@@ -190,16 +190,15 @@ def test_a_row_that_cannot_be_encoded_is_named(tokenizer, bad):
 # masking
 
 
-@pytest.mark.parametrize("style", ["chatml", "alpaca", "llama2", "plain"])
-def test_unmasked_ids_decode_to_the_answers_and_their_ends(tokenizer, style):
+def test_unmasked_ids_decode_to_the_answers_and_their_ends(tokenizer):
     end = "<|im_end|>"  # the tiny tokenizer's EOS and chatml's end of turn
-    single = encode_sample(sample_of({"instruction": "a", "input": "b", "output": " c\n"}), style, tokenizer, 512)
-    assert answers(single, tokenizer) == f" c\n{end}"
-    several = encode_sample(sample_of({"messages": CONVERSATION}), style, tokenizer, 512)
-    assert answers(several, tokenizer) == f"1{end}2!{end}"
-    assert several.targets[:-1] == [
-        t if t == IGNORE else i for t, i in zip(several.targets, several.ids[1:], strict=False)
-    ]
+    for style in set(STYLES) - {"llama3"}:  # the tiny tokenizer has none of its control tokens
+        single = encode_sample(sample_of({"instruction": "a", "input": "b", "output": " c\n"}), style, tokenizer, 512)
+        assert answers(single, tokenizer) == f" c\n{end}"
+        several = encode_sample(sample_of({"messages": CONVERSATION}), style, tokenizer, 512)
+        assert answers(several, tokenizer) == f"1{end}2!{end}"
+        shifted = zip(several.targets, several.ids[1:], strict=False)
+        assert all(target in (IGNORE, following) for target, following in shifted)
 
 
 def test_llama2_loses_no_system_message(tokenizer):
