@@ -33,11 +33,7 @@ def main(
 
     Args:
         prompt: The instruction.
-        input: The text that the instruction is about, as in an Alpaca record.
-        trained_dir: Folder that a finetune script wrote.
         checkpoint_dir: Folder of the base, if it has moved since training.
-        max_new_tokens: The longest answer.
-        sampling: How the next token is chosen.
         devices: GPUs per node. With more than one, the base is sharded across them.
         quantize: Keep the base's weights in int8, or on CUDA in nf4, or none. Default: as in training; none if sharded.
     """

@@ -29,9 +29,6 @@ def main(
 
     Args:
         prompt: The instruction, or with --prompt_style plain the text to continue.
-        input: The text that the instruction is about, as in an Alpaca record.
-        max_new_tokens: The longest answer.
-        sampling: How the next token is chosen.
         devices: GPUs per node. With more than one, the base is sharded across them.
         quantize: Keep the blocks' weights in int8, or on CUDA in nf4.
     """

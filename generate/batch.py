@@ -39,8 +39,6 @@ def main(
     Args:
         requests: A .jsonl file with one request per line.
         checkpoint_dir: Folder of the base, if it has moved since training.
-        max_new_tokens: The longest answer.
-        sampling: How the next token is chosen.
     """
     # Requests, and the one base that they need
     rows = read_requests(Path(requests))

@@ -37,8 +37,6 @@ def main(
         checkpoint_dir: Folder of the base. Default: the one trained on, or the default base.
         system: The system message: who the model is to be.
         prompt_style: For a base: alpaca, chatml, llama2, llama3 or plain. Default: as trained, or its tokenizer's.
-        max_new_tokens: The longest answer.
-        sampling: How the next token is chosen.
     """
     check_range("--max_new_tokens", max_new_tokens, 1, MOST_TOKENS)
     if trained_dir and prompt_style:

@@ -25,8 +25,6 @@ def main(
 
     Args:
         prompt: The text, or the instruction.
-        input: The text that the instruction is about, as in an Alpaca record.
-        trained_dir: Folder that a finetune script wrote.
         checkpoint_dir: Folder of the base, if it has moved since training.
     """
     device = default_device()

@@ -215,7 +215,9 @@ def talk(monkeypatch, capsys):
 
 def test_commands(chat, trained_dirs, talk):
     load = f"/load --keep {trained_dirs['lora']}"
-    written = talk(chat, "/help", "/system Be kind", "", "hello", load, "/jump", f"/load {5000 * 'x'}", "/quit", "never")
+    written = talk(
+        chat, "/help", "/system Be kind", "", "hello", load, "/jump", f"/load {5000 * 'x'}", "/quit", "never"
+    )
     assert "/load FOLDER" in written and "the system message is set" in written and "lora over tiny, in " in written
     assert "error: /jump is none of /system, /reset, /load, /help, /quit\nerror: " in written
     assert [turn["content"] for turn in chat.turns][0] == "hello" and len(chat.turns) == 2
