@@ -9,10 +9,10 @@ The classifier: lit_llama/methods/features.py. The vectors: text_vectors in lit_
 import time
 
 from lit_llama import __version__, cli
-from lit_llama.bars import Bar
 from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import save_arrays
+from lit_llama.common.progress import Bar
 from lit_llama.data.task import check_data, load_task
 from lit_llama.devices.launch import base_dtype, launch
 from lit_llama.formats.download import ensure_base
@@ -70,7 +70,7 @@ def main(
 
     started = time.perf_counter()
     splits = {"train": task.train[:max_samples], "validation": task.validation}
-    with Bar(sum(map(len, splits.values())), "vectors", "text") as bar:
+    with Bar(sum(map(len, splits.values())), "vectors") as bar:
         texts = {name: [sample.ids.tolist() for sample in split] for name, split in splits.items()}
         vectors = {name: text_vectors(model, ids, tick=bar.update) for name, ids in texts.items()}
     answers = {name: [task.labels[sample.targets[-1]] for sample in split] for name, split in splits.items()}

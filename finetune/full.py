@@ -69,7 +69,6 @@ def main(
     settings = describe_run("full", add_full, arguments, checkpoint_dir, task, train, dtype)
     whole = None if task.labels else checkpoint_dir  # a language model becomes a checkpoint folder of its own
     run = Run(fabric, out_dir, settings, resume, overwrite, allow_changes, whole)
-    check_memory(fabric, settings, task, train, "auto", compile, checkpointing)
 
     # Model: freeze the base, then add the method; what requires a gradient afterwards is trained
     model = load_model(checkpoint_dir, dtype, fabric.device).requires_grad_(False)
@@ -79,6 +78,7 @@ def main(
     add_full(model, **arguments)
     print_rank0(count_trainable(model))
     broadcast_trained(fabric, model)
+    check_memory(fabric, model, train, task.longest, checkpointing)
     wrap_blocks(model, compile, checkpointing)
 
     # Optimizer

@@ -12,11 +12,10 @@ from lit_llama import cli
 from lit_llama.checkpoint import load_model
 from lit_llama.data.batches import collate, step_indices
 from lit_llama.data.task import check_data, load_task
-from lit_llama.devices.blocks import unwrap_blocks, wrap_blocks
+from lit_llama.devices.blocks import check_together, shard, unwrap_blocks, wrap_blocks
 from lit_llama.devices.launch import base_dtype, launch, print_rank0
 from lit_llama.devices.memory import check_memory
 from lit_llama.devices.quantize import quantize_base
-from lit_llama.devices.sharding import check_together, shard
 from lit_llama.formats.download import ensure_base
 from lit_llama.methods.lora import add_lora
 from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
@@ -77,7 +76,6 @@ def main(
     dtype = base_dtype(precision, fabric.device)
     settings = describe_run("lora", add_lora, arguments, checkpoint_dir, task, train, dtype, quantize)
     run = Run(fabric, out_dir, settings, resume, overwrite, allow_changes)
-    check_memory(fabric, settings, task, train, strategy, compile, checkpointing)
 
     # Model: freeze the base, then add the method; what requires a gradient afterwards is trained
     model = load_model(checkpoint_dir, dtype, fabric.device, sharded=strategy == "fsdp").requires_grad_(False)
@@ -90,6 +88,7 @@ def main(
         shard(fabric, model, dtype)
     print_rank0(count_trainable(model))
     broadcast_trained(fabric, model)
+    check_memory(fabric, model, train, task.longest, checkpointing)
     wrap_blocks(model, compile, checkpointing)
 
     # Optimizer

@@ -60,8 +60,8 @@ class LLaMAConfig:
 
 def unfreeze(module: nn.Module) -> None:
     """Make a module trainable, in float32: in bfloat16, 0.5 + 1e-3 rounds back to 0.5."""
-    for layer in [layer for layer in module.modules() if hasattr(layer, "widen")]:  # devices/quantize.py
-        layer.widen()
+    for layer in [layer for layer in module.modules() if hasattr(layer, "dequantize")]:  # devices/quantize.py
+        layer.dequantize()
     module.float().requires_grad_(True)
 
 
@@ -302,7 +302,7 @@ class LLaMA(nn.Module):
         return self.config.block_size - self.first_position
 
     @property
-    def text_room(self) -> int:
+    def max_text_tokens(self) -> int:
         """Tokens that fit after the ``virtual_ids``."""
         return self.context - len(self.virtual_ids)
 

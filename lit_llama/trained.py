@@ -17,7 +17,7 @@ from lit_llama.checkpoint import (
 )
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import read_json, read_tensors, tensor_headers
-from lit_llama.devices.quantize import count_numbers
+from lit_llama.devices.quantize import count_parameters
 from lit_llama.model import LLaMA
 from lit_llama.settings import MOST_TOKENS
 
@@ -36,7 +36,7 @@ def trained_tensors(model: LLaMA) -> dict[str, Tensor]:
 
 def count_trainable(model: LLaMA) -> str:
     """The number of trainable parameters, as a line for the user."""
-    trainable, total = sum(tensor.numel() for tensor in trained_tensors(model).values()), count_numbers(model)
+    trainable, total = sum(tensor.numel() for tensor in trained_tensors(model).values()), count_parameters(model)
     return f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)"
 
 

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lit_llama import cli
-from lit_llama.bars import Bar
 from lit_llama.common.errors import check_range
+from lit_llama.common.progress import Bar
 from lit_llama.formats.download import ensure_base
 from lit_llama.measure.comparison import METHODS, ScriptRun, ablation_jobs, pilot_jobs, variant_jobs
 from lit_llama.settings import DEFAULT_BASE, MOST, MOST_SAMPLES, MOST_SEED
@@ -80,8 +80,8 @@ def main(
     from lit_llama.cli import save_settings
     from lit_llama.common.files import check_writable
     from lit_llama.data.task import split_file
+    from lit_llama.devices.blocks import check_sharding
     from lit_llama.devices.launch import STRATEGIES, check_launcher
-    from lit_llama.devices.sharding import check_sharding
 
     check_launcher(devices, num_nodes=1)
     if strategy not in STRATEGIES:
@@ -108,7 +108,7 @@ def main(
     keep_settings(folder / "settings.json", settings)
     save_settings(folder)
     failed: dict[str, str] = {}
-    with Bar(sum(job.steps for job in trials + jobs), "steps", "step") as bar:
+    with Bar(sum(job.steps for job in trials + jobs), "steps") as bar:
         run_jobs(trials, jobs, settings, failed, bar)
         for name, (count, file) in bases.items():
             bar.set_description(name)

@@ -111,8 +111,8 @@ def main(
         )
         print_rank0(f"{loaded.name} on {file}")
         model, tokenizer, style = loaded.model, loaded.tokenizer, loaded.prompt_style
-        length = max_seq_length or loaded.max_seq_length or (model.text_room if shots else 512)
-        length = min(length, model.text_room)
+        length = max_seq_length or loaded.max_seq_length or (model.max_text_tokens if shots else 512)
+        length = min(length, model.max_text_tokens)
         given = Examples(Path(data), shots, shots_seed)
         rows = evaluate_answers(fabric, samples, model, tokenizer, style, length, batch_size, given)
     if results is not None and fabric.is_global_zero:

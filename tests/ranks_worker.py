@@ -13,8 +13,8 @@ from lit_llama.checkpoint import load_model
 from lit_llama.common.files import save_tensors, write_json
 from lit_llama.data.batches import collate
 from lit_llama.data.task import load_task
+from lit_llama.devices.blocks import is_piece, shard
 from lit_llama.devices.launch import PRECISIONS, launch
-from lit_llama.devices.sharding import is_piece, shard
 from lit_llama.methods.table import METHODS
 from lit_llama.settings import TrainArgs
 from lit_llama.train.evaluate import BeforeAfter

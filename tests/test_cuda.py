@@ -5,8 +5,8 @@ import torch
 
 from lit_llama.data.batches import TokenizedSample, collate
 from lit_llama.devices.blocks import unwrap_blocks, wrap_blocks
-from lit_llama.devices.graphs import NextLogits
-from lit_llama.devices.quantize import NarrowLinear, count_numbers, quantize_base
+from lit_llama.devices.cuda_graphs import NextLogits
+from lit_llama.devices.quantize import QuantizedLinear, count_parameters, quantize_base
 from lit_llama.generate.decode import decode, decoding, generate, generate_batch
 from lit_llama.measure.contenders import open_gates
 from lit_llama.methods.table import METHODS
@@ -130,11 +130,11 @@ def test_narrow_blocks_compute_their_rounded_weights(kind):
     if kind == "nf4":
         pytest.importorskip("bitsandbytes")
     model = adapted(quantize=kind)
-    assert count_numbers(model) == count_numbers(adapted())
+    assert count_parameters(model) == count_parameters(adapted())
     loss, gradients = losses_and_gradients(model)
     model.zero_grad()
-    for layer in [layer for layer in model.modules() if isinstance(layer, NarrowLinear)]:
-        layer.widen()
+    for layer in [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]:
+        layer.dequantize()
     expected, others = losses_and_gradients(model)
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
     for name, gradient in gradients.items():

@@ -24,16 +24,8 @@ from helpers import (
 from lit_llama.cli import UserError
 from lit_llama.devices import quantize
 from lit_llama.devices.launch import PRECISIONS
-from lit_llama.devices.quantize import (
-    Int8Linear,
-    NarrowLinear,
-    PrepackedLinear,
-    can_prepack,
-    kernel_fits,
-    prepack,
-    quantization,
-    quantize_base,
-)
+from lit_llama.devices.prepack import PrepackedLinear, can_prepack, prepack
+from lit_llama.devices.quantize import Int8Linear, QuantizedLinear, kernel_fits, quantization, quantize_base
 from lit_llama.generate.decode import generate, generate_batch
 from lit_llama.generate.load import load_for_generation, load_trained_folder
 from lit_llama.methods.table import METHODS
@@ -70,11 +62,11 @@ def test_each_weight_is_within_half_a_scale(n_out, n_in, bias):
     wide = linear(n_out, n_in, bias)
     narrow = Int8Linear(wide)
     scales = wide.weight.abs().amax(1, keepdim=True) / 127
-    assert ((narrow.wide_weight() - wide.weight).abs() <= scales / 2 * 1.0001).all()
+    assert ((narrow.full_weight() - wide.weight).abs() <= scales / 2 * 1.0001).all()
     x = torch.randn(3, 4, n_in)
     bound = (x.abs().sum(-1, keepdim=True) * scales[:, 0] / 2) * 1.001 + 1e-5
     assert ((narrow(x) - wide(x)).abs() <= bound).all()
-    torch.testing.assert_close(narrow(x), F.linear(x, narrow.wide_weight(), wide.bias))
+    torch.testing.assert_close(narrow(x), F.linear(x, narrow.full_weight(), wide.bias))
 
 
 def test_a_row_of_zeros_stays_zero():
@@ -93,7 +85,7 @@ def test_the_kernel_and_the_plain_path_agree(n_out, n_in, rows, monkeypatch):
     monkeypatch.setattr(quantize, "FEW_ROWS", 0)
     assert not kernel_fits(x, layer.weight)
     plain = layer(x)
-    exact = F.linear(x.double(), layer.wide_weight().double(), layer.bias.double())
+    exact = F.linear(x.double(), layer.full_weight().double(), layer.bias.double())
     for y in (by_kernel, plain):
         assert y.shape == (1, rows, n_out) and y.dtype == torch.bfloat16
         torch.testing.assert_close(y.double(), exact, atol=0.02, rtol=0.02)
@@ -113,14 +105,14 @@ def test_the_input_gets_the_gradient_of_the_rounded_weight(dtype):
     dy = torch.randn(3, 5, 32, dtype=dtype)
     layer(x).backward(dy)
     tolerance = dict(atol=1e-6, rtol=1e-6) if dtype == torch.float64 else dict(atol=0.05, rtol=0.02)
-    torch.testing.assert_close(x.grad.double(), dy.double() @ layer.wide_weight().double(), **tolerance)
+    torch.testing.assert_close(x.grad.double(), dy.double() @ layer.full_weight().double(), **tolerance)
 
 
 def test_scales_in_bfloat16_add_no_error():
     wide = linear(64, 96, dtype=torch.bfloat16)
     narrow = Int8Linear(wide)
     assert narrow.scales.dtype == torch.bfloat16
-    assert ((narrow.wide_weight() - wide.weight.float()).abs() <= narrow.scales.float()[:, None] / 2 * 1.001).all()
+    assert ((narrow.full_weight() - wide.weight.float()).abs() <= narrow.scales.float()[:, None] / 2 * 1.001).all()
 
 
 @pytest.mark.slow
@@ -146,7 +138,7 @@ def test_the_blocks_are_narrow_under_the_same_keys_and_the_rest_is_as_it_was():
     quantize_base(model, "int8")
     assert quantization(model) == "int8" and quantization(base) == "none"
     assert list(model.state_dict()) == list(base.state_dict())
-    narrow = {name for name, layer in model.named_modules() if isinstance(layer, NarrowLinear)}
+    narrow = {name for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
     assert len(narrow) == 5 * model.config.n_layer and all(name.startswith("transformer.h.") for name in narrow)
     assert model.lm_head.weight is model.transformer.wte.weight
     with torch.no_grad():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
 from lit_llama.common.files import read_json
-from lit_llama.devices.sharding import shard
+from lit_llama.devices.blocks import shard
 from lit_llama.methods.lora import add_lora
 from lit_llama.trained import load_trained, read_method
 

@@ -66,8 +66,10 @@ def test_a_run_resumes_with_its_own_settings_alone(places, monkeypatch):
     flags = [*flags, "--out_dir", folder / "out", "--resume"]
     refuse("finetune/adapter.py", *flags, "--gate_lr_scale", 0.5, message="lr_scale was 0.25, now 0.5")
     refuse("finetune/adapter.py", *flags, "--prompt_length", 5, message="arguments.prompt_length was 10, now 5")
-    monkeypatch.setattr("lit_llama.bars.SECONDS_BETWEEN_LINES", 0.0)
-    answered = ["before: " in run("finetune/adapter.py", *flags, *more).stderr for more in ([], ["--prompt_length", 5])]
+    monkeypatch.setattr("lit_llama.common.progress.SECONDS_BETWEEN_LINES", 0.0)
+    answered = [
+        "before 0/" in run("finetune/adapter.py", *flags, *more).stderr for more in ([], ["--prompt_length", 5])
+    ]
     assert answered == [True, False]  # nobody waits for answers to be refused
 
 

@@ -74,10 +74,10 @@ def collate(samples: list[TokenizedSample], device: torch.device | str = "cpu") 
 
 
 class GatherRows(torch.autograd.Function):
-    """x (M, ...), index (N,) -> x[index] (N, ...), with the gradient dy[back] (M, ...), zero in the rows ``unused``.
+    """x (M, ...), index (N,) -> x[index] (N, ...). The gradient is dy[back] (M, ...), and zero in the rows ``unused``.
 
-    Correct if ``back`` (M,) names the only row of dy that x's row gets a gradient from. index_select would instead add
-    up rows, because an index may repeat; on a GPU by atomic operations, which collide for all of the padding.
+    Only valid if the whole gradient of a row arrives at its place in ``back`` (M,). The gradient of index_select would
+    add up rows that were taken twice, on a GPU by atomic operations that all hit the row that padding repeats.
     """
 
     @staticmethod
@@ -92,18 +92,18 @@ class GatherRows(torch.autograd.Function):
 
 
 class Packing:
-    """Removes the padding of a batch (B, T), and puts it back.
+    """Removes the padding of a batch (B, T): N tokens in one row, and back.
 
-    Only attention needs a (B, T) batch. The rest of the model works on single tokens, one row of N, and skips padding.
+    Only attention needs the (B, T) form. Everything else works on single tokens and skips the padding.
     """
 
     def __init__(self, lengths: list[int], T: int, device: torch.device | str = "cpu", multiple: int = 1) -> None:
-        """Keep the first ``lengths`` tokens of each row, and as much padding as makes their number a ``multiple``."""
+        """Keep the first ``lengths`` tokens of each row, and enough padding to make N a ``multiple``."""
         places = [row * T + t for row, length in enumerate(lengths) for t in range(length)]
         padding = [row * T + t for row, length in enumerate(lengths) for t in range(length, T)]
-        n_extra = -len(places) % multiple
-        places, padding = places + padding[:n_extra], padding[n_extra:]
-        order = [0] * (len(lengths) * T)  # padding repeats the first token
+        fill = -len(places) % multiple
+        places, padding = places + padding[:fill], padding[fill:]
+        order = [0] * (len(lengths) * T)  # padding repeats the first token; causal attention never sees it
         for i, place in enumerate(places):
             order[place] = i
         self.shape = torch.Size((len(lengths), T))
@@ -116,9 +116,10 @@ class Packing:
         return GatherRows.apply(x.flatten(0, 1), self.places, self.order, self.padding)[None]
 
     def pad(self, x: Tensor) -> Tensor:
-        """(1, heads, N, hs) -> (B, heads, T, hs).
+        """(1, heads, N, hs) -> (B, heads, T, hs). Autograd keeps only the indices.
 
-        Gradients at padding are dropped. They are zero: ``unpad`` sends none there, and no other query sees padding.
+        The gradient of padding is dropped. It is zero: ``unpad`` gives none to queries in padding, and no other query
+        sees their keys.
         """
         rows = GatherRows.apply(x[0].transpose(0, 1), self.order, self.places, self.padding[:0])
         return rows.unflatten(0, self.shape).transpose(1, 2)

@@ -182,6 +182,11 @@ class Task:
     labels: list[str] | None = None  # of a classifier, in the order of its head's rows
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest training sample."""
+        return max(len(sample.ids) for sample in self.train)
+
+    @property
     def fingerprint(self) -> str:
         """sha256 of all ids and targets: runs with the same one train on the same tokens."""
         digest = hashlib.sha256()

@@ -1,29 +1,48 @@
-"""How the blocks run: compiled, or in training recomputed in the backward pass to save memory."""
+"""What is put around the blocks from outside: compilation, activation checkpointing, and sharding.
+
+Sharding (--strategy fsdp): every rank holds a part of each block's frozen weights, and gathers a block when it runs.
+
+    rank 0   h[0] 1/2   h[1] 1/2  ...        forward and backward, one block after the other:
+    rank 1   h[0] 2/2   h[1] 2/2  ...        gather its weights -> compute -> free the other ranks' part
+
+PyTorch's FSDP2 does it (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html). Trainable parameters
+are few and stay whole, in float32, on every rank, so gradients, clipping, optimizer and files are the same as without
+sharding. The embedding, the last norm and the head also stay whole: 0.5 of the 13 GB of LLaMA-7B.
+
+Gathering is a collective operation, so all ranks must run the model equally often. A rank without work runs it on
+samples without targets (train/loss.py) or waits in ``keep_in_step``.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lit_llama.devices.quantize import prepack
+from lit_llama.common.errors import UserError
 from lit_llama.model import LLaMA
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 
 def wrap_blocks(model: LLaMA, compile: bool = False, checkpointing: bool = False) -> None:
-    """Replace the forward pass of every block; ``unwrap_blocks`` puts the plain one back.
+    """Replace every block's forward; ``unwrap_blocks`` restores it.
 
-    ``compile``: by torch.compile, each block alone and for all lengths: a minute or more once, then fewer and larger
-    kernels.
-    ``checkpointing``: keep a block's input alone and compute the rest again in the backward pass
-    (https://arxiv.org/abs/1604.06174). Blocks below the first one that trains build no graph, and are left out.
+    ``compile`` runs torch.compile on each block for all lengths. It takes a minute or more, then runs fewer and larger
+    kernels. ``checkpointing`` keeps only a block's input and recomputes the rest in the backward pass
+    (https://arxiv.org/abs/1604.06174); blocks below the first trainable one need no backward pass.
     """
     first = first_trained(model)
-    if compile:  # by default it takes a block for another one that differs in its hooks alone, as LoRA's do
-        torch._dynamo.config.skip_nnmodule_hook_guards = False
-        # and gives up after eight variants: with a method or without, a gradient or not, padding or not, in validation
-        torch._dynamo.config.cache_size_limit = 64
+    if compile:
+        torch._dynamo.config.skip_nnmodule_hook_guards = False  # blocks that differ only in hooks (LoRA) are different
+        torch._dynamo.config.cache_size_limit = 64  # variants: with a method, a gradient, padding, in validation, ...
     for i, block in enumerate(model.transformer.h):
         forward = block.forward
         if compile:
@@ -35,21 +54,96 @@ def wrap_blocks(model: LLaMA, compile: bool = False, checkpointing: bool = False
 
 def unwrap_blocks(model: LLaMA) -> None:
     for block in model.transformer.h:
-        block.__dict__.pop("forward", None)  # the class's own is left
-
-
-def prepare_for_inference(model: LLaMA, compile: bool = False) -> None:
-    """Make a model faster that only answers from now on: prepack it, or compile its blocks and prepack the head alone.
-
-    Blocks are never both: torch.compile has no kernels for prepacked weights.
-    """
-    prepack(model, blocks=not compile)
-    wrap_blocks(model, compile=compile)
+        block.__dict__.pop("forward", None)  # uncovers the class's own
 
 
 def first_trained(model: LLaMA) -> int:
-    """The first block that builds a graph: where something trains, be it the embedding in front of all."""
+    """The first block that needs a backward pass; 0 if anything before the blocks trains, n_layer if nothing does."""
     if any(p.requires_grad for p in model.transformer.wte.parameters()) or model.reparametrization is not None:
         return 0
     trains = [any(p.requires_grad for p in block.parameters()) for block in model.transformer.h]
     return trains.index(True) if True in trains else len(trains)
+
+
+def check_together(strategy: str, compile: bool, quantize: str) -> None:
+    """Raises UserError for flags that exclude each other."""
+    if strategy == "fsdp" and (compile or quantize != "none"):
+        raise UserError("--strategy fsdp works with neither --compile nor --quantize; pass ddp")
+
+
+def check_sharding(world_size: int) -> None:
+    """Raises UserError on a single device, or if this PyTorch cannot leave the trainable parameters whole."""
+    try:
+        from torch.distributed.fsdp import fully_shard
+
+        able = "ignored_params" in inspect.signature(fully_shard).parameters
+    except ImportError:
+        able = False
+    if not able:
+        raise UserError(f"--strategy fsdp needs PyTorch 2.7 or newer, and this is {torch.__version__}; update it")
+    if world_size < 2:
+        raise UserError("--strategy fsdp shards the base across devices: pass --devices 2 or more, or --strategy auto")
+
+
+def shard(fabric: Fabric, model: LLaMA, dtype: torch.dtype) -> None:
+    """Shard the frozen weights of each block, cast to ``dtype``, across the ranks' devices.
+
+    The model may be on the CPU, memory-mapped: it is cast and moved one block at a time. The method must have been
+    added. Raises UserError if no block has a frozen weight.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    if all(param.requires_grad for block in model.transformer.h for param in block.parameters()):
+        raise UserError("--strategy fsdp shards a frozen base, but here every block trains; pass --strategy ddp")
+    mesh = init_device_mesh(fabric.device.type, (fabric.world_size,))
+    trained = {param for param in model.parameters() if param.requires_grad}
+    for block in model.transformer.h:
+        place(block, dtype, fabric.device)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+    place(model, dtype, fabric.device)
+    whole = {param for param in model.parameters() if not is_shard(param)}
+    fully_shard(model, mesh=mesh, ignored_params=whole)  # nothing left to shard, but it prefetches the blocks
+    register_fsdp_forward_method(model, "hidden_states")
+    with torch.no_grad():  # FSDP allocates its buffers in the first pass; inference mode would spoil them for training
+        model.hidden_states(torch.zeros(1, 1, dtype=torch.long, device=fabric.device))
+
+
+def is_shard(param: torch.Tensor) -> bool:
+    return hasattr(param, "device_mesh")
+
+
+def is_sharded(model: LLaMA) -> bool:
+    return any(map(is_shard, model.parameters()))
+
+
+def place(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Move weights that are not sharded to ``device``, frozen ones as ``dtype``. They stay the same Parameters."""
+    for param in module.parameters():
+        if not is_shard(param):
+            param.data = param.data.to(device, param.dtype if param.requires_grad else dtype)
+
+
+@contextmanager
+def keep_in_step(fabric: Fabric | None, model: LLaMA) -> Iterator[None]:
+    """Let ranks run a sharded model, without gradients, a different number of times.
+
+    Before each pass the ranks count those still at work. A rank that has finished runs empty passes until all have.
+    """
+    if fabric is None or not is_sharded(model):
+        yield
+        return
+    hidden_states, device = model.hidden_states, fabric.device
+
+    def announced(*args, **kwargs) -> torch.Tensor:
+        fabric.all_reduce(torch.ones(1, device=device), reduce_op="sum")
+        return hidden_states(*args, **kwargs)
+
+    model.__dict__["hidden_states"] = announced
+    try:
+        yield
+    finally:
+        model.__dict__["hidden_states"] = hidden_states
+    with torch.no_grad():
+        while bool(fabric.all_reduce(torch.zeros(1, device=device), reduce_op="sum")):
+            hidden_states(torch.zeros(1, 1, dtype=torch.long, device=device))

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from lit_llama.common.errors import UserError, check_range
-from lit_llama.devices.sharding import check_sharding
+from lit_llama.devices.blocks import check_sharding
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric

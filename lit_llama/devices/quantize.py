@@ -1,13 +1,13 @@
-"""Narrow weights for the frozen base: int8 on every device, nf4 on CUDA; and weights prepacked for decoding on a CPU.
+"""Quantized weights for the frozen base: int8 on every device, nf4 on CUDA.
 
         y = x (s W8)^T          W8 (out, in) in int8, s (out,) one scale per row: |W - s W8| <= s / 2
-        dx = dy (s W8)          the weight itself gets no gradient
+        dx = dy (s W8)          the weight gets no gradient
 
-A narrow layer takes the place of a linear one under the same key, with ``in_features``, ``out_features``, ``weight``
-and ``bias``: a method's hooks and modules go on it as on a wide one. The embedding and the head stay wide: of the
-embedding few rows are read, and the head's errors go straight into the logits. Order: load, quantize, freeze, add.
+A quantized layer replaces a linear one under the same key, and methods add hooks and modules to it as to any other. The
+embedding and the head stay in full precision: few rows of the embedding are read, and errors of the head would go
+straight into the logits. Order: load, quantize, freeze, add.
 
-int8: round to nearest, the largest number of each row at 127. nf4: "QLoRA: Efficient Finetuning of Quantized LLMs",
+int8 rounds to nearest, with the largest value of each row at 127. nf4: "QLoRA: Efficient Finetuning of Quantized LLMs",
 Dettmers et al. 2023, https://arxiv.org/abs/2305.14314.
 """
 
@@ -22,53 +22,52 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_llama.cli import UserError
-from lit_llama.devices.sharding import is_sharded
+from lit_llama.common.errors import UserError
 from lit_llama.model import Linear, LLaMA
 
-# Up to here the int8 kernel for CPUs beats widening the weight first. Two Zen 4 cores, a weight of 960 x 576: 24 us for
-# one row, where the bfloat16 product takes 49 us and the widened one 130 us; 2,300 us for 300 rows, widened 1,390 us.
+# Up to here the int8 kernel for CPUs beats dequantizing first. On two Zen 4 cores, for a weight of 960 x 576: 24 us for
+# one row (bfloat16 49 us, dequantized 130 us), 2,300 us for 300 rows (dequantized 1,390 us).
 FEW_ROWS = 16
 
 
 class AdoptedLinear(Linear):
-    """Another linear layer with its sizes, hooks and modules; the weight it puts in place is not that layer's, too."""
+    """Takes over another linear layer's sizes, hooks and modules, and gets a weight of its own."""
 
     def __init__(self, layer: Linear) -> None:
         self.__dict__.update(layer.__dict__)
         self._parameters, self._buffers = dict(layer._parameters), dict(layer._buffers)
 
 
-class NarrowLinear(AdoptedLinear):
-    """A frozen linear layer whose weight is kept in fewer bits."""
+class QuantizedLinear(AdoptedLinear):
+    """A frozen linear layer with its weight in fewer bits."""
 
     kind: str
     scales: Any
 
-    def wide_weight(self) -> Tensor:
+    def full_weight(self) -> Tensor:
         """(out, in) in float32."""
         raise NotImplementedError
 
-    def widen(self) -> None:
-        """Become a plain linear layer again, that holds the rounded weight in float32."""
-        self.weight = nn.Parameter(self.wide_weight(), requires_grad=False)
+    def dequantize(self) -> None:
+        """Become a plain linear layer that holds the rounded weight in float32."""
+        self.weight = nn.Parameter(self.full_weight(), requires_grad=False)
         del self.scales
         self.__class__ = Linear  # type: ignore[assignment]
 
 
-class Int8Linear(NarrowLinear):
+class Int8Linear(QuantizedLinear):
     kind = "int8"
 
     def __init__(self, layer: Linear) -> None:
         super().__init__(layer)
         weight = layer.weight.detach().float()
         scales = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)  # (out,)
-        scales = scales.to(layer.weight.dtype)  # rounded before what they divide: no error is added, none cast per call
+        scales = scales.to(layer.weight.dtype)  # rounded before the division, so that this rounding adds no error
         rounded = (weight / scales[:, None].float()).round().clamp(-127, 127)
         self.weight = nn.Parameter(rounded.to(torch.int8), requires_grad=False)
-        self.register_buffer("scales", scales, persistent=False)  # the keys stay the base's
+        self.register_buffer("scales", scales, persistent=False)  # the base's keys stay the same
 
-    def wide_weight(self) -> Tensor:
+    def full_weight(self) -> Tensor:
         return self.weight.float() * self.scales[:, None].float()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,28 +83,28 @@ class Int8Matmul(torch.autograd.Function):
         ctx.save_for_backward(weight, scales)
         if kernel_fits(x, weight):
             return torch._weight_int8pack_mm(x.flatten(0, -2), weight, scales.to(x.dtype)).unflatten(0, x.shape[:-1])
-        return F.linear(x, widened(weight, scales, x.dtype))
+        return F.linear(x, dequantized(weight, scales, x.dtype))
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
         weight, scales = ctx.saved_tensors
-        return dy @ widened(weight, scales, dy.dtype), None, None
+        return dy @ dequantized(weight, scales, dy.dtype), None, None
 
 
-def widened(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    # The scales go onto the weight, not onto the product: that inductor would turn into the kernel for few rows.
+def dequantized(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    # Scaling the product instead would make inductor choose the kernel for few rows.
     return weight.to(dtype) * scales.to(dtype)[:, None]
 
 
 def kernel_fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether PyTorch's int8 kernel for CPUs takes these shapes, and is the faster one: it is slow in float32."""
+    """Whether PyTorch's int8 kernel for CPUs takes these shapes and is faster (it is slow in float32)."""
     few = 0 < x.numel() <= FEW_ROWS * x.size(-1)
     fast = x.device.type == "cpu" and x.dtype == torch.bfloat16 and hasattr(torch, "_weight_int8pack_mm")
     return few and fast and weight.size(0) % 32 == 0 and weight.size(1) % 32 == 0
 
 
-class Nf4Linear(NarrowLinear):
-    """4-bit codes for blocks of 64 numbers, their scales quantized once more; by the bitsandbytes package."""
+class Nf4Linear(QuantizedLinear):
+    """4-bit codes in blocks of 64 weights, with quantized scales, by the bitsandbytes package."""
 
     kind = "nf4"
 
@@ -116,7 +115,7 @@ class Nf4Linear(NarrowLinear):
         codes, self.scales = quantize_4bit(layer.weight.detach(), quant_type="nf4", compress_statistics=True)
         self.weight = nn.Parameter(codes, requires_grad=False)  # (out * in / 2, 1) in uint8
 
-    def wide_weight(self) -> Tensor:
+    def full_weight(self) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(self.weight, self.scales).float()
@@ -125,16 +124,16 @@ class Nf4Linear(NarrowLinear):
         from bitsandbytes import matmul_4bit
 
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return matmul_4bit(x, self.weight.t(), self.scales, bias=bias)  # gives x its gradient, and nothing else
+        return matmul_4bit(x, self.weight.t(), self.scales, bias=bias)  # only x gets a gradient
 
 
-KINDS: dict[str, type[NarrowLinear]] = {"int8": Int8Linear, "nf4": Nf4Linear}
+KINDS: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "nf4": Nf4Linear}
 
 
 def quantize_base(model: LLaMA, kind: str) -> None:
-    """Keep the blocks' weights in ``kind``, "int8" or "nf4"; "none" leaves the model as it is.
+    """Quantize the blocks' weights to ``kind``, "int8" or "nf4"; "none" leaves the model as it is.
 
-    UserError where nf4 lacks a CUDA device or the bitsandbytes package.
+    Raises UserError if nf4 lacks a CUDA device or the bitsandbytes package.
     """
     if kind == "none":
         return
@@ -150,66 +149,25 @@ def quantize_base(model: LLaMA, kind: str) -> None:
 
 
 def replace_linears(parent: nn.Module, kind: Callable[[Linear], Linear]) -> None:
-    """Put a ``kind`` made of it in place of every plain linear layer of the model below ``parent``."""
+    """Replace every plain linear layer below ``parent`` by ``kind(layer)``, one at a time to save memory."""
     places = [
         (module, name)
         for module in parent.modules()
         for name, child in module.named_children()
         if type(child) is Linear
     ]
-    for module, name in places:  # no list of layers: each old weight is gone before the next is made
+    for module, name in places:
         setattr(module, name, kind(getattr(module, name)))
 
 
-def count_numbers(model: LLaMA) -> int:
-    """The model's numbers, also where nf4 keeps two of them in a byte."""
-    narrow = [layer for layer in model.modules() if isinstance(layer, NarrowLinear)]
-    further = sum(layer.in_features * layer.out_features - layer.weight.numel() for layer in narrow)
-    return sum(param.numel() for param in model.parameters()) + further
+def count_parameters(model: LLaMA) -> int:
+    """The model's parameters. (nf4 keeps two in one byte.)"""
+    quantized = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    hidden = sum(layer.in_features * layer.out_features - layer.weight.numel() for layer in quantized)
+    return sum(param.numel() for param in model.parameters()) + hidden
 
 
 def quantization(model: LLaMA) -> str:
-    """What ``quantize_base`` was told."""
-    kinds = {layer.kind for layer in model.transformer.h.modules() if isinstance(layer, NarrowLinear)}
+    """The ``kind`` that ``quantize_base`` was called with."""
+    kinds = {layer.kind for layer in model.transformer.h.modules() if isinstance(layer, QuantizedLinear)}
     return kinds.pop() if kinds else "none"
-
-
-# ---------------------------------------------------------------------------------------------- decoding on a CPU
-
-
-class PrepackedLinear(AdoptedLinear):
-    """A linear layer whose weight lies in oneDNN's own blocked order: the same products, but no gradient."""
-
-    def __init__(self, layer: Linear, dtype: torch.dtype) -> None:
-        super().__init__(layer)
-        prepacked = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(dtype))
-        self.weight = nn.Parameter(prepacked, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
-
-
-def prepack(model: LLaMA, blocks: bool = True) -> None:
-    """Prepack the head and the ``blocks`` of a whole model on a CPU that only answers from now on; else do nothing.
-
-    Two Zen 4 cores, one row in bfloat16: 24 us instead of 49 for a weight of 960 x 576, 2.9 ms instead of 4.1 for a
-    head of 49,152 x 576. Two Zen 3 cores, float32: 153 us instead of 240, 7.3 ms instead of 11.6. With the hundreds of
-    rows of a training step it gains 3 %: training does without. A tied head gets a copy of its own; of the embedding
-    then only the rows of the text's tokens are read.
-    """
-    if model.transformer.wte.weight.device.type != "cpu" or not can_prepack(model.dtype) or is_sharded(model):
-        return
-    if blocks:
-        replace_linears(model.transformer.h, lambda layer: PrepackedLinear(layer, model.dtype))
-    if type(model.lm_head) is Linear:
-        model.lm_head = PrepackedLinear(model.lm_head, model.dtype)
-
-
-def can_prepack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has an order of its own for weights of this dtype here; in float32 it was tried on x86 alone."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.float32:
-        return torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    return dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()

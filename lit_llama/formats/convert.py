@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from lit_llama.bars import track
 from lit_llama.checkpoint import save_checkpoint, shard_files, tensor_shapes
 from lit_llama.cli import UserError
 from lit_llama.common.files import atomic_write, read_json, read_tensors, whole_folder
@@ -43,7 +43,7 @@ def write_model(
     ``interleaved``: their q and k rows are, and are reordered.
     """
     fused = fuse_qkv(rename(tensors, source_format, config.n_layer, dtype), config, interleaved)
-    save_checkpoint(folder, config, track(drop_tied_head(fused, config), len(tensor_shapes(config)), "converting"))
+    save_checkpoint(folder, config, tqdm(drop_tied_head(fused, config), "converting", len(tensor_shapes(config))))
 
 
 def rename(tensors: Tensors, source_format: str, n_layer: int, dtype: str | None) -> Iterator[tuple[str, Tensor]]:

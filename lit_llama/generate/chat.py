@@ -22,7 +22,7 @@ from lit_llama.checkpoint import MODEL_FILE, load_model
 from lit_llama.common.errors import UserError
 from lit_llama.data.prompts import STYLES, Control, Message, encode_control, stop_ids
 from lit_llama.devices.blocks import unwrap_blocks, wrap_blocks
-from lit_llama.devices.graphs import NextLogits
+from lit_llama.devices.cuda_graphs import NextLogits
 from lit_llama.generate.classify import is_classifier
 from lit_llama.generate.decode import decode
 from lit_llama.generate.load import add_trained

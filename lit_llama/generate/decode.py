@@ -35,11 +35,11 @@ def check_length(model: LLaMA, prompt_tokens: int, max_new_tokens: int) -> None:
     """Raises UserError unless prompt and answer fit the model's context."""
     if prompt_tokens < 1:
         raise UserError("the prompt is empty: there is nothing to continue")
-    left = model.text_room - prompt_tokens
+    left = model.max_text_tokens - prompt_tokens
     if not 1 <= max_new_tokens <= left:
         raise UserError(
             f"a prompt of {prompt_tokens} tokens and max_new_tokens {max_new_tokens} do not fit the context of "
-            f"{model.text_room} tokens; shorten the prompt"
+            f"{model.max_text_tokens} tokens; shorten the prompt"
             + (f" or choose max_new_tokens from 1 to {left}" if left > 0 else "")
         )
 
@@ -86,7 +86,7 @@ def decode(
 ) -> Iterator[int]:
     """Continue ``ids``. The model's KV cache holds the first ``cached`` of them, and has room for the rest.
 
-    ``next_logits`` replaces the forward pass, idx (1, T) and cache slots (T,) -> (1, V): see devices/graphs.py.
+    ``next_logits`` replaces the forward pass, idx (1, T) and cache slots (T,) -> (1, V): see devices/cuda_graphs.py.
     """
     device = model.transformer.wte.weight.device
     generator = generator or torch.Generator(device).manual_seed(sampling.seed)

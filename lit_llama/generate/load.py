@@ -11,10 +11,10 @@ import torch
 from lit_llama.checkpoint import MODEL_FILE, load_model
 from lit_llama.common.errors import UserError
 from lit_llama.data.prompts import choose_style
-from lit_llama.devices.blocks import prepare_for_inference
+from lit_llama.devices.blocks import shard
 from lit_llama.devices.launch import base_dtype, default_device, log_rank0
+from lit_llama.devices.prepack import prepare_for_inference
 from lit_llama.devices.quantize import quantization, quantize_base
-from lit_llama.devices.sharding import shard
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA
 from lit_llama.settings import DEFAULT_BASE

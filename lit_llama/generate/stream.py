@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lit_llama.data.prompts import encode_prompt, stop_ids
-from lit_llama.devices.graphs import NextLogits
+from lit_llama.devices.blocks import keep_in_step
+from lit_llama.devices.cuda_graphs import NextLogits
 from lit_llama.devices.launch import log_rank0, print_rank0, rank
-from lit_llama.devices.sharding import keep_in_step
 from lit_llama.generate.decode import generate
 from lit_llama.generate.load import LoadedModel
 from lit_llama.settings import Sampling

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 
-from lit_llama.bars import Bar
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
+from lit_llama.common.progress import Bar
 from lit_llama.data.batches import TokenizedSample
 from lit_llama.devices.launch import PRECISIONS, default_device, synchronize
 from lit_llama.measure.contenders import Contender, serve
@@ -94,7 +94,7 @@ def measure(kind: str, contenders: list[Contender], work: list[list[tuple]], lim
         if error := hear(end):  # one after the other: building several at once would need the memory of all
             raise UserError(f"{contender.name} cannot be measured: {error}")
     seen: list[list[tuple]] = [[] for _ in contenders]
-    with Bar(len(work) * len(contenders), kind, "round") as bar:
+    with Bar(len(work) * len(contenders), kind) as bar:
         for number, jobs in enumerate(work):
             for contender, end, found in zip(contenders, ends, seen, strict=True):
                 answers = []

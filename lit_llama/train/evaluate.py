@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from lit_llama.bars import Bar
 from lit_llama.common.errors import UserError
+from lit_llama.common.progress import Bar
 from lit_llama.data.batches import IGNORE, TokenizedSample, collate, micro_batches
 from lit_llama.data.prompts import encode_prompt, stop_ids, user_text
 from lit_llama.data.samples import Sample, read_samples
 from lit_llama.data.task import Task, split_file
+from lit_llama.devices.blocks import keep_in_step
 from lit_llama.devices.launch import print_rank0, rank
-from lit_llama.devices.sharding import keep_in_step
 from lit_llama.generate.decode import generate_batch, label_probabilities
 from lit_llama.model import LLaMA
 from lit_llama.tokenizer import Tokenizer
@@ -68,10 +68,10 @@ def answer_samples(
         return []
     prompts = [encode_prompt(sample.prompt, style, tokenizer) for sample in samples]
     # A prompt near the context's end gets a shorter answer, and shares no batch with prompts that have more room.
-    room = [max(1, min(max_new_tokens, model.text_room - len(prompt))) for prompt in prompts]
+    room = [max(1, min(max_new_tokens, model.max_text_tokens - len(prompt))) for prompt in prompts]
     order = sorted(range(len(samples)), key=lambda i: (room[i], len(prompts[i])))
     answers = [""] * len(samples)
-    with Bar(len(samples), name, "sample", hidden=rank() > 0) as bar:
+    with Bar(len(samples), name, disable=rank() > 0) as bar:
         while order:
             rows = [i for i in order[:batch_size] if room[i] == room[order[0]]]
             order = order[len(rows) :]
@@ -114,7 +114,7 @@ def sample_losses(model: LLaMA, encoded: list[TokenizedSample], device: torch.de
     """The cross-entropy of each sample, summed over its target tokens."""
     model.eval()
     losses: dict[int, float] = {}
-    with Bar(len(encoded), "loss", "sample", hidden=rank() > 0) as bar:
+    with Bar(len(encoded), "loss", disable=rank() > 0) as bar:
         for batch in micro_batches(encoded, max_tokens=1024):
             vectors, targets, where = target_vectors(model, *collate(batch, device))
             of_tokens = F.cross_entropy(model.lm_head(vectors).float(), targets, reduction="none")  # (n,)
@@ -135,9 +135,11 @@ def validate(fabric: Fabric, model: LLaMA, data: list[TokenizedSample], micro_ba
     training = model.training
     model.eval()
     loss = torch.zeros((), device=fabric.device)
-    with keep_in_step(fabric, model):
-        for batch in micro_batches(split_evenly(data, fabric.world_size)[fabric.global_rank], micro_batch_tokens):
+    batches = micro_batches(split_evenly(data, fabric.world_size)[fabric.global_rank], micro_batch_tokens)
+    with keep_in_step(fabric, model), Bar(len(batches), "validation", leave=False, disable=rank() > 0) as bar:
+        for batch in batches:
             loss += target_loss(model, *collate(batch, fabric.device))
+            bar.update()
     model.train(training)
     summed: Any = fabric.all_reduce(loss, reduce_op="sum")
     mean = summed.item() / sum(sample.n_targets for sample in data)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_llama.common.errors import UserError
 from lit_llama.data.batches import IGNORE, Packing, TokenizedSample, micro_batches
-from lit_llama.devices.sharding import is_sharded
+from lit_llama.devices.blocks import is_sharded
 from lit_llama.model import LLaMA
 from lit_llama.trained import trained_tensors
 
@@ -74,7 +74,7 @@ def shape_multiple(model: LLaMA, ids: Tensor) -> int:
 def padded_width(model: LLaMA, ids: Tensor) -> int:
     """Width of a batch of ids (B, T) after padding: the next multiple of ``shape_multiple`` that fits the context."""
     T, multiple = ids.size(1), shape_multiple(model, ids)
-    return max(T, min(-(-T // multiple) * multiple, model.text_room))
+    return max(T, min(-(-T // multiple) * multiple, model.max_text_tokens))
 
 
 def head_loss(lm_head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -30,7 +30,6 @@ import torch
 from filelock import FileLock, Timeout
 
 from lit_llama import __version__
-from lit_llama.bars import Bar
 from lit_llama.checkpoint import CONFIG_FILE as MODEL_CONFIG_FILE
 from lit_llama.checkpoint import INDEX_FILE, MODEL_FILE, load_config
 from lit_llama.cli import CONFIG_FILE, save_settings
@@ -44,6 +43,7 @@ from lit_llama.common.files import (
     write_error,
     write_json,
 )
+from lit_llama.common.progress import Bar
 from lit_llama.data.samples import read_text
 from lit_llama.data.task import Task
 from lit_llama.devices.launch import barrier, log_rank0, peak_memory, print_rank0
@@ -155,9 +155,9 @@ class Run:
         self.step = self.load_state(model, optimizer) if self.resume else 0
         if self.step == 0:  # a run stopped before its first regular save can be resumed
             self.save_state(model, optimizer)
-        hidden = not self.fabric.is_global_zero
+        bar = Bar(total_steps, "step", initial=self.step, disable=not self.fabric.is_global_zero)
         try:
-            with catch_interrupt() as interrupt, Bar(total_steps, "step", "step", self.step, hidden) as bar:
+            with catch_interrupt() as interrupt, bar:
                 while self.step < total_steps:
                     self.row, self.step_began = {}, time.perf_counter()
                     try:
