@@ -272,7 +272,7 @@ DATA = {
     "no rows": ("rows.json", b"[]", "rows.json holds no rows"),
     "no lines": ("rows.jsonl", b"\n\n", "rows.jsonl holds no rows"),
     "one row": ("rows.jsonl", json.dumps(ROW), "1 rows are too few to split off 10%"),
-    "an object": ("rows.json", json.dumps(ROW), "must hold an array of rows; one object a line is .jsonl"),
+    "an object": ("rows.json", json.dumps(ROW), "must hold an array of rows; one object per line is .jsonl"),
     "cut": ("rows.json", '[{"instruction": "a", "outp', "not valid JSON"),
     "too much": ("rows.json", "[] []", "rows.json:1: not valid JSON: Extra data"),
     "too deep": ("rows.json", "[" * 10**5, "rows.json: not valid JSON: .*recursion|nested too deeply"),

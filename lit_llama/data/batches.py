@@ -73,24 +73,6 @@ def collate(samples: list[TokenizedSample], device: torch.device | str = "cpu") 
     return torch.from_numpy(ids).to(device), torch.from_numpy(targets).to(device), lengths
 
 
-class GatherRows(torch.autograd.Function):
-    """x (M, ...), index (N,) -> x[index] (N, ...). The gradient is dy[back] (M, ...), and zero in the rows ``unused``.
-
-    Only valid if the whole gradient of a row arrives at its place in ``back`` (M,). The gradient of index_select would
-    add up rows that were taken twice, on a GPU by atomic operations that all hit the row that padding repeats.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor, back: Tensor, unused: Tensor) -> Tensor:
-        ctx.save_for_backward(back, unused)
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        back, unused = ctx.saved_tensors
-        return dy.index_select(0, back).index_fill_(0, unused, 0), None, None, None
-
-
 class Packing:
     """Removes the padding of a batch (B, T): N tokens in one row, and back.
 
@@ -101,25 +83,16 @@ class Packing:
         """Keep the first ``lengths`` tokens of each row, and enough padding to make N a ``multiple``."""
         places = [row * T + t for row, length in enumerate(lengths) for t in range(length)]
         padding = [row * T + t for row, length in enumerate(lengths) for t in range(length, T)]
-        fill = -len(places) % multiple
-        places, padding = places + padding[:fill], padding[fill:]
-        order = [0] * (len(lengths) * T)  # padding repeats the first token; causal attention never sees it
-        for i, place in enumerate(places):
-            order[place] = i
+        places += padding[: -len(places) % multiple]
         self.shape = torch.Size((len(lengths), T))
         self.places = torch.tensor(places, device=device)  # (N,) within B * T
-        self.order = torch.tensor(order, device=device)  # (B * T,) within N
-        self.padding = torch.tensor(padding, device=device, dtype=torch.long)  # the rest of B * T
 
     def unpad(self, x: Tensor) -> Tensor:
         """(B, T, ...) -> (1, N, ...)."""
-        return GatherRows.apply(x.flatten(0, 1), self.places, self.order, self.padding)[None]
+        return x.flatten(0, 1).index_select(0, self.places)[None]
 
     def pad(self, x: Tensor) -> Tensor:
-        """(1, heads, N, hs) -> (B, heads, T, hs). Autograd keeps only the indices.
-
-        The gradient of padding is dropped. It is zero: ``unpad`` gives none to queries in padding, and no other query
-        sees their keys.
-        """
-        rows = GatherRows.apply(x[0].transpose(0, 1), self.order, self.places, self.padding[:0])
-        return rows.unflatten(0, self.shape).transpose(1, 2)
+        """(1, heads, N, hs) -> (B, heads, T, hs), with zeros as padding, at which causal attention never looks."""
+        rows = x[0].transpose(0, 1)  # (N, heads, hs)
+        padded = rows.new_zeros(self.shape.numel(), *rows.shape[1:]).index_copy(0, self.places, rows)
+        return padded.unflatten(0, self.shape).transpose(1, 2)
