@@ -48,18 +48,6 @@ def chat(base_dir):
     return make_chat(base_dir)
 
 
-def count_tokens(model, monkeypatch) -> list[int]:
-    """How many tokens each pass through the model reads, from now on."""
-    counts, forward = [], model.hidden_states
-
-    def counted(idx, *args):
-        counts.append(idx.size(1))
-        return forward(idx, *args)
-
-    monkeypatch.setattr(model, "hidden_states", counted)
-    return counts
-
-
 def say(chat: Chat, text: str) -> str:
     return "".join(chat.ask(text))
 
@@ -91,7 +79,8 @@ def test_cached_turns_are_answered_as_a_fresh_prompt_is(base_dir, trained_dirs, 
 
 
 def test_old_turns_are_not_read_again(chat, monkeypatch):
-    counts = count_tokens(chat.model, monkeypatch)
+    counts, forward = [], chat.model.hidden_states  # how many tokens each pass reads
+    monkeypatch.setattr(chat.model, "hidden_states", lambda idx, *a: (counts.append(idx.size(1)), forward(idx, *a))[1])
     first, second = (
         len(encode_prompt([{"role": "user", "content": text}], "chatml", chat.tokenizer)) for text in ("a", "bb")
     )
@@ -133,16 +122,13 @@ def test_the_cache_grows_with_the_conversation(tmp_path):
     assert chat.turns[-1]["content"].ids == fresh
 
 
-@pytest.mark.parametrize("method", METHODS_OVER_A_BASE)
-def test_load_swaps_the_method_and_leaves_the_base_alone(chat, trained_dirs, method):
+def test_load_swaps_the_method_and_leaves_the_base_alone(chat, trained_dirs):
     before = {name: tensor.clone() for name, tensor in chat.base.state_dict().items()}
     alone = say(chat, "add 1 and 2")
-    assert method in chat.command(f"/load {trained_dirs[method]}")
-    fresh = fresh_ids(chat, "add 1 and 2")
-    say(chat, "add 1 and 2")
-    assert chat.turns[-1]["content"].ids == fresh
-    shared = {t.data_ptr() for t in chat.base.parameters()} & {t.data_ptr() for t in chat.model.parameters()}
-    assert len(shared) > 10  # the base is in memory once
+    for method, folder in trained_dirs.items():
+        assert method in chat.command(f"/load {folder}") and say(chat, "add 1 and 2")
+        shared = {t.data_ptr() for t in chat.base.parameters()} & {t.data_ptr() for t in chat.model.parameters()}
+        assert len(shared) > 10  # the base is in memory once
     assert all(tensor.equal(before[name]) for name, tensor in chat.base.state_dict().items())
     chat.command("/load")
     assert say(chat, "add 1 and 2") == alone

@@ -76,14 +76,8 @@ BAD = {
     "object.json": ('{"a": 1}', "object.json: a .json file must hold an array"),
     "broken.json": ('[\n{"instruction": "a", "output": "b"},\n{"instruction": }\n]', "broken.json:3: not valid JSON"),
     "number.json": ('[{"text": "a"},\n\n 7]', "number.json, row 2: a row must be an object, got int"),
-    "keys.json": (
-        '[{"question": "a", "answer": "b"}]',
-        "keys.json, row 1: a row needs instruction.*'question', 'answer'",
-    ),
-    "type.jsonl": (
-        '{"text": "a"}\n{"instruction": "a", "output": 5}\n',
-        "type.jsonl:2: output must be a string, got 5",
-    ),
+    "keys.json": ('[{"question": "a"}]', "keys.json, row 1: a row needs instruction.*'question'"),
+    "type.jsonl": ('{"text": "a"}\n{"text": 5}\n', "type.jsonl:2: text must be a string, got 5"),
     "line.jsonl": ('{"text": "a"}\n\n{"text": \n', "line.jsonl:3: not valid JSON"),
     "ragged.csv": ("text,label\na,b\nc\n", "ragged.csv:3: the row does not have the header's 2 columns"),
     "latin1.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "latin1.jsonl:2: not UTF-8"),
@@ -159,19 +153,16 @@ def test_summary_counts_what_is_dropped_cut_and_in_both_splits(tmp_path, base):
     assert "1 dropped" in summary and "1 cut" in summary and "2 of validation also in training" in summary
 
 
-def test_texts_alone_are_a_plain_task(base):
-    task = load_task([{"text": f"line {i}"} for i in range(50)], base, None, 100)
-    assert task.prompt_style == "plain" and not task.held_out
-
-
 def test_held_out_samples_have_a_prompt_and_their_whole_answer(tmp_path, base):
     greeting = {"messages": [{"role": "assistant", "content": "hello"}]}
     long = {"instruction": "a", "output": "y" * 300}
-    write_rows(tmp_path / "data" / "train.json", sums(5))
-    write_rows(tmp_path / "data" / "validation.json", [greeting, long, *sums(8)[6:]])
-    task = load_task(tmp_path / "data", base, None, 100)
+    write_rows(tmp_path / "train.json", sums(5))
+    write_rows(tmp_path / "validation.json", [greeting, long, *sums(8)[6:]])
+    task = load_task(tmp_path, base, None, 100)
     assert len(task.validation) == 4
     assert [sample.answer for sample in task.held_out] == [row["output"] for row in sums(8)[6:]]
+    texts = load_task([{"text": f"line {i}"} for i in range(50)], base, None, 100)
+    assert texts.prompt_style == "plain" and not texts.held_out
 
 
 def test_the_fingerprint_is_that_of_earlier_versions(base):

@@ -1,5 +1,7 @@
 """Whatever bytes come: files are read or refused, prompts never leak into targets, and nothing else happens."""
 
+import csv
+import io
 import json
 import tempfile
 import tracemalloc
@@ -21,9 +23,7 @@ from lit_llama.generate.load import load_trained_folder
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.trained import trained_tensors
 
-often, sometimes = (
-    settings(max_examples=n, deadline=None, suppress_health_check=list(HealthCheck)) for n in (150, 120)
-)
+fuzz = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 text = st.text(st.characters(codec="utf-8"), max_size=30)
 spelled = st.one_of(text, st.sampled_from(["<|im_end|>", "<|im_start|>user\n", "</s>", "[/INST]", "### Response:\n"]))
 scalar = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9))
@@ -64,35 +64,24 @@ def read(content: bytes, suffix: str) -> list[Sample]:
     return samples
 
 
-@often
-@given(st.binary(max_size=200), st.sampled_from(SUFFIXES))
-def test_any_bytes_are_read_or_refused(content, suffix):
+as_json = st.lists(rows, max_size=4).map(lambda content: json.dumps(content, indent=1).encode())
+as_jsonl = st.lists(rows, max_size=4).map(lambda content: "\n".join(map(json.dumps, content)).encode())
+
+
+@fuzz
+@given(st.binary(max_size=200) | as_json | as_jsonl, st.sampled_from(SUFFIXES), st.integers(0, 400), st.binary())
+def test_any_bytes_are_read_or_refused(content, suffix, at, change):
     read(content, suffix)
+    read(content[:at] + change + content[at + len(change) :], suffix)
 
 
-@often
-@given(st.lists(rows, max_size=4), st.sampled_from([".json", ".jsonl"]), st.integers(0, 400), st.integers(0, 255))
-def test_any_json_with_a_spoiled_byte_is_read_or_refused(content, suffix, at, byte):
-    lines = "\n".join(map(json.dumps, content)) if suffix == ".jsonl" else json.dumps(content, indent=1)
-    data = bytearray(lines.encode())
-    read(bytes(data), suffix)
-    data[at : at + 1] = bytes([byte])
-    read(bytes(data), suffix)
-
-
-@often
+@fuzz
 @given(st.lists(st.lists(text, min_size=2, max_size=2), min_size=1, max_size=4), st.booleans())
 def test_json_and_csv_bring_back_what_was_written(content, as_csv):
-    import csv
-    import io
-
-    if as_csv:
-        out = io.StringIO()
-        csv.writer(out).writerows([["instruction", "output"], *content])
-        data = out.getvalue().encode()
-    else:
-        data = "\n".join(json.dumps({"instruction": a, "output": b}) for a, b in content).encode()
-    samples = read(data, ".csv" if as_csv else ".jsonl")
+    out = io.StringIO()
+    csv.writer(out).writerows([["instruction", "output"], *content])
+    lines = "\n".join(json.dumps({"instruction": a, "output": b}) for a, b in content)
+    samples = read(out.getvalue().encode(), ".csv") if as_csv else read(lines.encode(), ".jsonl")
     if samples or not as_csv:
         assert [[sample.prompt[0]["content"], sample.answer] for sample in samples] == content
 
@@ -100,7 +89,7 @@ def test_json_and_csv_bring_back_what_was_written(content, as_csv):
 # prompts and masks
 
 
-@often
+@fuzz
 @given(
     st.sampled_from(sorted(set(STYLES) - {"llama3"})),  # this tokenizer has none of its control tokens
     st.lists(st.tuples(spelled, spelled), min_size=1, max_size=3),
@@ -133,7 +122,7 @@ def test_targets_are_the_answers_and_their_ends(tokenizer, style, turns, system,
         assert trained[:-1] == expected[: len(trained) - 1]
 
 
-@often
+@fuzz
 @given(spelled)
 def test_user_text_never_makes_a_control_token(tokenizer, words):
     assert not set(tokenizer.encode(words)) & set(tokenizer.backend.controls.values())
@@ -165,7 +154,7 @@ def loaders(base, tmp_path_factory):
 NAMES = ["model.safetensors", "config.json", "trained.safetensors", "method.json"]
 
 
-@sometimes
+@fuzz
 @given(edits, st.sampled_from([0, 0, 1, 100]), st.sampled_from(NAMES))
 def test_a_spoiled_file_is_refused_or_its_tensors_are_equal(loaders, changes, cut, name):
     path, load, expected = loaders[name]
