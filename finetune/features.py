@@ -3,7 +3,7 @@
     python finetune/features.py                                       # SmolLM2-135M on data/intents
     python finetune/features.py --classifier forest --data my.csv     # a random forest, on your texts and labels
 
-The vectors and the classifier: lit_llama/methods/features.py.
+The classifier: lit_llama/methods/features.py. The vectors: text_vectors in lit_llama/generate/decode.py.
 """
 
 import time
@@ -16,7 +16,8 @@ from lit_llama.common.progress import Bar
 from lit_llama.data.task import check_data, load_task
 from lit_llama.devices.launch import base_dtype, launch
 from lit_llama.formats.download import ensure_base
-from lit_llama.methods.features import CLASSIFIERS, fit_classifier, probabilities, text_vectors
+from lit_llama.generate.decode import text_vectors
+from lit_llama.methods.features import CLASSIFIERS, fit_classifier, probabilities
 from lit_llama.settings import DEFAULT_BASE, MOST, MOST_SEED, MOST_TOKENS, Data
 from lit_llama.train.run import Run, default_out_dir
 from lit_llama.trained import TRAINED_FILE, describe_base

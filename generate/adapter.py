@@ -3,11 +3,17 @@
     python generate/adapter.py --prompt "Can we come to Casa Mar on Friday? There will be 6 of us at 19:30. - Priya"
     python generate/adapter.py --trained_dir out/adapter/my --prompt "..." --sampling.temperature 0.8
 
-The trained folder says which method it is, which base it needs and how prompts are worded.
+The trained folder says which method, base and prompt style it needs.
 """
 
 from lit_llama import cli
+from lit_llama.common.errors import UserError
+from lit_llama.devices.launch import launch_sharded, log_rank0
+from lit_llama.generate.classify import is_classifier
+from lit_llama.generate.load import load_for_generation
+from lit_llama.generate.stream import stream_answer
 from lit_llama.settings import Sampling
+from lit_llama.trained import read_method
 
 
 def main(
@@ -27,30 +33,18 @@ def main(
 
     Args:
         prompt: The instruction.
-        input: What the instruction is about, as in an Alpaca record.
-        trained_dir: Folder that a finetune script wrote.
-        checkpoint_dir: Folder of the base, where it is no longer where it was in training.
-        max_new_tokens: The longest answer.
-        sampling: How the next token is chosen.
-        devices: Of each node; several keep the base in pieces, for one that does not fit on one device.
-        num_nodes: Machines.
-        precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
-        quantize: What the base's weights are kept in: none, int8, or on CUDA nf4; by default as in training, on
-            several devices none.
-        compile: Compile the blocks by torch.compile: half a minute first; in float32 on a CPU nothing is gained.
+        checkpoint_dir: Folder of the base, if it has moved since training.
+        devices: GPUs per node. With more than one, the base is sharded across them.
+        quantize: Keep the base's weights in int8, or on CUDA in nf4, or none. Default: as in training; none if sharded.
     """
-    from lit_llama.devices.launch import log_rank0
-    from lit_llama.generate.classify import is_classifier
-    from lit_llama.generate.decode import stream_answer
-    from lit_llama.generate.load import answering
-    from lit_llama.trained import read_method
-
     if is_classifier(read_method(trained_dir)):
-        raise cli.UserError(f"{trained_dir} answers with a label, not with text: see generate/classify.py")
-    flags = (trained_dir, checkpoint_dir, None, precision, quantize, compile, devices, num_nodes)
-    with answering(*flags) as (loaded, fabric):
-        log_rank0(loaded.name + (f" in {fabric.world_size} pieces" if fabric else ""))
-        stream_answer(loaded.model, loaded.tokenizer, loaded.style, prompt, input, max_new_tokens, sampling, fabric)
+        raise UserError(f"{trained_dir} answers with a label, not with text: see generate/classify.py")
+    fabric = launch_sharded(devices, num_nodes, quantize, compile)  # None for one device
+    loaded = load_for_generation(
+        trained_dir, checkpoint_dir, precision=precision, quantize=quantize, compile=compile, fabric=fabric
+    )
+    log_rank0(loaded.name + (f", sharded across {fabric.world_size} devices" if fabric else ""))
+    stream_answer(loaded, prompt, input, max_new_tokens, sampling, fabric)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,10 @@ python generate/base.py --prompt "Once upon a time" --prompt_style plain --sampl
 """
 
 from lit_llama import cli
+from lit_llama.devices.launch import launch_sharded
 from lit_llama.formats.download import ensure_base
+from lit_llama.generate.load import load_for_generation
+from lit_llama.generate.stream import stream_answer
 from lit_llama.settings import DEFAULT_BASE, Sampling
 
 
@@ -26,25 +29,15 @@ def main(
 
     Args:
         prompt: The instruction, or with --prompt_style plain the text to continue.
-        input: What the instruction is about, as in an Alpaca record.
-        checkpoint_dir: Folder of the model.
-        prompt_style: alpaca, chatml, llama2, llama3 or plain; by default as trained, or what the tokenizer tells.
-        max_new_tokens: The longest answer.
-        sampling: How the next token is chosen.
-        devices: Of each node; several keep the model in pieces, for one that does not fit on one device.
-        num_nodes: Machines.
-        precision: Width of the weights: bf16-true, 32-true, or auto for the faster one.
-        quantize: What the blocks' weights are kept in: none, int8, or on CUDA nf4.
-        compile: Compile the blocks by torch.compile: half a minute first; in float32 on a CPU nothing is gained.
+        devices: GPUs per node. With more than one, the base is sharded across them.
+        quantize: Keep the blocks' weights in int8, or on CUDA in nf4.
     """
     ensure_base(checkpoint_dir)
-
-    from lit_llama.generate.decode import stream_answer
-    from lit_llama.generate.load import answering
-
-    flags = (None, checkpoint_dir, prompt_style, precision, quantize, compile, devices, num_nodes)
-    with answering(*flags) as (loaded, fabric):
-        stream_answer(loaded.model, loaded.tokenizer, loaded.style, prompt, input, max_new_tokens, sampling, fabric)
+    fabric = launch_sharded(devices, num_nodes, quantize, compile)  # None for one device
+    loaded = load_for_generation(
+        None, checkpoint_dir, prompt_style, precision=precision, quantize=quantize, compile=compile, fabric=fabric
+    )
+    stream_answer(loaded, prompt, input, max_new_tokens, sampling, fabric)
 
 
 if __name__ == "__main__":

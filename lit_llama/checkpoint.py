@@ -68,7 +68,7 @@ def tensor_shapes(config: LLaMAConfig) -> dict[str, tuple[int, ...]]:
 def check_tensors(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], where: Path) -> None:
     """UserError unless names and shapes are the same."""
     wrong = [f"{name} is missing" for name in expected if name not in found]
-    wrong += [f"{name} is not expected" for name in found if name not in expected]
+    wrong += [f"{repr(name)[1:-1]} is not expected" for name in found if name not in expected]  # it may hold a newline
     wrong += [
         f"{name} has shape {found[name]} instead of {shape}"
         for name, shape in expected.items()

@@ -15,7 +15,7 @@ else:
 
 DEFAULT_BASE = "checkpoints/smollm2-135m-instruct"
 
-# Help texts of the flags that all finetune scripts have.
+# Help texts of flags that several scripts have.
 SHARED_FLAGS = {
     "train": "The settings of the training loop.",
     "data": "A .json, .jsonl, .csv or .txt file, or a folder with train and validation files.",
@@ -34,6 +34,10 @@ SHARED_FLAGS = {
     "resume": "Continue the run in out_dir.",
     "overwrite": "Replace the run in out_dir.",
     "allow_changes": "With --resume: continue although the data, the base or training settings have changed.",
+    "trained_dir": "Folder that a finetune script wrote.",
+    "input": "The text that the instruction is about, as in an Alpaca record.",
+    "max_new_tokens": "Maximum length of the answer.",
+    "sampling": "How the next token is chosen.",
     "yes": "Do not ask before a download.",
 }
 

@@ -74,9 +74,8 @@ def main(
     from lit_llama.data.samples import read_samples
     from lit_llama.data.task import split_file
     from lit_llama.devices.launch import base_dtype, launch, print_rank0
-    from lit_llama.devices.prepack import prepare_for_inference
     from lit_llama.generate.classify import is_classifier
-    from lit_llama.generate.load import load_answerer
+    from lit_llama.generate.load import load_for_generation
     from lit_llama.trained import read_method
 
     sharded, labels = strategy == "fsdp", bool(trained_dir) and is_classifier(read_method(trained_dir))
@@ -96,17 +95,25 @@ def main(
         ensure_base(checkpoint_dir or DEFAULT_BASE)
     samples = read_samples(file)[:max_samples]
     fabric = launch(devices, num_nodes, strategy)
-    dtype = base_dtype(precision, fabric.device)
     if labels:
+        dtype = base_dtype(precision, fabric.device)
         rows = evaluate_labels(fabric, samples, trained_dir, checkpoint_dir, dtype)
     else:
-        name, model, tokenizer, style, length = load_answerer(
-            trained_dir, checkpoint_dir, prompt_style, dtype, fabric.device, quantize, fabric if sharded else None
+        loaded = load_for_generation(
+            trained_dir,
+            checkpoint_dir,
+            prompt_style,
+            precision,
+            quantize,
+            compile,
+            device=fabric.device,
+            fabric=fabric if sharded else None,
         )
-        print_rank0(f"{name} on {file}")
-        length = min(max_seq_length or length or (model.max_text_tokens if shots else 512), model.max_text_tokens)
+        print_rank0(f"{loaded.name} on {file}")
+        model, tokenizer, style = loaded.model, loaded.tokenizer, loaded.prompt_style
+        length = max_seq_length or loaded.max_seq_length or (model.max_text_tokens if shots else 512)
+        length = min(length, model.max_text_tokens)
         given = Examples(Path(data), shots, shots_seed)
-        prepare_for_inference(model, compile)
         rows = evaluate_answers(fabric, samples, model, tokenizer, style, length, batch_size, given)
     if results is not None and fabric.is_global_zero:
         write_results(Path(results), rows)
@@ -131,7 +138,7 @@ def evaluate_answers(
     given: Examples,
 ) -> list[tuple]:
     """Print loss, perplexity and exact match. The ranks share the samples, and each has all results in the end."""
-    from lit_llama.data.task import can_be_asked, encode_samples
+    from lit_llama.data.task import can_be_asked, tokenize_samples
     from lit_llama.devices.launch import print_rank0
     from lit_llama.train.evaluate import (
         add_shots,
@@ -144,7 +151,7 @@ def evaluate_answers(
     )
 
     asked = add_shots(samples, *given) if given.count else samples
-    kept, encoded = encode_samples(asked, style, tokenizer, length)
+    kept, encoded = tokenize_samples(asked, style, tokenizer, length)
     if given.count:
         kept, encoded = count_last_answers(kept, encoded, style, tokenizer)
     losses = shared(fabric, model, encoded, lambda own: sample_losses(model, own, fabric.device))

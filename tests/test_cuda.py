@@ -52,7 +52,7 @@ def test_answers_of_the_graph_are_those_of_single_launches(method, dtype, quanti
     if quantize == "nf4":
         pytest.importorskip("bitsandbytes")
     model = adapted(method, dtype, quantize)
-    answer = list(generate(model, PROMPT, 24, stop=set()))
+    answer = list(generate(model, PROMPT, 24, set(), next_logits=NextLogits(model)))
     with torch.inference_mode(), decoding(model, 1, len(model.virtual_ids) + len(PROMPT) + 24):
         ids, plain = model.virtual_ids + PROMPT, []
         positions = torch.arange(len(ids), device="cuda")
@@ -61,7 +61,8 @@ def test_answers_of_the_graph_are_those_of_single_launches(method, dtype, quanti
             plain.append(int(logits.argmax(-1)))
             ids, positions = [*ids, plain[-1]], positions[-1:] + 1
     assert answer == plain
-    drawn = [list(generate(model, PROMPT, 24, set(), Sampling(temperature=1.0, seed=5))) for _ in range(2)]
+    how = Sampling(temperature=1.0, seed=5)
+    drawn = [list(generate(model, PROMPT, 24, set(), how, NextLogits(model))) for _ in range(2)]
     assert drawn[0] == drawn[1]
 
 
@@ -85,9 +86,9 @@ def test_a_cache_that_goes_on_is_recorded_anew():
     model = adapted()
     whole = list(generate(model, PROMPT, 20, stop=set()))
     with torch.inference_mode(), decoding(model, 1, 40):
-        first = list(decode(model, PROMPT, 0, 8, set(), Sampling()))
+        first = list(decode(model, PROMPT, 0, 8, set(), Sampling(), next_logits=NextLogits(model)))
         ids = PROMPT + first
-        rest = list(decode(model, ids, len(ids) - 1, 12, set(), Sampling()))
+        rest = list(decode(model, ids, len(ids) - 1, 12, set(), Sampling(), next_logits=NextLogits(model)))
     assert first + rest == whole
 
 

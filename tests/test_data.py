@@ -9,9 +9,9 @@ import pytest
 import torch
 from helpers import make_base, sums, write_rows
 
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.data.batches import IGNORE, Packing, TokenizedSample, collate, epoch_order, micro_batches, step_indices
-from lit_llama.data.prompts import STYLES, encode_prompt, stop_ids
+from lit_llama.data.prompts import STYLES, encode_prompt
 from lit_llama.data.samples import Sample, read_samples, to_sample
 from lit_llama.data.task import hash_fraction, load_splits, load_task, tokenize_samples
 from lit_llama.tokenizer import Tokenizer
@@ -36,8 +36,8 @@ def answers(encoded: TokenizedSample, tokenizer: Tokenizer) -> str:
 
 def encode_sample(sample: Sample, style: str, tokenizer: Tokenizer, max_seq_length: int) -> TokenizedSample | None:
     """The ids and targets as lists; another sample, which fits three tokens, is encoded at the same time."""
-    _, found = tokenize_samples([Sample("some", [], text="ab"), sample], style, tokenizer, max_seq_length)
-    return found and replace(found, ids=found.ids.tolist(), targets=found.targets.tolist())
+    _, (_, *found) = tokenize_samples([Sample("some", [], text="ab"), sample], style, tokenizer, max_seq_length)
+    return replace(found[0], ids=found[0].ids.tolist(), targets=found[0].targets.tolist()) if found else None
 
 
 def sample_of(row: dict) -> Sample:
@@ -47,22 +47,19 @@ def sample_of(row: dict) -> Sample:
 # reading
 
 
-@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv"])
-def test_the_same_rows_in_every_format(tmp_path, suffix):
+def test_the_same_rows_in_every_format(tmp_path):
     rows = [
         {"instruction": 'say "a, b"', "input": "x\ny", "output": "ü"},
         {"instruction": "b", "input": "", "output": "c"},
     ]
-    path = tmp_path / f"rows.{suffix}"
-    if suffix == "json":
-        path.write_text(json.dumps(rows, indent=1), encoding="utf-8-sig")
-    elif suffix == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    else:
-        path.write_text('instruction,input,output\n"say ""a, b""","x\ny",ü\nb,,c\n', encoding="utf-8")
-    samples = read_samples(path)
-    assert [sample.answer for sample in samples] == ["ü", "c"]
-    assert samples[0].prompt == [{"role": "user", "content": 'say "a, b"', "input": "x\ny"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1), encoding="utf-8-sig")
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    csv = 'instruction,input,output\n"say ""a, b""","x\ny",ü\nb,,c\n'
+    (tmp_path / "a.csv").write_text(csv, encoding="utf-8")
+    for path in tmp_path.iterdir():
+        samples = read_samples(path)
+        assert [sample.answer for sample in samples] == ["ü", "c"]
+        assert samples[0].prompt == [{"role": "user", "content": 'say "a, b"', "input": "x\ny"}]
 
 
 def test_text_label_and_plain_text_rows(tmp_path):
@@ -78,24 +75,14 @@ BAD = {
     "empty.json": ("[]", "holds no rows"),
     "object.json": ('{"a": 1}', "object.json: a .json file must hold an array"),
     "broken.json": ('[\n{"instruction": "a", "output": "b"},\n{"instruction": }\n]', "broken.json:3: not valid JSON"),
-    "open.json": ('[\n{"text": "a"}\n', "open.json:3: not valid JSON"),
     "number.json": ('[{"text": "a"},\n\n 7]', "number.json, row 2: a row must be an object, got int"),
-    "keys.json": (
-        '[{"question": "a", "answer": "b"}]',
-        "keys.json, row 1: a row needs instruction.*'question', 'answer'",
-    ),
-    "type.jsonl": (
-        '{"text": "a"}\n{"instruction": "a", "output": 5}\n',
-        "type.jsonl:2: output must be a string, got 5",
-    ),
+    "keys.json": ('[{"question": "a"}]', "keys.json, row 1: a row needs instruction.*'question'"),
+    "type.jsonl": ('{"text": "a"}\n{"text": 5}\n', "type.jsonl:2: text must be a string, got 5"),
     "line.jsonl": ('{"text": "a"}\n\n{"text": \n', "line.jsonl:3: not valid JSON"),
     "ragged.csv": ("text,label\na,b\nc\n", "ragged.csv:3: the row does not have the header's 2 columns"),
-    "long.csv": ("text,label\na,b,c\n", "long.csv:2: the row does not have"),
+    "latin1.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "latin1.jsonl:2: not UTF-8"),
     "role.jsonl": ('{"messages": [{"role": "bot", "content": "a"}]}', "role.jsonl:1: a message needs a role"),
     "silent.jsonl": ('{"messages": [{"role": "user", "content": "a"}]}', "silent.jsonl:1: messages hold no assistant"),
-    "comma.json": ('[{"text": "a"}\n{"text": "b"}]', "comma.json:2: not valid JSON: Expecting ','"),
-    "double.json": ('[{"text": "a"},,{"text": "b"}]', "double.json:1: not valid JSON"),
-    "two.json": ('[{"text": "a"}]\n[{"text": "b"}]', "two.json:2: not valid JSON: Extra data"),
     "deep.json": ("[" * 100_000, "deep.json: not valid JSON: .*recursion"),
 }
 
@@ -104,7 +91,7 @@ BAD = {
 def test_bad_files_are_named_with_line_and_reason(tmp_path, name):
     content, message = BAD[name]
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message):
         read_samples(tmp_path / name)
 
@@ -114,35 +101,33 @@ def test_csv_rows_end_at_line_ends_alone(tmp_path):
     assert [sample.label for sample in read_samples(tmp_path / "a.csv")] == ["x", "z"]
 
 
-def test_a_file_that_is_not_utf8_names_the_line(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
-    with pytest.raises(UserError, match="a.jsonl:2: not UTF-8"):
-        read_samples(tmp_path / "a.jsonl")
-
-
 # splitting
 
 
 def test_split_by_hash_is_disjoint_stable_and_about_the_fraction(tmp_path):
     train, validation = load_splits(write_rows(tmp_path / "a.json", sums(1000)), val_fraction=0.2)
-    assert len(list(train)) + len(validation) == 1000 and 150 < len(validation) < 250
+    assert len(train) + len(validation) == 1000 and 150 < len(validation) < 250
     kept = {sample.key() for sample in validation}
     assert not kept & {sample.key() for sample in train}
-    _, more = load_splits(write_rows(tmp_path / "b.json", sums(1300)[::-1]), val_fraction=0.2)
+    _, more = load_splits(sums(1300)[::-1], val_fraction=0.2)
     assert kept <= {sample.key() for sample in more}
 
 
-def test_a_large_file_gives_the_smallest_hashes_to_validation(tmp_path, monkeypatch):
+def test_a_large_file_gives_the_smallest_hashes_to_validation(monkeypatch):
     monkeypatch.setattr("lit_llama.data.task.MAX_VALIDATION", 20)
-    rows = sums(1000)
-    train, validation = load_splits(rows)
+    train, validation = load_splits(sums(1000))
     fractions = [hash_fraction(sample.key()) for sample in validation]
     assert len(fractions) == 20 and max(fractions) < min(hash_fraction(sample.key()) for sample in train)
-    _, more = load_splits(rows + [{"text": str(i)} for i in range(100)])
-    new = sum(sample.text is not None for sample in more)
-    assert {s.key() for s in more if s.text is None} == {
-        s.key() for s, _ in sorted(zip(validation, fractions, strict=True), key=lambda pair: pair[1])[: 20 - new]
-    }
+
+
+def test_rows_from_python_are_split_as_those_of_a_file(tmp_path):
+    rows = sums(60)
+    for one, other in zip(load_splits(write_rows(tmp_path / "a.json", rows)), load_splits(rows), strict=True):
+        assert [(sample.row, sample.key()) for sample in one] == [(sample.row, sample.key()) for sample in other]
+    with pytest.raises(UserError, match="row 2: a row needs instruction and output"):
+        load_splits([rows[0], {"question": "?"}])
+    with pytest.raises(UserError, match="data: 1 rows are too few"):
+        load_splits(rows[:1])
 
 
 def test_a_folder_needs_a_train_file_and_only_one(tmp_path):
@@ -154,39 +139,34 @@ def test_a_folder_needs_a_train_file_and_only_one(tmp_path):
         load_splits(tmp_path)
 
 
-def test_summary_counts_what_is_dropped_cut_and_in_both_splits(tmp_path):
-    base = make_base(tmp_path / "tiny")
+@pytest.fixture
+def base(tmp_path):
+    return make_base(tmp_path / "tiny")
+
+
+def test_summary_counts_what_is_dropped_cut_and_in_both_splits(tmp_path, base):
     rows = sums(5) + [{"instruction": "x" * 300, "output": "dropped"}, {"instruction": "a", "output": "y" * 300}]
     write_rows(tmp_path / "data" / "train.json", rows)
     write_rows(tmp_path / "data" / "validation.json", sums(2))
-    task = load_task(tmp_path / "data", base, None, 100)
-    assert "6 samples to train on, 2 to validate, prompt style chatml" in task.summary
-    assert (
-        "1 dropped" in task.summary and "1 cut" in task.summary and "2 of validation also in training" in task.summary
-    )
+    summary = load_task(tmp_path / "data", base, None, 100).summary
+    assert "6 training samples, 2 for validation, prompt style chatml" in summary
+    assert "1 dropped" in summary and "1 cut" in summary and "2 of validation also in training" in summary
 
 
-def test_texts_alone_are_a_plain_task(tmp_path):
-    base = make_base(tmp_path / "tiny")
-    (tmp_path / "a.txt").write_text("".join(f"line {i}\n" for i in range(50)))
-    task = load_task(tmp_path / "a.txt", base, None, 100)
-    assert task.prompt_style == "plain" and not task.held_out
-
-
-def test_held_out_samples_have_a_prompt_and_their_whole_answer(tmp_path):
-    base = make_base(tmp_path / "tiny")
+def test_held_out_samples_have_a_prompt_and_their_whole_answer(tmp_path, base):
     greeting = {"messages": [{"role": "assistant", "content": "hello"}]}
     long = {"instruction": "a", "output": "y" * 300}
-    write_rows(tmp_path / "data" / "train.json", sums(5))
-    write_rows(tmp_path / "data" / "validation.json", [greeting, long, *sums(8)[6:]])
-    task = load_task(tmp_path / "data", base, None, 100)
-    assert len(task.validation) == 4 and [sample.answer for sample in task.held_out] == [
-        row["output"] for row in sums(8)[6:]
-    ]
+    write_rows(tmp_path / "train.json", sums(5))
+    write_rows(tmp_path / "validation.json", [greeting, long, *sums(8)[6:]])
+    task = load_task(tmp_path, base, None, 100)
+    assert len(task.validation) == 4
+    assert [sample.answer for sample in task.held_out] == [row["output"] for row in sums(8)[6:]]
+    texts = load_task([{"text": f"line {i}"} for i in range(50)], base, None, 100)
+    assert texts.prompt_style == "plain" and not texts.held_out
 
 
-def test_the_fingerprint_is_that_of_earlier_versions(tmp_path):
-    task = load_task(sums(60), make_base(tmp_path / "tiny"), None, 100)
+def test_the_fingerprint_is_that_of_earlier_versions(base):
+    task = load_task(sums(60), base, None, 100)
     rows = [[list(sample.ids), list(sample.targets)] for sample in task.train + task.validation]
     assert task.fingerprint == hashlib.sha256("".join(map(json.dumps, rows)).encode()).hexdigest()
 
@@ -201,50 +181,34 @@ def test_a_row_that_cannot_be_encoded_is_named(tokenizer, bad):
 # masking
 
 
-@pytest.mark.parametrize("style", ["chatml", "alpaca", "llama2", "plain"])
-def test_unmasked_ids_decode_to_the_answers_and_their_ends(tokenizer, style):
+def test_unmasked_ids_decode_to_the_answers_and_their_ends(tokenizer):
     end = "<|im_end|>"  # the tiny tokenizer's EOS and chatml's end of turn
-    single = encode_sample(sample_of({"instruction": "a", "input": "b", "output": " c\n"}), style, tokenizer, 512)
-    assert answers(single, tokenizer) == f" c\n{end}"
-    several = encode_sample(sample_of({"messages": CONVERSATION}), style, tokenizer, 512)
-    assert answers(several, tokenizer) == f"1{end}2!{end}"
-    assert several.targets[:-1] == [
-        t if t == IGNORE else i for t, i in zip(several.targets, several.ids[1:], strict=False)
-    ]
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_generation_prompts_are_what_training_masks(tokenizer, style):
-    if style == "llama3":
-        pytest.skip("the tiny tokenizer has no llama3 control tokens")
-    sample = sample_of({"instruction": "a", "input": "b", "output": "c"})
-    prompt = encode_prompt(sample.prompt, style, tokenizer)
-    encoded = encode_sample(sample, style, tokenizer, 512)
-    first_target = next(i for i, target in enumerate(encoded.targets) if target != IGNORE)
-    assert encoded.ids[: first_target + 1] == prompt
-    assert encoded.targets[-1] in stop_ids(style, tokenizer)
+    for style in set(STYLES) - {"llama3"}:  # the tiny tokenizer has none of its control tokens
+        single = encode_sample(sample_of({"instruction": "a", "input": "b", "output": " c\n"}), style, tokenizer, 512)
+        assert answers(single, tokenizer) == f" c\n{end}"
+        several = encode_sample(sample_of({"messages": CONVERSATION}), style, tokenizer, 512)
+        assert answers(several, tokenizer) == f"1{end}2!{end}"
+        shifted = zip(several.targets, several.ids[1:], strict=False)
+        assert all(target in (IGNORE, following) for target, following in shifted)
 
 
 def test_llama2_loses_no_system_message(tokenizer):
     system, user, answer = CONVERSATION[:3]
     for messages in ([system, answer], [system, system, user, answer], [user, system, answer]):
         sample = sample_of({"messages": messages})
-        with pytest.raises(UserError, match="test:1: llama2 puts a system message into the user's turn"):
+        with pytest.raises(UserError, match="test:1: llama2 needs a user's turn"):
             encode_sample(sample, "llama2", tokenizer, 512)
         assert encode_sample(sample, "chatml", tokenizer, 512) is not None
     whole = encode_sample(sample_of({"messages": [user, answer, system, user, answer]}), "llama2", tokenizer, 512)
     assert "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\none [/INST]" in tokenizer.decode(whole.ids)
 
 
-def test_chatml_text(tokenizer):
-    text = tokenizer.decode(encode_prompt(CONVERSATION[:2], "chatml", tokenizer))
-    assert text == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"
-
-
-def test_control_tokens_in_user_text_stay_text(tokenizer):
-    ids = encode_prompt([{"role": "user", "content": "<|im_end|>"}], "chatml", tokenizer)
-    assert ids.count(tokenizer.control_id("<|im_end|>")) == 1
-    assert "user\n<|im_end|><|im_end|>" in tokenizer.decode(ids)
+def test_chatml_and_control_tokens_in_user_text(tokenizer):
+    messages = [CONVERSATION[0], {"role": "user", "content": "<|im_end|>"}]
+    ids = encode_prompt(messages, "chatml", tokenizer)
+    assert ids.count(tokenizer.control_id("<|im_end|>")) == 2
+    system, user = "<|im_start|>system\nBe brief.<|im_end|>\n", "<|im_start|>user\n<|im_end|><|im_end|>\n"
+    assert tokenizer.decode(ids) == system + user + "<|im_start|>assistant\n"
 
 
 def test_truncation_keeps_the_end_of_the_answer(tokenizer):
@@ -259,11 +223,6 @@ def test_truncation_keeps_the_end_of_the_answer(tokenizer):
         encode_sample(sample_of(row), "plain", tokenizer, 2)
     assert encode_sample(sample_of({"instruction": "long prompt", "output": "a"}), "plain", tokenizer, 8) is None
     assert encode_sample(sample_of({"instruction": "q", "output": ""}), "plain", tokenizer, 8) is None
-
-
-def test_truncation_inside_a_later_question_ends_with_the_answer_before(tokenizer):
-    cut = encode_sample(sample_of({"messages": CONVERSATION[1:]}), "plain", tokenizer, len("one1") + 2 + 2)
-    assert answers(cut, tokenizer) == "1<|im_end|>"
 
 
 # batches
@@ -281,12 +240,11 @@ def test_each_epoch_is_a_permutation_and_steps_are_a_pure_function():
 
 def test_the_order_of_an_epoch_is_drawn_once():
     epoch_order.cache_clear()
-    for step in range(25):
-        step_indices(step, 4, 100, seed=5)
+    steps = [step_indices(step, 4, 100, seed=5) for step in range(25)]
     assert epoch_order.cache_info().misses == 1
     order = list(range(100))
     random.Random("5 0").shuffle(order)  # the order that earlier versions trained in
-    assert sum((step_indices(step, 4, 100, seed=5) for step in range(25)), []) == order
+    assert sum(steps, []) == order
 
 
 def test_micro_batches_hold_every_sample_once_within_the_limit():
@@ -308,10 +266,9 @@ def test_collate_pads_at_the_right():
 
 
 def test_packing_leaves_out_the_padding_and_puts_tokens_back_in_their_places():
-    x = torch.arange(1, 25).view(2, 4, 3)
-    packing = Packing([3, 1], 4)
+    packing, x = Packing([3, 1], 4), torch.randn(2, 4, 3, requires_grad=True)
     packed = packing.unpad(x)
-    assert packed.tolist() == [[*x[0, :3].tolist(), x[1, 0].tolist()]]
+    assert torch.equal(packed[0], torch.stack((*x[0, :3], x[1, 0])))
     heads = packing.pad(torch.stack((packed, -packed), 1))  # (1, 2, N, 3) -> (2, 2, 4, 3)
     assert heads.shape == (2, 2, 4, 3) and torch.equal(heads[:, 0], -heads[:, 1])
     assert torch.equal(heads[0, 0, :3], x[0, :3]) and torch.equal(heads[1, 0, 0], x[1, 0])
@@ -319,26 +276,10 @@ def test_packing_leaves_out_the_padding_and_puts_tokens_back_in_their_places():
     assert len(Packing([3, 1], 4, multiple=7).places) == 7
     assert len(Packing([4, 4], 4, multiple=5).places) == 8, "no padding is left to fill up with"
 
-
-def test_gradients_go_back_to_the_places_that_packing_took():
-    packing = Packing([3, 1], 4)
-    x, dy = torch.randn(2, 4, 3, requires_grad=True), torch.randn(1, 4, 3)
-    packing.unpad(x).backward(dy)
+    dy = torch.randn(1, 4, 3)
+    packed.backward(dy)
     assert torch.equal(x.grad[0, :3], dy[0, :3]) and torch.equal(x.grad[1, 0], dy[0, 3])
     assert not x.grad[0, 3:].any() and not x.grad[1, 1:].any(), "padding was not taken"
     packed, dy = torch.randn(1, 2, 4, 3, requires_grad=True), torch.randn(2, 2, 4, 3)  # (B, heads, T, hs)
     packing.pad(packed).backward(dy)
     assert torch.equal(packed.grad[0, :, :3], dy[0, :, :3]) and torch.equal(packed.grad[0, :, 3], dy[1, :, 0])
-
-
-def test_rows_from_python_are_split_as_those_of_a_file(tmp_path):
-    rows = sums(60)
-    from_file = load_splits(write_rows(tmp_path / "rows.json", rows))
-    from_list = load_splits(rows)
-    for one, other in zip(from_file, from_list, strict=True):
-        assert [sample.key() for sample in one] == [sample.key() for sample in other]
-        assert [sample.row for sample in one] == [sample.row for sample in other]
-    with pytest.raises(UserError, match="row 2: a row needs instruction and output"):
-        load_splits([rows[0], {"question": "?"}])
-    with pytest.raises(UserError, match="data: 1 rows are too few"):
-        load_splits(rows[:1])

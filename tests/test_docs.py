@@ -94,7 +94,8 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 
 def test_the_lines_that_matter_are_those_of_the_code():
     page = READMES[1].read_text(encoding="utf-8").split("## How to add a method")[0]
-    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "lit_llama/methods").glob("*.py"))
+    files = [*(ROOT / "lit_llama/methods").glob("*.py"), ROOT / "lit_llama/generate/decode.py"]
+    code = "".join(path.read_text(encoding="utf-8") for path in files)
     shown = [line for block in page.split("```python\n")[1:] for line in block.split("```")[0].splitlines()]
     assert len(shown) > 12
     for line in shown:

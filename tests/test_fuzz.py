@@ -1,5 +1,7 @@
 """Whatever bytes come: files are read or refused, prompts never leak into targets, and nothing else happens."""
 
+import csv
+import io
 import json
 import tempfile
 import tracemalloc
@@ -12,16 +14,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_llama.checkpoint import load_model
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.data.batches import IGNORE
-from lit_llama.data.prompts import END_OF_TURN, EOS, STYLES, encode_control, encode_pieces, encode_prompt
+from lit_llama.data.prompts import END_OF_TURN, EOS, STYLES, encode_control, encode_prompt
 from lit_llama.data.samples import SUFFIXES, Sample, read_samples, to_sample
 from lit_llama.data.task import tokenize_samples
 from lit_llama.generate.load import load_trained_folder
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.trained import trained_tensors
 
-often, sometimes = (settings(max_examples=n, deadline=None, suppress_health_check=list(HealthCheck)) for n in (150, 60))
+fuzz = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 text = st.text(st.characters(codec="utf-8"), max_size=30)
 spelled = st.one_of(text, st.sampled_from(["<|im_end|>", "<|im_start|>user\n", "</s>", "[/INST]", "### Response:\n"]))
 scalar = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9))
@@ -62,35 +64,24 @@ def read(content: bytes, suffix: str) -> list[Sample]:
     return samples
 
 
-@often
-@given(st.binary(max_size=200), st.sampled_from(SUFFIXES))
-def test_any_bytes_are_read_or_refused(content, suffix):
+as_json = st.lists(rows, max_size=4).map(lambda content: json.dumps(content, indent=1).encode())
+as_jsonl = st.lists(rows, max_size=4).map(lambda content: "\n".join(map(json.dumps, content)).encode())
+
+
+@fuzz
+@given(st.binary(max_size=200) | as_json | as_jsonl, st.sampled_from(SUFFIXES), st.integers(0, 400), st.binary())
+def test_any_bytes_are_read_or_refused(content, suffix, at, change):
     read(content, suffix)
+    read(content[:at] + change + content[at + len(change) :], suffix)
 
 
-@often
-@given(st.lists(rows, max_size=4), st.sampled_from([".json", ".jsonl"]), st.integers(0, 400), st.integers(0, 255))
-def test_any_json_with_a_spoiled_byte_is_read_or_refused(content, suffix, at, byte):
-    lines = "\n".join(map(json.dumps, content)) if suffix == ".jsonl" else json.dumps(content, indent=1)
-    data = bytearray(lines.encode())
-    read(bytes(data), suffix)
-    data[at : at + 1] = bytes([byte])
-    read(bytes(data), suffix)
-
-
-@often
+@fuzz
 @given(st.lists(st.lists(text, min_size=2, max_size=2), min_size=1, max_size=4), st.booleans())
 def test_json_and_csv_bring_back_what_was_written(content, as_csv):
-    import csv
-    import io
-
-    if as_csv:
-        out = io.StringIO()
-        csv.writer(out).writerows([["instruction", "output"], *content])
-        data = out.getvalue().encode()
-    else:
-        data = "\n".join(json.dumps({"instruction": a, "output": b}) for a, b in content).encode()
-    samples = read(data, ".csv" if as_csv else ".jsonl")
+    out = io.StringIO()
+    csv.writer(out).writerows([["instruction", "output"], *content])
+    lines = "\n".join(json.dumps({"instruction": a, "output": b}) for a, b in content)
+    samples = read(out.getvalue().encode(), ".csv") if as_csv else read(lines.encode(), ".jsonl")
     if samples or not as_csv:
         assert [[sample.prompt[0]["content"], sample.answer] for sample in samples] == content
 
@@ -98,7 +89,7 @@ def test_json_and_csv_bring_back_what_was_written(content, as_csv):
 # prompts and masks
 
 
-@often
+@fuzz
 @given(
     st.sampled_from(sorted(set(STYLES) - {"llama3"})),  # this tokenizer has none of its control tokens
     st.lists(st.tuples(spelled, spelled), min_size=1, max_size=3),
@@ -115,32 +106,23 @@ def test_targets_are_the_answers_and_their_ends(tokenizer, style, turns, system,
     expected = sum(answers, [])
     if not encode_prompt(messages[: 1 + (system is not None)], style, tokenizer):
         expected = expected[1:]  # what nothing precedes cannot be predicted
-    others = [to_sample({"text": "ab"}, "here")] * 2  # encoded at the same time, and trained on at any length
-    _, whole, _ = tokenize_samples([others[0], sample, others[1]], style, tokenizer, 10**6)
+    other = to_sample({"text": "ab"}, "here")  # encoded at the same time, and trained on at any length
+    _, (_, *found, _) = tokenize_samples([other, sample, other], style, tokenizer, 10**6)
+    whole = found[0] if found else None
     if len(expected) < 2:  # a single, empty answer teaches nothing
         assert whole is None
     else:
         assert [target for target in whole.targets if target != IGNORE] == expected
         prompt = encode_prompt(messages[:-1], style, tokenizer)
         assert whole.ids[: len(prompt)].tolist() == prompt  # what generation asks is what training masks
-    _, cut, _ = tokenize_samples([others[0], sample, others[1]], style, tokenizer, max_seq_length)
-    if cut is not None:
+    _, (_, *found, _) = tokenize_samples([other, sample, other], style, tokenizer, max_seq_length)
+    for cut in found:
         trained = [target for target in cut.targets if target != IGNORE]
         assert len(cut.ids) < max_seq_length and trained[-1:] == end
         assert trained[:-1] == expected[: len(trained) - 1]
 
 
-@often
-@given(st.lists(st.lists(st.tuples(st.one_of(spelled, st.just(EOS)), st.booleans()), max_size=5), max_size=5))
-def test_pieces_of_many_rows_are_encoded_as_one_by_one(tokenizer, rows):
-    library = tokenizer.backend.tokenizer
-    for row, (ids, trains) in zip(rows, encode_pieces(rows, tokenizer), strict=True):
-        alone = [[tokenizer.eos_id] if p is EOS else library.encode(p, add_special_tokens=False).ids for p, _ in row]
-        assert ids == sum(alone, [])
-        assert trains == [train for (_, train), new in zip(row, alone, strict=True) for _ in new]
-
-
-@often
+@fuzz
 @given(spelled)
 def test_user_text_never_makes_a_control_token(tokenizer, words):
     assert not set(tokenizer.encode(words)) & set(tokenizer.backend.controls.values())
@@ -152,20 +134,37 @@ def test_user_text_never_makes_a_control_token(tokenizer, words):
 edits = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4)
 
 
-def spoil(path: Path, edits: list[tuple[int, int]], cut: int) -> bytes:
-    """Overwrite bytes of a file, and cut off its end; returns what it was."""
+@pytest.fixture(scope="module")
+def loaders(base, tmp_path_factory):
+    """For each file that is spoiled, how it is loaded and the tensors that come of it."""
+    out = tmp_path_factory.mktemp("fuzz") / "out"
+    make_trained(out, base)
+
+    def parameters() -> dict:
+        return dict(load_model(base).named_parameters())
+
+    def trained() -> dict:
+        return trained_tensors(load_trained_folder(out)[0])
+
+    loads = {base / "model.safetensors": parameters, base / "config.json": parameters}
+    loads |= {out / "trained.safetensors": trained, out / "method.json": trained}
+    return {path.name: (path, load, load()) for path, load in loads.items()}
+
+
+NAMES = ["model.safetensors", "config.json", "trained.safetensors", "method.json"]
+
+
+@fuzz
+@given(edits, st.sampled_from([0, 0, 1, 100]), st.sampled_from(NAMES))
+def test_a_spoiled_file_is_refused_or_its_tensors_are_equal(loaders, changes, cut, name):
+    path, load, expected = loaders[name]
     content = path.read_bytes()
     spoiled = bytearray(content[: len(content) - cut])
     header = 8 + int.from_bytes(content[:8], "little") if path.suffix == ".safetensors" else len(spoiled)
-    for at, byte in edits:
+    for at, byte in changes:
         spoiled[at % (header if at % 2 else len(spoiled))] = byte  # every second one in the header
+    path.unlink()  # not overwritten: the expected tensors may be mapped from it
     path.write_bytes(spoiled)
-    return content
-
-
-def check(load, path: Path, changes, cut, expected) -> None:
-    """Spoiled, the file is refused or its tensors are equal; and little more memory was asked for than it has bytes."""
-    content = spoil(path, changes, cut)
     tracemalloc.start()
     try:
         found = load()
@@ -174,31 +173,7 @@ def check(load, path: Path, changes, cut, expected) -> None:
     except UserError as error:
         assert "\n" not in str(error) and len(str(error)) < 2000
     finally:
-        assert tracemalloc.get_traced_memory()[1] < 10 * len(content) + 5e6
+        assert tracemalloc.get_traced_memory()[1] < 10 * len(content) + 5e6, "it asks for memory that no file fills"
         tracemalloc.stop()
+        path.unlink()
         path.write_bytes(content)
-
-
-@pytest.fixture(scope="module")
-def base_tensors(base):
-    return {name: tensor.clone() for name, tensor in load_model(base).named_parameters()}
-
-
-@sometimes
-@given(edits, st.sampled_from([0, 0, 1, 100]), st.sampled_from(["model.safetensors", "config.json"]))
-def test_a_spoiled_checkpoint_is_refused_or_equal(base, base_tensors, changes, cut, name):
-    check(lambda: dict(load_model(base).named_parameters()), base / name, changes, cut, base_tensors)
-
-
-@pytest.fixture(scope="module")
-def trained(base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fuzz") / "out"
-    model = make_trained(folder, base)
-    return folder, {name: tensor.detach().clone() for name, tensor in trained_tensors(model).items()}
-
-
-@sometimes
-@given(edits, st.sampled_from([0, 0, 1, 100]), st.sampled_from(["trained.safetensors", "method.json"]))
-def test_a_spoiled_trained_folder_is_refused_or_equal(trained, changes, cut, name):
-    folder, expected = trained
-    check(lambda: trained_tensors(load_trained_folder(folder)[0]), folder / name, changes, cut, expected)

@@ -5,9 +5,10 @@ import torch
 from helpers import make_base, tiny_model, tuned
 
 from lit_llama.checkpoint import load_model
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.data.samples import Sample
-from lit_llama.generate.decode import Sampling, generate, generate_batch, next_token, stream_text
+from lit_llama.generate.decode import Sampling, generate, generate_batch, next_token
+from lit_llama.generate.stream import stream_text
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train.evaluate import answer_samples
 
@@ -25,18 +26,11 @@ def greedy_by_hand(model, prompt, n):
 @pytest.mark.parametrize("model", [tiny_model(), tuned("adapter")], ids=["base", "adapter"])
 def test_greedy_answers_are_the_argmax_of_the_full_forward_alone_and_in_a_batch(model):
     model.eval()
-    expected = [greedy_by_hand(model, prompt, 9) for prompt in PROMPTS]
-    assert [list(generate(model, prompt, 9, stop=set())) for prompt in PROMPTS] == expected
-    assert generate_batch(model, PROMPTS, 9, stop=set()) == expected
-
-
-def test_answers_stop_before_the_stop_token():
-    model = tiny_model().eval()
     whole = [greedy_by_hand(model, prompt, 12) for prompt in PROMPTS]
-    stop = {whole[0][2], whole[1][1], whole[3][3]}
-    expected = [row[: next((i for i, token in enumerate(row) if token in stop), 12)] for row in whole]
-    assert generate_batch(model, PROMPTS, 12, stop) == expected
-    assert [list(generate(model, prompt, 12, stop)) for prompt in PROMPTS] == expected
+    for stop in (set(), {whole[0][2], whole[1][1], whole[3][3]}):
+        expected = [row[: next((i for i, token in enumerate(row) if token in stop), 12)] for row in whole]
+        assert [list(generate(model, prompt, 12, stop)) for prompt in PROMPTS] == expected
+        assert generate_batch(model, PROMPTS, 12, stop) == expected
 
 
 def test_answers_to_samples_do_not_depend_on_the_batch_size_in_float32(tmp_path):
@@ -49,12 +43,9 @@ def test_answers_to_samples_do_not_depend_on_the_batch_size_in_float32(tmp_path)
     assert len({len(answer) for answer in alone}) > 1
 
 
-def test_one_forward_pass_for_each_token(monkeypatch):
-    model = tiny_model().eval()
-    lengths, hidden_states = [], model.hidden_states
-    monkeypatch.setattr(
-        model, "hidden_states", lambda idx, *a: (lengths.append(idx.size(1)), hidden_states(idx, *a))[1]
-    )
+def test_one_forward_pass_for_each_token():
+    model, lengths = tiny_model().eval(), []
+    model.transformer.wte.register_forward_hook(lambda layer, args, output: lengths.append(args[0].size(1)))
     list(generate(model, [1, 2, 3], 5, stop=set()))
     assert lengths == [3, 1, 1, 1, 1]
 
@@ -75,13 +66,12 @@ def test_temperature_top_k_and_top_p():
         tokens = next_token(logits, Sampling(**how), torch.Generator().manual_seed(0))
         return (torch.bincount(tokens, minlength=4) / 4000).tolist()
 
-    assert seen(temperature=0) == [1, 0, 0, 0]
-    assert seen(temperature=1.0) == pytest.approx(logits[0].softmax(-1).tolist(), abs=0.03)
-    assert seen(temperature=2.0) == pytest.approx((logits[0] / 2).softmax(-1).tolist(), abs=0.03)
-    assert seen(temperature=1.0, top_k=2) == pytest.approx([*logits[0, :2].softmax(-1).tolist(), 0, 0], abs=0.03)
-    assert seen(temperature=1.0, top_k=99) == pytest.approx(logits[0].softmax(-1).tolist(), abs=0.03)
-    assert seen(temperature=1.0, top_p=0.7) == pytest.approx([*logits[0, :2].softmax(-1).tolist(), 0, 0], abs=0.03)
-    assert seen(temperature=1.0, top_p=0.01) == [1, 0, 0, 0]
+    one, two, top_2 = logits[0].softmax(-1).tolist(), (logits[0] / 2).softmax(-1).tolist(), logits[0, :2].softmax(-1)
+    assert seen(temperature=0) == seen(temperature=1.0, top_p=0.01) == [1, 0, 0, 0]
+    assert seen(temperature=1.0) == seen(temperature=1.0, top_k=99) == pytest.approx(one, abs=0.03)
+    assert seen(temperature=2.0) == pytest.approx(two, abs=0.03)
+    for how in (dict(top_k=2), dict(top_p=0.7)):
+        assert seen(temperature=1.0, **how) == pytest.approx([*top_2.tolist(), 0, 0], abs=0.03)
 
 
 def test_a_seed_repeats_an_answer_and_another_changes_it():
@@ -98,8 +88,9 @@ def test_sampling_out_of_range_is_refused(how):
         Sampling(**how)
 
 
-def test_the_context_is_checked_before_the_first_token():
-    model = tiny_model()
+def test_the_whole_context_can_be_used_and_more_is_refused_before_the_first_token():
+    model = tiny_model().eval()
+    assert list(generate(model, [1] * 60, 4, stop=set())) == greedy_by_hand(model, [1] * 60, 4)
     model.transformer.wte.register_forward_hook(lambda *_: pytest.fail("the model was called"))
     for prompt, new in (([1] * 60, 5), ([1] * 70, 1), ([], 5), ([1], 0)):
         with pytest.raises(UserError):
@@ -108,11 +99,6 @@ def test_the_context_is_checked_before_the_first_token():
             generate_batch(model, [prompt, [1]], new, stop=set())
     with pytest.raises(UserError, match="60 tokens and max_new_tokens 5 .* context of 64 .* from 1 to 4"):
         list(generate(model, [1] * 60, 5, stop=set()))
-
-
-def test_the_whole_context_can_be_used():
-    model = tiny_model().eval()
-    assert list(generate(model, [1] * 60, 4, stop=set())) == greedy_by_hand(model, [1] * 60, 4)
 
 
 class Bytes:
@@ -124,7 +110,7 @@ class Bytes:
 
 def test_streaming_waits_for_whole_characters():
     text = "aé→🙂b"
-    parts = list(stream_text(Bytes(), iter(text.encode())))
+    parts = list(stream_text(Bytes(), iter(text.encode()), []))
     assert parts == ["a", "é", "→", "🙂", "b"]
-    assert list(stream_text(Bytes(), iter(text.encode()[:-2]))) == ["a", "é", "→", "\ufffd"]
-    assert list(stream_text(Bytes(), iter([]))) == []
+    assert list(stream_text(Bytes(), iter(text.encode()[:-2]), [])) == ["a", "é", "→", "\ufffd"]
+    assert list(stream_text(Bytes(), iter([]), [])) == []

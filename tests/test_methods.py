@@ -26,10 +26,8 @@ from peft import AdaptionPromptConfig, LoraConfig, PrefixTuningConfig, PromptTun
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import save_tensors
 from lit_llama.data.batches import IGNORE
-from lit_llama.generate.classify import label_shares
-from lit_llama.generate.decode import generate, generate_batch
+from lit_llama.generate.decode import generate, generate_batch, label_probabilities, text_vectors
 from lit_llama.methods.adapter import AdapterAttention, start_from_text
-from lit_llama.methods.features import text_vectors
 from lit_llama.methods.lora import TARGETS, places
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig, apply_rope
@@ -442,7 +440,7 @@ def test_a_classifiers_head_learns_labels_from_the_last_token(method):
         target_loss(model, tokens(), targets).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert label_shares(model, tokens().tolist()).argmax(-1).tolist() == [2, 0]
+    assert label_probabilities(model, tokens().tolist()).argmax(-1).tolist() == [2, 0]
     assert torch.equal(model.transformer.wte.weight, embedding) == (method == "output_layers")
 
 

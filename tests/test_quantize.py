@@ -27,7 +27,7 @@ from lit_llama.devices.launch import PRECISIONS
 from lit_llama.devices.prepack import PrepackedLinear, can_prepack, prepack
 from lit_llama.devices.quantize import Int8Linear, QuantizedLinear, kernel_fits, quantization, quantize_base
 from lit_llama.generate.decode import generate, generate_batch
-from lit_llama.generate.load import answering, load_trained_folder
+from lit_llama.generate.load import load_for_generation, load_trained_folder
 from lit_llama.methods.table import METHODS
 from lit_llama.model import Linear
 from lit_llama.trained import trained_tensors
@@ -217,13 +217,13 @@ def test_compiled_blocks_answer_alike_and_are_not_prepacked(kind, precision, tmp
     base = make_base(tmp_path / "base")
     answers = []
     for compiled in (False, True):
-        with answering(None, base, "plain", precision, kind, compiled) as (loaded, fabric):
-            block, head = loaded.model.transformer.h[0], loaded.model.lm_head
-            assert fabric is None and hasattr(block.forward, "_torchdynamo_orig_callable") == compiled
-            prepacks = can_prepack(PRECISIONS[precision])
-            assert isinstance(head, PrepackedLinear) == prepacks
-            assert isinstance(block.mlp.c_proj, PrepackedLinear) == (prepacks and not compiled and kind == "none")
-            answers.append(list(generate(loaded.model, [5, 6, 7], 8, stop=set())))
+        loaded = load_for_generation(None, base, "plain", precision, kind, compiled)
+        block, head = loaded.model.transformer.h[0], loaded.model.lm_head
+        assert hasattr(block.forward, "_torchdynamo_orig_callable") == compiled
+        prepacks = can_prepack(PRECISIONS[precision])
+        assert isinstance(head, PrepackedLinear) == prepacks
+        assert isinstance(block.mlp.c_proj, PrepackedLinear) == (prepacks and not compiled and kind == "none")
+        answers.append(list(generate(loaded.model, [5, 6, 7], 8, stop=set())))
     assert answers[0] == answers[1] or precision == "bf16-true"
 
 

@@ -91,7 +91,7 @@ def test_a_script_trains_and_saves_what_generate_and_evaluate_read(folder, metho
 def test_a_run_says_what_it_does_and_writes_its_files(folder):
     out = trained(folder, "adapter")
     printed = (out / "printed").read_text()
-    assert "40 samples to train on, 13 to validate, prompt style chatml" in printed
+    assert "40 training samples, 13 for validation, prompt style chatml" in printed
     assert "\n4 steps of 2 samples: 0.2 epochs\n" in printed
     assert "trainable parameters: 648 of " in printed
     assert re.search(r"exact match before: [\d.]+ %\n.*exact match after: [\d.]+ %\n", printed)

@@ -1,7 +1,7 @@
-"""The prompt styles of prompts.py as Jinja templates: how transformers, and servers of its folders, ask a model.
+"""The prompt styles of prompts.py as Jinja templates, for transformers and servers that ask an exported model.
 
-The first prompt of a conversation has the same ids both ways. A style ends a token wherever a piece ends, a template
-only at control tokens: where there is none beside an earlier answer, that answer may be cut into other tokens.
+A template gives the same ids as its style, except where no control token separates an earlier answer from the text
+around it: there a token may cross the border.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ ALPACA_INTRO = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
 )
 
-# "{{-" and "{%-" drop the blanks in front, so the layout here is no part of the text.
+# "{{-" and "{%-" remove the whitespace in front, so the layout here does not become part of the text.
 ALPACA = r"""
 {{- bos_token }}
 {%- for message in messages %}
@@ -72,11 +72,13 @@ TEMPLATES = {"alpaca": ALPACA, "chatml": CHATML, "llama2": LLAMA2, "llama3": LLA
 
 
 def template_of(style: str, bos: bool) -> str:
-    """The template of a style; ``bos``: whether texts start with a beginning of sequence."""
+    """The template of a style. Without ``bos``, texts do not start with a beginning-of-sequence token."""
     lines = TEMPLATES[style].strip().splitlines()
     return "\n".join(line for line in lines if bos or line.strip() != "{{- bos_token }}")
 
 
 def style_of(template: str | None) -> str | None:
-    """The style that a template is of; None for a template that is not from here."""
-    return next((style for style in TEMPLATES if template in {template_of(style, bos) for bos in (True, False)}), None)
+    """The style whose template this is; None for any other template."""
+    return next(
+        (style for style in TEMPLATES if template in (template_of(style, True), template_of(style, False))), None
+    )

@@ -1,8 +1,7 @@
-"""Prompt styles: how messages become the text a model was trained on.
+"""Prompt styles: how messages become the text that a model was trained on.
 
-A style turns messages into pieces. Each piece is encoded apart, in training and in generation alike, so the border
-between prompt and answer is always a border between tokens. Only a style makes control tokens; what users write is
-plain text even where it spells one.
+A style turns messages into pieces, each encoded on its own, so the border between prompt and answer is always a border
+between tokens. Only a style makes control tokens; what users write is text even if it spells one.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.common.files import write_json
 from lit_llama.data.chat_templates import ALPACA_INTRO, style_of, template_of
 from lit_llama.tokenizer import SETTINGS_FILE, TEMPLATE_FILE, Tokenizer, read_settings
@@ -20,14 +19,14 @@ class Control(str):
     """A control token, such as <|im_end|>: a single id."""
 
 
-BOS, EOS = Control("bos"), Control("eos")  # the tokenizer's own
+BOS, EOS = Control("bos"), Control("eos")  # whichever the tokenizer has
 
-Message = dict  # {"role": "system" | "user" | "assistant", "content": str}; of an Alpaca record also "input"
+Message = dict  # {"role": "system" | "user" | "assistant", "content": str}, "input" too in an Alpaca record
 Piece = tuple[str, bool]  # text or Control, and whether it is trained on
 
 
 def user_text(message: Message) -> str:
-    """The instruction and, where there is one, its input as one text."""
+    """The instruction, followed by its input if it has one."""
     return "\n\n".join(filter(None, [message["content"], message.get("input")]))
 
 
@@ -65,7 +64,7 @@ def llama3(messages: list[Message]) -> Iterator[Piece]:
 
 
 def llama2(messages: list[Message]) -> Iterator[Piece]:
-    """[INST] ... [/INST] answer </s>: Llama 2's chat models; a system message goes into the user's turn behind it."""
+    """[INST] ... [/INST] answer </s>: Llama 2's chat models. A system message becomes part of the next user's turn."""
     system = ""
     for message in messages:
         if system and message["role"] != "user":
@@ -80,48 +79,56 @@ def llama2(messages: list[Message]) -> Iterator[Piece]:
             yield message["content"], True
             yield EOS, True
     if system:
-        raise UserError("llama2 puts a system message into the user's turn right behind it, and there is none")
+        raise UserError("llama2 needs a user's turn after every system message")
 
 
 ALPACA_PAIRED = ", paired with an input that provides further context"
 
 
 def alpaca(messages: list[Message]) -> Iterator[Piece]:
-    """### Instruction: ... ### Response: as Stanford Alpaca words it; for bases without a chat format of their own."""
+    """### Instruction: ... ### Response: as in Stanford Alpaca, for bases without a chat format of their own."""
+
+    def text(message: Message) -> str:
+        if message["role"] == "system":
+            return f"{message['content']}\n\n"
+        given = f"### Input:\n{message['input']}\n\n" if message.get("input") else ""
+        intro = ALPACA_INTRO.format(paired=ALPACA_PAIRED if given else "")
+        return f"{intro}\n\n### Instruction:\n{message['content']}\n\n{given}### Response:\n"
+
+    return plain(messages, text)
+
+
+def plain(messages: list[Message], text: Callable[[Message], str] = user_text) -> Iterator[Piece]:
+    """The texts as they are: the model continues a prompt, with nothing between prompt and answer."""
     yield BOS, False
     for message in messages:
         if message["role"] == "assistant":
             yield message["content"], True
             yield EOS, True
-        elif message["role"] == "system":
-            yield f"{message['content']}\n\n", False
         else:
-            given = f"### Input:\n{message['input']}\n\n" if message.get("input") else ""
-            intro = ALPACA_INTRO.format(paired=ALPACA_PAIRED if given else "")
-            yield f"{intro}\n\n### Instruction:\n{message['content']}\n\n{given}### Response:\n", False
-
-
-def plain(messages: list[Message]) -> Iterator[Piece]:
-    """The texts as they are: a prompt is continued, and an answer follows its prompt without anything between."""
-    yield BOS, False
-    for message in messages:
-        answer = message["role"] == "assistant"
-        yield message["content"] if answer else user_text(message), answer
-        if answer:
-            yield EOS, True
+            yield text(message), False
 
 
 STYLES: dict[str, Callable[[list[Message]], Iterator[Piece]]] = {
     style.__name__: style for style in (alpaca, chatml, llama2, llama3, plain)
 }
-END_OF_TURN = {"chatml": Control("<|im_end|>"), "llama3": Control("<|eot_id|>")}  # elsewhere: EOS
+END_OF_TURN = {"chatml": Control("<|im_end|>"), "llama3": Control("<|eot_id|>")}  # EOS in the other styles
+
+
+def choose_style(name: str | None, tokenizer: Tokenizer) -> str:
+    """Check the name of a style, or choose the tokenizer's own if it is None.
+
+    Raises UserError if there is no such style, or the tokenizer lacks its control tokens.
+    """
+    name = name or default_style(tokenizer)
+    if name not in STYLES:
+        raise UserError(f"prompt_style {name!r} is none of {', '.join(STYLES)}")
+    encode_control(END_OF_TURN.get(name, EOS), tokenizer)
+    return name
 
 
 def default_style(tokenizer: Tokenizer) -> str:
-    """The style a base was made for, read off its tokenizer; "alpaca" where it shows none.
-
-    What was trained in a style, and then merged or exported, has that style's template.
-    """
+    """The style of the tokenizer's template if we wrote it, else what its control tokens suggest, else alpaca."""
     if style := style_of(tokenizer.chat_template):
         return style
     if tokenizer.control_id("<|im_start|>") is not None:
@@ -131,24 +138,15 @@ def default_style(tokenizer: Tokenizer) -> str:
     return "llama2" if "[INST]" in (tokenizer.chat_template or "") else "alpaca"
 
 
-def choose_style(name: str | None, tokenizer: Tokenizer) -> str:
-    """``name`` checked against the styles and the tokenizer, or the tokenizer's default where it is None."""
-    name = name or default_style(tokenizer)
-    if name not in STYLES:
-        raise UserError(f"prompt_style {name!r} is none of {', '.join(STYLES)}")
-    encode_control(END_OF_TURN.get(name, EOS), tokenizer)
-    return name
-
-
 def chat_template(tokenizer: Tokenizer, style: str | None) -> str | None:
-    """The Jinja template of a style, or the tokenizer's own (None if it has none) where the style is None."""
+    """The template of a style, or the tokenizer's own if the style is None (None if it has none)."""
     if style is None:
         return tokenizer.chat_template
     return template_of(choose_style(style, tokenizer), tokenizer.bos_id is not None)
 
 
 def write_chat_template(folder: Path, tokenizer: Tokenizer, style: str | None) -> None:
-    """Write ``chat_template`` into the tokenizer's settings in ``folder``: a reader then asks in this style."""
+    """Write ``chat_template`` into the tokenizer's settings in ``folder``, so that readers ask in this style."""
     template = chat_template(tokenizer, style)
     if template is not None:
         write_json(folder / SETTINGS_FILE, read_settings(folder) | {"chat_template": template})
@@ -156,7 +154,7 @@ def write_chat_template(folder: Path, tokenizer: Tokenizer, style: str | None) -
 
 
 def encode_control(token: Control, tokenizer: Tokenizer) -> list[int]:
-    """The id of a control token; no id for a beginning of sequence that the tokenizer does not use."""
+    """The id of a control token; no id for BOS if the tokenizer uses none. Raises UserError if the token is missing."""
     if token is BOS:
         return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     token_id = tokenizer.eos_id if token is EOS else tokenizer.control_id(token)

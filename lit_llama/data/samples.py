@@ -1,19 +1,20 @@
-"""Reading data files: .json, .jsonl, .csv or .txt -> samples.
+"""Read data files: .json, .jsonl, .csv or .txt -> samples.
 
-Rows may be Alpaca records (instruction, input, output), ``messages`` lists, ``text`` + ``label``, or ``text`` alone;
+Rows are Alpaca records (instruction, input, output), ``messages``, ``text`` with ``label``, or ``text`` alone;
 data/README.md shows each.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.data.prompts import Message
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".txt")
@@ -22,13 +23,13 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(slots=True)
 class Sample:
-    """One row of a data file: a conversation that ends with an answer, or a plain text to be learned as it is."""
+    """One row of a data file: a conversation that ends with an answer, or a plain text."""
 
     where: str  # file and line or row, for messages to the user
-    messages: list[Message]
-    text: str | None = None  # of rows with a text
-    label: str | None = None  # of rows that name one
-    row: int = 0  # its place in the file
+    messages: list[Message]  # empty for a plain text
+    text: str | None = None
+    label: str | None = None
+    row: int = 0  # number in the file
 
     @property
     def prompt(self) -> list[Message]:
@@ -39,139 +40,113 @@ class Sample:
         return self.messages[-1]["content"]
 
     def key(self) -> str:
-        """The content as one string, by which duplicates and the hash split go."""
-        return sorted_json([self.messages, self.text])
+        """The content as one string. Duplicates have the same key, and the split hashes it."""
+        return json.dumps([self.messages, self.text], sort_keys=True)
 
 
-sorted_json = json.JSONEncoder(sort_keys=True).encode  # json.dumps would build the encoder for every sample
+def read_samples(source: Path | str | list[dict]) -> list[Sample]:
+    """All samples of a file or a list of rows. Raises UserError if the file or a row is invalid."""
+    rows = list_rows(source) if isinstance(source, list) else file_rows(Path(source))
+    return [to_sample(row, where, i) for i, (where, row) in enumerate(rows)]
 
 
-class Samples:
-    """The samples of a file, or of a list of rows, read again in every loop over them: their texts are not kept.
+def file_rows(path: Path) -> list[tuple[str, Any]]:
+    """The rows of a file, each with its place for messages: file and line, or file and row of a .json file.
 
-    UserError names file, line and what is wrong.
+    Raises UserError if the file is missing, empty or invalid.
     """
-
-    def __init__(self, source: Path | list[dict], without: frozenset[int] = frozenset()) -> None:
-        self.source, self.without = source, without  # rows that are left out
-
-    def __iter__(self) -> Iterator[Sample]:
-        if isinstance(self.source, list):
-            rows: Iterator = ((f"row {i + 1}", row) for i, row in enumerate(self.source))
-        else:
-            rows = file_rows(Path(self.source))
-        for i, (where, row) in enumerate(rows):
-            sample = to_sample(row, where)
-            sample.row = i
-            if i not in self.without:
-                yield sample
-
-
-def read_samples(path: Path | str) -> list[Sample]:
-    """All samples of one file."""
-    return list(Samples(Path(path)))
-
-
-def file_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """Each row of a file, and where it stands: file and line, in a .json file the row's number."""
     readers = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows, ".txt": txt_rows}
     if path.suffix not in readers:
         raise UserError(f"{path}: data files end in {', '.join(SUFFIXES)}")
-    try:
-        # A byte-order mark, as spreadsheets write it, is not content; line ends inside a quoted field are.
-        with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else "\n") as file:
-            empty = True
-            for row in readers[path.suffix](file, path):
-                empty = False
-                yield row
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except UnicodeDecodeError:
-        read_text(path)  # names the line
-        raise
-    if empty:
+    rows = list(readers[path.suffix](read_text(path), path))
+    if not rows:
         raise UserError(f"{path} holds no rows")
+    return rows
 
 
 def read_text(path: Path) -> str:
-    """The content of a file that a user wrote. UserError names the line that is not UTF-8."""
+    """The content of a file that a user wrote. Raises UserError if it is missing, or has a line that is not UTF-8."""
     try:
-        # A byte-order mark, as spreadsheets write it, is not content; line ends inside a quoted field are.
-        return path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
+        return data.decode("utf-8-sig")  # without the byte-order mark that spreadsheets write
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        line = data[: error.start].count(b"\n") + 1
         raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
 
 
 def parse_json(text: str, path: Path | str, line: int | None = None) -> Any:
-    """What ``text`` holds: a whole file, or one ``line`` of it. UserError names the line."""
+    """The value of a JSON text: a whole file, or one ``line`` of it. Raises UserError, naming the line."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{line or error.lineno}: not valid JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 open brackets
-        where = path if line is None else f"{path}:{line}"
-        raise UserError(f"{where}: not valid JSON: {str(error).splitlines()[0]}") from None
+    except (ValueError, RecursionError) as error:  # invalid, or a number of 5,000 digits, or 100,000 open brackets
+        line = line or getattr(error, "lineno", None)
+        reason = getattr(error, "msg", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}{f':{line}' if line else ''}: not valid JSON: {reason}") from None
 
 
-def json_rows(file: TextIO, path: Path) -> Iterator[tuple[str, object]]:
-    rows = parse_json(file.read(), path)
+def list_rows(rows: list, what: str = "row") -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(rows, 1):
+        yield f"{what} {number}", row
+
+
+def json_rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    rows = parse_json(text, path)
     if not isinstance(rows, list):
-        raise UserError(f"{path}: a .json file must hold an array of rows; one object a line is .jsonl")
-    rows.reverse()
-    for number in range(1, len(rows) + 1):
-        yield f"{path}, row {number}", rows.pop()  # so that nothing keeps its texts
+        raise UserError(f"{path}: a .json file must hold an array of rows; one object per line is .jsonl")
+    return list_rows(rows, f"{path}, row")
 
 
-def jsonl_rows(lines: Iterable[str], path: Path) -> Iterator[tuple[str, object]]:
-    for number, line in enumerate(lines, 1):
+def jsonl_rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield f"{path}:{number}", parse_json(line, path, number)
 
 
-def csv_rows(file: TextIO, path: Path) -> Iterator[tuple[str, object]]:
+def csv_rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(2**31 - 1)
-    reader: Any = csv.DictReader(file, strict=True)
+    reader: Any = csv.DictReader(io.StringIO(text, newline=""), strict=True)  # "": a quoted field keeps its line ends
     try:
         for row in reader:
+            where = f"{path}:{reader.line_num}"
             if None in row or None in row.values():
-                raise UserError(
-                    f"{path}:{reader.line_num}: the row does not have the header's {len(reader.fieldnames)} columns"
-                )
-            yield f"{path}:{reader.line_num}", row
+                raise UserError(f"{where}: the row does not have the header's {len(reader.fieldnames)} columns")
+            yield where, row
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: {error}") from None
 
 
-def txt_rows(file: TextIO, path: Path) -> Iterator[tuple[str, object]]:
-    for number, line in enumerate(file, 1):
+def txt_rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield f"{path}:{number}", {"text": line.rstrip("\r\n")}
+            yield f"{path}:{number}", {"text": line.rstrip("\r")}
 
 
-def to_sample(row: object, where: str) -> Sample:
-    """One row of any of the formats as a Sample. Columns beside those of the format are ignored."""
+def to_sample(row: Any, where: str, number: int = 0) -> Sample:
+    """A row of any format as a Sample. Further columns are ignored. Raises UserError if the row fits no format."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row must be an object, got {type(row).__name__}")
+    messages: list[Message] = []
+    text = label = None
     if "messages" in row:
-        return Sample(where, check_messages(row["messages"], where))
-    if "instruction" in row and "output" in row:
+        messages = check_messages(row["messages"], where)
+    elif "instruction" in row and "output" in row:
         given = text_field(row, "input", where) if row.get("input") else ""
         user = {"role": "user", "content": text_field(row, "instruction", where), "input": given}
+        messages = [user, {"role": "assistant", "content": text_field(row, "output", where)}]
         label = text_field(row, "label", where) if "label" in row else None
-        return Sample(where, [user, {"role": "assistant", "content": text_field(row, "output", where)}], label=label)
-    if "text" in row:
+    elif "text" in row:
         text = text_field(row, "text", where)
-        if "label" not in row:
-            return Sample(where, [], text)
-        label = text_field(row, "label", where)
-        return Sample(where, [{"role": "user", "content": text}, {"role": "assistant", "content": label}], text, label)
-    raise UserError(
-        f"{where}: a row needs instruction and output, or messages, or text with or without label; "
-        f"this one has {', '.join(map(repr, row)) or 'nothing'}"
-    )
+        if "label" in row:
+            label = text_field(row, "label", where)
+            messages = [{"role": "user", "content": text}, {"role": "assistant", "content": label}]
+    else:
+        raise UserError(
+            f"{where}: a row needs instruction and output, or messages, or text with or without label; "
+            f"this one has {', '.join(map(repr, row)) or 'nothing'}"
+        )
+    return Sample(where, messages, text, label, number)
 
 
 def text_field(row: dict, field: str, where: str) -> str:
@@ -180,15 +155,14 @@ def text_field(row: dict, field: str, where: str) -> str:
     return row[field]
 
 
-def check_messages(messages: object, where: str) -> list[Message]:
-    """Messages up to the last answer: what follows it can teach nothing."""
+def check_messages(messages: Any, where: str) -> list[Message]:
+    """The messages up to the last answer; nothing after it is trained on. Raises UserError if they are invalid."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise UserError(f"{where}: messages must be a list of objects with role and content")
     for message in messages:
         if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
-            raise UserError(
-                f"{where}: a message needs a role of {', '.join(ROLES)} and a content, got {json.dumps(message)[:60]}"
-            )
+            got = json.dumps(message)[:60]
+            raise UserError(f"{where}: a message needs a role of {', '.join(ROLES)} and a content, got {got}")
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise UserError(f"{where}: messages hold no assistant turn to learn")

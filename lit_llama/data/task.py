@@ -1,4 +1,4 @@
-"""From samples to token ids: training and validation splits, masked prompts, what was dropped and why."""
+"""From samples to token ids: training and validation splits, masked prompts, and counts of what was dropped."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 from lit_llama.checkpoint import load_config
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.data.batches import IGNORE, TokenizedSample
 from lit_llama.data.prompts import BOS, END_OF_TURN, EOS, STYLES, Piece, choose_style, encode_control, encode_pieces
-from lit_llama.data.samples import SUFFIXES, Sample, Samples, read_samples
+from lit_llama.data.samples import SUFFIXES, Sample, read_samples
 from lit_llama.tokenizer import Tokenizer
 
 MAX_VALIDATION = 2000  # samples split off, and samples kept to be answered
@@ -22,67 +21,57 @@ MAX_VALIDATION = 2000  # samples split off, and samples kept to be answered
 # ---------------------------------------------------------------------------------------------- splits
 
 
-def load_splits(data: Path | str | list[dict], val_fraction: float = 0.1) -> tuple[Samples, list[Sample]]:
-    """Training and validation samples of a folder with train.* and validation.*, or of one file or list split by hash.
-
-    The training samples are read again in every loop over them; those of validation are kept.
-    """
-    if isinstance(data, list):
-        return split_by_hash(data, "data", val_fraction)
-    check_data(data)
-    path = Path(data)
-    train_file, val_file = (
-        (path, None) if path.is_file() else (split_file(path, "train"), split_file(path, "validation"))
-    )
-    if train_file is None:
-        raise UserError(f"{path} holds no train file ({', '.join('train' + suffix for suffix in SUFFIXES)})")
-    if val_file is not None:
-        return Samples(train_file), read_samples(val_file)
-    return split_by_hash(train_file, str(path), val_fraction)
-
-
 def check_data(data: Path | str | list[dict]) -> None:
-    """UserError where it is the name of nothing."""
+    """Raises UserError if the path does not exist."""
     if not isinstance(data, list) and not Path(data).exists():
         raise UserError(
-            f"--data {data} is missing, seen from {Path.cwd()}; give a file ({', '.join(SUFFIXES)}) or a folder with "
-            "train.*"
+            f"--data {data} is missing in {Path.cwd()}; give a file ({', '.join(SUFFIXES)}) or a folder with train.*"
         )
 
 
-def split_by_hash(source: Path | list[dict], where: str, val_fraction: float) -> tuple[Samples, list[Sample]]:
-    """Training and validation samples; ``where`` they come from, for messages to the user.
-
-    The samples with the smallest hashes validate: a ``val_fraction`` of all, and at most MAX_VALIDATION. So adding rows
-    moves no other row across the split, but for those that the limit sends back. Equal samples stay together.
-    """
-    if not 0 < val_fraction < 1:
-        raise UserError(f"val_fraction {val_fraction} must lie between 0 and 1")
-    n_rows, small = 0, []
-    for sample in Samples(source):
-        n_rows += 1
-        fraction = hash_fraction(sample.key())
-        if fraction < val_fraction:
-            small.append((fraction, sample))
-    limit = sorted(fraction for fraction, _ in small)[MAX_VALIDATION] if len(small) > MAX_VALIDATION else 1.0
-    validation = [sample for fraction, sample in small if fraction < limit]
-    if len(validation) in (0, n_rows):
-        raise UserError(
-            f"{where}: {n_rows} rows are too few to split off {val_fraction:.0%} for validation; give more, or a "
-            "folder with train.* and validation.*"
-        )
-    return Samples(source, without=frozenset(sample.row for sample in validation)), validation
+def load_splits(data: Path | str | list[dict], val_fraction: float = 0.1) -> tuple[list[Sample], list[Sample]]:
+    """Training and validation samples: a folder's train.* and validation.*, or one file or list, split by hash."""
+    check_data(data)
+    if isinstance(data, list):
+        return split_by_hash(read_samples(data), "data", val_fraction)
+    path = Path(data)
+    train_file, val_file = (path, None) if path.is_file() else (split_file(path, s) for s in ("train", "validation"))
+    if train_file is None:
+        raise UserError(f"{path} holds no train file ({', '.join('train' + suffix for suffix in SUFFIXES)})")
+    train = read_samples(train_file)
+    return (train, read_samples(val_file)) if val_file else split_by_hash(train, str(path), val_fraction)
 
 
 def split_file(folder: Path, split: str) -> Path | None:
+    """The one file of a split in a folder, None without one. Raises UserError if there are several."""
     files = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").exists()]
     if len(files) > 1:
         raise UserError(f"{folder} holds {' and '.join(file.name for file in files)}; keep one")
     return files[0] if files else None
 
 
+def split_by_hash(samples: list[Sample], where: str, val_fraction: float) -> tuple[list[Sample], list[Sample]]:
+    """Split off the samples with the smallest hashes for validation: ``val_fraction`` of all, at most MAX_VALIDATION.
+
+    So new rows do not move old ones across the split, except to keep the limit, and equal samples stay together.
+    ``where`` names the data in errors.
+    """
+    if not 0 < val_fraction < 1:
+        raise UserError(f"val_fraction {val_fraction} must lie between 0 and 1")
+    fractions = [hash_fraction(sample.key()) for sample in samples]
+    limit = min([val_fraction, *sorted(fractions)[MAX_VALIDATION : MAX_VALIDATION + 1]])
+    train = [sample for sample, fraction in zip(samples, fractions, strict=True) if fraction >= limit]
+    validation = [sample for sample, fraction in zip(samples, fractions, strict=True) if fraction < limit]
+    if not train or not validation:
+        raise UserError(
+            f"{where}: {len(samples)} rows are too few to split off {val_fraction:.0%} for validation; give more, or "
+            "a folder with train.* and validation.*"
+        )
+    return train, validation
+
+
 def hash_fraction(key: str) -> float:
-    """A number in [0, 1) that depends on the key alone."""
+    """A number in [0, 1) that depends only on the key."""
     return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
 
 
@@ -90,78 +79,47 @@ def hash_fraction(key: str) -> float:
 
 
 def tokenize_samples(
-    samples: Iterable[Sample], style: str, tokenizer: Tokenizer, max_seq_length: int
-) -> list[TokenizedSample | None]:
-    """Token ids with only the answers as targets; None for a sample of which nothing of an answer is there to learn.
+    samples: list[Sample], style: str, tokenizer: Tokenizer, max_seq_length: int
+) -> tuple[list[Sample], list[TokenizedSample]]:
+    """The samples that have a part of an answer to learn, and their token ids with only the answers as targets.
 
-    Too long a sample loses its end, but a cut answer still ends with its end-of-turn token: a model that never sees
-    one never learns to stop. UserError if there is no sample with an answer.
+    A sample that is too long loses its end, but a cut answer still ends with its end-of-turn token: a model that never
+    sees one never learns to stop. Raises UserError if no sample has an answer.
     """
 
     def pieces(sample: Sample) -> Iterable[Piece]:
         text = [(BOS, False), (sample.text or "", True), (EOS, True)]
         return STYLES[style](sample.messages) if sample.messages else text
 
-    tokenized: list[TokenizedSample | None] = []
+    kept, tokenized = [], []
     for sample, ids, trains in encode_in_batches(samples, pieces, tokenizer):
         drop_untrained_end(ids, trains)
         cut = len(ids) > max_seq_length
         if cut and trains[max_seq_length - 1]:
             end = END_OF_TURN.get(style, EOS) if sample.messages else EOS
             ids[max_seq_length - 1 :] = encode_control(end, tokenizer)
-            trains[max_seq_length - 1 :] = [trains[max_seq_length - 2]]  # no end right after a prompt
+            trains[max_seq_length - 1 :] = [trains[max_seq_length - 2]]  # no end directly after a prompt
         ids, trains = ids[:max_seq_length], trains[:max_seq_length]
         drop_untrained_end(ids, trains)
-        has_answer = sum(trains[1:]) > 1  # an end alone is an empty answer
         targets = [token if train else IGNORE for token, train in zip(ids[1:], trains[1:], strict=True)]
-        sample_ids = TokenizedSample(array("i", ids[:-1]), array("i", targets), cut, sample.where)
-        tokenized.append(sample_ids if has_answer else None)
-    if not any(tokenized):
+        encoded = TokenizedSample(array("i", ids[:-1]), array("i", targets), cut, sample.where)
+        if encoded.n_targets > 1:  # a single one is an end without an answer
+            kept.append(sample)
+            tokenized.append(encoded)
+    if not kept:
         raise UserError(
-            f"none of {len(tokenized)} samples has an answer that begins within max_seq_length {max_seq_length}; "
+            f"none of {len(samples)} samples has an answer that begins within max_seq_length {max_seq_length}; "
             "raise it, or fill in the answers"
         )
-    return tokenized
-
-
-def encode_in_batches(
-    samples: Iterable[Sample], pieces: Callable[[Sample], Iterable[Piece]], tokenizer: Tokenizer, size: int = 1000
-) -> Iterator[tuple[Sample, list[int], list[bool]]]:
-    """Each sample with its token ids, and for each id whether it is trained on. UserError names the sample."""
-    samples = iter(samples)
-    while batch := list(islice(samples, size)):
-        try:
-            encoded = encode_pieces(map(pieces, batch), tokenizer)
-        except UserError as error:
-            if len(batch) == 1:
-                raise UserError(f"{batch[0].where}: {error}") from None
-            yield from encode_in_batches(batch, pieces, tokenizer, size=1)  # finds the sample
-            continue
-        for sample, (ids, trains) in zip(batch, encoded, strict=True):
-            yield sample, ids, trains
-
-
-def drop_untrained_end(ids: list[int], trains: list[bool]) -> None:
-    """Remove, in place, what follows the last answer: it teaches nothing."""
-    while trains and not trains[-1]:
-        ids.pop(), trains.pop()
-
-
-def encode_samples(
-    samples: list[Sample], style: str, tokenizer: Tokenizer, max_seq_length: int
-) -> tuple[list[Sample], list[TokenizedSample]]:
-    """The samples that have something to learn within ``max_seq_length``, and their ids."""
-    tokenized = tokenize_samples(samples, style, tokenizer, max_seq_length)
-    kept = [sample for sample, ids in zip(samples, tokenized, strict=True) if ids is not None]
-    return kept, [ids for ids in tokenized if ids is not None]
+    return kept, tokenized
 
 
 def tokenize_labels(
-    samples: Iterable[Sample], style: str, tokenizer: Tokenizer, max_seq_length: int, labels: list[str]
+    samples: list[Sample], style: str, tokenizer: Tokenizer, max_seq_length: int, labels: list[str]
 ) -> list[TokenizedSample]:
-    """Each sample's prompt, with its label's number as the target of the last token: what a classifier's head learns.
+    """Each sample's prompt, with the number of its label as the target of the last token, for a classifier's head.
 
-    Too long a prompt loses its beginning.
+    A prompt that is too long loses its beginning. Raises UserError if a sample has no prompt or none of the labels.
     """
 
     def pieces(sample: Sample) -> Iterable[Piece]:
@@ -180,9 +138,34 @@ def tokenize_labels(
     return tokenized
 
 
+def encode_in_batches(
+    samples: list[Sample], pieces: Callable[[Sample], Iterable[Piece]], tokenizer: Tokenizer, size: int = 1000
+) -> Iterator[tuple[Sample, list[int], list[bool]]]:
+    """Each sample with its token ids, and for each id whether it is trained on. UserErrors name the sample."""
+    for start in range(0, len(samples), size):
+        batch = samples[start : start + size]
+        try:
+            encoded = encode_pieces(map(pieces, batch), tokenizer)
+        except UserError as error:
+            if size == 1:
+                raise UserError(f"{batch[0].where}: {error}") from None
+            encoded = [row[1:] for row in encode_in_batches(batch, pieces, tokenizer, size=1)]  # finds the sample
+        for sample, (ids, trains) in zip(batch, encoded, strict=True):
+            yield sample, ids, trains
+
+
+def drop_untrained_end(ids: list[int], trains: list[bool]) -> None:
+    """Remove, in place, what follows the last answer: it teaches nothing."""
+    while trains and not trains[-1]:
+        ids.pop(), trains.pop()
+
+
 def can_be_asked(sample: Sample, encoded: TokenizedSample) -> bool:
-    """Whether a sample has a prompt that can be put to the model, and an answer to compare with."""
+    """Whether a sample has a prompt for the model, and a whole answer to compare with."""
     return bool(sample.messages and sample.prompt) and not encoded.cut
+
+
+# ---------------------------------------------------------------------------------------------- the data of a run
 
 
 @dataclass
@@ -195,7 +178,7 @@ class Task:
     train: list[TokenizedSample]
     validation: list[TokenizedSample]
     held_out: list[Sample]
-    summary: str
+    summary: str  # what was found and dropped
     labels: list[str] | None = None  # of a classifier, in the order of its head's rows
 
     @property
@@ -205,7 +188,7 @@ class Task:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over ids and targets: two runs with the same one learn from the same numbers in the same order."""
+        """sha256 of all ids and targets: runs with the same one train on the same tokens."""
         digest = hashlib.sha256()
         for sample in self.train + self.validation:
             digest.update(json.dumps([sample.ids.tolist(), sample.targets.tolist()]).encode())
@@ -220,9 +203,9 @@ def load_task(
     classify: bool = False,
     n_virtual: int = 0,
 ) -> Task:
-    """Read, split and encode ``data`` for a base; ``summary`` says what was found and what was dropped.
+    """Read, split and encode ``data`` for a base. With ``classify`` the targets are labels.
 
-    With ``classify`` the targets are labels, for a head that takes the place of the language head.
+    ``n_virtual`` positions of the context are taken by the method. Raises UserError if data or flags are invalid.
     """
     tokenizer, block_size = Tokenizer(checkpoint_dir), load_config(checkpoint_dir).block_size
     if max_seq_length > block_size:
@@ -234,29 +217,28 @@ def load_task(
     style = choose_style("plain" if only_texts and not prompt_style else prompt_style, tokenizer)
     if classify:
         labels = sorted({sample.label for sample in train if sample.label is not None})
-        train_ids, val_ids = (
-            tokenize_labels(split, style, tokenizer, max_seq_length, labels) for split in (train, validation)
-        )
-        summary = f"{name}: {len(train_ids)} samples to train on, {len(val_ids)} to validate, labels {labels}"
+        train_ids = tokenize_labels(train, style, tokenizer, max_seq_length, labels)
+        val_ids = tokenize_labels(validation, style, tokenizer, max_seq_length, labels)
+        summary = f"{name}: {len(train_ids)} training samples, {len(val_ids)} for validation, labels {labels}"
         answers = [replace(s, messages=[*s.prompt, {"role": "assistant", "content": s.label}]) for s in validation]
         return Task(name, tokenizer, style, train_ids, val_ids, answers[:MAX_VALIDATION], summary, labels)
-    tokenized = tokenize_samples(train, style, tokenizer, max_seq_length)
-    train_ids = [ids for ids in tokenized if ids is not None]
-    kept, val_ids = encode_samples(validation, style, tokenizer, max_seq_length)
+
+    _, train_ids = tokenize_samples(train, style, tokenizer, max_seq_length)
+    kept, val_ids = tokenize_samples(validation, style, tokenizer, max_seq_length)
     longest = max(len(sample.ids) for sample in train_ids + val_ids)
     if longest + n_virtual > block_size:
         raise UserError(
-            f"the longest sample has {longest} tokens, and the {n_virtual} in front leave {block_size - n_virtual} of "
-            f"the base's context of {block_size}; pass --train.max_seq_length {block_size - n_virtual}"
+            f"the longest sample has {longest} tokens, and {n_virtual} in front of it leave {block_size - n_virtual} "
+            f"of the base's context of {block_size}; pass --train.max_seq_length {block_size - n_virtual}"
         )
-    shared = {hash(sample.ids.tobytes()) for sample in val_ids}.intersection(hash(s.ids.tobytes()) for s in train_ids)
-    dropped = len(tokenized) - len(train_ids) + len(validation) - len(kept)
+    in_train = {hash(sample.ids.tobytes()) for sample in train_ids}
+    dropped = len(train) - len(train_ids) + len(validation) - len(val_ids)
     notes = {
         "dropped: nothing to learn within max_seq_length (an empty answer?)": dropped,
-        "cut to max_seq_length": sum(ids.cut for ids in train_ids + val_ids),
-        "of validation also in training": sum(hash(sample.ids.tobytes()) in shared for sample in val_ids),
+        "cut to max_seq_length": sum(sample.cut for sample in train_ids + val_ids),
+        "of validation also in training": sum(hash(sample.ids.tobytes()) in in_train for sample in val_ids),
     }
-    summary = f"{name}: {len(train_ids)} samples to train on, {len(val_ids)} to validate, prompt style {style}"
+    summary = f"{name}: {len(train_ids)} training samples, {len(val_ids)} for validation, prompt style {style}"
     summary += "".join(f"; {count} {note}" for note, count in notes.items() if count)
     held_out = [sample for sample, ids in zip(kept, val_ids, strict=True) if can_be_asked(sample, ids)]
     return Task(name, tokenizer, style, train_ids, val_ids, held_out[:MAX_VALIDATION], summary)

@@ -62,16 +62,16 @@ def launch(
     return fabric
 
 
-def launch_sharded(devices: int, num_nodes: int, quantize: str | None) -> Fabric | None:
+def launch_sharded(devices: int, num_nodes: int, quantize: str | None = None, compile: bool = False) -> Fabric | None:
     """Fabric for several devices that answer with a sharded base (sharding.py); None for one device."""
     if (devices, num_nodes) == (1, 1):
         if "TORCHELASTIC_RUN_ID" in os.environ:  # an sbatch script has SLURM's variables without srun
             check_launcher(devices, num_nodes)
         return None  # Fabric takes seconds to import
-    if (quantize or "none") != "none":
+    if compile or (quantize or "none") != "none":
         raise UserError(
-            f"--devices {devices} --num_nodes {num_nodes} shards the base, and a sharded base cannot be quantized; "
-            f"leave out --quantize {quantize}, or use one device"
+            f"--devices {devices} --num_nodes {num_nodes} shards the base, which goes with neither --compile nor "
+            "--quantize; leave them out, or use one device"
         )
     return launch(devices, num_nodes, "fsdp")
 

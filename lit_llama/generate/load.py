@@ -1,19 +1,18 @@
-"""What answers a prompt: a base, or what a finetune script trained over it, with its tokenizer and prompt style."""
+"""Load what answers a prompt: a base, or a trained folder over its base."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
 from lit_llama.checkpoint import MODEL_FILE, load_model
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.data.prompts import choose_style
 from lit_llama.devices.blocks import shard
-from lit_llama.devices.launch import base_dtype, default_device, launch_sharded, log_rank0
+from lit_llama.devices.launch import base_dtype, default_device, log_rank0
 from lit_llama.devices.prepack import prepare_for_inference
 from lit_llama.devices.quantize import quantization, quantize_base
 from lit_llama.methods.table import METHODS
@@ -37,72 +36,51 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 
-class Answerer(NamedTuple):
+@dataclass
+class LoadedModel:
+    """A model that answers prompts, and what its prompts need."""
+
     name: str
     model: LLaMA
     tokenizer: Tokenizer
-    style: str  # of prompts
-    max_seq_length: int | None  # tokens of a sample in training, where there was one
+    prompt_style: str
+    max_seq_length: int | None  # tokens of a training sample, None for a base
 
 
-@contextmanager
-def answering(
-    trained_dir: Path | str | None,
-    checkpoint_dir: Path | str | None,
-    prompt_style: str | None,
-    precision: str,
-    quantize: str | None,
-    compile: bool,
-    devices: int = 1,
-    num_nodes: int = 1,
-) -> Iterator[tuple[Answerer, Fabric | None]]:
-    """What generate/base.py and generate/adapter.py answer with, and Fabric where several devices share it.
-
-    The arguments are those scripts' flags. UserError for flags that cannot be had together.
-    """
-    if compile and (devices, num_nodes) != (1, 1):
-        raise UserError(
-            f"--devices {devices} --num_nodes {num_nodes} keep the base in pieces, which are not compiled; leave out "
-            "--compile, or take one device"
-        )
-    fabric = launch_sharded(devices, num_nodes, quantize)
-    device = fabric.device if fabric else default_device()
-    dtype = base_dtype(precision, device)
-    loaded = load_answerer(trained_dir, checkpoint_dir, prompt_style, dtype, device, quantize, fabric)
-    prepare_for_inference(loaded.model, compile)
-    yield loaded, fabric
-
-
-def load_answerer(
-    trained_dir: Path | str | None,
-    checkpoint_dir: Path | str | None,
-    prompt_style: str | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    quantize: str | None,
+def load_for_generation(
+    trained_dir: Path | str | None = None,
+    checkpoint_dir: Path | str | None = None,
+    prompt_style: str | None = None,
+    precision: str = "auto",
+    quantize: str | None = None,
+    compile: bool = False,
+    device: torch.device | None = None,
     fabric: Fabric | None = None,
-) -> Answerer:
-    """A trained folder over its base, or the base alone where ``trained_dir`` is None.
+) -> LoadedModel:
+    """Load a trained folder over its base, or the base alone, ready to answer.
 
-    What is None is as it was in training, or the default. With ``fabric`` its ranks hold the base in pieces, and
-    ``quantize`` is not looked at: pieces are never quantized.
+    ``prompt_style`` and ``quantize`` are by default as in training. With ``fabric`` its ranks shard the base, which is
+    then neither quantized nor compiled.
     """
-    # With fabric left in its file, memory-mapped, for shard to cast and move block by block.
-    kept = (None, "cpu", "none") if fabric else (dtype, device, quantize)
+    device = fabric.device if fabric else device or default_device()
+    dtype = base_dtype(precision, device)
+    # A base to be sharded stays in its file, memory-mapped: ``shard`` casts and moves it block by block.
+    load_as = (None, "cpu", "none") if fabric else (dtype, device, quantize)
     if trained_dir:
-        model, method = load_trained_folder(trained_dir, checkpoint_dir, *kept)
+        model, method = load_trained_folder(trained_dir, checkpoint_dir, *load_as)
         tokenizer = Tokenizer(tokenizer_dir(trained_dir, checkpoint_dir, method))
         name = f"{method['method']} over {method['base']['name']}"
     else:
         folder = Path(checkpoint_dir or DEFAULT_BASE)
         method = base_method(folder)
-        tokenizer, model = Tokenizer(folder), load_model(folder, *kept[:2]).requires_grad_(False)
-        quantize_base(model, kept[2] or "none")
+        tokenizer, model = Tokenizer(folder), load_model(folder, *load_as[:2]).requires_grad_(False)
+        quantize_base(model, load_as[2] or "none")
         name = model.config.name
     style = choose_style(prompt_style or method.get("prompt_style"), tokenizer)
     if fabric:
         shard(fabric, model, dtype)
-    return Answerer(name, model, tokenizer, style, method["train"]["max_seq_length"] if method else None)
+    prepare_for_inference(model, compile)
+    return LoadedModel(name, model, tokenizer, style, method["train"]["max_seq_length"] if method else None)
 
 
 def load_trained_folder(
@@ -112,27 +90,25 @@ def load_trained_folder(
     device: torch.device | str = "cpu",
     quantize: str | None = "none",
 ) -> tuple[LLaMA, dict]:
-    """The base with a finished method on it, and its method.json.
+    """The base with a trained method on it, frozen, and the method's method.json. A whole model needs no base.
 
-    ``checkpoint_dir`` overrides where the base lies; that it is the same base is checked. A folder that holds a whole
-    model needs no base. ``quantize`` says what its weights are kept in, None as in training: what was trained over a
-    narrow base fits the wide one too, but has learned to make up for the narrow one's errors.
+    ``checkpoint_dir`` is for a base that was moved. ``quantize`` None is as in training; other values also work, but
+    the method has learned to make up for the errors of the base that it was trained on.
+    Raises UserError if a folder is damaged, or the base is another one.
     """
-    method, path = read_method(trained_dir), Path(trained_dir) / METHOD_FILE
-    quantize = quantize or method["quantize"]
-    if (Path(trained_dir) / MODEL_FILE).exists():  # a checkpoint folder: nothing of the base is left
-        model = load_model(trained_dir, dtype, device)
-        quantize_base(model, quantize)
-        return model.requires_grad_(False), method
-    model = load_model(check_base(method["base"], checkpoint_dir, path), dtype, device)
-    quantize_base(model, quantize)
-    add_trained(model, trained_dir, method)
+    method = read_method(trained_dir)
+    whole = (Path(trained_dir) / MODEL_FILE).exists()
+    base = trained_dir if whole else check_base(method["base"], checkpoint_dir, Path(trained_dir) / METHOD_FILE)
+    model = load_model(base, dtype, device).requires_grad_(False)
+    quantize_base(model, quantize or method["quantize"])
+    if not whole:
+        add_trained(model, trained_dir, method)
     return model, method
 
 
 def add_trained(model: LLaMA, trained_dir: Path | str, method: dict) -> None:
-    """Freeze ``model``, a base, and put on it what a trained folder with this method.json learned."""
-    path = Path(trained_dir) / METHOD_FILE
+    """Freeze ``model``, a base, and add what a trained folder with this method.json holds."""
+    path, tensors_path = Path(trained_dir) / METHOD_FILE, Path(trained_dir) / TRAINED_FILE
     if method["method"] not in METHODS:
         raise UserError(f"{path} names the method {method['method']!r}, not one of {', '.join(METHODS)}")
 
@@ -140,19 +116,18 @@ def add_trained(model: LLaMA, trained_dir: Path | str, method: dict) -> None:
         model.requires_grad_(False)
         try:
             METHODS[method["method"]](model, **method["arguments"])
-        except Exception as error:  # whatever arguments raise that no script wrote
+        except Exception as error:  # arguments that no script wrote may raise anything
             reason = str(error).split("\n")[0]
             raise UserError(f"{path}: the arguments do not fit {method['method']}: {reason}") from None
         if model.reparametrization is not None:
             model.reparametrization.flatten(model)
         return model
 
-    with torch.device("meta"):  # arguments that the tensors do not bear out cost no memory
-        plan = add_method(LLaMA(model.config))
-    check_trained(trained_tensors(plan), Path(trained_dir) / TRAINED_FILE)
+    with torch.device("meta"):  # no memory for arguments that do not match the tensors
+        check_trained(trained_tensors(add_method(LLaMA(model.config))), tensors_path)
     for tensor in trained_tensors(add_method(model)).values():
-        tensor.data = tensor.data.clone()  # it may be the base's own, which another model goes on using (chat.py)
-    check_recipe(method, load_trained(model, Path(trained_dir) / TRAINED_FILE), path)
+        tensor.data = tensor.data.clone()  # it may be shared with a model that stays in use (chat.py)
+    check_recipe(method, load_trained(model, tensors_path), path)
     before, now = method["quantize"], quantization(model)
     if now != before:
         why = "has not seen its errors" if before == "none" else "has learned to make up for the other's errors"

@@ -21,6 +21,7 @@ from lit_llama.cli import UserError
 from lit_llama.configs import CONFIGS
 from lit_llama.data.batches import IGNORE, TokenizedSample, collate, micro_batches
 from lit_llama.devices.blocks import wrap_blocks
+from lit_llama.devices.cuda_graphs import NextLogits
 from lit_llama.devices.launch import PRECISIONS, default_device, peak_memory, synchronize
 from lit_llama.devices.prepack import prepare_for_inference
 from lit_llama.devices.quantize import quantize_base
@@ -106,7 +107,7 @@ def build_ours(contender: Contender, kind: str, device: torch.device, stack: Exi
     open_gates(model)
     if kind == "decode":
         prepare_for_inference(model, compile="compile" in options)
-        return lambda prompt, count: sum(1 for _ in generate(model, prompt, count, stop=set()))
+        return lambda prompt, n: sum(1 for _ in generate(model, prompt, n, set(), next_logits=NextLogits(model)))
     wrap_blocks(model, compile="compile" in options, checkpointing="checkpointing" in options)
     optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=1e-3)
 

@@ -11,31 +11,10 @@ Trains (C + 1) * labels parameters, or C + 1 for two labels: 4,097 for LLaMA-7B.
 """
 
 import numpy as np
-import torch
 
 from lit_llama.common.errors import UserError
-from lit_llama.model import LLaMA
 
 CLASSIFIERS = ("logistic", "forest")
-
-
-@torch.inference_mode()
-def text_vectors(model: LLaMA, texts: list[list[int]], max_tokens: int = 4096, tick=lambda count: None) -> np.ndarray:
-    """The vector of each text (token ids) at its last token: (n, C) in float32.
-
-    Texts of similar length share a batch of at most ``max_tokens`` tokens with padding. ``tick`` gets the size of each.
-    """
-    vectors = np.empty((len(texts), model.config.n_embd), dtype=np.float32)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    while order:
-        rows = order[-max(1, max_tokens // len(texts[order[-1]])) :]
-        del order[-len(rows) :]
-        last = torch.tensor([len(texts[i]) - 1 for i in rows])
-        idx = torch.tensor([texts[i] + [0] * (int(last.max()) + 1 - len(texts[i])) for i in rows])
-        hidden = model.hidden_states(idx.to(model.transformer.wte.weight.device))  # causal: no text sees padding
-        vectors[rows] = hidden[torch.arange(len(rows)), last].float().cpu().numpy()
-        tick(len(rows))
-    return vectors
 
 
 def fit_classifier(

@@ -22,8 +22,7 @@ from lit_llama.data.samples import Sample, read_samples
 from lit_llama.data.task import Task, split_file
 from lit_llama.devices.blocks import keep_in_step
 from lit_llama.devices.launch import print_rank0, rank
-from lit_llama.generate.classify import label_shares
-from lit_llama.generate.decode import generate_batch
+from lit_llama.generate.decode import generate_batch, label_probabilities
 from lit_llama.model import LLaMA
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train.loss import LOWER_THE_RATE, split_evenly, target_loss, target_vectors
@@ -168,7 +167,7 @@ class BeforeAfter:
         task = self.task
         if labels is not None:
             prompts = [sample.ids.tolist() for sample in task.validation[: self.n_samples]]
-            chosen = shared(self.fabric, model, prompts, lambda own: list(label_shares(model, own).argmax(1)))
+            chosen = shared(self.fabric, model, prompts, lambda own: list(label_probabilities(model, own).argmax(1)))
             self.answers[when] = [labels[i] for i in chosen]
             return
         longest = longest_answer(task.tokenizer, self.samples)
