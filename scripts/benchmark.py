@@ -80,7 +80,8 @@ def main(
     if missing := [name for name in against if name in OTHERS and find_spec(name) is None]:
         raise cli.UserError(f"--against {', '.join(missing)}: not installed; pip install it, or leave it out")
     ours, others = choose(kinds, methods, variants, against, model, sizes)
-    load_splits(data)  # refuses what it cannot read before anything is fetched
+    for _ in load_splits(data)[0]:
+        pass  # refuses what it cannot read before anything is fetched
     if results is not None:
         check_writable(results)
     ensure_base(checkpoint_dir, yes)

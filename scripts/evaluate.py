@@ -138,7 +138,7 @@ def evaluate_answers(
     given: Examples,
 ) -> list[tuple]:
     """Print loss, perplexity and exact match. The ranks share the samples, and each has all results in the end."""
-    from lit_llama.data.task import can_be_asked, tokenize_samples
+    from lit_llama.data.task import can_be_asked, encode_samples
     from lit_llama.devices.launch import print_rank0
     from lit_llama.train.evaluate import (
         add_shots,
@@ -151,7 +151,7 @@ def evaluate_answers(
     )
 
     asked = add_shots(samples, *given) if given.count else samples
-    kept, encoded = tokenize_samples(asked, style, tokenizer, length)
+    kept, encoded = encode_samples(asked, style, tokenizer, length)
     if given.count:
         kept, encoded = count_last_answers(kept, encoded, style, tokenizer)
     losses = shared(fabric, model, encoded, lambda own: sample_losses(model, own, fabric.device))

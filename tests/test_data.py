@@ -36,8 +36,8 @@ def answers(encoded: TokenizedSample, tokenizer: Tokenizer) -> str:
 
 def encode_sample(sample: Sample, style: str, tokenizer: Tokenizer, max_seq_length: int) -> TokenizedSample | None:
     """The ids and targets as lists; another sample, which fits three tokens, is encoded at the same time."""
-    _, (_, *found) = tokenize_samples([Sample("some", [], text="ab"), sample], style, tokenizer, max_seq_length)
-    return replace(found[0], ids=found[0].ids.tolist(), targets=found[0].targets.tolist()) if found else None
+    _, found = tokenize_samples([Sample("some", [], text="ab"), sample], style, tokenizer, max_seq_length)
+    return found and replace(found, ids=found.ids.tolist(), targets=found.targets.tolist())
 
 
 def sample_of(row: dict) -> Sample:

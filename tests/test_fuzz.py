@@ -106,17 +106,16 @@ def test_targets_are_the_answers_and_their_ends(tokenizer, style, turns, system,
     expected = sum(answers, [])
     if not encode_prompt(messages[: 1 + (system is not None)], style, tokenizer):
         expected = expected[1:]  # what nothing precedes cannot be predicted
-    other = to_sample({"text": "ab"}, "here")  # encoded at the same time, and trained on at any length
-    _, (_, *found, _) = tokenize_samples([other, sample, other], style, tokenizer, 10**6)
-    whole = found[0] if found else None
+    others = [to_sample({"text": "ab"}, "here")] * 2  # encoded at the same time, and trained on at any length
+    _, whole, _ = tokenize_samples([others[0], sample, others[1]], style, tokenizer, 10**6)
     if len(expected) < 2:  # a single, empty answer teaches nothing
         assert whole is None
     else:
         assert [target for target in whole.targets if target != IGNORE] == expected
         prompt = encode_prompt(messages[:-1], style, tokenizer)
         assert whole.ids[: len(prompt)].tolist() == prompt  # what generation asks is what training masks
-    _, (_, *found, _) = tokenize_samples([other, sample, other], style, tokenizer, max_seq_length)
-    for cut in found:
+    _, cut, _ = tokenize_samples([others[0], sample, others[1]], style, tokenizer, max_seq_length)
+    if cut is not None:
         trained = [target for target in cut.targets if target != IGNORE]
         assert len(cut.ids) < max_seq_length and trained[-1:] == end
         assert trained[:-1] == expected[: len(trained) - 1]

@@ -7,12 +7,11 @@ data/README.md shows each.
 from __future__ import annotations
 
 import csv
-import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lit_llama.common.errors import UserError
 from lit_llama.data.prompts import Message
@@ -44,13 +43,32 @@ class Sample:
         return json.dumps([self.messages, self.text], sort_keys=True)
 
 
-def read_samples(source: Path | str | list[dict]) -> list[Sample]:
-    """All samples of a file or a list of rows. Raises UserError if the file or a row is invalid."""
-    rows = list_rows(source) if isinstance(source, list) else file_rows(Path(source))
-    return [to_sample(row, where, i) for i, (where, row) in enumerate(rows)]
+class Samples:
+    """The samples of a file or a list of rows. Each loop reads them again, so texts do not stay in memory.
+
+    A loop raises UserError if the file or a row is invalid.
+    """
+
+    def __init__(self, source: Path | list[dict], without: frozenset[int] = frozenset()) -> None:
+        self.source, self.without = source, without  # the numbers of rows to leave out
+
+    def __iter__(self) -> Iterator[Sample]:
+        if isinstance(self.source, list):
+            rows: Iterable = ((f"row {i + 1}", row) for i, row in enumerate(self.source))
+        else:
+            rows = file_rows(self.source)
+        for i, (where, row) in enumerate(rows):
+            sample = to_sample(row, where, i)
+            if i not in self.without:
+                yield sample
 
 
-def file_rows(path: Path) -> list[tuple[str, Any]]:
+def read_samples(path: Path | str) -> list[Sample]:
+    """All samples of one file."""
+    return list(Samples(Path(path)))
+
+
+def file_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """The rows of a file, each with its place for messages: file and line, or file and row of a .json file.
 
     Raises UserError if the file is missing, empty or invalid.
@@ -58,19 +76,27 @@ def file_rows(path: Path) -> list[tuple[str, Any]]:
     readers = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows, ".txt": txt_rows}
     if path.suffix not in readers:
         raise UserError(f"{path}: data files end in {', '.join(SUFFIXES)}")
-    rows = list(readers[path.suffix](read_text(path), path))
-    if not rows:
+    empty = True
+    try:
+        # utf-8-sig drops the byte-order mark that spreadsheets write. A quoted field of a .csv keeps its line ends.
+        with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else "\n") as file:
+            for row in readers[path.suffix](file, path):
+                empty = False
+                yield row
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except UnicodeDecodeError:
+        read_text(path)  # names the line
+        raise
+    if empty:
         raise UserError(f"{path} holds no rows")
-    return rows
 
 
 def read_text(path: Path) -> str:
-    """The content of a file that a user wrote. Raises UserError if it is missing, or has a line that is not UTF-8."""
+    """The content of a file that a user wrote. Raises UserError, naming the line, if it is not UTF-8."""
+    data = path.read_bytes()
     try:
-        data = path.read_bytes()
-        return data.decode("utf-8-sig")  # without the byte-order mark that spreadsheets write
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
@@ -86,27 +112,23 @@ def parse_json(text: str, path: Path | str, line: int | None = None) -> Any:
         raise UserError(f"{path}{f':{line}' if line else ''}: not valid JSON: {reason}") from None
 
 
-def list_rows(rows: list, what: str = "row") -> Iterator[tuple[str, Any]]:
-    for number, row in enumerate(rows, 1):
-        yield f"{what} {number}", row
-
-
-def json_rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    rows = parse_json(text, path)
+def json_rows(file: TextIO, path: Path) -> Iterator[tuple[str, Any]]:
+    rows = parse_json(file.read(), path)
     if not isinstance(rows, list):
         raise UserError(f"{path}: a .json file must hold an array of rows; one object per line is .jsonl")
-    return list_rows(rows, f"{path}, row")
+    for number, row in enumerate(rows, 1):
+        yield f"{path}, row {number}", row
 
 
-def jsonl_rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):
+def jsonl_rows(file: TextIO, path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(file, 1):
         if line.strip():
             yield f"{path}:{number}", parse_json(line, path, number)
 
 
-def csv_rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+def csv_rows(file: TextIO, path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(2**31 - 1)
-    reader: Any = csv.DictReader(io.StringIO(text, newline=""), strict=True)  # "": a quoted field keeps its line ends
+    reader: Any = csv.DictReader(file, strict=True)
     try:
         for row in reader:
             where = f"{path}:{reader.line_num}"
@@ -117,10 +139,10 @@ def csv_rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}:{reader.line_num}: {error}") from None
 
 
-def txt_rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):
+def txt_rows(file: TextIO, path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(file, 1):
         if line.strip():
-            yield f"{path}:{number}", {"text": line.rstrip("\r")}
+            yield f"{path}:{number}", {"text": line.rstrip("\r\n")}
 
 
 def to_sample(row: Any, where: str, number: int = 0) -> Sample:

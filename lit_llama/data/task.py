@@ -7,13 +7,14 @@ import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from lit_llama.checkpoint import load_config
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.data.batches import IGNORE, TokenizedSample
 from lit_llama.data.prompts import BOS, END_OF_TURN, EOS, STYLES, Piece, choose_style, encode_control, encode_pieces
-from lit_llama.data.samples import SUFFIXES, Sample, read_samples
+from lit_llama.data.samples import SUFFIXES, Sample, Samples, read_samples
 from lit_llama.tokenizer import Tokenizer
 
 MAX_VALIDATION = 2000  # samples split off, and samples kept to be answered
@@ -29,17 +30,23 @@ def check_data(data: Path | str | list[dict]) -> None:
         )
 
 
-def load_splits(data: Path | str | list[dict], val_fraction: float = 0.1) -> tuple[list[Sample], list[Sample]]:
-    """Training and validation samples: a folder's train.* and validation.*, or one file or list, split by hash."""
-    check_data(data)
+def load_splits(data: Path | str | list[dict], val_fraction: float = 0.1) -> tuple[Samples, list[Sample]]:
+    """Training and validation samples: a folder's train.* and validation.*, or one file or list, split by hash.
+
+    Each loop over the training samples reads them again; the validation samples stay in memory.
+    """
     if isinstance(data, list):
-        return split_by_hash(read_samples(data), "data", val_fraction)
+        return split_by_hash(data, "data", val_fraction)
+    check_data(data)
     path = Path(data)
-    train_file, val_file = (path, None) if path.is_file() else (split_file(path, s) for s in ("train", "validation"))
+    if path.is_file():
+        return split_by_hash(path, str(path), val_fraction)
+    train_file, val_file = split_file(path, "train"), split_file(path, "validation")
     if train_file is None:
         raise UserError(f"{path} holds no train file ({', '.join('train' + suffix for suffix in SUFFIXES)})")
-    train = read_samples(train_file)
-    return (train, read_samples(val_file)) if val_file else split_by_hash(train, str(path), val_fraction)
+    if val_file is None:
+        return split_by_hash(train_file, str(path), val_fraction)
+    return Samples(train_file), read_samples(val_file)
 
 
 def split_file(folder: Path, split: str) -> Path | None:
@@ -50,24 +57,28 @@ def split_file(folder: Path, split: str) -> Path | None:
     return files[0] if files else None
 
 
-def split_by_hash(samples: list[Sample], where: str, val_fraction: float) -> tuple[list[Sample], list[Sample]]:
-    """Split off the samples with the smallest hashes for validation: ``val_fraction`` of all, at most MAX_VALIDATION.
+def split_by_hash(source: Path | list[dict], where: str, val_fraction: float) -> tuple[Samples, list[Sample]]:
+    """Training and validation samples: the smallest hashes validate, ``val_fraction`` of all or MAX_VALIDATION.
 
     So new rows do not move old ones across the split, except to keep the limit, and equal samples stay together.
     ``where`` names the data in errors.
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction {val_fraction} must lie between 0 and 1")
-    fractions = [hash_fraction(sample.key()) for sample in samples]
-    limit = min([val_fraction, *sorted(fractions)[MAX_VALIDATION : MAX_VALIDATION + 1]])
-    train = [sample for sample, fraction in zip(samples, fractions, strict=True) if fraction >= limit]
-    validation = [sample for sample, fraction in zip(samples, fractions, strict=True) if fraction < limit]
-    if not train or not validation:
+    n_rows, small = 0, []
+    for sample in Samples(source):
+        n_rows += 1
+        fraction = hash_fraction(sample.key())
+        if fraction < val_fraction:
+            small.append((fraction, sample))
+    limit = sorted(fraction for fraction, _ in small)[MAX_VALIDATION] if len(small) > MAX_VALIDATION else 1.0
+    validation = [sample for fraction, sample in small if fraction < limit]
+    if len(validation) in (0, n_rows):
         raise UserError(
-            f"{where}: {len(samples)} rows are too few to split off {val_fraction:.0%} for validation; give more, or "
-            "a folder with train.* and validation.*"
+            f"{where}: {n_rows} rows are too few to split off {val_fraction:.0%} for validation; give more, or a "
+            "folder with train.* and validation.*"
         )
-    return train, validation
+    return Samples(source, without=frozenset(sample.row for sample in validation)), validation
 
 
 def hash_fraction(key: str) -> float:
@@ -79,9 +90,9 @@ def hash_fraction(key: str) -> float:
 
 
 def tokenize_samples(
-    samples: list[Sample], style: str, tokenizer: Tokenizer, max_seq_length: int
-) -> tuple[list[Sample], list[TokenizedSample]]:
-    """The samples that have a part of an answer to learn, and their token ids with only the answers as targets.
+    samples: Iterable[Sample], style: str, tokenizer: Tokenizer, max_seq_length: int
+) -> list[TokenizedSample | None]:
+    """Token ids with only the answers as targets; None for a sample with no part of an answer to learn.
 
     A sample that is too long loses its end, but a cut answer still ends with its end-of-turn token: a model that never
     sees one never learns to stop. Raises UserError if no sample has an answer.
@@ -91,7 +102,7 @@ def tokenize_samples(
         text = [(BOS, False), (sample.text or "", True), (EOS, True)]
         return STYLES[style](sample.messages) if sample.messages else text
 
-    kept, tokenized = [], []
+    tokenized: list[TokenizedSample | None] = []
     for sample, ids, trains in encode_in_batches(samples, pieces, tokenizer):
         drop_untrained_end(ids, trains)
         cut = len(ids) > max_seq_length
@@ -103,19 +114,17 @@ def tokenize_samples(
         drop_untrained_end(ids, trains)
         targets = [token if train else IGNORE for token, train in zip(ids[1:], trains[1:], strict=True)]
         encoded = TokenizedSample(array("i", ids[:-1]), array("i", targets), cut, sample.where)
-        if encoded.n_targets > 1:  # a single one is an end without an answer
-            kept.append(sample)
-            tokenized.append(encoded)
-    if not kept:
+        tokenized.append(encoded if encoded.n_targets > 1 else None)  # one target is an end without an answer
+    if not any(tokenized):
         raise UserError(
-            f"none of {len(samples)} samples has an answer that begins within max_seq_length {max_seq_length}; "
+            f"none of {len(tokenized)} samples has an answer that begins within max_seq_length {max_seq_length}; "
             "raise it, or fill in the answers"
         )
-    return kept, tokenized
+    return tokenized
 
 
 def tokenize_labels(
-    samples: list[Sample], style: str, tokenizer: Tokenizer, max_seq_length: int, labels: list[str]
+    samples: Iterable[Sample], style: str, tokenizer: Tokenizer, max_seq_length: int, labels: list[str]
 ) -> list[TokenizedSample]:
     """Each sample's prompt, with the number of its label as the target of the last token, for a classifier's head.
 
@@ -139,17 +148,18 @@ def tokenize_labels(
 
 
 def encode_in_batches(
-    samples: list[Sample], pieces: Callable[[Sample], Iterable[Piece]], tokenizer: Tokenizer, size: int = 1000
+    samples: Iterable[Sample], pieces: Callable[[Sample], Iterable[Piece]], tokenizer: Tokenizer, size: int = 1000
 ) -> Iterator[tuple[Sample, list[int], list[bool]]]:
     """Each sample with its token ids, and for each id whether it is trained on. UserErrors name the sample."""
-    for start in range(0, len(samples), size):
-        batch = samples[start : start + size]
+    samples = iter(samples)
+    while batch := list(islice(samples, size)):
         try:
             encoded = encode_pieces(map(pieces, batch), tokenizer)
         except UserError as error:
-            if size == 1:
+            if len(batch) == 1:
                 raise UserError(f"{batch[0].where}: {error}") from None
-            encoded = [row[1:] for row in encode_in_batches(batch, pieces, tokenizer, size=1)]  # finds the sample
+            yield from encode_in_batches(batch, pieces, tokenizer, size=1)  # finds the sample
+            continue
         for sample, (ids, trains) in zip(batch, encoded, strict=True):
             yield sample, ids, trains
 
@@ -158,6 +168,15 @@ def drop_untrained_end(ids: list[int], trains: list[bool]) -> None:
     """Remove, in place, what follows the last answer: it teaches nothing."""
     while trains and not trains[-1]:
         ids.pop(), trains.pop()
+
+
+def encode_samples(
+    samples: list[Sample], style: str, tokenizer: Tokenizer, max_seq_length: int
+) -> tuple[list[Sample], list[TokenizedSample]]:
+    """The samples that have something to learn within ``max_seq_length``, and their ids."""
+    tokenized = tokenize_samples(samples, style, tokenizer, max_seq_length)
+    kept = [sample for sample, ids in zip(samples, tokenized, strict=True) if ids is not None]
+    return kept, [ids for ids in tokenized if ids is not None]
 
 
 def can_be_asked(sample: Sample, encoded: TokenizedSample) -> bool:
@@ -223,8 +242,9 @@ def load_task(
         answers = [replace(s, messages=[*s.prompt, {"role": "assistant", "content": s.label}]) for s in validation]
         return Task(name, tokenizer, style, train_ids, val_ids, answers[:MAX_VALIDATION], summary, labels)
 
-    _, train_ids = tokenize_samples(train, style, tokenizer, max_seq_length)
-    kept, val_ids = tokenize_samples(validation, style, tokenizer, max_seq_length)
+    tokenized = tokenize_samples(train, style, tokenizer, max_seq_length)
+    train_ids = [ids for ids in tokenized if ids is not None]
+    kept, val_ids = encode_samples(validation, style, tokenizer, max_seq_length)
     longest = max(len(sample.ids) for sample in train_ids + val_ids)
     if longest + n_virtual > block_size:
         raise UserError(
@@ -232,7 +252,7 @@ def load_task(
             f"of the base's context of {block_size}; pass --train.max_seq_length {block_size - n_virtual}"
         )
     in_train = {hash(sample.ids.tobytes()) for sample in train_ids}
-    dropped = len(train) - len(train_ids) + len(validation) - len(val_ids)
+    dropped = len(tokenized) - len(train_ids) + len(validation) - len(val_ids)
     notes = {
         "dropped: nothing to learn within max_seq_length (an empty answer?)": dropped,
         "cut to max_seq_length": sum(sample.cut for sample in train_ids + val_ids),
