@@ -106,7 +106,7 @@ def test_csv_rows_end_at_line_ends_alone(tmp_path):
 
 def test_split_by_hash_is_disjoint_stable_and_about_the_fraction(tmp_path):
     train, validation = load_splits(write_rows(tmp_path / "a.json", sums(1000)), val_fraction=0.2)
-    assert len(train) + len(validation) == 1000 and 150 < len(validation) < 250
+    assert len(list(train)) + len(validation) == 1000 and 150 < len(validation) < 250
     kept = {sample.key() for sample in validation}
     assert not kept & {sample.key() for sample in train}
     _, more = load_splits(sums(1300)[::-1], val_fraction=0.2)
