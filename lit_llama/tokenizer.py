@@ -6,6 +6,9 @@ tokens enter a sequence by their ids (``bos_id``, ``eos_id``, ``control_id``) al
 
 from __future__ import annotations
 
+import re
+import shutil
+import sys
 import warnings
 from collections.abc import Iterable
 from itertools import groupby
@@ -18,10 +21,10 @@ from tokenizers import decoders, pre_tokenizers
 
 from lit_llama.checkpoint import CONFIG_FILE
 from lit_llama.common.errors import UserError
-from lit_llama.common.files import read_json
+from lit_llama.common.files import atomic_write, read_json
 
 JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
-TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FILE, GENERATION_FILE = "chat_template.jinja", "generation_config.json"
 MAX_PADDING = 1024  # a model may have some more rows than tokens, to make their number a round one
 
 
@@ -197,7 +200,7 @@ def read_chat_template(folder: Path) -> str | None:
 
 def generation_eos(folder: Path) -> Any:
     """The (first) eos of generation_config.json."""
-    path = folder / "generation_config.json"
+    path = folder / GENERATION_FILE
     eos = read_json(path).get("eos_token_id") if path.exists() else None
     return eos[0] if isinstance(eos, list) and eos else eos
 
@@ -210,3 +213,33 @@ def byte_level_bytes(vocab: dict[str, int]) -> bytes:
     printable = {ord(char) for char in pre_tokenizers.ByteLevel.alphabet() if ord(char) < 256}
     others = [byte for byte in range(256) if byte not in printable]
     return bytes(b for b in range(256) if chr(b if b in printable else 256 + others.index(b)) in vocab)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer's files to ``folder`` from ``source``: a folder, or any file in it.
+
+    Prints a note if there is no tokenizer. Raises UserError if the only one is Llama 3's tiktoken file.
+    """
+    if not source.exists():
+        raise UserError(f"{source} is missing: --tokenizer takes tokenizer.json, tokenizer.model or their folder")
+    source = source if source.is_dir() else source.parent
+    files = [JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE, "special_tokens_map.json", GENERATION_FILE, TEMPLATE_FILE]
+    found = [name for name in files if (source / name).exists()]
+    if SENTENCEPIECE_FILE in found and is_tiktoken(source / SENTENCEPIECE_FILE):
+        found.remove(SENTENCEPIECE_FILE)
+        if JSON_FILE not in found:
+            raise UserError(
+                f"{source / SENTENCEPIECE_FILE} is Llama 3's tiktoken file, not a sentencepiece model; take "
+                "tokenizer.json from the model's Hugging Face repository and pass it as --tokenizer"
+            )
+    if not {JSON_FILE, SENTENCEPIECE_FILE} & set(found):
+        print(f"note: {source} has no tokenizer.json or tokenizer.model; text will need one", file=sys.stderr)
+    for name in found:
+        with atomic_write(folder / name) as temporary:
+            shutil.copyfile(source / name, temporary)
+
+
+def is_tiktoken(path: Path) -> bool:
+    """Whether each line is base64 and a number. A sentencepiece model is a protocol buffer."""
+    with open(path, "rb") as file:
+        return re.fullmatch(rb"[A-Za-z0-9+/=]+ \d+\s*", file.readline(1000)) is not None

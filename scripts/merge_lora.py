@@ -46,8 +46,9 @@ def main(trained_dir: str, out_dir: str, checkpoint_dir: str | None = None, dtyp
     from lit_llama.checkpoint import save_checkpoint
     from lit_llama.cli import save_settings
     from lit_llama.common.files import check_new, whole_folder
-    from lit_llama.formats.convert import copy_tokenizer
+    from lit_llama.data.prompts import write_chat_template
     from lit_llama.generate.load import load_trained_folder
+    from lit_llama.tokenizer import Tokenizer, copy_tokenizer
     from lit_llama.trained import read_method
 
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -61,7 +62,8 @@ def main(trained_dir: str, out_dir: str, checkpoint_dir: str | None = None, dtyp
     config, merged = merge_lora(model) if method["method"] == "lora" else merge_scales(model)
     with whole_folder(Path(out_dir)) as folder:
         save_checkpoint(folder, config, ((name, t.to(getattr(torch, dtype))) for name, t in merged.items()))
-        copy_tokenizer(Path(checkpoint_dir or method["base"]["checkpoint_dir"]), folder, method["prompt_style"])
+        copy_tokenizer(Path(checkpoint_dir or method["base"]["checkpoint_dir"]), folder)
+        write_chat_template(folder, Tokenizer(folder), method["prompt_style"])
         save_settings(folder)
     print(f"wrote {out_dir}")
     if method["method"] == "adapter_v2":

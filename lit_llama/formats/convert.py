@@ -7,9 +7,6 @@ no tensor missing, none left over, every shape right. Pickles are read by ``torc
 
 from __future__ import annotations
 
-import re
-import shutil
-import sys
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -20,18 +17,15 @@ from torch import Tensor
 
 from lit_llama.bars import track
 from lit_llama.checkpoint import save_checkpoint, shard_files, tensor_shapes
-from lit_llama.cli import UserError
-from lit_llama.common.files import atomic_write, read_json, read_tensors, whole_folder
+from lit_llama.common.errors import UserError
+from lit_llama.common.files import read_json, read_tensors, whole_folder
 from lit_llama.configs import CONFIGS, LLAMA_31_SCALING
-from lit_llama.data.prompts import write_chat_template
 from lit_llama.formats.layouts import layer_names, to_half_split
 from lit_llama.model import CausalSelfAttention, LLaMAConfig
-from lit_llama.tokenizer import Tokenizer
+from lit_llama.tokenizer import copy_tokenizer
 
 Tensors = Iterable[tuple[str, Tensor]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model"]
-SETTINGS_FILES = ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja"]
 COMPUTED = ("rotary_emb.inv_freq", "rope.freqs", "rope_freqs.weight")  # tables that the model makes itself
 
 
@@ -109,37 +103,6 @@ def load_pth(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise UserError(f"{path} must hold a dict of tensors and nothing else; save model.state_dict() alone")
     return content
-
-
-def copy_tokenizer(source: Path, folder: Path, style: str | None = None) -> None:
-    """Copy the tokenizer's files from the folder ``source``, or from the folder of that file.
-
-    With ``style`` the chat template becomes that of the prompt style, for a model that was trained in it.
-    """
-    if not source.exists():
-        raise UserError(f"{source} is missing: --tokenizer takes tokenizer.json, tokenizer.model or their folder")
-    source = source if source.is_dir() else source.parent
-    found = [name for name in TOKENIZER_FILES if (source / name).exists()]
-    if "tokenizer.model" in found and is_tiktoken(source / "tokenizer.model"):
-        found.remove("tokenizer.model")
-        if not found:
-            raise UserError(
-                f"{source / 'tokenizer.model'} is Llama 3's tiktoken file, not a sentencepiece model; take "
-                "tokenizer.json from the model's Hugging Face repository and pass it as --tokenizer"
-            )
-    if not found:
-        print(f"note: {source} has no tokenizer.json or tokenizer.model; text will need one", file=sys.stderr)
-    for name in found + [name for name in SETTINGS_FILES if (source / name).exists()]:
-        with atomic_write(folder / name) as temporary:
-            shutil.copyfile(source / name, temporary)
-    if style is not None:
-        write_chat_template(folder, Tokenizer(source), style)
-
-
-def is_tiktoken(path: Path) -> bool:
-    """Whether the file is lines of base64 and a rank, rather than a protocol buffer."""
-    with open(path, "rb") as file:
-        return re.fullmatch(rb"[A-Za-z0-9+/=]+ \d+\s*", file.readline(1000)) is not None
 
 
 # ---------------------------------------------------------------------------------------------- Hugging Face

@@ -23,15 +23,21 @@ from lit_llama.checkpoint import (
 from lit_llama.cli import UserError
 from lit_llama.common.files import open_tensors, read_json, whole_folder, write_json
 from lit_llama.data.prompts import choose_style, stop_ids, write_chat_template
-from lit_llama.formats.convert import DTYPES, copy_tokenizer
+from lit_llama.formats.convert import DTYPES
 from lit_llama.formats.gguf_tokenizer import write_tokenizer
 from lit_llama.formats.gguf_vocabulary import sentencepiece_fields
 from lit_llama.formats.layouts import layer_names, to_interleaved
 from lit_llama.model import CausalSelfAttention, LLaMAConfig
-from lit_llama.tokenizer import JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE, Tokenizer, read_settings
+from lit_llama.tokenizer import (
+    GENERATION_FILE,
+    JSON_FILE,
+    SENTENCEPIECE_FILE,
+    SETTINGS_FILE,
+    Tokenizer,
+    copy_tokenizer,
+    read_settings,
+)
 from lit_llama.trained import METHOD_FILE, read_method
-
-GENERATION_FILE = "generation_config.json"
 
 
 def whole_model(checkpoint_dir: Path) -> LLaMAConfig:

@@ -26,7 +26,6 @@ from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import read_json, read_tensors, save_tensors, whole_folder, write_json
 from lit_llama.data.chat_templates import style_of
 from lit_llama.data.prompts import choose_style
-from lit_llama.formats.convert import copy_tokenizer
 from lit_llama.formats.export import complete_tokenizer
 from lit_llama.formats.layouts import layer_names
 from lit_llama.methods.adapter import ACTIVATIONS
@@ -34,7 +33,7 @@ from lit_llama.methods.lora import TARGETS
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.settings import MOST_TOKENS
-from lit_llama.tokenizer import Tokenizer, read_chat_template
+from lit_llama.tokenizer import Tokenizer, copy_tokenizer, read_chat_template
 from lit_llama.trained import (
     METHOD_FILE,
     TRAINED_FILE,
