@@ -10,12 +10,12 @@ import time
 
 from lit_llama import __version__, cli
 from lit_llama.bars import Bar
+from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import save_arrays
 from lit_llama.data.task import check_data, load_task
 from lit_llama.devices.launch import base_dtype, launch
-from lit_llama.formats.download import ensure_base
 from lit_llama.methods.features import CLASSIFIERS, fit_classifier, probabilities, text_vectors
 from lit_llama.settings import DEFAULT_BASE, MOST, MOST_SEED, MOST_TOKENS, Data
 from lit_llama.train.run import Run, default_out_dir

@@ -5,7 +5,7 @@ python generate/base.py --prompt "Once upon a time" --prompt_style plain --sampl
 """
 
 from lit_llama import cli
-from lit_llama.formats.download import ensure_base
+from lit_llama.base import ensure_base
 from lit_llama.settings import DEFAULT_BASE, Sampling
 
 

@@ -33,11 +33,11 @@ def main(
         precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
         quantize: What the base's weights are kept in: none, int8, or on CUDA nf4.
     """
+    from lit_llama.base import ensure_base
     from lit_llama.checkpoint import load_model
     from lit_llama.data.prompts import choose_style, encode_prompt, stop_ids
     from lit_llama.devices.launch import base_dtype, default_device
     from lit_llama.devices.quantize import prepack, quantize_base
-    from lit_llama.formats.download import ensure_base
     from lit_llama.generate.decode import generate_batch
     from lit_llama.generate.mixed import Mixer
     from lit_llama.tokenizer import Tokenizer

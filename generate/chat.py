@@ -10,8 +10,8 @@ is not computed again: its keys and values stay in the cache.
 import sys
 
 from lit_llama import cli
+from lit_llama.base import ensure_base
 from lit_llama.common.errors import check_range
-from lit_llama.formats.download import ensure_base
 from lit_llama.settings import DEFAULT_BASE, MOST_TOKENS, Sampling
 
 

@@ -23,7 +23,24 @@ from lit_llama.model import LLaMA, LLaMAConfig
 CONFIG_FILE, MODEL_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
+def check_format(folder: Path | str) -> None:
+    """Raises UserError if ``folder`` is a GGUF file or a Hugging Face folder, which must be converted first."""
+    folder = Path(folder)
+    if folder.suffix == ".gguf" and folder.is_file():
+        kind, name = "GGUF file", folder.stem
+    elif (folder / CONFIG_FILE).exists() and {"model_type", "architectures"} & set(read_json(folder / CONFIG_FILE)):
+        kind, name = "Hugging Face folder", folder.resolve().name
+    else:
+        return
+    raise UserError(
+        f"{folder} is a {kind}; convert it first: "
+        f"python scripts/convert.py --source {folder} --out_dir checkpoints/{name}"
+    )
+
+
 def load_config(folder: Path | str) -> LLaMAConfig:
+    """Raises UserError if the folder's config.json is not one of this project."""
+    check_format(folder)
     path = Path(folder) / CONFIG_FILE
     content = read_json(path)
     known = {field.name for field in fields(LLaMAConfig)}

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_base, make_trained
+from helpers import make_base, make_trained, refuse
 from safetensors.torch import load_file
 
+from lit_llama import trained
 from lit_llama.checkpoint import fingerprint, load_config, load_model, save_checkpoint, tensor_shapes, weight_files
 from lit_llama.cli import UserError
 from lit_llama.common.files import atomic_write, save_tensors, whole_folder
@@ -93,6 +94,10 @@ def change_tensors(path, change):
 BROKEN = {
     "no config": (lambda b: (b / "config.json").unlink(), "config.json is missing"),
     "config of another project": (lambda b: (b / "config.json").write_text('{"dim": 1}'), "convert the checkpoint"),
+    "Hugging Face folder": (
+        lambda b: (b / "config.json").write_text('{"model_type": "llama"}'),
+        "base is a Hugging Face folder; convert it first: python scripts/convert.py --source .* checkpoints/base$",
+    ),
     "absurd config": (lambda b: edit_json(b / "config.json", n_layer=-1), "n_layer must be a positive"),
     "not JSON": (lambda b: (b / "config.json").write_text("{"), "not valid JSON"),
     "no weights": (lambda b: (b / "model.safetensors").unlink(), "model.safetensors is missing"),
@@ -201,3 +206,22 @@ def test_a_base_written_before_biases_is_still_the_same_base(base, tmp_path):
     assert config.pop("bias") is False
     (base / "config.json").write_text(json.dumps(config))
     load_trained_folder(tmp_path / "out")
+
+
+def test_a_base_in_another_format_is_refused_at_once(base, tmp_path):
+    (tmp_path / "llama.gguf").write_bytes(b"GGUF")
+    message = "llama.gguf is a GGUF file; convert it first: .*--out_dir checkpoints/llama$"
+    refuse("finetune/lora.py", "--checkpoint_dir", tmp_path / "llama.gguf", message=message)
+    edit_json(base / "config.json", architectures=["LlamaForCausalLM"])
+    refuse("generate/base.py", "--checkpoint_dir", base, "--prompt", "x", message="is a Hugging Face folder; convert")
+
+
+def test_a_relative_base_is_found_from_any_folder(base, tmp_path, monkeypatch):
+    """A trained folder names a base inside the clone by its path from there."""
+    monkeypatch.setattr(trained, "ROOT", tmp_path)
+    make_trained(tmp_path / "out", base)
+    assert json.loads((tmp_path / "out/method.json").read_text())["base"]["checkpoint_dir"] == "base"
+    (tmp_path / "elsewhere").mkdir()
+    for folder in (tmp_path, tmp_path / "elsewhere"):
+        monkeypatch.chdir(folder)
+        load_trained_folder(tmp_path / "out")

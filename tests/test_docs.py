@@ -11,10 +11,12 @@ import pytest
 import torch
 from helpers import equal_to, logits_of, make_base, script_parser, shake, tiny_model, tokens, transformers_model
 
+import finetune.lora
 from lit_llama import cli
 from lit_llama.generate.decode import generate
 from lit_llama.generate.load import load_trained_folder
 from lit_llama.methods.table import METHODS
+from lit_llama.settings import DEFAULT_BASE
 from lit_llama.train.loss import target_loss
 from lit_llama.trained import trained_tensors
 
@@ -70,8 +72,11 @@ def code_block(path: Path, heading: str) -> str:
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    """As it stands there; a tiny model lies where the default base would."""
-    make_base(tmp_path / "checkpoints/smollm2-135m-instruct")
+    """A tiny model takes the place of the default base."""
+    base = str(make_base(tmp_path / "base"))
+    main = finetune.lora.main
+    monkeypatch.setattr(main, "__defaults__", tuple(base if it == DEFAULT_BASE else it for it in main.__defaults__))
+    monkeypatch.setattr("lit_llama.settings.DEFAULT_BASE", base)
     monkeypatch.chdir(tmp_path)
     code = code_block(READMES[0], "From Python")
     names: dict = {}

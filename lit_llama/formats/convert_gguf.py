@@ -42,7 +42,7 @@ def open_gguf(path: Path) -> GGUFReader:
         reader = GGUFReader(path)
         architecture, parts = field(reader, "general.architecture"), field(reader, "split.count", 1)
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise UserError(f"{path} is not a whole GGUF file: {error}") from None
+        raise UserError(f"{path} is not a complete GGUF file: {error}") from None
     if architecture != "llama":
         raise UserError(f"{path} holds a model of architecture {architecture!r}; only 'llama' is supported")
     if parts > 1:
