@@ -161,13 +161,13 @@ def test_adapter_v2_merges_but_for_its_prompts(folder, tmp_path):
 
 
 def test_what_cannot_merge_says_why(folder, tmp_path):
-    for method, why in (("adapter", "further keys and values"), ("houlsby", "not linear"), ("soft_prompt", "input")):
+    for method in ("adapter", "houlsby", "soft_prompt"):
         (tmp_path / method).mkdir()
         base = {"checkpoint_dir": "base", "name": "tiny", "fingerprint": ""}
         content = {"method": method, "arguments": {}, "base": base, "prompt_style": "chatml"}
         (tmp_path / method / "method.json").write_text(json.dumps(content))
         flags = ["--trained_dir", tmp_path / method, "--out_dir", tmp_path / "merged"]
-        refuse("scripts/merge_lora.py", *flags, message=f"{method}, which cannot be merged.*{why}")
+        refuse("scripts/merge_lora.py", *flags, message=f"{method}, which cannot be merged: only lora and adapter_v2")
         assert not (tmp_path / "merged").exists()
 
 

@@ -144,12 +144,12 @@ def test_equal_gates_of_heads_are_pefts_gate(tmp_path):
 def test_methods_without_a_counterpart_are_not_exported(tmp_path, method):
     about = {"base": SOME_BASE, "prompt_style": "chatml"}
     write_json(tmp_path / "trained/method.json", {"method": method, "arguments": {}, **about})
-    with pytest.raises(UserError, match=f"was trained with {method}: .{{10}}"):
+    with pytest.raises(UserError, match=f"was trained with {method}, which PEFT lacks"):
         export_peft(tmp_path / "trained", tmp_path / "peft")
 
 
 @pytest.mark.parametrize(
-    ("changes", "match"), [(dict(bias=True), "adds that of o_proj twice"), (dict(head_size=6), "to be n_embd")]
+    ("changes", "match"), [(dict(bias=True), "without biases"), (dict(head_size=6), "4 [*] 6 and 32")]
 )
 def test_bases_that_pefts_adapter_cannot_take(tmp_path, changes, match):
     trained = train_ours(make_base(tmp_path / "base", **changes), tmp_path / "trained", "adapter")
@@ -200,7 +200,7 @@ def test_what_is_not_imported(tmp_path):
         with pytest.raises(UserError, match=match):
             import_peft(tmp_path / "peft", base, out)
     weights.rename(tmp_path / "peft/adapter_model.bin")
-    with pytest.raises(UserError, match="is a pickle.*save_pretrained"):
+    with pytest.raises(UserError, match="a pickle.*save_pretrained"):
         import_peft(tmp_path / "peft", base, out)
     assert not out.exists()
 

