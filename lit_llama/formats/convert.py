@@ -16,7 +16,7 @@ from lit_llama.checkpoint import save_checkpoint, shard_files, tensor_shapes
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import read_json, read_tensors, whole_folder
 from lit_llama.configs import CONFIGS, LLAMA_31_SCALING
-from lit_llama.formats.layouts import layer_names, to_half_split
+from lit_llama.formats.layouts import CONFIG_NAMES, layer_names, to_half_split
 from lit_llama.model import CausalSelfAttention, LLaMAConfig
 from lit_llama.tokenizer import copy_tokenizer
 
@@ -122,25 +122,19 @@ def hf_config(path: Path, name: str) -> LLaMAConfig:
     supported: dict[str, list] = {"model_type": ["llama"], "hidden_act": [None, "silu"]}
     supported |= {"rope_type": ["default", "llama3"], "partial_rotary_factor": [None, 1.0], "sliding_window": [None]}
     supported |= {"quantization_config": [None], "attention_bias": [None, False], "mlp_bias": [None, False]}
-    for key, values in supported.items():
-        if given.get(key) not in values:
-            raise UserError(f"{path}: {key} {given.get(key)!r} is not supported; a plain LLaMA has one of {values}")
+    for key, known in supported.items():
+        if given.get(key) not in known:
+            raise UserError(f"{path}: {key} {given.get(key)!r} is not supported; a plain LLaMA has one of {known}")
     try:
-        n_head, n_embd = raw["num_attention_heads"], raw["hidden_size"]
+        n_head = raw["num_attention_heads"]
+        defaults = {"num_key_value_heads": n_head, "head_dim": raw["hidden_size"] // n_head, "rope_theta": 10000.0}
+        values = defaults | {key: value for key, value in {**rope, **raw}.items() if value is not None}
+        values |= {key: float(values[key]) for key in ("rms_norm_eps", "rope_theta")}
         return LLaMAConfig(
             name=name,
-            block_size=raw["max_position_embeddings"],
-            vocab_size=raw["vocab_size"],
-            n_layer=raw["num_hidden_layers"],
-            n_head=n_head,
-            n_kv_head=raw.get("num_key_value_heads") or n_head,
-            n_embd=n_embd,
-            head_size=raw.get("head_dim") or n_embd // n_head,
-            intermediate_size=raw["intermediate_size"],
-            norm_eps=float(raw["rms_norm_eps"]),
-            rope_base=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),  # configs of 2023 lack it
             rope_scaling=hf_rope_scaling(rope, given["rope_type"]),
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            **{ours: values[theirs] for ours, theirs, _ in CONFIG_NAMES},
         )
     except KeyError as error:
         raise UserError(f"{path} lacks {error}") from None
@@ -219,17 +213,14 @@ def meta_tensors(folder: Path, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
     shards = [load_pth(path) for path in sorted(folder.glob("consolidated.*.pth"))]
     if not shards:
         raise UserError(f"{folder} holds no consolidated.*.pth")
-    if any(set(shard) != set(shards[0]) for shard in shards):
-        raise UserError(f"the consolidated.*.pth files of {folder} hold different tensors; are they of one model?")
     for name, first in shards[0].items():
         by_columns = name.endswith((".wo.weight", ".w2.weight"))
         if name == "tok_embeddings.weight":  # LLaMA 1 and 2 split it by columns, Llama 3 by rows
             by_columns = first.shape[:1] == (vocab_size,)
-        try:
-            whole = torch.cat([shard[name] for shard in shards], int(by_columns)) if first.dim() == 2 else first
-        except RuntimeError as error:
+        try:  # norms are the same in all shards
+            yield name, torch.cat([shard[name] for shard in shards], int(by_columns)) if first.dim() == 2 else first
+        except (RuntimeError, KeyError) as error:
             raise UserError(f"the parts of {name} in {folder} do not fit together: {error}") from None
-        yield name, whole  # norms are the same in all shards
 
 
 # ---------------------------------------------------------------------------------------------- Lit-LLaMA

@@ -18,6 +18,7 @@ from lit_llama.common.files import whole_folder
 from lit_llama.configs import LLAMA_31_SCALING, LLAMA_32_SCALING
 from lit_llama.formats.convert import write_model
 from lit_llama.formats.gguf_tokenizer import write_gguf_tokenizer
+from lit_llama.formats.layouts import CONFIG_NAMES
 from lit_llama.model import LLaMAConfig, rope_frequencies
 
 
@@ -58,7 +59,7 @@ def field(reader: GGUFReader, key: str, default: object = None) -> Any:
 
 
 def gguf_config(reader: GGUFReader, path: Path, name: str) -> LLaMAConfig:
-    """Read the header. The size of the vocabulary is that of the embedding."""
+    """Read the header. Raises UserError for a setting that the model here does not have."""
     shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors}
     if (scaling := field(reader, "llama.rope.scaling.type", "none")) != "none":
         raise UserError(f"{path}: rope scaling {scaling!r} is not supported")
@@ -68,20 +69,11 @@ def gguf_config(reader: GGUFReader, path: Path, name: str) -> LLaMAConfig:
         for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
             if field(reader, key, head_size) != head_size:
                 raise ValueError(f"{key} {field(reader, key)} differs from the head size {head_size}")
-        config = LLaMAConfig(
-            name=name,
-            block_size=field(reader, "llama.context_length"),
-            vocab_size=shapes["token_embd.weight"][0],
-            n_layer=field(reader, "llama.block_count"),
-            n_head=n_head,
-            n_kv_head=field(reader, "llama.attention.head_count_kv", n_head),
-            n_embd=n_embd,
-            head_size=head_size,
-            intermediate_size=field(reader, "llama.feed_forward_length"),
-            norm_eps=shortest(field(reader, "llama.attention.layer_norm_rms_epsilon")),
-            rope_base=shortest(field(reader, "llama.rope.freq_base", 10000.0)),
-            tie_embeddings="output.weight" not in shapes,
-        )
+        defaults = {"head_size": head_size, "n_kv_head": n_head, "rope_base": 10000.0, "vocab_size": 0}
+        values = {ours: field(reader, f"llama.{key}", defaults.get(ours)) for ours, _, key in CONFIG_NAMES}
+        values["vocab_size"] = shapes["token_embd.weight"][0]  # the header may lack it
+        values |= {key: shortest(values[key]) for key in ("norm_eps", "rope_base")}
+        config = LLaMAConfig(name=name, tie_embeddings="output.weight" not in shapes, **values)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{path}: {str(error).strip(chr(34))}") from None
     return replace(config, rope_scaling=gguf_rope_scaling(reader, config, path))

@@ -16,7 +16,7 @@ from lit_llama.data.prompts import choose_style, stop_ids, write_chat_template
 from lit_llama.formats.convert import DTYPES
 from lit_llama.formats.gguf_tokenizer import write_tokenizer
 from lit_llama.formats.gguf_vocabulary import sentencepiece_fields
-from lit_llama.formats.layouts import layer_names, to_interleaved
+from lit_llama.formats.layouts import CONFIG_NAMES, layer_names, to_interleaved
 from lit_llama.model import CausalSelfAttention, LLaMAConfig
 from lit_llama.tokenizer import (
     GENERATION_FILE,
@@ -105,17 +105,8 @@ def llama_config(config: LLaMAConfig) -> dict:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.n_embd,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_kv_head,
-        "head_dim": config.head_size,
         "hidden_act": "silu",
-        "max_position_embeddings": config.block_size,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_base,
+        **{theirs: getattr(config, ours) for ours, theirs, _ in CONFIG_NAMES},
         "rope_scaling": scaling,
         "rope_parameters": {"rope_theta": config.rope_base, **(scaling or {"rope_type": "default"})},
         "tie_word_embeddings": config.tie_embeddings,

@@ -19,6 +19,7 @@ from lit_llama.common.errors import UserError
 from lit_llama.common.files import atomic_write, check_new
 from lit_llama.formats.export import exported_tensors, whole_model
 from lit_llama.formats.gguf_vocabulary import vocabulary_fields
+from lit_llama.formats.layouts import CONFIG_NAMES
 from lit_llama.model import LLaMAConfig, rope_frequencies
 from lit_llama.trained import base_method
 
@@ -77,18 +78,11 @@ def add_config(writer: GGUFWriter, config: LLaMAConfig, file_type: LlamaFileType
     writer.add_name(config.name)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_context_length(config.block_size)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_block_count(config.n_layer)
-    writer.add_embedding_length(config.n_embd)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.n_head)
-    writer.add_head_count_kv(config.n_kv_head)
-    writer.add_key_length(config.head_size)
+    for ours, _, key in CONFIG_NAMES:
+        add = writer.add_float32 if ours in ("norm_eps", "rope_base") else writer.add_uint32
+        add(f"llama.{key}", getattr(config, ours))
     writer.add_value_length(config.head_size)
     writer.add_rope_dimension_count(config.head_size)
-    writer.add_rope_freq_base(config.rope_base)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
 
 
 def add_fields(writer: GGUFWriter, fields: dict) -> None:

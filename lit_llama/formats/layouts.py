@@ -25,6 +25,18 @@ TOP_NAMES = [
     ("transformer.ln_f",     "model.norm",               "norm",            "output_norm"),
     ("lm_head",              "lm_head",                  "output",          "output"),
 ]
+CONFIG_NAMES = [  # LLaMAConfig, Hugging Face's config.json, a GGUF's header
+    ("block_size",           "max_position_embeddings",  "context_length"),
+    ("vocab_size",           "vocab_size",               "vocab_size"),
+    ("n_layer",              "num_hidden_layers",        "block_count"),
+    ("n_head",               "num_attention_heads",      "attention.head_count"),
+    ("n_kv_head",            "num_key_value_heads",      "attention.head_count_kv"),
+    ("n_embd",               "hidden_size",              "embedding_length"),
+    ("head_size",            "head_dim",                 "attention.key_length"),
+    ("intermediate_size",    "intermediate_size",        "feed_forward_length"),
+    ("norm_eps",             "rms_norm_eps",             "attention.layer_norm_rms_epsilon"),
+    ("rope_base",            "rope_theta",               "rope.freq_base"),
+]
 # fmt: on
 
 
