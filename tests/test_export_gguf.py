@@ -21,13 +21,11 @@ from helpers import (
 from safetensors.torch import load_file
 from tokenizers import Tokenizer as TokenizersTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer
 
 from lit_llama.checkpoint import load_config, load_model
 from lit_llama.cli import UserError
 from lit_llama.common.files import write_json
 from lit_llama.formats.convert_gguf import convert_gguf
-from lit_llama.formats.export import export_hf
 from lit_llama.formats.export_gguf import export_gguf
 from lit_llama.formats.gguf_tokenizer import PRE_TOKENIZERS, write_tokenizer
 from lit_llama.formats.gguf_vocabulary import sentencepiece_fields
@@ -135,14 +133,6 @@ def test_sentencepiece_tokenizer(tmp_path, from_json):
     types = gguf.GGUFReader(tmp_path / "tiny.gguf").fields["tokenizer.ggml.token_type"].contents()
     assert (types[:4], types[-1]) == ([2, 3, 3, 3], 5)  # unknown, three control tokens; the padding is unused
     assert types.count(6) == 256
-
-
-def test_chat_template(tmp_path):
-    base = make_base(tmp_path / "base")
-    export_gguf(base, tmp_path / "tiny.gguf", prompt_style="chatml")
-    export_hf(base, tmp_path / "hf", prompt_style="chatml")
-    template = gguf.GGUFReader(tmp_path / "tiny.gguf").fields["tokenizer.chat_template"].contents()
-    assert template == AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template
 
 
 def test_refused(tmp_path):

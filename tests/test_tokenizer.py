@@ -226,12 +226,7 @@ def test_errors_of_a_folder(tmp_path):
     (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
     with pytest.raises(UserError, match="is not a sentencepiece model.*tokenizer.json"):
         Tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text('{"model": ')
-    with pytest.raises(UserError, match="tokenizer.json is damaged"):
-        Tokenizer(tmp_path)
     small_bpe().save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match=f"{tmp_path.name} does not say .* eos_token"):
-        Tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     for rows, fits in {899: False, 900: True, 1024: True, 1923: True, 1924: False, 32000: False}.items():
         (tmp_path / "config.json").write_text(json.dumps({"vocab_size": rows}))
@@ -248,19 +243,16 @@ def test_lone_surrogates(smollm2, text, place):
         smollm2.encode(text)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_errors_of_a_gguf(tmp_path):
+    for change, message in (
         ({"tokenizer_model": "rwkv"}, "of kind 'rwkv'; known kinds: gpt2, llama"),
         ({"tokenizer_pre": "qwen2"}, "pre-tokenizer is 'qwen2'; known ones: .*smollm"),
         ({"tokenizer_model": "llama"}, "900 tokens but 0 scores"),
         ({"token_types": [1]}, "900 tokens and 1 token types"),
         ({"token_merges": ["no such"]}, "1 merges do not fit its 900 tokens"),
         ({"eos_token_id": 900}, "eos token is 900, but it has 900 tokens"),
-    ],
-)
-def test_errors_of_a_gguf(tmp_path, change, message):
-    reader = write_gguf(tmp_path / "m.gguf", **{"tokenizer_pre": "gpt-2", **gpt2_meta(), **change})
-    with pytest.raises(UserError, match=message):
-        write_gguf_tokenizer(reader, tmp_path)
-    assert not (tmp_path / "tokenizer.json").exists()
+    ):
+        reader = write_gguf(tmp_path / "m.gguf", **{"tokenizer_pre": "gpt-2", **gpt2_meta(), **change})
+        with pytest.raises(UserError, match=message):
+            write_gguf_tokenizer(reader, tmp_path)
+        assert not (tmp_path / "tokenizer.json").exists()
