@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from lit_llama import cli
+from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import check_range
 from lit_llama.data.batches import collate, step_indices
@@ -20,7 +21,6 @@ from lit_llama.devices.blocks import check_together, shard, unwrap_blocks, wrap_
 from lit_llama.devices.launch import base_dtype, launch, print_rank0
 from lit_llama.devices.memory import check_memory
 from lit_llama.devices.quantize import quantize_base
-from lit_llama.formats.download import ensure_base
 from lit_llama.methods.adapter import add_adapter, start_from_text
 from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
 from lit_llama.train.evaluate import BeforeAfter, validate

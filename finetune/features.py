@@ -9,13 +9,13 @@ The classifier: lit_llama/methods/features.py. The vectors: text_vectors in lit_
 import time
 
 from lit_llama import __version__, cli
+from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import save_arrays
 from lit_llama.common.progress import Bar
 from lit_llama.data.task import check_data, load_task
 from lit_llama.devices.launch import base_dtype, launch
-from lit_llama.formats.download import ensure_base
 from lit_llama.generate.decode import text_vectors
 from lit_llama.methods.features import CLASSIFIERS, fit_classifier, probabilities
 from lit_llama.settings import DEFAULT_BASE, MOST, MOST_SEED, MOST_TOKENS, Data

@@ -12,13 +12,13 @@ from typing import Literal
 import torch
 
 from lit_llama import cli
+from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_model
 from lit_llama.data.batches import collate, step_indices
 from lit_llama.data.task import check_data, load_task
 from lit_llama.devices.blocks import unwrap_blocks, wrap_blocks
 from lit_llama.devices.launch import base_dtype, launch, print_rank0
 from lit_llama.devices.memory import check_memory
-from lit_llama.formats.download import ensure_base
 from lit_llama.methods.full import add_full
 from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
 from lit_llama.train.evaluate import BeforeAfter, validate

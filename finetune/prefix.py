@@ -9,6 +9,7 @@ Paper: https://arxiv.org/abs/2101.00190. What it adds to the model: lit_llama/me
 import torch
 
 from lit_llama import cli
+from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_model
 from lit_llama.data.batches import collate, step_indices
 from lit_llama.data.task import check_data, load_task
@@ -16,7 +17,6 @@ from lit_llama.devices.blocks import check_together, shard, unwrap_blocks, wrap_
 from lit_llama.devices.launch import base_dtype, launch, print_rank0
 from lit_llama.devices.memory import check_memory
 from lit_llama.devices.quantize import quantize_base
-from lit_llama.formats.download import ensure_base
 from lit_llama.methods.prefix import add_prefix
 from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
 from lit_llama.train.evaluate import BeforeAfter, validate

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from lit_llama import cli
+from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError
 from lit_llama.data.prompts import choose_style, encode_prompt, stop_ids
@@ -19,7 +20,6 @@ from lit_llama.data.samples import file_rows
 from lit_llama.devices.launch import base_dtype, default_device
 from lit_llama.devices.prepack import prepack
 from lit_llama.devices.quantize import quantize_base
-from lit_llama.formats.download import ensure_base
 from lit_llama.generate.decode import generate_batch
 from lit_llama.generate.mixed import Mixer
 from lit_llama.settings import DEFAULT_BASE, Sampling

@@ -8,11 +8,11 @@ keys and values stay in the cache.
 """
 
 from lit_llama import cli
+from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.data.prompts import choose_style
 from lit_llama.devices.launch import base_dtype, default_device
-from lit_llama.formats.download import ensure_base
 from lit_llama.generate.chat import Chat, converse
 from lit_llama.settings import DEFAULT_BASE, MOST_TOKENS, Sampling
 from lit_llama.tokenizer import Tokenizer

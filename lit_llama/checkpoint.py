@@ -1,7 +1,5 @@
 """Checkpoint folders: a whole model in ``model.safetensors`` or shards, its ``config.json`` and its tokenizer."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -18,12 +16,27 @@ from lit_llama.common.errors import UserError
 from lit_llama.common.files import open_tensors, read_json, read_tensors, save_tensors, tensor_headers, write_json
 from lit_llama.model import LLaMA, LLaMAConfig
 
-# ---------------------------------------------------------------------------------------------- checkpoint folders
-
 CONFIG_FILE, MODEL_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
+def check_format(folder: Path | str) -> None:
+    """Raises UserError if ``folder`` is a GGUF file or a Hugging Face folder, which must be converted first."""
+    folder = Path(folder)
+    if folder.suffix == ".gguf" and folder.is_file():
+        kind, name = "GGUF file", folder.stem
+    elif (folder / CONFIG_FILE).exists() and {"model_type", "architectures"} & set(read_json(folder / CONFIG_FILE)):
+        kind, name = "Hugging Face folder", folder.resolve().name
+    else:
+        return
+    raise UserError(
+        f"{folder} is a {kind}; convert it first: "
+        f"python scripts/convert.py --source {folder} --out_dir checkpoints/{name}"
+    )
+
+
 def load_config(folder: Path | str) -> LLaMAConfig:
+    """Raises UserError if the folder's config.json is not one of this project."""
+    check_format(folder)
     path = Path(folder) / CONFIG_FILE
     content = read_json(path)
     known = {field.name for field in fields(LLaMAConfig)}
@@ -43,7 +56,7 @@ def load_config(folder: Path | str) -> LLaMAConfig:
 
 
 def check_types(config: LLaMAConfig) -> None:
-    """ValueError for what JSON can say in a field and LLaMAConfig cannot mean."""
+    """Raises ValueError for values of the wrong type, which JSON allows."""
     numbers = {"norm_eps": config.norm_eps, "rope_base": config.rope_base, **(config.rope_scaling or {})}
     for field, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
@@ -54,7 +67,7 @@ def check_types(config: LLaMAConfig) -> None:
 
 
 def tensor_shapes(config: LLaMAConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a checkpoint; a tied head is stored once, as the embedding."""
+    """Name and shape of every tensor in a checkpoint. A tied head is stored once, as the embedding."""
     try:
         with torch.device("meta"):
             state = LLaMA(config).state_dict()
@@ -66,7 +79,7 @@ def tensor_shapes(config: LLaMAConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], where: Path) -> None:
-    """UserError unless names and shapes are the same."""
+    """Raises UserError unless names and shapes are equal."""
     wrong = [f"{name} is missing" for name in expected if name not in found]
     wrong += [f"{repr(name)[1:-1]} is not expected" for name in found if name not in expected]  # it may hold a newline
     wrong += [
@@ -81,9 +94,9 @@ def check_tensors(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[i
 def save_checkpoint(
     folder: Path, config: LLaMAConfig, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = 4 * 2**30
 ) -> None:
-    """Write weights and config.json into ``folder``, checked against the config; holds one shard in memory at most.
+    """Write weights and config.json to ``folder``. Raises UserError if they do not fit each other.
 
-    ``tensors`` is consumed once, so it may be a generator that reads and converts as it goes.
+    ``tensors`` may be a generator that reads and converts. At most one shard is in memory.
     """
     folder = Path(folder)
     found = write_shards(folder, tensors, max_shard_bytes)
@@ -94,7 +107,7 @@ def save_checkpoint(
 def write_shards(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = 4 * 2**30, foreign: bool = False
 ) -> dict[str, tuple[int, ...]]:
-    """Write tensors as they come, to one file or to numbered shards with an index; returns their shapes.
+    """Write tensors to one file, or to numbered shards with an index. Returns their shapes.
 
     ``foreign``: for other programs, see ``save_tensors``.
     """
@@ -144,7 +157,7 @@ def weight_files(folder: Path | str) -> list[Path]:
 
 
 def shard_files(index: Path) -> list[Path]:
-    """The files that an index names. UserError for one outside of the index's own folder."""
+    """The files in an index. Raises UserError for a file outside the index's folder."""
     weight_map = read_json(index).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or any(not isinstance(name, str) or name == ".." or Path(name).name != name for name in names):
@@ -153,21 +166,21 @@ def shard_files(index: Path) -> list[Path]:
 
 
 def check_headers(config: LLaMAConfig, files: list[Path], folder: Path) -> None:
-    """UserError unless names, shapes and dtypes in the files' headers are the config's; no tensor is read."""
+    """Raises UserError unless the names, shapes and dtypes in the files' headers fit the config. Reads no tensor."""
     headers: dict[str, tuple[tuple[int, ...], str]] = {}
     for path in files:
         found = tensor_headers(path)
         if twice := set(found) & set(headers):
             raise UserError(f"{path}: tensor {min(twice)} comes twice, it is in another file of the folder too")
         headers.update(found)
-    if config.n_layer > len(headers):  # before a model of so many layers is made, if only on the meta device
+    if config.n_layer > len(headers):  # before making a model with so many layers
         raise UserError(f"{folder}: {CONFIG_FILE} has n_layer {config.n_layer}, but the files {len(headers)} tensors")
     check_tensors({name: shape for name, (shape, _) in headers.items()}, tensor_shapes(config), folder)
     check_dtypes(headers, ("F32", "BF16", "F16"), folder)
 
 
 def check_dtypes(headers: dict[str, tuple[tuple[int, ...], str]], known: tuple[str, ...], where: Path) -> None:
-    """UserError for a tensor of another dtype than those ``known`` (safetensors' names)."""
+    """Raises UserError for a tensor whose dtype is not one of ``known`` (safetensors' names)."""
     for name, (_, dtype) in headers.items():
         if dtype not in known:
             raise UserError(f"{where}: {name} has dtype {dtype}, not {' or '.join(known)}; convert the weights again")
@@ -179,13 +192,11 @@ def load_model(
     device: torch.device | str = "cpu",
     sharded: bool = False,
 ) -> LLaMA:
-    """The model of a checkpoint folder, in ``dtype`` (as it is stored: None) on ``device``.
+    """The model of a checkpoint folder, in ``dtype`` (None: as stored) on ``device``.
 
-    UserError where the weights do not fit the config.
-
-    It is made on the meta device and takes each tensor as it is read: at most one tensor exists twice. On the CPU a
-    tensor that is stored in ``dtype`` already stays memory-mapped and is not copied at all. So do all tensors of a
-    model that is to be ``sharded``: sharding.py casts and moves them block by block.
+    At most one tensor exists twice. On the CPU, tensors that are stored in ``dtype`` stay memory-mapped and are not
+    copied. With ``sharded`` all tensors stay so: sharding.py casts and moves them block by block.
+    Raises UserError if the weights do not fit the config.
     """
     if sharded:
         dtype, device = None, "cpu"
@@ -205,14 +216,14 @@ def load_model(
 
 
 def fingerprint(folder: Path | str, pieces: int = 16, piece_numbers: int = 32) -> str:
-    """sha256 over the config, and each tensor's name, shape, dtype and a sample of its numbers.
+    """sha256 of the config, and of each tensor's name, shape, dtype and a sample of its values.
 
-    It reads ``pieces`` runs of ``piece_numbers`` numbers of each tensor, so 100 GB take seconds. How the tensors are
-    spread over files does not matter, nor does the model's name.
+    It reads ``pieces`` slices of ``piece_numbers`` values from each tensor, so 100 GB take seconds. The model's name
+    and the division into files do not matter.
     """
     config = {**asdict(load_config(folder)), "name": None}
     if not config["bias"]:
-        del config["bias"]  # so that what was trained before the field existed still finds its base
+        del config["bias"]  # so that fingerprints from before the field existed stay valid
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     with ExitStack() as stack:
         files = [stack.enter_context(open_tensors(path)) for path in weight_files(folder)]

@@ -21,7 +21,7 @@ from jsonargparse import ArgumentParser, Namespace, auto_parser
 from lit_llama.common.errors import Interrupted, UserError
 from lit_llama.common.files import atomic_write
 from lit_llama.devices.launch import give_way, log_rank0, rank
-from lit_llama.settings import SHARED_FLAGS
+from lit_llama.settings import DEFAULT_BASE, SHARED_FLAGS
 
 
 def run(main: Callable, leading: str | None = None) -> None:
@@ -146,12 +146,17 @@ class Parser(ArgumentParser):
 
 
 def parser_of(main: Callable) -> ArgumentParser:
-    """A flag for each argument of ``main``. Its help is a line of the docstring's Args or of SHARED_FLAGS."""
+    """A flag for each argument of ``main``. Its help is a line of the docstring's Args or of SHARED_FLAGS.
+
+    The default base is named from the current folder, if it lies in it.
+    """
     parser = auto_parser(main, as_positional=False, parser_class=Parser)
     parser.exit_on_error = False  # argparse would print a screenful of usage before the error
     parser.allow_abbrev = False
     for action in parser._actions:
         action.help = action.help or SHARED_FLAGS.get(action.dest)
+        if action.default == DEFAULT_BASE and Path(DEFAULT_BASE).is_relative_to(Path.cwd()):
+            action.default = Path(DEFAULT_BASE).relative_to(Path.cwd()).as_posix()
     return parser
 
 

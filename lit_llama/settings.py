@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_llama.common.errors import UserError, check_range
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
 else:
     Data = str  # what the command line can say
 
-DEFAULT_BASE = "checkpoints/smollm2-135m-instruct"
+ROOT = Path(__file__).parents[1]  # the clone
+DEFAULT_BASE = str(ROOT / "checkpoints/smollm2-135m-instruct")
 
 # Help texts of flags that several scripts have.
 SHARED_FLAGS = {

@@ -1,11 +1,12 @@
 """The tokenizer of a checkpoint folder: tokenizer.json or tokenizer.model behind one small class.
 
-Text is only ever text here: "</s>" or "<|im_end|>" inside a string is encoded as the characters it is made of. Control
-tokens enter a sequence by their ids (``bos_id``, ``eos_id``, ``control_id``) alone, so data cannot forge a turn.
+Text is always text: "</s>" or "<|im_end|>" in a string is encoded as its characters. Control tokens enter a sequence
+only by their ids (``bos_id``, ``eos_id``, ``control_id``), so data cannot forge a turn.
 """
 
-from __future__ import annotations
-
+import re
+import shutil
+import sys
 import warnings
 from collections.abc import Iterable
 from itertools import groupby
@@ -18,24 +19,22 @@ from tokenizers import decoders, pre_tokenizers
 
 from lit_llama.checkpoint import CONFIG_FILE
 from lit_llama.common.errors import UserError
-from lit_llama.common.files import read_json
+from lit_llama.common.files import atomic_write, read_json
 
 JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
-TEMPLATE_FILE = "chat_template.jinja"
-MAX_PADDING = 1024  # a model may have some more rows than tokens, to make their number a round one
+TEMPLATE_FILE, GENERATION_FILE = "chat_template.jinja", "generation_config.json"
+MAX_PADDING = 1024  # a model may have more rows than tokens, up to a round number
 
 
 class Tokenizer:
-    """tokenizer.json (tokenizers) or tokenizer.model (sentencepiece) of a checkpoint folder; the first where both are.
+    """A checkpoint folder's tokenizer.json (tokenizers) or, without one, tokenizer.model (sentencepiece).
 
-    ``decode(encode(text)) == text`` for every string of Unicode, but for what a vocabulary cannot say: sentencepiece
-    writes a space as U+2581 and so reads U+2581 as a space; a byte-level vocabulary may lack bytes (SmolLM2's those of
-    U+0004, U+0006, U+0013, U+0014, U+0016, U+001D and of the unassigned planes 4 to 11). ``encode`` drops such bytes
-    with a warning; transformers drops them too.
+    ``decode(encode(text)) == text`` for every Unicode string, with two exceptions. Sentencepiece writes a space as
+    U+2581, so it reads U+2581 as a space. A byte-level vocabulary may lack bytes (SmolLM2's lacks those of U+0004,
+    U+0006, U+0013, U+0014, U+0016, U+001D and the unassigned planes 4 to 11); ``encode`` drops them with a warning.
 
-    Attributes: ``vocab_size``; ``bos_id``, what the model expects in front of every sequence, None when it expects
-    nothing; ``eos_id``; ``chat_template``, the Jinja source that came with the tokenizer, None without one.
-    Raises UserError when there is no tokenizer, when it is damaged, or when it is not the model's.
+    Attributes: ``vocab_size``; ``bos_id``, the id in front of every sequence or None; ``eos_id``; ``chat_template``,
+    the tokenizer's Jinja template or None. Raises UserError if the tokenizer is missing, damaged or another model's.
     """
 
     def __init__(self, checkpoint_dir: Path | str):
@@ -47,8 +46,8 @@ class Tokenizer:
             self.backend = SentencePieceBackend(folder)
         else:
             raise UserError(
-                f"{folder} holds neither {JSON_FILE} nor {SENTENCEPIECE_FILE}; copy there the one that the weights "
-                "came with, or convert the checkpoint again with scripts/convert.py"
+                f"{folder} holds neither {JSON_FILE} nor {SENTENCEPIECE_FILE}; copy the one of the weights there, "
+                "or convert the checkpoint again with scripts/convert.py"
             )
         if self.backend.eos_id is None:
             raise UserError(f"{folder} does not say which token ends a text; name it in {SETTINGS_FILE} as eos_token")
@@ -58,11 +57,11 @@ class Tokenizer:
         if isinstance(rows, int) and not 0 <= rows - self.vocab_size < MAX_PADDING:
             raise UserError(
                 f"{folder}: the tokenizer has {self.vocab_size} tokens, but the model {rows} ({CONFIG_FILE}); "
-                "copy there the tokenizer that the weights came with"
+                "copy the tokenizer of the weights there"
             )
 
     def encode(self, text: str) -> list[int]:
-        """The ids of plain text, without bos or eos. Raises UserError for a lone surrogate, which is no text."""
+        """The ids of plain text, without bos or eos. Raises UserError for a lone surrogate."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -72,7 +71,7 @@ class Tokenizer:
         return self.backend.encode_batch(texts)
 
     def check(self, text: str) -> None:
-        """UserError for a lone surrogate; a warning for bytes that the vocabulary lacks."""
+        """Raises UserError for a lone surrogate. Warns of bytes that the vocabulary lacks."""
         try:
             data = text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -85,11 +84,11 @@ class Tokenizer:
             warnings.warn(f"the vocabulary has no token for {len(unknown)} bytes ({names}): dropped", stacklevel=4)
 
     def control_id(self, token: str | None) -> int | None:
-        """The id of a control token such as "<|im_end|>", None if there is none of that name."""
+        """The id of a control token such as "<|im_end|>", or None."""
         return None if token is None else self.backend.controls.get(token)
 
     def named_id(self, role: str) -> int | None:
-        """The id of what tokenizer_config.json names as its "bos", "unk" or "pad" token, part of a text or not."""
+        """The id of the "bos", "unk" or "pad" token in tokenizer_config.json, or None."""
         return self.control_id(token_text(self.settings.get(f"{role}_token")))
 
     def token(self, token_id: int) -> str:
@@ -97,9 +96,9 @@ class Tokenizer:
         return self.backend.token(token_id)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The inverse of encode. Control tokens become their names, a model's padding rows nothing.
+        """The inverse of encode. Control tokens become their names; padding rows become nothing.
 
-        Each stretch between control tokens was encoded on its own, so each loses its own leading dummy space.
+        Each text between control tokens was encoded alone, so it is decoded alone: each has its own dummy space.
         """
         names = self.backend.standalone
         stretches = groupby(ids, key=lambda i: i in names or i >= self.vocab_size)
@@ -123,7 +122,7 @@ class JSONBackend:
         vocab = self.tokenizer.get_vocab(with_added_tokens=True)
         added = self.tokenizer.get_added_tokens_decoder()
         self.controls = {token.content: i for i, token in added.items() if token.special}
-        # A normalizer that prepends a space does so again after each added token; Metaspace, without one, does not.
+        # A normalizer that prepends a space does so after each added token too; the Metaspace pre-tokenizer does not.
         self.standalone = {i: t.content for i, t in added.items() if t.special or self.tokenizer.normalizer is not None}
         self.vocab_size = max(vocab.values()) + 1
         is_byte_level = isinstance(self.tokenizer.decoder, decoders.ByteLevel)
@@ -157,9 +156,8 @@ class SentencePieceBackend:
             self.processor = SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE))
         except (RuntimeError, OSError):
             raise UserError(
-                f"{folder / SENTENCEPIECE_FILE} is not a sentencepiece model; copy it from the weights again. The file "
-                f"of that name in Llama 3's original release is tiktoken's: take the {JSON_FILE} of its release for "
-                "transformers instead"
+                f"{folder / SENTENCEPIECE_FILE} is not a sentencepiece model; copy it again. For Llama 3 take "
+                f"{JSON_FILE} from the model's Hugging Face repository"
             ) from None
         self.vocab_size = self.processor.vocab_size()
         self.bos_id, self.eos_id = (i if i >= 0 else None for i in (self.processor.bos_id(), self.processor.eos_id()))
@@ -178,7 +176,7 @@ class SentencePieceBackend:
 
 
 def token_text(entry: object) -> str | None:
-    """tokenizer_config.json has a token as its text, or as an object with the text in it."""
+    """The text of a token in tokenizer_config.json, which is a string or an object with the string."""
     text = entry.get("content") if isinstance(entry, dict) else entry
     return text if isinstance(text, str) else None
 
@@ -189,7 +187,7 @@ def read_settings(folder: Path) -> dict:
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """chat_template.jinja where there is one, else the template in tokenizer_config.json."""
+    """chat_template.jinja or, without it, the template in tokenizer_config.json."""
     path = folder / TEMPLATE_FILE
     template = path.read_text(encoding="utf-8") if path.exists() else read_settings(folder).get("chat_template")
     return template if isinstance(template, str) else None
@@ -197,16 +195,46 @@ def read_chat_template(folder: Path) -> str | None:
 
 def generation_eos(folder: Path) -> Any:
     """The (first) eos of generation_config.json."""
-    path = folder / "generation_config.json"
+    path = folder / GENERATION_FILE
     eos = read_json(path).get("eos_token_id") if path.exists() else None
     return eos[0] if isinstance(eos, list) and eos else eos
 
 
 def byte_level_bytes(vocab: dict[str, int]) -> bytes:
-    """The bytes that a byte-level vocabulary has a token for.
+    """The bytes that have a token in a byte-level vocabulary.
 
-    GPT-2 writes a printable Latin-1 byte as its character and the others, in their order, as U+0100, U+0101, ...
+    GPT-2 writes a printable Latin-1 byte as its character, and the others in order as U+0100, U+0101, ...
     """
     printable = {ord(char) for char in pre_tokenizers.ByteLevel.alphabet() if ord(char) < 256}
     others = [byte for byte in range(256) if byte not in printable]
     return bytes(b for b in range(256) if chr(b if b in printable else 256 + others.index(b)) in vocab)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer's files to ``folder`` from ``source``: a folder, or any file in it.
+
+    Prints a note if there is no tokenizer. Raises UserError if the only one is Llama 3's tiktoken file.
+    """
+    if not source.exists():
+        raise UserError(f"{source} is missing: --tokenizer takes tokenizer.json, tokenizer.model or their folder")
+    source = source if source.is_dir() else source.parent
+    files = [JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE, "special_tokens_map.json", GENERATION_FILE, TEMPLATE_FILE]
+    found = [name for name in files if (source / name).exists()]
+    if SENTENCEPIECE_FILE in found and is_tiktoken(source / SENTENCEPIECE_FILE):
+        found.remove(SENTENCEPIECE_FILE)
+        if JSON_FILE not in found:
+            raise UserError(
+                f"{source / SENTENCEPIECE_FILE} is Llama 3's tiktoken file, not a sentencepiece model; take "
+                "tokenizer.json from the model's Hugging Face repository and pass it as --tokenizer"
+            )
+    if not {JSON_FILE, SENTENCEPIECE_FILE} & set(found):
+        print(f"note: {source} has no tokenizer.json or tokenizer.model; text will need one", file=sys.stderr)
+    for name in found:
+        with atomic_write(folder / name) as temporary:
+            shutil.copyfile(source / name, temporary)
+
+
+def is_tiktoken(path: Path) -> bool:
+    """Whether each line is base64 and a number. A sentencepiece model is a protocol buffer."""
+    with open(path, "rb") as file:
+        return re.fullmatch(rb"[A-Za-z0-9+/=]+ \d+\s*", file.readline(1000)) is not None

@@ -19,7 +19,7 @@ from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import read_json, read_tensors, tensor_headers
 from lit_llama.devices.quantize import count_parameters
 from lit_llama.model import LLaMA
-from lit_llama.settings import MOST_TOKENS
+from lit_llama.settings import MOST_TOKENS, ROOT
 
 if TYPE_CHECKING:  # data is loaded above this module
     pass
@@ -47,8 +47,11 @@ def kept_tensors(model: LLaMA) -> dict[str, Tensor]:
 
 def describe_base(checkpoint_dir: Path | str) -> dict:
     """The base that a method was trained on, for method.json."""
+    folder = Path(checkpoint_dir)
+    if folder.absolute().is_relative_to(ROOT):  # so that a trained folder can move to another clone
+        folder = folder.absolute().relative_to(ROOT)
     return {
-        "checkpoint_dir": Path(checkpoint_dir).as_posix(),  # the same on Windows
+        "checkpoint_dir": folder.as_posix(),  # the same on Windows
         "name": load_config(checkpoint_dir).name,
         "fingerprint": fingerprint(checkpoint_dir),
     }
@@ -97,6 +100,8 @@ def read_method(trained_dir: Path | str) -> dict:
     method = read_json(path)
     check_fields(method, {"method": str, "arguments": dict, "base": dict, "prompt_style": str}, path)
     check_fields(method["base"], {"checkpoint_dir": str, "name": str, "fingerprint": str}, path)
+    if not Path(method["base"]["checkpoint_dir"]).exists():  # a relative path may be one from the clone
+        method["base"]["checkpoint_dir"] = str(ROOT / method["base"]["checkpoint_dir"])
     method.setdefault("trained_parameters", method.get("trained_numbers"))  # its name in older folders
     method.setdefault("quantize", "none")  # older folders lack it
     check_fields(method, {"quantize": str}, path)

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lit_llama import cli
+from lit_llama.base import ensure_base
 from lit_llama.common.errors import check_range
 from lit_llama.common.progress import Bar
-from lit_llama.formats.download import ensure_base
 from lit_llama.measure.comparison import METHODS, ScriptRun, ablation_jobs, pilot_jobs, variant_jobs
 from lit_llama.settings import DEFAULT_BASE, MOST, MOST_SAMPLES, MOST_SEED
 

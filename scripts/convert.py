@@ -1,4 +1,4 @@
-"""Convert a model, or an adapter, that another project wrote. What it is shows in what --source holds.
+"""Convert a model or an adapter of another project. The content of --source tells its format.
 
     python scripts/convert.py --source Llama-3.2-1B --out_dir checkpoints/llama-3.2-1b           # Hugging Face folder
     python scripts/convert.py --source llama.Q4_1.gguf --out_dir checkpoints/llama               # GGUF file
@@ -6,17 +6,20 @@
     python scripts/convert.py --source lit-llama.pth --name 7B --out_dir checkpoints/llama-7b    # Lit-LLaMA's file
     python scripts/convert.py --source mine --checkpoint_dir checkpoints/llama --out_dir out/mine  # PEFT adapter
 
-Llama 3's tokenizer.model is a tiktoken file: take tokenizer.json from the model's Hugging Face repository and pass it
-as --tokenizer. scripts/download.py --repo_id fetches a model from the hub and converts it in one go.
+Llama 3's tokenizer.model cannot be read: take tokenizer.json from the model's Hugging Face repository and pass it
+as --tokenizer. scripts/download.py --repo_id downloads a model from the hub and converts it.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from lit_llama.cli import UserError, call, run
+from lit_llama.cli import call, run
+from lit_llama.common.errors import UserError
+from lit_llama.common.files import check_new
+from lit_llama.formats.convert import convert_hf, convert_lit, convert_meta
+from lit_llama.formats.convert_gguf import convert_gguf
+from lit_llama.formats.peft import import_peft
 
 
 def main(
@@ -33,18 +36,18 @@ def main(
 
     Args:
         source: A Hugging Face folder, a .gguf file, a folder with Meta's consolidated.*.pth and params.json, a
-            lit-llama.pth, or a folder with PEFT's adapter_config.json (ADAPTION_PROMPT, PREFIX_TUNING, PROMPT_TUNING
-            or LORA).
+            lit-llama.pth, or PEFT's adapter folder (ADAPTION_PROMPT, PREFIX_TUNING, PROMPT_TUNING or LORA).
         out_dir: Folder to write; it must not exist.
-        name: The model's name in config.json, by default that of the source. Meta's and Lit-LLaMA's files do not say
-            which model they hold: for them it is one of lit_llama/configs.py, such as 7B or Llama-2-7b.
-        dtype: What to cast the weights to. By default each stays in the dtype it is stored in; a GGUF becomes float32.
-        tokenizer: File or folder to copy the tokenizer from, by default the source folder or the one above it.
-        checkpoint_dir: For an adapter: folder of the base it was trained over.
-        prompt_style: For an adapter: how it was asked in training: alpaca, chatml, llama2, llama3 or plain. By default
-            what the adapter's or the base's tokenizer tells.
-        max_seq_length: For an adapter: the longest sample in its training, in tokens; by default 512.
+        name: The model's name. Default: the source's name. Meta's and Lit-LLaMA's files need a name from
+            lit_llama/configs.py, such as 7B or Llama-2-7b.
+        dtype: The dtype of the weights. Default: as stored, and float32 for GGUF.
+        tokenizer: File or folder with the tokenizer. Default: the source folder or the one above it.
+        checkpoint_dir: For an adapter: folder of its base.
+        prompt_style: For an adapter: alpaca, chatml, llama2, llama3 or plain. Default: the style of the adapter's or
+            the base's tokenizer.
+        max_seq_length: For an adapter: the longest sample of its training, in tokens. Default: 512.
     """
+    check_new(out_dir)
     convert, kind = find_converter(source)
     flags = dict(source=source, out_dir=out_dir, name=name, dtype=dtype, tokenizer=tokenizer)
     flags |= dict(checkpoint_dir=checkpoint_dir, prompt_style=prompt_style, max_seq_length=max_seq_length)
@@ -53,11 +56,7 @@ def main(
 
 
 def find_converter(source: Path) -> tuple[Callable, str]:
-    """What converts ``source``, and what it is in words."""
-    from lit_llama.formats.convert import convert_hf, convert_lit, convert_meta
-    from lit_llama.formats.convert_gguf import convert_gguf
-    from lit_llama.formats.peft import import_peft
-
+    """The function that converts ``source``, and what ``source`` is in words."""
     if not source.exists():
         raise UserError(f"{source} is missing")
     if source.suffix == ".gguf":

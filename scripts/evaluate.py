@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lit_llama import cli
+from lit_llama.base import ensure_base
 from lit_llama.common.errors import check_range
-from lit_llama.formats.download import ensure_base
 from lit_llama.settings import DEFAULT_BASE, MOST
 
 if TYPE_CHECKING:

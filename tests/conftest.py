@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from helpers import ROOT, make_base, sums, write_rows
+from helpers import make_base, sums, write_rows
 
+from lit_llama.base import ensure_base
 from lit_llama.devices import launch
-from lit_llama.formats.download import DEFAULT_BASE, ensure_base, fetch_default_gguf
+from lit_llama.formats.download import fetch_default_gguf
+from lit_llama.settings import DEFAULT_BASE
 
 # Tiny products gain nothing from threads, and threads that wait for a busy core cost many times what they save.
 torch.set_num_threads(1)
@@ -44,7 +46,7 @@ def auto(request, monkeypatch) -> str:
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """The default base as a checkpoint folder, fetched into checkpoints/ unless it is there."""
-    folder = ROOT / DEFAULT_BASE
+    folder = Path(DEFAULT_BASE)
     folder.parent.mkdir(exist_ok=True)
     with FileLock(folder.parent / ".tests.lock"):  # pytest's workers fetch it once
         ensure_base(folder, yes=True)
@@ -54,7 +56,7 @@ def smollm2_dir() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """The GGUF file that the default base is converted from, kept in checkpoints/ too."""
-    folder = ROOT / f"{DEFAULT_BASE}-gguf"
+    folder = Path(f"{DEFAULT_BASE}-gguf")
     folder.parent.mkdir(exist_ok=True)
     with FileLock(folder.parent / ".tests.lock"):
         return fetch_default_gguf(folder)

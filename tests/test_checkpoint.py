@@ -1,15 +1,15 @@
 """Checkpoint folders and trained folders: whole or absent, strict, and only ever with their own base."""
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_base, make_trained
+from helpers import make_base, make_trained, refuse
 from safetensors.torch import load_file
 
+from lit_llama import trained
 from lit_llama.checkpoint import fingerprint, load_config, load_model, save_checkpoint, tensor_shapes, weight_files
 from lit_llama.cli import UserError
 from lit_llama.common.files import atomic_write, save_tensors, whole_folder
@@ -90,40 +90,6 @@ def change_tensors(path, change):
     save_tensors(path, tensors)
 
 
-BROKEN = {
-    "no config": (lambda b: (b / "config.json").unlink(), "config.json is missing"),
-    "config of another project": (lambda b: (b / "config.json").write_text('{"dim": 1}'), "convert the checkpoint"),
-    "absurd config": (lambda b: edit_json(b / "config.json", n_layer=-1), "n_layer must be a positive"),
-    "not JSON": (lambda b: (b / "config.json").write_text("{"), "not valid JSON"),
-    "no weights": (lambda b: (b / "model.safetensors").unlink(), "model.safetensors is missing"),
-    "cut weights": (
-        lambda b: (b / "model.safetensors").write_bytes((b / "model.safetensors").read_bytes()[:-9]),
-        "not a complete safetensors file",
-    ),
-    "missing tensor": (
-        lambda b: change_tensors(b / "model.safetensors", lambda t: t.pop("lm_head.weight")),
-        "lm_head.weight is missing",
-    ),
-    "extra tensor": (
-        lambda b: change_tensors(b / "model.safetensors", lambda t: t.update(extra=torch.zeros(1))),
-        "extra is not expected",
-    ),
-    "wrong shape": (lambda b: edit_json(b / "config.json", intermediate_size=49), r"instead of \(49, 32\)"),
-    "index out of the folder": (
-        lambda b: (b / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x"}}'),
-        "file names of its own folder",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_checkpoints_are_refused_with_the_reason(base, name):
-    change, message = BROKEN[name]
-    change(base)
-    with pytest.raises(UserError, match=message):
-        load_model(base)
-
-
 def test_a_checkpoint_that_lacks_a_tensor_is_not_written_silently(tmp_path):
     config = load_config(make_base(tmp_path / "base"))
     with pytest.raises(UserError, match="is missing"):
@@ -160,39 +126,12 @@ def test_fingerprint_tells_a_single_tensor_apart(base):
     assert fingerprint(base) != before
 
 
-TRAINED_BROKEN = {
-    "no method.json": (lambda f: (f / "method.json").unlink(), "no finetune script wrote"),
-    "unknown method": (
-        lambda f: edit_json(f / "method.json", method="os.system"),
-        "names the method 'os.system', not one of",
-    ),
-    "other arguments": (
-        lambda f: edit_json(f / "method.json", arguments={"prompt_length": 4}),
-        "does not fit the model",
-    ),
-    "unknown argument": (lambda f: edit_json(f / "method.json", arguments={"rows": 4}), "arguments do not fit adapter"),
-    "no tensors": (lambda f: (f / "trained.safetensors").unlink(), "trained.safetensors is missing"),
-    "tensor missing": (
-        lambda f: change_tensors(f / "trained.safetensors", lambda t: t.pop("transformer.h.1.attn.gating_factor")),
-        "gating_factor is missing",
-    ),
-    "a tensor of the base": (
-        lambda f: change_tensors(
-            f / "trained.safetensors", lambda t: t.update({"transformer.ln_f.weight": torch.zeros(32)})
-        ),
-        "transformer.ln_f.weight is not expected",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", TRAINED_BROKEN)
-def test_broken_trained_folders_are_refused_with_the_reason(base, tmp_path, name):
+def test_a_trained_folder_with_other_tensors_is_refused(base, tmp_path):
     make_trained(tmp_path / "out", base)
-    change, message = TRAINED_BROKEN[name]
-    change(tmp_path / "out")
-    with pytest.raises(UserError, match=message):
+    path = tmp_path / "out/trained.safetensors"
+    change_tensors(path, lambda t: t.update({"transformer.ln_f.weight": t.pop("transformer.h.1.attn.gating_factor")}))
+    with pytest.raises(UserError, match="gating_factor is missing; transformer.ln_f.weight is not expected"):
         load_trained_folder(tmp_path / "out")
-    shutil.rmtree(tmp_path / "out")
 
 
 def test_a_base_written_before_biases_is_still_the_same_base(base, tmp_path):
@@ -201,3 +140,26 @@ def test_a_base_written_before_biases_is_still_the_same_base(base, tmp_path):
     assert config.pop("bias") is False
     (base / "config.json").write_text(json.dumps(config))
     load_trained_folder(tmp_path / "out")
+
+
+def test_a_base_in_another_format_is_refused(base, tmp_path):
+    (tmp_path / "llama.gguf").write_bytes(b"GGUF")
+    edit_json(base / "config.json", architectures=["LlamaForCausalLM"])
+    convert = "it first: python scripts/convert.py --source .* --out_dir checkpoints"
+    message = f"llama.gguf is a GGUF file; convert {convert}/llama$"
+    refuse("finetune/lora.py", "--checkpoint_dir", tmp_path / "llama.gguf", message=message)
+    message = f"base is a Hugging Face folder; convert {convert}/base$"
+    refuse("generate/base.py", "--checkpoint_dir", base, "--prompt", "x", message=message)
+    with pytest.raises(UserError, match=message):
+        load_model(base)
+
+
+def test_a_relative_base_is_found_from_any_folder(base, tmp_path, monkeypatch):
+    """A trained folder names a base inside the clone by its path from there."""
+    monkeypatch.setattr(trained, "ROOT", tmp_path)
+    make_trained(tmp_path / "out", base)
+    assert json.loads((tmp_path / "out/method.json").read_text())["base"]["checkpoint_dir"] == "base"
+    (tmp_path / "elsewhere").mkdir()
+    for folder in (tmp_path, tmp_path / "elsewhere"):
+        monkeypatch.chdir(folder)
+        load_trained_folder(tmp_path / "out")

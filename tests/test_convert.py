@@ -120,7 +120,6 @@ UNSUPPORTED = {
     "sliding_window": 4096,
     "quantization_config": {"bits": 4},
     "partial_rotary_factor": 0.5,
-    "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
     "rope_scaling": {"type": "linear", "factor": 2.0},
     "rope_theta": "big",
     "num_attention_heads": 0,
@@ -130,23 +129,22 @@ UNSUPPORTED = {
 }
 
 
-@pytest.mark.parametrize("key", UNSUPPORTED)
-def test_hf_config_refused(tmp_path, key):
+UNSUPPORTED_ROPE = [
+    {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
+    {"full_attention": {"rope_theta": 1e6}},
+    {"rope_type": "llama3", "factor": 8.0},
+    "yes",
+]
+
+
+def test_hf_config_refused(tmp_path):
     tiny_hf().save_pretrained(tmp_path / "hf")
     raw = json.loads((tmp_path / "hf/config.json").read_text())
     raw.pop("rope_parameters")
-    (tmp_path / "hf/config.json").write_text(json.dumps({**raw, key: UNSUPPORTED[key]}))
-    refused("config.json", tmp_path / "ours", convert_hf, tmp_path / "hf", tmp_path / "ours")
-
-
-@pytest.mark.parametrize(
-    "rope", ["yes", {"full_attention": {"rope_theta": 1e6}}, {"rope_type": "llama3", "factor": 8.0}]
-)
-def test_hf_rope_is_never_guessed(tmp_path, rope):
-    tiny_hf().save_pretrained(tmp_path / "hf")
-    raw = json.loads((tmp_path / "hf/config.json").read_text())
-    (tmp_path / "hf/config.json").write_text(json.dumps({**raw, "rope_parameters": rope}))
-    refused("rope", tmp_path / "ours", convert_hf, tmp_path / "hf", tmp_path / "ours")
+    for key, value in [*UNSUPPORTED.items(), *(("rope_parameters", rope) for rope in UNSUPPORTED_ROPE)]:
+        (tmp_path / "hf/config.json").write_text(json.dumps({**raw, key: value}))
+        match = "config.json.*rope" if key == "rope_parameters" else "config.json"
+        refused(match, tmp_path / "ours", convert_hf, tmp_path / "hf", tmp_path / "ours")
 
 
 K_PROJ, GATE = "model.layers.1.self_attn.k_proj.weight", "model.layers.1.mlp.gate_proj.weight"
@@ -260,27 +258,21 @@ def test_meta_refused(tmp_path, monkeypatch):
     source, out, theirs = tmp_path / "meta", tmp_path / "ours", tiny_hf()
     write_meta(source, theirs, 2, 0)
     refused("--name 'huge' is unknown", out, convert_meta, source, out, "huge")
-    refused("n_embd is 32, not 4096", out, convert_meta, source, out, "7B")
-    for params in (dict(rope_theta=5e5), dict(use_scaled_rope=True), dict(ffn_dim_multiplier=2), dict(dim=None)):
+    refused("dim is 32, not 4096", out, convert_meta, source, out, "7B")
+    for params in (dict(rope_theta=5e5), dict(use_scaled_rope=True), dict(n_heads=2), dict(dim=None)):
         write_meta(source, theirs, 2, 0, **params)
         refused("params.json", out, convert_meta, source, out, "tiny")
     write_meta(source, theirs, 2, 0)
     (source / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
     refused("tiktoken", out, convert_meta, source, out, "tiny")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    convert_meta(source, tmp_path / "fine", "tiny", tokenizer=tmp_path / "tokenizer.json")
+    assert (tmp_path / "fine/tokenizer.json").exists() and not (tmp_path / "fine/tokenizer.model").exists()
     (source / "tokenizer.model").unlink()
     (source / "consolidated.01.pth").unlink()
     refused("instead of", out, convert_meta, source, out, "tiny")
     (source / "consolidated.00.pth").unlink()
     refused("no consolidated", out, convert_meta, source, out, "tiny")
-
-
-def test_meta_tokenizer_from_elsewhere(tmp_path, monkeypatch):
-    monkeypatch.setitem(CONFIGS, "tiny", dict(HF_TINY))
-    write_meta(tmp_path / "meta", tiny_hf(), 1, 0)
-    (tmp_path / "meta/tokenizer.model").write_text("IQ== 0\n")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    convert_meta(tmp_path / "meta", tmp_path / "ours", "tiny", tokenizer=tmp_path / "tokenizer.json")
-    assert (tmp_path / "ours/tokenizer.json").exists() and not (tmp_path / "ours/tokenizer.model").exists()
 
 
 def test_lit(tmp_path, monkeypatch):

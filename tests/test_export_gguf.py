@@ -1,6 +1,5 @@
 """Exported GGUF files: converted back, dequantized, and run by llama.cpp where its Python package is installed."""
 
-import itertools
 import json
 
 import gguf
@@ -20,20 +19,16 @@ from helpers import (
     varied_strings,
 )
 from safetensors.torch import load_file
-from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as TokenizersTokenizer
-from transformers import AutoTokenizer
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from lit_llama.checkpoint import load_config, load_model
 from lit_llama.cli import UserError
 from lit_llama.common.files import write_json
-from lit_llama.data.prompts import encode_prompt, stop_ids
 from lit_llama.formats.convert_gguf import convert_gguf
-from lit_llama.formats.export import export_hf
 from lit_llama.formats.export_gguf import export_gguf
-from lit_llama.formats.gguf_tokenizer import LLAMA3_SPLIT, write_tokenizer
+from lit_llama.formats.gguf_tokenizer import PRE_TOKENIZERS, write_tokenizer
 from lit_llama.formats.gguf_vocabulary import sentencepiece_fields
-from lit_llama.generate.decode import generate
 from lit_llama.tokenizer import Tokenizer
 
 LLAMA3 = dict(SCALING, original_max_position_embeddings=8192)
@@ -82,40 +77,25 @@ def test_biases(tmp_path):
     assert "output.bias" not in found and found["blk.2.ffn_down.bias"].tensor_type.name == "F32"
 
 
-SPLITS = {
-    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
-    "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
-    "llama-bpe": [
-        pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False, trim_offsets=False),
-    ],
-}
+SPLITS = ("gpt-2", "smollm", "llama-bpe")
 
 
-def write_bpe(folder, split: str, bos: str | None = None) -> int:
-    """A trained byte-level tokenizer.json with control tokens; returns how many tokens it has."""
+def bpe_base(folder, split: str, bos: str | None = None, padding: int = 0, **changes):
+    """A base with a trained byte-level tokenizer.json and ``padding`` more rows than tokens."""
     tokenizer = TokenizersTokenizer(models.BPE(ignore_merges=split == "llama-bpe"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(SPLITS[split])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[split])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=CONTROLS, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(varied_strings(300, seed=5), trainer)
+    settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     if bos:
         special = [(bos, tokenizer.token_to_id(bos))]
         tokenizer.post_processor = processors.TemplateProcessing([bos, "$A"], None, special)
-    folder.mkdir(exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"} | ({"bos_token": bos} if bos else {})
-    write_json(folder / "tokenizer_config.json", settings)
-    return tokenizer.get_vocab_size()
-
-
-def bpe_base(folder, split: str, bos: str | None = None, padding: int = 0, **changes):
-    """A base around ``write_bpe``'s tokenizer, with more rows than tokens by ``padding``."""
-    size = write_bpe(folder.with_name("tokenizer"), split, bos)
-    base = make_base(folder, vocab_size=size + padding, **changes)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder.with_name("tokenizer") / name).replace(base / name)
+        settings["bos_token"] = bos
+    base = make_base(folder, vocab_size=tokenizer.get_vocab_size() + padding, **changes)
+    tokenizer.save(str(base / "tokenizer.json"))
+    write_json(base / "tokenizer_config.json", settings)
     return base
 
 
@@ -155,14 +135,6 @@ def test_sentencepiece_tokenizer(tmp_path, from_json):
     assert types.count(6) == 256
 
 
-def test_chat_template(tmp_path):
-    base = make_base(tmp_path / "base")
-    export_gguf(base, tmp_path / "tiny.gguf", prompt_style="chatml")
-    export_hf(base, tmp_path / "hf", prompt_style="chatml")
-    template = gguf.GGUFReader(tmp_path / "tiny.gguf").fields["tokenizer.chat_template"].contents()
-    assert template == AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template
-
-
 def test_refused(tmp_path):
     base = make_base(tmp_path / "base")
     flags = ["--checkpoint_dir", base, "--out_file", tmp_path / "tiny.gguf"]
@@ -172,7 +144,7 @@ def test_refused(tmp_path):
     content = json.loads((base / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "NFC"}
     (base / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="splits texts in a way that has none of the names"):
+    with pytest.raises(UserError, match="has a pre-tokenizer that is none of"):
         export_gguf(base, tmp_path / "other.gguf")
     trained = save_trained(base, tmp_path / "trained", "lora")
     with pytest.raises(UserError, match="holds what lora learned.*merge_lora.py"):
@@ -201,19 +173,4 @@ def test_llama_cpp_computes_the_same(tmp_path, shape):
     found = torch.from_numpy(llm.scores[: len(ids)].copy())
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=0)  # it keeps keys and values in float16
     assert expected.std() > 0.2
-    llm.close()
-
-
-@pytest.mark.slow
-@pytest.mark.weights
-def test_llama_cpp_says_the_same_with_the_default_base(tmp_path, smollm2_dir):
-    llama_cpp = pytest.importorskip("llama_cpp")
-    export_gguf(smollm2_dir, tmp_path / "base.gguf", "f16")
-    llm = llama_cpp.Llama(str(tmp_path / "base.gguf"), n_ctx=256, verbose=False)
-    tokenizer, model = Tokenizer(smollm2_dir), load_model(smollm2_dir)
-    stop = stop_ids("chatml", tokenizer)
-    for question in ("What is the capital of France?", "Count from 1 to 12."):
-        ids = encode_prompt([{"role": "user", "content": question}], "chatml", tokenizer)
-        said = itertools.takewhile(lambda token: token not in stop, llm.generate(ids, temp=0.0, repeat_penalty=1.0))
-        assert list(itertools.islice(said, 40)) == list(generate(model, ids, 40, stop))
     llm.close()

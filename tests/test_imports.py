@@ -12,7 +12,7 @@ LAYERS = [  # a part imports from its own layer and the ones before it; scripts 
     "__init__ common configs",
     "model settings",
     "methods devices checkpoint",
-    "tokenizer trained cli",
+    "tokenizer trained cli base",
     "data",
     "formats",
     "generate",
@@ -57,7 +57,7 @@ def test_a_finetune_script_can_be_read_with_all_that_it_imports():
         closure |= new
         new = {file for path in new for file in imported_files(path)} - closure
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in closure)
-    assert len(closure) <= 22 and lines <= 3500, (len(closure), lines)
+    assert len(closure) <= 27 and lines <= 4500, (len(closure), lines)
 
 
 def test_the_model_imports_torch_alone():

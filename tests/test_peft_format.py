@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import UserError
-from lit_llama.common.files import read_json, read_tensors, save_tensors, write_json
+from lit_llama.common.files import read_json, save_tensors, write_json
 from lit_llama.formats.export import export_hf
 from lit_llama.formats.peft import export_peft, import_peft
 from lit_llama.generate.load import load_trained_folder
@@ -140,21 +140,15 @@ def test_equal_gates_of_heads_are_pefts_gate(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("method", ["houlsby", "adapter_v2", "output_layers", "full", "features"])
-def test_methods_without_a_counterpart_are_not_exported(tmp_path, method):
+def test_what_is_not_exported(tmp_path):
     about = {"base": SOME_BASE, "prompt_style": "chatml"}
-    write_json(tmp_path / "trained/method.json", {"method": method, "arguments": {}, **about})
-    with pytest.raises(UserError, match=f"was trained with {method}: .{{10}}"):
+    write_json(tmp_path / "trained/method.json", {"method": "houlsby", "arguments": {}, **about})
+    with pytest.raises(UserError, match="was trained with houlsby, which PEFT lacks"):
         export_peft(tmp_path / "trained", tmp_path / "peft")
-
-
-@pytest.mark.parametrize(
-    ("changes", "match"), [(dict(bias=True), "adds that of o_proj twice"), (dict(head_size=6), "to be n_embd")]
-)
-def test_bases_that_pefts_adapter_cannot_take(tmp_path, changes, match):
-    trained = train_ours(make_base(tmp_path / "base", **changes), tmp_path / "trained", "adapter")
-    with pytest.raises(UserError, match=match):
-        export_peft(trained, tmp_path / "peft")
+    for name, changes, match in (("a", dict(bias=True), "without biases"), ("b", dict(head_size=6), "4 [*] 6 and 32")):
+        trained = train_ours(make_base(tmp_path / name, **changes), tmp_path / f"{name}-trained", "adapter")
+        with pytest.raises(UserError, match=match):
+            export_peft(trained, tmp_path / "peft")
 
 
 FOREIGN = {
@@ -200,7 +194,7 @@ def test_what_is_not_imported(tmp_path):
         with pytest.raises(UserError, match=match):
             import_peft(tmp_path / "peft", base, out)
     weights.rename(tmp_path / "peft/adapter_model.bin")
-    with pytest.raises(UserError, match="is a pickle.*save_pretrained"):
+    with pytest.raises(UserError, match="a pickle.*save_pretrained"):
         import_peft(tmp_path / "peft", base, out)
     assert not out.exists()
 
@@ -230,18 +224,3 @@ def test_scripts(tmp_path):
         for folder in (trained, tmp_path / "ours")
     ]
     assert answers[0] == answers[1]
-
-
-def test_a_trained_folder_that_was_edited_or_spoiled_is_not_exported(tmp_path):
-    trained = train_ours(make_base(tmp_path / "base"), tmp_path / "trained", "lora")
-    path = trained / "trained.safetensors"
-    tensors, about = read_tensors(path)
-    save_tensors(path, tensors, {**about, "method": "lora", "arguments": {"alpha": 1}})
-    with pytest.raises(UserError, match="was trained with"):
-        export_peft(trained, tmp_path / "peft")
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="is damaged"):
-        export_peft(trained, tmp_path / "peft")
-    assert not (tmp_path / "peft").exists()

@@ -5,14 +5,14 @@ import io
 import os
 import signal
 import sys
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import make_base, run, succeed, sums, write_rows
 from lightning.fabric import Fabric
 
-from lit_llama import cli, trained
+from lit_llama import cli
 from lit_llama.devices import launch
 from lit_llama.measure.plots import plot_comparison
 from lit_llama.measure.report import markdown
@@ -82,13 +82,6 @@ def test_a_code_page_does_not_stop_an_answer(monkeypatch):
     cli.write_utf8()
     print("三 \udce9", flush=True)
     assert raw.getvalue().decode("utf-8").rstrip("\r\n") == "三 \\udce9"
-
-
-def test_a_trained_folder_names_its_base_for_every_system(monkeypatch):
-    monkeypatch.setattr(trained, "Path", PureWindowsPath)
-    monkeypatch.setattr(trained, "load_config", lambda folder: type("config", (), {"name": "tiny"}))
-    monkeypatch.setattr(trained, "fingerprint", lambda folder: "0")
-    assert trained.describe_base("checkpoints\\my\\base")["checkpoint_dir"] == "checkpoints/my/base"
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")

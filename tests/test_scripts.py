@@ -266,9 +266,9 @@ def test_adapter_v2_merges_but_for_its_prompts(folder, tmp_path):
 
 
 def test_methods_that_cannot_be_merged_say_why(folder, tmp_path):
-    for method, why in (("adapter", "further keys and values"), ("houlsby", "not linear"), ("soft_prompt", "input")):
+    for method in ("adapter", "houlsby", "soft_prompt"):
         flags = ["--trained_dir", trained(folder, method), "--out_dir", tmp_path / "merged"]
-        refuse("scripts/merge_lora.py", *flags, message=f"{method}, which cannot be merged.*{why}")
+        refuse("scripts/merge_lora.py", *flags, message=f"{method}, which cannot be merged: only lora and adapter_v2")
         assert not (tmp_path / "merged").exists()
 
 

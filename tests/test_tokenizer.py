@@ -1,4 +1,4 @@
-"""The tokenizer against transformers, sentencepiece and an independent BPE; all of Unicode there and back."""
+"""The tokenizer against transformers and sentencepiece; all of Unicode there and back."""
 
 import json
 import random
@@ -44,40 +44,6 @@ def test_equals_transformers(smollm2, reference_smollm2):
     digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
     reference_smollm2.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, own])
     assert [smollm2.encode(s) for s in strings] == reference_smollm2(strings, add_special_tokens=False).input_ids
-
-
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-def written_out_bpe(words: list[str], vocab: dict, merges: list, whole_words: bool = False) -> list[int]:
-    """Byte-level BPE from its definition: join the pair of lowest rank, leftmost first, until none is left."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-    ids = []
-    for word in words:
-        parts = [letters[byte] for byte in word.encode()]
-        if whole_words and "".join(parts) in vocab:
-            parts = ["".join(parts)]
-        while True:
-            ranks = [merges.get(pair, len(merges)) for pair in zip(parts, parts[1:], strict=False)]
-            if not ranks or min(ranks) == len(merges):
-                break
-            i = ranks.index(min(ranks))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        ids += [vocab[part] for part in parts]
-    return ids
-
-
-@pytest.mark.weights
-def test_equals_bpe_written_out_with_digits_alone(smollm2, reference_smollm2):
-    regex = pytest.importorskip("regex")
-    content = json.loads(reference_smollm2.backend_tokenizer.to_str())["model"]
-    vocab, merges = content["vocab"], {tuple(pair): i for i, pair in enumerate(content["merges"])}
-    for text in [*varied_strings(1000, seed=1), "a  1", "1 2  3   44", "٣٤", "²½Ⅻ", "x\n\n7", "it's 5's"]:
-        stretches = regex.findall(r"\p{N}|\P{N}+", text)
-        words = [word for stretch in stretches for word in regex.findall(GPT2_SPLIT, stretch)]
-        assert smollm2.encode(text) == written_out_bpe(words, vocab, merges), repr(text)
 
 
 def assert_round_trip(tokenizer: Tokenizer, unsayable: set[int], step: int = 1) -> None:
@@ -201,9 +167,7 @@ def test_byte_level_gguf(tmp_path, pre):
     split = tokenizer.backend.tokenizer.pre_tokenizer.pre_tokenize_str(TEXT)
     assert "|".join(TEXT[start:end] for _, (start, end) in split) == WORDS[pre]
     vocab = {token: i for i, token in enumerate(meta["token_list"])}
-    merges = {tuple(m.split(" ")): i for i, m in enumerate(meta["token_merges"])}
     is_llama3 = pre == "llama-bpe"
-    assert tokenizer.encode(TEXT) == written_out_bpe(WORDS[pre].split("|"), vocab, merges, whole_words=is_llama3)
     assert (tokenizer.encode("Sam") == [vocab["Sam"]]) == is_llama3  # it takes a word that is a token as a whole
     assert tokenizer.bos_id == (0 if is_llama3 else None)  # unless the file says otherwise
     assert_round_trip(tokenizer, set(), step=50)
@@ -262,12 +226,7 @@ def test_errors_of_a_folder(tmp_path):
     (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
     with pytest.raises(UserError, match="is not a sentencepiece model.*tokenizer.json"):
         Tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text('{"model": ')
-    with pytest.raises(UserError, match="tokenizer.json is damaged"):
-        Tokenizer(tmp_path)
     small_bpe().save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match=f"{tmp_path.name} does not say .* eos_token"):
-        Tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     for rows, fits in {899: False, 900: True, 1024: True, 1923: True, 1924: False, 32000: False}.items():
         (tmp_path / "config.json").write_text(json.dumps({"vocab_size": rows}))
@@ -284,19 +243,16 @@ def test_lone_surrogates(smollm2, text, place):
         smollm2.encode(text)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"tokenizer_model": "rwkv"}, "kind 'rwkv'; known kinds: gpt2, llama"),
+def test_errors_of_a_gguf(tmp_path):
+    for change, message in (
+        ({"tokenizer_model": "rwkv"}, "of kind 'rwkv'; known kinds: gpt2, llama"),
         ({"tokenizer_pre": "qwen2"}, "pre-tokenizer is 'qwen2'; known ones: .*smollm"),
         ({"tokenizer_model": "llama"}, "900 tokens but 0 scores"),
         ({"token_types": [1]}, "900 tokens and 1 token types"),
         ({"token_merges": ["no such"]}, "1 merges do not fit its 900 tokens"),
         ({"eos_token_id": 900}, "eos token is 900, but it has 900 tokens"),
-    ],
-)
-def test_errors_of_a_gguf(tmp_path, change, message):
-    reader = write_gguf(tmp_path / "m.gguf", **{"tokenizer_pre": "gpt-2", **gpt2_meta(), **change})
-    with pytest.raises(UserError, match=message):
-        write_gguf_tokenizer(reader, tmp_path)
-    assert not (tmp_path / "tokenizer.json").exists()
+    ):
+        reader = write_gguf(tmp_path / "m.gguf", **{"tokenizer_pre": "gpt-2", **gpt2_meta(), **change})
+        with pytest.raises(UserError, match=message):
+            write_gguf_tokenizer(reader, tmp_path)
+        assert not (tmp_path / "tokenizer.json").exists()

@@ -1,9 +1,7 @@
-"""GGUF files of LLaMA models -> this project's checkpoints, every quantization type that gguf dequantizes.
+"""Convert GGUF files of LLaMA models, in every quantization type that the gguf package dequantizes.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,17 +13,17 @@ import torch
 from gguf import GGUFReader, dequantize
 from torch import Tensor
 
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.common.files import whole_folder
 from lit_llama.configs import LLAMA_31_SCALING, LLAMA_32_SCALING
 from lit_llama.formats.convert import write_model
 from lit_llama.formats.gguf_tokenizer import write_gguf_tokenizer
+from lit_llama.formats.layouts import CONFIG_NAMES
 from lit_llama.model import LLaMAConfig, rope_frequencies
 
 
 def convert_gguf(source: Path, out_dir: Path, name: str | None = None, dtype: str | None = None) -> LLaMAConfig:
-    """A .gguf file of architecture "llama" -> ``out_dir``; its tokenizer comes from the file too."""
-    source = Path(source)
+    """Convert a .gguf file of a LLaMA, with its tokenizer. Its tensors become float32 if ``dtype`` is None."""
     with whole_folder(out_dir) as folder:
         reader = open_gguf(source)
         config = gguf_config(reader, source, name or source.stem)
@@ -35,14 +33,14 @@ def convert_gguf(source: Path, out_dir: Path, name: str | None = None, dtype: st
 
 
 def open_gguf(path: Path) -> GGUFReader:
-    """The file, memory-mapped; UserError unless it is one whole GGUF file of a LLaMA."""
+    """Map the file into memory. Raises UserError unless it is one complete GGUF file of a LLaMA."""
     if not path.is_file():
         raise UserError(f"{path} is missing")
     try:
         reader = GGUFReader(path)
         architecture, parts = field(reader, "general.architecture"), field(reader, "split.count", 1)
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise UserError(f"{path} is not a whole GGUF file: {error}") from None
+        raise UserError(f"{path} is not a complete GGUF file: {error}") from None
     if architecture != "llama":
         raise UserError(f"{path} holds a model of architecture {architecture!r}; only 'llama' is supported")
     if parts > 1:
@@ -53,7 +51,7 @@ def open_gguf(path: Path) -> GGUFReader:
 
 
 def field(reader: GGUFReader, key: str, default: object = None) -> Any:
-    """A value of the header: str, int, float or bool; KeyError where it is absent and there is no default."""
+    """A value of the header. Raises KeyError if it is missing and there is no default."""
     found = reader.fields.get(key)
     if found is None and default is None:
         raise KeyError(f"its header lacks {key}")
@@ -61,42 +59,33 @@ def field(reader: GGUFReader, key: str, default: object = None) -> Any:
 
 
 def gguf_config(reader: GGUFReader, path: Path, name: str) -> LLaMAConfig:
-    """The header -> our config; the vocabulary's size is the embedding's."""
+    """Read the header. Raises UserError for a setting that the model here does not have."""
     shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors}
-    if field(reader, "llama.rope.scaling.type", "none") != "none":
-        raise UserError(f"{path}: rope scaling {field(reader, 'llama.rope.scaling.type')!r} is not supported")
+    if (scaling := field(reader, "llama.rope.scaling.type", "none")) != "none":
+        raise UserError(f"{path}: rope scaling {scaling!r} is not supported")
     try:
         n_head, n_embd = field(reader, "llama.attention.head_count"), field(reader, "llama.embedding_length")
         head_size = field(reader, "llama.attention.key_length", n_embd // n_head)
         for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
             if field(reader, key, head_size) != head_size:
                 raise ValueError(f"{key} {field(reader, key)} differs from the head size {head_size}")
-        config = LLaMAConfig(
-            name=name,
-            block_size=field(reader, "llama.context_length"),
-            vocab_size=shapes["token_embd.weight"][0],
-            n_layer=field(reader, "llama.block_count"),
-            n_head=n_head,
-            n_kv_head=field(reader, "llama.attention.head_count_kv", n_head),
-            n_embd=n_embd,
-            head_size=head_size,
-            intermediate_size=field(reader, "llama.feed_forward_length"),
-            norm_eps=shortest(field(reader, "llama.attention.layer_norm_rms_epsilon")),
-            rope_base=shortest(field(reader, "llama.rope.freq_base", 10000.0)),
-            tie_embeddings="output.weight" not in shapes,
-        )
+        defaults = {"head_size": head_size, "n_kv_head": n_head, "rope_base": 10000.0, "vocab_size": 0}
+        values = {ours: field(reader, f"llama.{key}", defaults.get(ours)) for ours, _, key in CONFIG_NAMES}
+        values["vocab_size"] = shapes["token_embd.weight"][0]  # the header may lack it
+        values |= {key: shortest(values[key]) for key in ("norm_eps", "rope_base")}
+        config = LLaMAConfig(name=name, tie_embeddings="output.weight" not in shapes, **values)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{path}: {str(error).strip(chr(34))}") from None
     return replace(config, rope_scaling=gguf_rope_scaling(reader, config, path))
 
 
 def shortest(value: float) -> float:
-    """The shortest decimal that is the same float32: 9.999999747378752e-06 was 1e-5 before the file rounded it."""
+    """The shortest decimal of a float32: 9.999999747378752e-06 was 1e-5 before the file rounded it."""
     return float(str(np.float32(value)))
 
 
 def gguf_rope_scaling(reader: GGUFReader, config: LLaMAConfig, path: Path) -> dict | None:
-    """Llama 3's scaling by its effect: the file stores by what each pair's frequency is divided, (hs/2,)."""
+    """Llama 3's scaling. The file stores its effect: a divisor for the frequency of each rotary pair, (hs/2,)."""
     stored = [tensor for name, tensor in gguf_tensors(reader, only="rope_freqs.weight")]
     if not stored:
         return None
@@ -108,12 +97,12 @@ def gguf_rope_scaling(reader: GGUFReader, config: LLaMAConfig, path: Path) -> di
 
 
 def gguf_tensors(reader: GGUFReader, only: str | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor (or the one named) in float32, dequantized as it is reached."""
+    """All tensors, or the one named ``only``, dequantized to float32 one by one."""
     for tensor in reader.tensors:
-        if only is not None and tensor.name != only:
+        if only not in (None, tensor.name):
             continue
         try:
             array = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
             raise UserError(f"tensor {tensor.name}: {error}") from None
-        yield tensor.name, torch.from_numpy(np.require(array, np.float32, ["C", "W"]))  # a copy only where read-only
+        yield tensor.name, torch.from_numpy(np.require(array, np.float32, ["C", "W"]))  # copies read-only arrays

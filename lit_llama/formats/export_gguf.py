@@ -1,9 +1,7 @@
-"""This project's checkpoints -> GGUF files for llama.cpp: convert_gguf.py the other way round.
+"""Export whole models as GGUF files for llama.cpp.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -17,11 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_llama.checkpoint import tensor_shapes
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.common.files import atomic_write, check_new
-from lit_llama.formats.export import exported_tensors, trained_style, whole_model
+from lit_llama.formats.export import exported_tensors, whole_model
 from lit_llama.formats.gguf_vocabulary import vocabulary_fields
+from lit_llama.formats.layouts import CONFIG_NAMES
 from lit_llama.model import LLaMAConfig, rope_frequencies
+from lit_llama.trained import base_method
 
 TYPES = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -31,18 +31,17 @@ TYPES = {
 
 
 def export_gguf(checkpoint_dir: Path, out_file: Path, type: str = "f16", prompt_style: str | None = None) -> None:
-    """A whole model and its tokenizer -> one file: matrices in one of TYPES, vectors in float32.
+    """Write a model and its tokenizer to one file: matrices in one of TYPES, vectors in float32.
 
-    ``prompt_style``: as for ``export_hf``.
+    The chat template is that of ``prompt_style``, of the style of training (full), or else the tokenizer's own.
     """
-    out_file = Path(out_file)
     check_new(out_file)
     config, (quantization, file_type) = whole_model(checkpoint_dir), TYPES[type]
     writer = GGUFWriter(None, "llama")
     add_config(writer, config, file_type)
-    style = trained_style(checkpoint_dir, prompt_style)
+    style = prompt_style or base_method(checkpoint_dir).get("prompt_style")
     add_fields(writer, vocabulary_fields(checkpoint_dir, config.vocab_size, style))
-    # The file begins with a table of its tensors: they are read twice, for it and for themselves, each alone in memory.
+    # The file begins with a table of its tensors. They are read twice, so that only one is in memory at a time.
     for name, tensor in gguf_tensors(checkpoint_dir, config):
         stored = stored_type(tensor, quantization)
         block, block_bytes = gguf.GGML_QUANT_SIZES[stored]
@@ -53,7 +52,7 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, type: str = "f16", prompt_
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         total = len(tensor_shapes(config)) + 2 * config.n_layer  # q, k and v apart
-        for name, tensor in tqdm(gguf_tensors(checkpoint_dir, config), "exporting", total, disable=None):
+        for name, tensor in tqdm(gguf_tensors(checkpoint_dir, config), "exporting", total):
             stored = stored_type(tensor, quantization)
             if stored == GGMLQuantizationType.F16 and tensor.abs().max() > np.finfo(np.float16).max:
                 raise UserError(f"{name} holds {tensor.abs().max():.3g}, more than float16 can; pass --type f32")
@@ -61,7 +60,7 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, type: str = "f16", prompt_
 
 
 def stored_type(tensor: Tensor, quantization: GGMLQuantizationType) -> GGMLQuantizationType:
-    """The type a tensor is stored in: llama.cpp wants vectors in float32, and rows in whole blocks."""
+    """The type a tensor is stored in: llama.cpp wants vectors in float32, and rows of whole blocks."""
     if tensor.dim() == 1:
         return GGMLQuantizationType.F32
     block, _ = gguf.GGML_QUANT_SIZES[quantization]
@@ -69,7 +68,7 @@ def stored_type(tensor: Tensor, quantization: GGMLQuantizationType) -> GGMLQuant
 
 
 def gguf_tensors(checkpoint_dir: Path, config: LLaMAConfig) -> Iterator[tuple[str, Tensor]]:
-    """The tensors by GGUF's names; Llama 3's rotary scaling as what each pair's frequency is divided by, (hs/2,)."""
+    """The tensors with GGUF's names. Llama 3's scaling becomes a divisor for each rotary pair's frequency, (hs/2,)."""
     if config.rope_scaling is not None:
         yield "rope_freqs.weight", rope_frequencies(replace(config, rope_scaling=None)) / rope_frequencies(config)
     yield from exported_tensors(checkpoint_dir, config, "gguf", interleaved=True)
@@ -79,22 +78,14 @@ def add_config(writer: GGUFWriter, config: LLaMAConfig, file_type: LlamaFileType
     writer.add_name(config.name)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_context_length(config.block_size)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_block_count(config.n_layer)
-    writer.add_embedding_length(config.n_embd)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.n_head)
-    writer.add_head_count_kv(config.n_kv_head)
-    writer.add_key_length(config.head_size)
+    for ours, _, key in CONFIG_NAMES:
+        add = writer.add_float32 if ours in ("norm_eps", "rope_base") else writer.add_uint32
+        add(f"llama.{key}", getattr(config, ours))
     writer.add_value_length(config.head_size)
     writer.add_rope_dimension_count(config.head_size)
-    writer.add_rope_freq_base(config.rope_base)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
 
 
 def add_fields(writer: GGUFWriter, fields: dict) -> None:
-    """Fields of the tokenizer, each by its Python type."""
     add: dict[type, Callable] = {bool: writer.add_bool, int: writer.add_uint32}
     add |= {str: writer.add_string, list: writer.add_array}
     for name, value in fields.items():

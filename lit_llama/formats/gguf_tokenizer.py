@@ -1,18 +1,16 @@
-"""A tokenizer.json from the vocabulary inside a GGUF file.
+"""Write a tokenizer.json from the vocabulary in a GGUF file.
 
-A GGUF names its tokenizer in ``tokenizer.ggml.*`` (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): tokens,
-their types, and either merges ("gpt2", byte-level BPE: Llama 3, SmolLM2) or scores ("llama", sentencepiece BPE: LLaMA 1
-and 2). What splits the text before the merges is only named, not stored; the definitions are llama.cpp's.
+The fields ``tokenizer.ggml.*`` (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) hold the tokens, their types
+and either merges ("gpt2", byte-level BPE: Llama 3, SmolLM2) or scores ("llama", sentencepiece BPE: LLaMA 1 and 2). The
+pre-tokenizer, which splits the text before the merges, is only named; llama.cpp defines it.
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 
 from gguf import GGUFReader, TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.common.files import atomic_write, write_json
 from lit_llama.tokenizer import JSON_FILE, SETTINGS_FILE
 
@@ -26,27 +24,26 @@ LLAMA3 = [
     pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
 ]
-SMOLLM = [pre_tokenizers.Digits(individual_digits=True), *GPT2]  # first every digit by itself, then GPT-2's regex
+SMOLLM = [pre_tokenizers.Digits(individual_digits=True), *GPT2]  # every digit alone, then GPT-2's regex
 LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 PRE_TOKENIZERS: dict = {"gpt-2": GPT2, "default": GPT2, "smollm": SMOLLM, **dict.fromkeys(LLAMA3_NAMES, LLAMA3)}
-LLAMA_IDS = {"unknown": 0, "bos": 1, "eos": 2}  # llama.cpp's for a sentencepiece vocabulary that states none
+LLAMA_IDS = {"unknown": 0, "bos": 1, "eos": 2}  # llama.cpp's defaults for a sentencepiece vocabulary
 
 
 def write_gguf_tokenizer(reader: GGUFReader, folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json of an opened GGUF into ``folder``."""
-    prefix = "tokenizer."
-    fields = {key[len(prefix) :]: field.contents() for key, field in reader.fields.items() if key.startswith(prefix)}
-    write_tokenizer(fields, folder)
+    """Write tokenizer.json and tokenizer_config.json of an opened GGUF."""
+    names = {key: key.removeprefix("tokenizer.") for key in reader.fields if key.startswith("tokenizer.")}
+    write_tokenizer({name: reader.fields[key].contents() for key, name in names.items()}, folder)
 
 
 def write_tokenizer(meta: dict, folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json for the fields ``meta``, named without their "tokenizer.".
+    """Write tokenizer.json and tokenizer_config.json for the fields ``meta``, named without "tokenizer.".
 
-    Raises UserError for a kind of tokenizer or of pre-tokenizer that is not known here, or when metadata is missing.
+    Raises UserError if the kind of tokenizer or pre-tokenizer is unknown, or if fields are missing or inconsistent.
     """
     model, tokens = meta.get("ggml.model"), meta.get("ggml.tokens", [])
     if model not in ("gpt2", "llama"):
-        raise UserError(f"the GGUF's tokenizer is of the kind {model!r}; known kinds: gpt2, llama")
+        raise UserError(f"the GGUF's tokenizer is of kind {model!r}; known kinds: gpt2, llama")
     types = meta.get("ggml.token_type", [TokenType.NORMAL] * len(tokens))
     if not tokens or len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise UserError(f"the GGUF's {len(tokens)} tokens and {len(types)} token types are no vocabulary")
@@ -55,19 +52,19 @@ def write_tokenizer(meta: dict, folder: Path) -> None:
     tokenizer = byte_level(tokens, meta) if model == "gpt2" else sentencepiece(tokens, types, settings, meta)
     for token, kind in zip(tokens, types, strict=True):
         if kind in (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED):
-            special = kind != TokenType.USER_DEFINED  # user-defined tokens are found in text, the others never
+            special = kind != TokenType.USER_DEFINED  # user-defined tokens are found in text
             tokenizer.add_tokens([AddedToken(token, normalized=False, special=special)])
     if settings["add_bos_token"]:
         bos = settings["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing([bos, "$A"], None, [(bos, tokens.index(bos))])
 
-    with atomic_write(Path(folder) / JSON_FILE) as temporary:
+    with atomic_write(folder / JSON_FILE) as temporary:
         tokenizer.save(str(temporary))
-    write_json(Path(folder) / SETTINGS_FILE, {"tokenizer_class": "PreTrainedTokenizerFast", **settings})
+    write_json(folder / SETTINGS_FILE, {"tokenizer_class": "PreTrainedTokenizerFast", **settings})
 
 
 def special_tokens(tokens: list[str], meta: dict) -> dict:
-    """The content of tokenizer_config.json, with llama.cpp's defaults for what the file does not say."""
+    """The content of tokenizer_config.json, with llama.cpp's defaults for missing fields."""
     is_llama = meta["ggml.model"] == "llama"
     settings = {}
     for name, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
@@ -88,12 +85,12 @@ def byte_level(tokens: list[str], meta: dict) -> Tokenizer:
     pre = meta.get("ggml.pre")
     if pre not in PRE_TOKENIZERS:
         raise UserError(
-            f"the GGUF's pre-tokenizer is {pre!r}; known ones: {', '.join(PRE_TOKENIZERS)}. Another way to split "
-            "would tokenize most texts wrongly; convert the model's safetensors and tokenizer.json instead"
+            f"the GGUF's pre-tokenizer is {pre!r}; known ones: {', '.join(PRE_TOKENIZERS)}. "
+            "Convert the model's safetensors and tokenizer.json instead"
         )
     merges = [tuple(merge.split(" ", 1)) for merge in meta.get("ggml.merges", [])]
     vocab = {token: i for i, token in enumerate(tokens)}
-    try:  # Llama 3 takes a word that is a token as a whole, whatever the merges would make of it
+    try:  # Llama 3 does not split a word that is a token
         tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in LLAMA3_NAMES))
     except Exception as error:  # the library raises nothing more specific
         raise UserError(f"the GGUF's {len(merges)} merges do not fit its {len(tokens)} tokens: {error}") from None
@@ -119,12 +116,11 @@ def sentencepiece(tokens: list[str], types: list[int], settings: dict, meta: dic
 
 
 def merges_by_score(tokens: list[str], types: list[int], scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to join two tokens to a third, the best third first: sentencepiece joins by score and keeps no merges.
+    """All pairs of tokens that join to a third, best score first: sentencepiece stores scores, and no merges.
 
-    Control tokens and bytes take no part: "</s>" must not come out of the characters that spell it.
+    Control tokens and bytes are left out: the characters "</s>" must not become the control token.
     """
-    scored = zip(tokens, scores, types, strict=True)
-    score = {token: s for token, s, kind in scored if kind == TokenType.NORMAL}
+    score = {token: s for token, s, kind in zip(tokens, scores, types, strict=True) if kind == TokenType.NORMAL}
     merges = [
         (token[:cut], token[cut:])
         for token in score

@@ -1,9 +1,7 @@
-"""tokenizer.model or tokenizer.json -> the fields ``tokenizer.ggml.*`` of a GGUF: the inverse of gguf_tokenizer.py.
+"""The fields ``tokenizer.ggml.*`` of a GGUF from a tokenizer.model or tokenizer.json: the inverse of gguf_tokenizer.py.
 
-The fields are named here as there, without their "tokenizer.".
+The names of the fields lack "tokenizer." here too.
 """
-
-from __future__ import annotations
 
 import json
 import re
@@ -14,7 +12,7 @@ from gguf import TokenType
 from sentencepiece import SentencePieceProcessor
 from tokenizers import models, pre_tokenizers
 
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.data.prompts import chat_template
 from lit_llama.formats.gguf_tokenizer import LLAMA3_NAMES, PRE_TOKENIZERS
 from lit_llama.tokenizer import JSON_FILE, SENTENCEPIECE_FILE, Tokenizer
@@ -30,28 +28,29 @@ def sentencepiece_fields(path: Path) -> dict:
         "ggml.pre": "default",
         "ggml.tokens": [processor.id_to_piece(i) for i in ids],
         "ggml.scores": [processor.get_score(i) for i in ids],
-        "ggml.token_type": [int(piece_type(processor, i)) for i in ids],
+        "ggml.token_type": [piece_type(processor, i) for i in ids],
         "ggml.add_space_prefix": processor.encode("a", out_type=str)[0].startswith("▁"),
         "ggml.add_bos_token": processor.bos_id() >= 0,
         **{f"ggml.{name}_token_id": i for name, i in special.items() if i >= 0},
     }
 
 
-def piece_type(processor: SentencePieceProcessor, i: int) -> TokenType:
-    kinds = {"is_unknown": TokenType.UNKNOWN, "is_control": TokenType.CONTROL, "is_byte": TokenType.BYTE}
-    kinds["is_unused"] = TokenType.UNUSED
-    return next((kind for question, kind in kinds.items() if getattr(processor, question)(i)), TokenType.NORMAL)
+def piece_type(processor: SentencePieceProcessor, i: int) -> int:
+    for name in ("unknown", "control", "byte", "unused"):
+        if getattr(processor, f"is_{name}")(i):
+            return int(TokenType[name.upper()])
+    return int(TokenType.NORMAL)
 
 
 def vocabulary_fields(folder: Path, rows: int, style: str | None = None) -> dict:
-    """The fields of a checkpoint folder's tokenizer, one token for each of the embedding's ``rows``.
+    """The fields of a checkpoint folder's tokenizer, with a token for each of the embedding's ``rows``.
 
-    The chat template is that of ``style``, or the tokenizer's own. Raises UserError for what llama.cpp has no equal of.
+    The chat template is that of ``style``, or else the tokenizer's own. Raises UserError if llama.cpp has no such
+    tokenizer.
     """
-    folder, tokenizer = Path(folder), Tokenizer(folder)
-    path = folder / JSON_FILE
+    tokenizer, path = Tokenizer(folder), folder / JSON_FILE
     fields = json_fields(path, tokenizer) if path.exists() else sentencepiece_fields(folder / SENTENCEPIECE_FILE)
-    missing = rows - len(fields["ggml.tokens"])  # a model may have some more rows than tokens
+    missing = rows - len(fields["ggml.tokens"])  # a model may have more rows than tokens
     fields["ggml.tokens"] += [f"[PAD{rows - missing + i}]" for i in range(missing)]
     fields["ggml.token_type"] += [int(TokenType.UNUSED)] * missing
     if "ggml.scores" in fields:
@@ -70,10 +69,10 @@ def json_fields(path: Path, tokenizer: Tokenizer) -> dict:
     content = json.loads(path.read_text(encoding="utf-8"))
     model, added = content["model"], {token["id"]: token for token in content["added_tokens"]}
     if model.get("type") != "BPE":
-        raise UserError(f"{path} is of the kind {model.get('type')!r}; a GGUF of a LLaMA has byte-pair encodings")
+        raise UserError(f"{path} is of kind {model.get('type')!r}; a GGUF of a LLaMA needs BPE")
     names = {i: name for name, i in model["vocab"].items()} | {i: token["content"] for i, token in added.items()}
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    is_sentencepiece = bool(model.get("byte_fallback"))  # a byte is a token named <0x0A>, not a character of its own
+    is_sentencepiece = bool(model.get("byte_fallback"))  # its byte tokens have names such as <0x0A>
 
     def kind(i: int) -> TokenType:
         if i not in names:
@@ -95,7 +94,7 @@ def json_fields(path: Path, tokenizer: Tokenizer) -> dict:
 
 
 def scores_by_merge(tokens: list[str], merges: list[str]) -> list[float]:
-    """Scores that order the tokens as the merges do: a token's is minus the rank of the first one that makes it."""
+    """A token's score is minus the rank of the first merge that makes it, so that scores order tokens as merges do."""
     rank: dict[str, int] = {}
     for i, merge in enumerate(merges):
         rank.setdefault(merge.replace(" ", "", 1), i)
@@ -103,7 +102,7 @@ def scores_by_merge(tokens: list[str], merges: list[str]) -> list[float]:
 
 
 def pre_tokenizer(content: dict, path: Path) -> str:
-    """llama.cpp's name for what splits the text before the merges of a byte-level tokenizer.json."""
+    """llama.cpp's name for the pre-tokenizer of a byte-level tokenizer.json. Raises UserError if it has none."""
 
     def rule(content: dict) -> tuple:
         steps = content["pre_tokenizer"] or {}
@@ -117,7 +116,6 @@ def pre_tokenizer(content: dict, path: Path) -> str:
         if rule(content) == rule(json.loads(known.to_str())):
             return name
     raise UserError(
-        f"{path} splits texts in a way that has none of the names known here, {', '.join(PRE_TOKENIZERS)}: "
-        "under a wrong one llama.cpp would read most texts differently. Export with scripts/export.py --to hf and try "
-        "llama.cpp's own converter"
+        f"{path} has a pre-tokenizer that is none of {', '.join(PRE_TOKENIZERS)}; "
+        "export with scripts/export.py --to hf and try llama.cpp's own converter"
     )

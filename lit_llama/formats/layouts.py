@@ -1,10 +1,8 @@
-"""What other projects call a LLaMA's tensors, and how they order the rows of q and k: both ways, in one table.
+"""Names of a LLaMA's tensors in other formats, and the order of the rows of q and k.
 
-Rotary layout: this project's q and k rows are half-split as Hugging Face's, pair i of a head being its rows i and
-i + hs/2. Meta, GGUF and Lit-LLaMA interleave them, rows 2i and 2i + 1.
+Here and in Hugging Face's format these rows are half-split: rotary pair i of a head is rows i and i + hs/2. Meta, GGUF
+and Lit-LLaMA interleave them: pair i is rows 2i and 2i + 1.
 """
-
-from __future__ import annotations
 
 from torch import Tensor
 
@@ -27,11 +25,23 @@ TOP_NAMES = [
     ("transformer.ln_f",     "model.norm",               "norm",            "output_norm"),
     ("lm_head",              "lm_head",                  "output",          "output"),
 ]
+CONFIG_NAMES = [  # LLaMAConfig, Hugging Face's config.json, a GGUF's header
+    ("block_size",           "max_position_embeddings",  "context_length"),
+    ("vocab_size",           "vocab_size",               "vocab_size"),
+    ("n_layer",              "num_hidden_layers",        "block_count"),
+    ("n_head",               "num_attention_heads",      "attention.head_count"),
+    ("n_kv_head",            "num_key_value_heads",      "attention.head_count_kv"),
+    ("n_embd",               "hidden_size",              "embedding_length"),
+    ("head_size",            "head_dim",                 "attention.key_length"),
+    ("intermediate_size",    "intermediate_size",        "feed_forward_length"),
+    ("norm_eps",             "rms_norm_eps",             "attention.layer_norm_rms_epsilon"),
+    ("rope_base",            "rope_theta",               "rope.freq_base"),
+]
 # fmt: on
 
 
 def layer_names(source: str, target: str, n_layer: int) -> dict[str, str]:
-    """The name of every layer in one of FORMATS -> its name in another, without ".weight" or ".bias"."""
+    """Maps each layer's name in one of FORMATS to its name in another, without ".weight" or ".bias"."""
     a, b = FORMATS.index(source), FORMATS.index(target)
     names = {row[a]: row[b] for row in TOP_NAMES}
     for i in range(n_layer):
@@ -40,7 +50,7 @@ def layer_names(source: str, target: str, n_layer: int) -> dict[str, str]:
 
 
 def to_half_split(weight: Tensor, n_head: int) -> Tensor:
-    """Reorder q or k rows from rotary pairs (2i, 2i + 1) to pairs (i, i + hs/2); (nh * hs, ...) stays its shape."""
+    """Reorder the rows of q or k from pairs (2i, 2i + 1) to pairs (i, i + hs/2). The shape stays (nh * hs, ...)."""
     weight = weight.unflatten(0, (n_head, -1, 2))  # (nh * hs, C) -> (nh, hs/2, 2, C)
     return weight.transpose(1, 2).flatten(0, 2)  # -> (nh, 2, hs/2, C) -> (nh * hs, C)
 

@@ -1,18 +1,16 @@
-"""Trained folders of adapter, prefix, soft_prompt and lora <-> the adapter folders of Hugging Face PEFT.
+"""Convert trained folders of adapter, prefix, soft_prompt and lora to adapter folders of Hugging Face PEFT, and back.
 
 An adapter folder holds adapter_config.json and adapter_model.safetensors
-(https://huggingface.co/docs/peft/developer_guides/checkpoint), and often the tokenizer with the chat template of
-training, which PEFT itself says nothing about. These four compute the same in both projects:
+(https://huggingface.co/docs/peft/developer_guides/checkpoint), and often a tokenizer with the chat template of
+training. These four methods compute the same in both projects:
 
     adapter      ADAPTION_PROMPT   model.layers.{i}.self_attn.adaption_prompt (1, K, C), .adaption_gate (1,)
     prefix       PREFIX_TUNING     prompt_embeddings (K, N * 2 * nkv * hs): keys, then values of each block
     soft_prompt  PROMPT_TUNING     prompt_embeddings (K, C)
     lora         LORA              model.layers.{i}.self_attn.q_proj.lora_A.weight (r, in), .lora_B.weight (out, r)
 
-What one of the two cannot express is refused. Tensors are float32 in a trained folder and in what is exported.
+Settings that the other project lacks are refused. All tensors are float32.
 """
-
-from __future__ import annotations
 
 import math
 from pathlib import Path
@@ -26,7 +24,6 @@ from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import read_json, read_tensors, save_tensors, whole_folder, write_json
 from lit_llama.data.chat_templates import style_of
 from lit_llama.data.prompts import choose_style
-from lit_llama.formats.convert import copy_tokenizer
 from lit_llama.formats.export import complete_tokenizer
 from lit_llama.formats.layouts import layer_names
 from lit_llama.methods.adapter import ACTIVATIONS
@@ -34,7 +31,7 @@ from lit_llama.methods.lora import TARGETS
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.settings import MOST_TOKENS
-from lit_llama.tokenizer import Tokenizer, read_chat_template
+from lit_llama.tokenizer import Tokenizer, copy_tokenizer, read_chat_template
 from lit_llama.trained import (
     METHOD_FILE,
     TRAINED_FILE,
@@ -46,41 +43,35 @@ from lit_llama.trained import (
 )
 
 Tensors = dict[str, Tensor]
-SETTINGS_FILE, WEIGHTS_FILE, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-WRAPPED = "base_model.model."  # how PEFT's names of what lies inside the model begin
+SETTINGS_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+WRAPPED = "base_model.model."  # PEFT's prefix for names inside the model
 PROMPT = "prompt_embeddings"
-
-WHY_NOT = {
-    "adapter_v2": "PEFT's ADAPTION_PROMPT has no scales, biases and norms that train",
-    "houlsby": "PEFT has no bottleneck adapters",
-    "output_layers": "it changes the base's own weights; PEFT would have to store them whole",
-    "full": "it is a whole model: scripts/export.py --to hf",
-    "features": "its classifier stands behind the model",
-}
 
 
 def export_peft(
     trained_dir: Path, out_dir: Path, checkpoint_dir: Path | None = None, base_model: str | None = None
 ) -> None:
-    """A trained folder -> an adapter folder ``out_dir`` that PEFT loads over the same base in transformers.
+    """Write an adapter folder that PEFT loads over the same base in transformers, with the tokenizer of training.
 
-    Beside it lies the tokenizer, with the chat template of the style that was trained.
-    ``checkpoint_dir``: the base, where it moved. ``base_model``: its name in adapter_config.json, a hub id or a folder.
+    ``checkpoint_dir``: the base, if it moved. ``base_model``: its hub id or folder, for adapter_config.json.
     """
-    method, path = read_method(trained_dir), Path(trained_dir) / METHOD_FILE
+    method, path = read_method(trained_dir), trained_dir / METHOD_FILE
     name, arguments = method["method"], method["arguments"]
     if name not in TO_PEFT:
-        raise UserError(f"{trained_dir} was trained with {name}: {WHY_NOT.get(name, 'unknown here')}")
+        raise UserError(
+            f"{trained_dir} was trained with {name}, which PEFT lacks; it has {', '.join(TO_PEFT)}. "
+            "For whole models, merged or from finetune/full.py: scripts/export.py --to hf"
+        )
     base_dir = check_base(method["base"], checkpoint_dir, path)
     config = load_config(base_dir)
-    tensors, written = read_tensors(Path(trained_dir) / TRAINED_FILE)
-    check_recipe(method, written, path)
-    check_tensors(shapes(tensors), kept_shapes(config, name, arguments), Path(trained_dir) / TRAINED_FILE)
+    tensors, about = read_tensors(trained_dir / TRAINED_FILE)
+    check_recipe(method, about, path)
+    check_tensors(shapes(tensors), kept_shapes(config, name, arguments), trained_dir / TRAINED_FILE)
     settings, tensors = TO_PEFT[name](config, arguments, tensors)
-    about = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True}
-    with whole_folder(Path(out_dir)) as folder:
+    settings |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True}
+    with whole_folder(out_dir) as folder:
         save_tensors(folder / WEIGHTS_FILE, tensors, foreign=True)
-        write_json(folder / SETTINGS_FILE, {**settings, **about})
+        write_json(folder / SETTINGS_FILE, settings)
         copy_tokenizer(base_dir, folder)
         complete_tokenizer(folder, config, Tokenizer(base_dir), method["prompt_style"])
 
@@ -88,20 +79,18 @@ def export_peft(
 def import_peft(
     source: Path, checkpoint_dir: Path, out_dir: Path, prompt_style: str | None = None, max_seq_length: int = 512
 ) -> None:
-    """An adapter folder of PEFT -> a trained folder ``out_dir`` over the base in ``checkpoint_dir``.
+    """Convert PEFT's adapter folder ``source`` to a trained folder over the base in ``checkpoint_dir``.
 
-    The prompt style defaults to that of the adapter folder's chat template, if it is one of ours, else to what the
-    base's tokenizer tells; the longest sequence to a finetune script's own. Raises UserError for a type or a setting
-    that the method here does not have, and for tensors that are not the base's.
+    The default prompt style is that of the adapter folder's chat template, or else of the base's tokenizer. Raises
+    UserError for a type or setting that the method here lacks, and for tensors that do not fit the base.
     """
-    source, config = Path(source), load_config(checkpoint_dir)
+    config, settings = load_config(checkpoint_dir), read_json(source / SETTINGS_FILE)
     check_range("--max_seq_length", max_seq_length, 1, MOST_TOKENS)
-    settings = read_json(source / SETTINGS_FILE)
     check_settings(settings, source / SETTINGS_FILE)
-    if (source / PICKLE).exists() and not (source / WEIGHTS_FILE).exists():
+    if not (source / WEIGHTS_FILE).exists():
         raise UserError(
-            f"{source / PICKLE} is a pickle, which is not opened here: load it with PEFT where you trust it, and "
-            f"save_pretrained writes {WEIGHTS_FILE}"
+            f"{source} has no {WEIGHTS_FILE}; a pickle, adapter_model.bin, is not opened here: load it with PEFT if "
+            "you trust it, and save it with save_pretrained"
         )
     stored, _ = read_tensors(source / WEIGHTS_FILE, foreign=True)
     given = {name: tensor.float() for name, tensor in stored.items()}
@@ -110,10 +99,8 @@ def import_peft(
         expected = kept_shapes(config, method, arguments)
     except UserError:
         raise
-    except KeyError as error:
-        raise UserError(f"{source} lacks {error}") from None
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:  # a text where a number belongs, ...
-        reason = str(error).split("\n")[0]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # a text for a number, ...
+        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
         raise UserError(f"{source / SETTINGS_FILE} does not fit {settings['peft_type']}: {reason}") from None
     check_tensors(shapes(tensors), expected, source / WEIGHTS_FILE)
     style = prompt_style or style_of(read_chat_template(source))
@@ -126,7 +113,7 @@ def import_peft(
         "train": {"max_seq_length": max_seq_length},
         "version": __version__,
     }
-    with whole_folder(Path(out_dir)) as folder:
+    with whole_folder(out_dir) as folder:
         save_tensors(folder / TRAINED_FILE, tensors)
         write_json(folder / METHOD_FILE, description)
 
@@ -136,7 +123,7 @@ def shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
 
 
 def kept_shapes(config: LLaMAConfig, method: str, arguments: dict) -> dict[str, tuple[int, ...]]:
-    """What a trained folder of the method holds over a base of this config."""
+    """The shapes in the method's trained folder over a base of this config."""
     with torch.device("meta"):
         model = LLaMA(config).requires_grad_(False)
         METHODS[method](model, **arguments)
@@ -145,8 +132,10 @@ def kept_shapes(config: LLaMAConfig, method: str, arguments: dict) -> dict[str, 
 
 # ---------------------------------------------------------------------------------------------- adapter_config.json
 
-# They name things, say how training began, or are read below. Any other has to be off: a later PEFT may add more.
+# These settings are names, or say how training began, or are read below. Any other must be off: a later PEFT may add
+# settings that change the result.
 ANY_TYPE = {"peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"}
+ANY_TYPE |= {"inference_mode", "tokenizer_kwargs"}
 PROMPT_SIZES = {"num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim", "num_transformer_submodules"}
 KNOWN = {
     "ADAPTION_PROMPT": {"target_modules", "adapter_len", "adapter_layers"},
@@ -156,52 +145,43 @@ KNOWN = {
     | {"layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size"},
 }
 OFF: tuple = (None, False, "none", [], {})
-PLAIN_STARTS = (True, False, "gaussian")  # "pissa" and others change the base's weights before training
 
 
 def check_settings(settings: dict, path: Path) -> None:
-    """UserError for what changes the numbers in a way that the methods here do not have."""
+    """Raises UserError for a setting that changes the result and that the methods here lack."""
     kind = settings.get("peft_type")
     if kind not in KNOWN:
         raise UserError(f"{path}: peft_type {kind!r} is none of {', '.join(KNOWN)}")
-    known = KNOWN[kind] | ANY_TYPE | {"inference_mode", "tokenizer_kwargs"}
-    foreign = [f"{key} {value!r}" for key, value in settings.items() if key not in known and value not in OFF]
+    foreign = [key for key, value in settings.items() if key not in KNOWN[kind] | ANY_TYPE and value not in OFF]
     if settings.get("task_type") not in (None, "CAUSAL_LM"):
-        foreign.append(f"task_type {settings['task_type']!r}")
-    if settings.get("init_lora_weights", True) not in PLAIN_STARTS:
-        foreign.append(f"init_lora_weights {settings['init_lora_weights']!r}")
+        foreign.append("task_type")
+    if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):  # "pissa" changes the base's weights
+        foreign.append("init_lora_weights")
     if foreign:
-        raise UserError(f"{path}: {', '.join(foreign)}: the method here has nothing that computes the same")
+        found = ", ".join(f"{key} {settings[key]!r}" for key in foreign)
+        raise UserError(f"{path}: {found}: the method here has no such setting")
 
 
 # ---------------------------------------------------------------------------------------------- adapter
 
 
-def check_adapter_base(config: LLaMAConfig) -> None:
-    """UserError for bases over which PEFT's ADAPTION_PROMPT does not compute LLaMA-Adapter."""
-    if config.bias:
-        raise UserError(f"{config.name} has biases, and PEFT's ADAPTION_PROMPT adds that of o_proj twice")
-    if config.n_head * config.head_size != config.n_embd:
+def adapter_names(config: LLaMAConfig, i: int) -> list[str]:
+    """Our names of the prompt and gate of block ``i``, then PEFT's. Raises UserError if PEFT cannot have this base."""
+    if config.bias or config.n_head * config.head_size != config.n_embd:  # PEFT would add the bias of o_proj twice
         raise UserError(
-            f"{config.name} has {config.n_head} heads of {config.head_size} and n_embd {config.n_embd}; PEFT's "
-            "ADAPTION_PROMPT needs their product to be n_embd"
+            f"PEFT's ADAPTION_PROMPT needs a base without biases, with n_head * head_size equal to n_embd; "
+            f"{config.name} has bias {config.bias}, {config.n_head} * {config.head_size} and {config.n_embd}"
         )
-
-
-def adapter_names(i: int) -> tuple[tuple[str, str], tuple[str, str]]:
-    """The prompt's and the gate's name in block ``i``, ours and PEFT's."""
-    ours, theirs = f"transformer.h.{i}.attn", f"{WRAPPED}model.layers.{i}.self_attn"
-    prompt = f"{ours}.adapter_wte.weight", f"{theirs}.adaption_prompt"
-    return prompt, (f"{ours}.gating_factor", f"{theirs}.adaption_gate")
+    ours, peft = f"transformer.h.{i}.attn", f"{WRAPPED}model.layers.{i}.self_attn"
+    return [f"{ours}.adapter_wte.weight", f"{ours}.gating_factor", f"{peft}.adaption_prompt", f"{peft}.adaption_gate"]
 
 
 def adapter_to_peft(config: LLaMAConfig, arguments: dict, tensors: Tensors) -> tuple[dict, Tensors]:
-    check_adapter_base(config)
     activation = ACTIVATIONS[arguments.get("gate_activation", "none")]()
     theirs: Tensors = {}
     for i in range(arguments["start_layer"], config.n_layer):
-        (prompt, peft_prompt), (gate, peft_gate) = adapter_names(i)
-        gates = activation(tensors[gate]).flatten()  # PEFT's gate is one number as it is multiplied: tanh is taken here
+        prompt, gate, peft_prompt, peft_gate = adapter_names(config, i)
+        gates = activation(tensors[gate]).flatten()  # PEFT multiplies by its gate as it is
         if (gates != gates[0]).any():
             raise UserError(
                 f"block {i} has gates from {gates.min():.3g} to {gates.max():.3g}, and PEFT has one for all its heads; "
@@ -214,10 +194,9 @@ def adapter_to_peft(config: LLaMAConfig, arguments: dict, tensors: Tensors) -> t
 
 
 def adapter_from_peft(config: LLaMAConfig, settings: dict, tensors: Tensors) -> tuple[str, dict, Tensors]:
-    check_adapter_base(config)
     ours, start_layer = dict(tensors), config.n_layer - settings["adapter_layers"]
     for i in range(max(start_layer, 0), config.n_layer):
-        (prompt, peft_prompt), (gate, peft_gate) = adapter_names(i)
+        prompt, gate, peft_prompt, peft_gate = adapter_names(config, i)
         ours[prompt], ours[gate] = ours.pop(peft_prompt).squeeze(0), ours.pop(peft_gate).view(-1, 1, 1)
     return "adapter", dict(prompt_length=settings["adapter_len"], start_layer=start_layer, gate="layer"), ours
 
@@ -263,7 +242,7 @@ def soft_prompt_from_peft(config: LLaMAConfig, settings: dict, tensors: Tensors)
 
 
 def lora_names(config: LLaMAConfig, arguments: dict) -> dict[str, str]:
-    """transformer.h.0.attn.c_attn.lora.q.A -> base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight, ..."""
+    """Maps transformer.h.0.attn.c_attn.lora.q.A to base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight."""
     modules, names = layer_names("ours", "hf", config.n_layer), {}
     for name in kept_shapes(config, "lora", arguments):
         layer, _, pair = name.partition(".lora.")
@@ -296,11 +275,11 @@ def lora_from_peft(config: LLaMAConfig, settings: dict, tensors: Tensors) -> tup
         layers = [layers] if isinstance(layers, int) else sorted(layers)
         arguments["start_layer"] = config.n_layer - len(layers)
         if layers != list(range(arguments["start_layer"], config.n_layer)):
-            raise UserError(f"layers_to_transform {layers}: LoRA here stands in the top blocks, up to the last one")
+            raise UserError(f"layers_to_transform {layers}: LoRA here is in the top blocks, without a gap")
     ours = {theirs: name for name, theirs in lora_names(config, arguments).items()}
     if foreign := sorted(set(tensors) - set(ours)):
         modules = sorted({name.split(".")[-3] for name in ours})
-        raise UserError(f"{foreign[0]} has no place over {config.name}: LoRA here stands beside {', '.join(modules)}")
+        raise UserError(f"{foreign[0]} has no place over {config.name}: LoRA here can change {', '.join(modules)}")
     renamed = {ours[name]: tensor for name, tensor in tensors.items()}
     arguments["targets"] = [target for target in TARGETS if any(f".lora.{target}." in name for name in renamed)]
     return "lora", arguments, renamed
