@@ -39,28 +39,12 @@ GREETINGS = ["Hi!", "Hello!", "Hey there!", "Good day.", "Hi team!", "Dear all."
 THANKS = ["Thanks!", "Thank you.", "Many thanks.", "Thx!", "Much appreciated."]
 # A reader sees that the days, numbers and names in these are not the booking's.
 ASIDES = {
-    "train": [
-        "We loved it last time.",
-        "One of us eats no meat.",
-        "We came on Monday last time.",
-        "The soup is great.",
-        "Last time 4 of us came.",
-        "In June we stayed until 23:00.",
-        "My last booking, on a Tuesday, was for 8.",
-        "It is far better than at home.",
-        "The lady who works there is kind.",
-        "My neighbour Ruth told me.",
-    ],
-    "validation": [
-        "The view is lovely.",
-        "Two of us cannot eat nuts.",
-        "On Thursday nobody picked up the phone.",
-        "I rang at 9:15 but nobody answered.",
-        "My neighbour praised the fish.",
-        "Not table 3 again, please.",
-        "It beats cooking any day.",
-        "Your Sunday roast is famous.",
-    ],
+    "train": ["We loved it last time.", "One of us eats no meat.", "We came on Monday last time.", "The soup is great.",
+              "Last time 4 of us came.", "In June we stayed until 23:00.", "My last booking, on a Tuesday, was for 8.",
+              "It is far better than at home.", "The lady who works there is kind.", "My neighbour Ruth told me."],
+    "validation": ["The view is lovely.", "Two of us cannot eat nuts.", "On Thursday nobody picked up the phone.",
+                   "I rang at 9:15 but nobody answered.", "My neighbour praised the fish.",
+                   "Not table 3 again, please.", "It beats cooking any day.", "Your Sunday roast is famous."],
 }
 
 # With these words in a message one guest would read oddly ("1 seats", "we are one").
@@ -70,8 +54,7 @@ NAMES, PLACES = WORDS["names"], WORDS["places"]
 
 # A phrasing that says dinner or lunch is only given such hours (see draw_booking).
 BOOKINGS = {
-    "train": listed(
-        """
+    "train": listed("""
     Could {place} fit {people} {on}, say {time}? Ask for {name}. | Can we come to {place} {on}? {we} at {time}. - {name}
     Kindly arrange a table for {people} at {place}. Date: {day}, {time}. {name} | {place} {day} {time}, {people}, {name}
     I'd like a table for {n} at {place} {on} at {time}. My name is {name}. | Need {place} {day} @ {time} for {n}. {name}
@@ -134,11 +117,8 @@ BOOKINGS = {
     {name} plus guests, {n} altogether, for {place} {on}, {time}. | {n} hikers need {place} {on}, {time}. Call {name}.
     I saw {place} on TV. {name} would like {time} {on}. {people}.
     {place} gets busy, I know. Could {name} come {on} at {time}? {we}.
-    {time} {day} at {place} pls, its for {n}, {name}""",
-        "[|\n]",
-    ),
-    "validation": listed(
-        """
+    {time} {day} at {place} pls, its for {n}, {name}""", "[|\n]"),
+    "validation": listed("""
     Lunch or dinner? Dinner, at {place}, {on} at {time}, {people}. Host: {name}.
     Uncle Otis raves about {place}. Please have all ready for {n} {on} at {time}. Thank you, {name}
     Are you open {on}? Then give us {place} at {time}. {we}. It was {name} who asked.
@@ -164,9 +144,7 @@ BOOKINGS = {
     Just {place} {on}, {time}, {people}; the guest of honour is {name}.
     Get {people} sorted for {place}, will you? {name} will be at the door {on} at {time}.
     If you still have a gap {on}, {place} could host us at {time}. {we}. Sincerely, {name}
-    {name} and company, {n} in all, want to eat at {place} {on}, {time}.""",
-        "[|\n]",
-    ),
+    {name} and company, {n} in all, want to eat at {place} {on}, {time}.""", "[|\n]"),
 }
 
 MIXED = [  # sentences for the place and the time, for the guests, for the name
@@ -290,22 +268,13 @@ def draw_booking(rng: random.Random, phrasing: str, split: str) -> tuple[dict, d
     guests = choose(rng, GUEST_WEIGHTS)
     if guests == 1 and PLURAL.search(phrasing):
         guests = 2 + int(rng.random() * 11)
-    booking = {
-        "name": draw_name(rng, split),
-        "place": draw_place(rng, split),
-        "day": rng.choice(WEEKDAYS + ["today", "tomorrow"]),
-        "time": f"{hour}:{minute:02d}",
-        "guests": guests,
-    }
+    booking = {"name": draw_name(rng, split), "place": draw_place(rng, split),
+               "day": rng.choice(WEEKDAYS + ["today", "tomorrow"]), "time": f"{hour}:{minute:02d}", "guests": guests}
     day = write_day(rng, booking["day"], hour)
     form = choose(rng, TIME_FORMS)
-    slots = {
-        "name": booking["name"],
-        "place": booking["place"],
-        "day": day,
-        "on": day if day.startswith(("this", "to")) else f"on {day}",
-        "time": write_time(form, hour, minute),
-    }
+    slots = {"name": booking["name"], "place": booking["place"], "day": day,
+             "on": day if day.startswith(("this", "to")) else f"on {day}",
+             "time": write_time(form, hour, minute)}
     return booking, slots | write_guests(rng, guests)
 
 
@@ -327,7 +296,7 @@ def misspell(rng: random.Random, text: str) -> str:
         return text
     word = rng.choice(words)
     i = word.start() + 1 + int(rng.random() * (len(word.group()) - 2))  # never its first letter
-    return text[:i] + text[i + 1] + (text[i] if rng.random() < 0.5 else "") + text[i + 2 :]
+    return text[:i] + text[i + 1] + (text[i] if rng.random() < 0.5 else "") + text[i + 2:]
 
 
 def write_message(rng: random.Random, phrasing: str, split: str) -> tuple[str, dict]:
@@ -370,16 +339,11 @@ def main(out_dir: str = "data", seed: int = 1337) -> None:
         phrasings = BOOKINGS[split]
         if split == "train":  # nine rows follow each of these, the others, most, a mixed one
             phrasings = 9 * phrasings + mix_phrasings(rng, BOOKING_ROWS[split] - 9 * len(phrasings))
-        rows = [
-            {"instruction": text, "output": json.dumps(booking, ensure_ascii=False, separators=(",", ":"))}
-            for text, booking in write_messages(rng, phrasings, split, BOOKING_ROWS[split])
-        ]
+        rows = [{"instruction": text, "output": json.dumps(booking, ensure_ascii=False, separators=(",", ":"))}
+                for text, booking in write_messages(rng, phrasings, split, BOOKING_ROWS[split])]
         save_rows(Path(out_dir) / "bookings" / f"{split}.json", rows)
-        rows = [
-            {"text": text, "label": label}
-            for label, phrasings in INTENTS[split].items()
-            for text, _ in write_messages(rng, phrasings, split, INTENT_ROWS[split] // len(INTENTS[split]))
-        ]
+        rows = [{"text": text, "label": label} for label, phrasings in INTENTS[split].items()
+                for text, _ in write_messages(rng, phrasings, split, INTENT_ROWS[split] // len(INTENTS[split]))]
         rng.shuffle(rows)
         save_rows(Path(out_dir) / "intents" / f"{split}.json", rows)
 
