@@ -13,7 +13,7 @@ from lit_llama.checkpoint import load_model
 from lit_llama.common.files import save_tensors, write_json
 from lit_llama.data.batches import collate
 from lit_llama.data.task import load_task
-from lit_llama.devices.blocks import is_piece, shard
+from lit_llama.devices.blocks import is_shard, shard
 from lit_llama.devices.launch import PRECISIONS, launch
 from lit_llama.methods.table import METHODS
 from lit_llama.settings import TrainArgs
@@ -44,9 +44,9 @@ def save_gradients(fabric, base: str, data: str, folder: Path, strategy: str, me
     switch_on(model, method, ARGUMENTS[method])
     if strategy == "fsdp":
         shard(fabric, model, PRECISIONS[precision])
-        pieces = [param for block in model.transformer.h for param in block.parameters() if is_piece(param)]
-        held = sum(param.to_local().numel() for param in pieces)
-        assert len(pieces) == 7 * len(model.transformer.h) and held * 2 == sum(param.numel() for param in pieces)
+        shards = [param for block in model.transformer.h for param in block.parameters() if is_shard(param)]
+        held = sum(param.to_local().numel() for param in shards)
+        assert len(shards) == 7 * len(model.transformer.h) and held * 2 == sum(param.numel() for param in shards)
     task = load_task(data, base, None, 512)
     for name, samples in (("even", task.train[:7]), ("uneven", task.train[7:9])):
         loss, n_targets = torch.zeros(()), sum(sample.n_targets for sample in samples)

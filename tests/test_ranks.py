@@ -110,7 +110,7 @@ def test_an_evaluation_counts_each_sample_once(places, tmp_path, devices, strate
         assert other == one
 
 
-def test_an_answer_from_a_model_in_pieces_is_the_same(places, tmp_path):
+def test_an_answer_from_a_sharded_model_is_the_same(places, tmp_path):
     trained, base = tmp_path / "adapter", ["--checkpoint_dir", places / "base"]
     few = ["--train.max_steps", 3, "--eval_samples", 0, "--data", places / "data", "--precision", "32-true"]
     succeed("finetune/adapter.py", *base, *few, "--out_dir", trained)
@@ -123,7 +123,7 @@ def test_an_answer_from_a_model_in_pieces_is_the_same(places, tmp_path):
         assert two.stdout == one and one.strip()
         assert "MEMBER: 2/2" in two.stderr and two.stderr.count("tokens/s") == 1
         asking = [f"generate/{script}.py", *asked, *flags]
-        refuse(*asking, "--devices", 2, "--quantize", "int8", message="leave out --quantize int8, or take one device")
+        refuse(*asking, "--devices", 2, "--quantize", "int8", message="neither --compile nor --quantize")
         for flag in ("--devices", "--num_nodes"):
             refuse(*asking, flag, 0, message="0 must lie within 1 and")
 
