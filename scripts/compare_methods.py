@@ -21,7 +21,7 @@ from lit_llama import cli
 from lit_llama.base import ensure_base
 from lit_llama.common.errors import check_range
 from lit_llama.common.progress import Bar
-from lit_llama.measure.comparison import METHODS, ScriptRun, ablation_jobs, pilot_jobs, variant_jobs
+from lit_llama.measure.comparison import NAMES, ScriptRun, ablation_jobs, pilot_jobs, variant_jobs
 from lit_llama.settings import DEFAULT_BASE, MOST, MOST_SAMPLES, MOST_SEED
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 
 def main(
     data: str = "data/bookings",
-    methods: tuple[str, ...] = METHODS,
+    methods: tuple[str, ...] = NAMES,
     n_samples: int = 1800,
     batch_size: int = 4,
     checkpoint_dir: str = DEFAULT_BASE,
@@ -129,9 +129,9 @@ def possible_runs(
     """
     from lit_llama.data.task import load_splits
 
-    unknown = set(methods) - set(METHODS)
+    unknown = set(methods) - set(NAMES)
     if unknown or not methods:
-        raise cli.UserError(f"--methods {sorted(unknown)}: choose from {', '.join(METHODS)}")
+        raise cli.UserError(f"--methods {sorted(unknown)}: choose from {', '.join(NAMES)}")
     if not data.is_dir():
         raise cli.UserError(f"--data {data} must be a folder with train and validation files")
     samples, _ = load_splits(data)

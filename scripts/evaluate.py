@@ -4,25 +4,43 @@
     python scripts/evaluate.py --data my.jsonl                              # the default base as it is
     python scripts/evaluate.py --data data/bookings --shots 4               # with four examples in the prompt
 
-Of a folder the validation file is evaluated, of a file all of it. Folders that answer with labels get their accuracy.
+It evaluates a whole file, or the validation file of a folder. For a classifier it prints the accuracy.
 """
 
+from __future__ import annotations
+
 import math
+import random
+from array import array
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 
 from lit_llama import cli
 from lit_llama.base import ensure_base
-from lit_llama.common.errors import check_range
+from lit_llama.common.errors import UserError, check_range
+from lit_llama.common.files import check_writable, write_json
+from lit_llama.common.progress import Bar
+from lit_llama.data.batches import IGNORE, TokenizedSample, collate, micro_batches
+from lit_llama.data.prompts import choose_style, encode_prompt
+from lit_llama.data.samples import Sample, read_samples
+from lit_llama.data.task import can_be_asked, encode_samples, split_file, tokenize_labels
+from lit_llama.devices.launch import base_dtype, launch, print_rank0, rank
+from lit_llama.generate.classify import is_classifier, load_classifier
+from lit_llama.generate.load import load_for_generation
+from lit_llama.model import LLaMA
 from lit_llama.settings import DEFAULT_BASE, MOST
+from lit_llama.tokenizer import Tokenizer
+from lit_llama.train.evaluate import answer_samples, is_right, longest_answer, map_over_ranks
+from lit_llama.train.loss import target_vectors
+from lit_llama.trained import read_method
 
 if TYPE_CHECKING:
-    import torch
     from lightning.fabric import Fabric
-
-    from lit_llama.data.samples import Sample
-    from lit_llama.model import LLaMA
-    from lit_llama.tokenizer import Tokenizer
 
 
 def main(
@@ -48,52 +66,44 @@ def main(
 
     Args:
         data: A .json, .jsonl, .csv or .txt file, or a folder with one file for each split.
-        split: Which of a folder's files: validation, test or train.
+        split: The file of a folder: validation, test or train.
         trained_dir: Folder that a finetune script wrote; without it the base alone is evaluated.
-        checkpoint_dir: Folder of the base; by default the one trained on, or the default base.
-        prompt_style: alpaca, chatml, llama2, llama3 or plain; by default as trained, or what the tokenizer tells.
-        max_samples: Evaluate only the first ones.
-        max_seq_length: Longer samples are cut for the loss; by default as in training, or 512 tokens.
-        batch_size: Prompts answered together; fewer take less memory.
-        shots: Examples of the data folder's train file in front of every prompt: in-context learning.
-        shots_seed: Of the choice of these examples.
-        devices: Processes that share the samples, one for each device, on every node.
-        num_nodes: Machines.
-        strategy: ddp, with the model on every device; fsdp, in pieces, where it does not fit one; or auto.
-        precision: Width of the base's weights: bf16-true, 32-true, or auto for the faster one.
-        quantize: What the base's weights are kept in: none, int8, or on CUDA nf4; by default as in training, with
-            fsdp none.
-        compile: Compile the blocks by torch.compile: minutes first; in float32 on a CPU nothing is gained.
-        results: A .json file to write each sample's loss and answer to.
+        checkpoint_dir: Folder of the base. Default: the one trained on, or the default base.
+        prompt_style: alpaca, chatml, llama2, llama3 or plain. Default: as in training, or the tokenizer's.
+        max_samples: Evaluate only the first samples.
+        max_seq_length: For the loss, longer samples are cut. Default: as in training, or 512 tokens.
+        batch_size: Prompts answered together. Fewer need less memory.
+        shots: Examples from the folder's train file before every prompt (in-context learning).
+        shots_seed: Random seed of their choice.
+        devices: GPUs per node. Each evaluates its part of the samples.
+        num_nodes: Number of machines.
+        strategy: ddp or auto: the model on every device; fsdp: sharded, if it does not fit on one.
+        precision: Precision of the base's weights: bf16-true, 32-true, or auto for the faster one.
+        quantize: Data type of the base's weights: none, int8, or on CUDA nf4. Default: as in training; none with fsdp.
+        compile: Compile the blocks with torch.compile: minutes once; no gain in float32 on a CPU.
+        results: A .json file for each sample's loss and answer.
     """
     for name, value in (("max_samples", max_samples), ("batch_size", batch_size), ("max_seq_length", max_seq_length)):
         check_range(f"--{name}", value, 1, MOST)
     check_range("--shots", shots, 0, MOST)
 
-    from lit_llama.common.files import check_writable
-    from lit_llama.data.samples import read_samples
-    from lit_llama.data.task import split_file
-    from lit_llama.devices.launch import base_dtype, launch, print_rank0
-    from lit_llama.generate.classify import is_classifier
-    from lit_llama.generate.load import load_for_generation
-    from lit_llama.trained import read_method
-
     sharded, labels = strategy == "fsdp", bool(trained_dir) and is_classifier(read_method(trained_dir))
     if labels and (shots or prompt_style or max_seq_length or quantize or compile or sharded):
-        raise cli.UserError(
-            f"{trained_dir} answers with labels: no --shots, --prompt_style, --max_seq_length, --quantize, --compile, "
-            "fsdp"
+        raise UserError(
+            f"{trained_dir} answers with labels: --shots, --prompt_style, --max_seq_length, --quantize, --compile and "
+            "fsdp do not apply"
         )
     if sharded and (compile or (quantize or "none") != "none"):
-        raise cli.UserError("--strategy fsdp goes with neither --quantize nor --compile; pass ddp")
+        raise UserError("--strategy fsdp works with neither --quantize nor --compile; pass ddp")
     file = split_file(Path(data), split) if Path(data).is_dir() else Path(data)
     if file is None:
-        raise cli.UserError(f"{data} holds no {split} file; give the file to evaluate, or another --split")
+        raise UserError(f"{data} holds no {split} file; give the file to evaluate, or another --split")
     if results is not None:
         check_writable(results)
     if not trained_dir:
         ensure_base(checkpoint_dir or DEFAULT_BASE)
     samples = read_samples(file)[:max_samples]
+    asked = add_shots(samples, Path(data), shots, shots_seed) if shots else samples
     fabric = launch(devices, num_nodes, strategy)
     if labels:
         dtype = base_dtype(precision, fabric.device)
@@ -113,52 +123,72 @@ def main(
         model, tokenizer, style = loaded.model, loaded.tokenizer, loaded.prompt_style
         length = max_seq_length or loaded.max_seq_length or (model.max_text_tokens if shots else 512)
         length = min(length, model.max_text_tokens)
-        given = Examples(Path(data), shots, shots_seed)
-        rows = evaluate_answers(fabric, samples, model, tokenizer, style, length, batch_size, given)
+        rows = evaluate_answers(fabric, asked, model, tokenizer, style, length, batch_size, shots > 0)
+        if dropped := len(samples) - len(rows):
+            print_rank0(f"{dropped} samples dropped: no answer within {length} tokens")
     if results is not None and fabric.is_global_zero:
         write_results(Path(results), rows)
 
 
-class Examples(NamedTuple):
-    """How many examples stand in front of every prompt, from whose train file, and the seed of their choice."""
+def add_shots(samples: list[Sample], folder: Path, shots: int, seed: int) -> list[Sample]:
+    """The samples with the same ``shots`` examples in front, drawn from the folder's train file."""
+    file = split_file(folder, "train") if folder.is_dir() else None
+    if file is None:
+        raise UserError(f"--shots takes its examples from a train file: {folder} must be a folder with one")
+    examples = [sample for sample in read_samples(file) if sample.messages]
+    if len(examples) < shots:
+        raise UserError(f"--shots {shots}, but {file} holds {len(examples)} rows with an answer")
+    given = [message for sample in random.Random(seed).sample(examples, shots) for message in sample.messages]
+    return [replace(sample, messages=given + sample.messages) for sample in samples if sample.messages]
 
-    folder: Path
-    count: int
-    seed: int
+
+def count_last_answers(
+    samples: list[Sample], encoded: list[TokenizedSample], style: str, tokenizer: Tokenizer
+) -> tuple[list[Sample], list[TokenizedSample]]:
+    """Remove the examples' answers from the targets. Drop samples whose own answer does not fit."""
+    kept = []
+    for sample, ids in zip(samples, encoded, strict=True):
+        given = len(encode_prompt(sample.prompt, style, tokenizer)) - 1
+        if given < len(ids.ids):
+            ids.targets[:given] = array("i", [IGNORE]) * given
+            kept.append((sample, ids))
+    if not kept:
+        raise UserError(f"none of {len(samples)} samples fits the context with its examples; pass fewer --shots")
+    return [sample for sample, _ in kept], [ids for _, ids in kept]
+
+
+@torch.inference_mode()
+def sample_losses(model: LLaMA, encoded: list[TokenizedSample], device: torch.device) -> list[float]:
+    """The cross-entropy of each sample, summed over its target tokens."""
+    model.eval()
+    losses: dict[int, float] = {}
+    with Bar(len(encoded), "loss", disable=rank() > 0) as bar:
+        for batch in micro_batches(encoded, max_tokens=1024):
+            vectors, targets, where = target_vectors(model, *collate(batch, device))
+            of_tokens = F.cross_entropy(model.lm_head(vectors).float(), targets, reduction="none")  # (n,)
+            of_rows = torch.zeros(len(batch), device=device).index_add_(0, where.nonzero()[:, 0], of_tokens)
+            losses |= zip(map(id, batch), of_rows.tolist(), strict=True)
+            bar.update(len(batch))
+    return [losses[id(ids)] for ids in encoded]
 
 
 def evaluate_answers(
-    fabric: "Fabric",
-    samples: "list[Sample]",
-    model: "LLaMA",
-    tokenizer: "Tokenizer",
+    fabric: Fabric,
+    samples: list[Sample],
+    model: LLaMA,
+    tokenizer: Tokenizer,
     style: str,
     length: int,
     batch_size: int,
-    given: Examples,
+    only_last: bool,
 ) -> list[tuple]:
-    """Print loss, perplexity and exact match. The ranks share the samples, and each has all results in the end."""
-    from lit_llama.data.task import can_be_asked, encode_samples
-    from lit_llama.devices.launch import print_rank0
-    from lit_llama.train.evaluate import (
-        add_shots,
-        answer_samples,
-        count_last_answers,
-        is_right,
-        longest_answer,
-        sample_losses,
-        shared,
-    )
-
-    asked = add_shots(samples, *given) if given.count else samples
-    kept, encoded = encode_samples(asked, style, tokenizer, length)
-    if given.count:
+    """Print loss, perplexity and exact match. Every rank evaluates its part and returns all results."""
+    kept, encoded = encode_samples(samples, style, tokenizer, length)
+    if only_last:
         kept, encoded = count_last_answers(kept, encoded, style, tokenizer)
-    losses = shared(fabric, model, encoded, lambda own: sample_losses(model, own, fabric.device))
+    losses = map_over_ranks(fabric, model, encoded, lambda own: sample_losses(model, own, fabric.device))
     loss = sum(losses) / sum(ids.n_targets for ids in encoded)
-    dropped = len(samples) - len(kept)
-    drops = f"; {dropped} dropped: no answer within {length} tokens" if dropped else ""
-    print_rank0(f"{len(kept)} samples{drops}")
+    print_rank0(f"{len(kept)} samples")
     print_rank0(f"loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
     questions = [i for i, (sample, ids) in enumerate(zip(kept, encoded, strict=True)) if can_be_asked(sample, ids)]
     longest = longest_answer(tokenizer, [kept[i] for i in questions])
@@ -166,7 +196,7 @@ def evaluate_answers(
     def answer(own: list[int]) -> list[str]:
         return answer_samples(model, tokenizer, style, [kept[i] for i in own], longest, batch_size)
 
-    answers = dict(zip(questions, shared(fabric, model, questions, answer), strict=True))
+    answers = dict(zip(questions, map_over_ranks(fabric, model, questions, answer), strict=True))
     right = {i: is_right(answer, kept[i]) for i, answer in answers.items()}
     if right:
         correct = sum(right.values())
@@ -176,36 +206,25 @@ def evaluate_answers(
 
 
 def write_results(path: Path, rows: list[tuple]) -> None:
-    """Each: the row of the file (from 0), its loss, the tokens that this is a sum over, right or not, the answer."""
-    from lit_llama.common.files import write_json
-
+    """Write each sample's row in the file (from 0), summed loss, number of targets, whether it is right, its answer."""
     names = ("row", "loss", "n_targets", "right", "answer")
     write_json(path, {"samples": [dict(zip(names, row, strict=True)) for row in rows]})
 
 
 def evaluate_labels(
-    fabric: "Fabric", samples: "list[Sample]", trained_dir: str, checkpoint_dir: str | None, dtype: "torch.dtype"
+    fabric: Fabric, samples: list[Sample], trained_dir: str, checkpoint_dir: str | None, dtype: torch.dtype
 ) -> list[tuple]:
-    """Print the accuracy of a classifier, and its loss: the mean of -log of the right label's probability."""
-    import numpy as np
-
-    from lit_llama.data.prompts import choose_style
-    from lit_llama.data.task import tokenize_labels
-    from lit_llama.devices.launch import print_rank0
-    from lit_llama.generate.classify import load_classifier
-    from lit_llama.tokenizer import Tokenizer
-    from lit_llama.train.evaluate import shared
-
+    """Print the accuracy of a classifier, and its loss: the mean of -log p of the right label."""
     classify, method = load_classifier(trained_dir, checkpoint_dir, dtype, fabric.device)
     tokenizer, labels = Tokenizer(checkpoint_dir or method["base"]["checkpoint_dir"]), method["arguments"]["labels"]
     style = choose_style(method["prompt_style"], tokenizer)
     encoded = tokenize_labels(samples, style, tokenizer, method["train"]["max_seq_length"], labels)
     prompts = [sample.ids.tolist() for sample in encoded]
-    shares = np.array(shared(fabric, None, prompts, lambda own: list(classify(own))))
+    probabilities = np.array(map_over_ranks(fabric, None, prompts, lambda own: list(classify(own))))
     answers = [sample.targets[-1] for sample in encoded]
-    chosen = shares.argmax(1).tolist()
+    chosen = probabilities.argmax(1).tolist()
     correct = sum(one == other for one, other in zip(chosen, answers, strict=True))
-    losses = -np.log(shares[range(len(answers)), answers].clip(1e-12))
+    losses = -np.log(probabilities[range(len(answers)), answers].clip(1e-12))
     print_rank0(f"{method['method']} over {method['base']['name']}: loss {losses.mean():.4f}")
     print_rank0(f"accuracy: {100 * correct / len(answers):.1f} % ({correct} of {len(answers)})")
     rows = zip(samples, losses.tolist(), chosen, answers, strict=True)

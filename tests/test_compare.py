@@ -9,8 +9,10 @@ import torch
 from helpers import TINY, make_base, metrics, refuse, run, succeed, tiny_model
 
 from lit_llama.data.batches import TokenizedSample
+from lit_llama.measure.comparison import pilot_jobs, variant_jobs
 from lit_llama.measure.intervals import loss_interval, paired_difference, share_interval
 from lit_llama.measure.report import flops_per_token, markdown, quality
+from lit_llama.methods.table import METHODS
 
 COMPARE = "scripts/compare_methods.py"
 
@@ -171,3 +173,10 @@ def test_intervals():
     spread = math.sqrt(0.1 * 0.9 * 100 / 99) / 10
     assert mean == pytest.approx(0.1) and high - mean == pytest.approx(1.984 * spread, abs=1e-4) and low < high
     assert paired_difference(ours, ours) == (0, 0, 0)
+
+
+def test_a_new_method_needs_no_second_list(monkeypatch, tmp_path):
+    monkeypatch.setitem(METHODS, "ia3", lambda model: None)
+    assert [job.name for job in pilot_jobs(tmp_path, ["ia3"], 10)] == ["ia3 at 0.001", "ia3 at 0.003", "ia3 at 0.01"]
+    (job,) = variant_jobs(tmp_path, {"ia3, slower": "ia3 --train.learning_rate 1e-4"}, 10)
+    assert job.method == "ia3" and job.flags == ["--train.learning_rate", "1e-4"]

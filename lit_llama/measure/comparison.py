@@ -8,9 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
+from lit_llama.methods.table import METHODS
+from lit_llama.train.run import COSTS_FILE, read_metrics
 
-# Learning rates for --pilot: one for steps of four or eight samples, and about a third and three times of it.
+# Learning rates for --pilot, for steps of four or eight samples. A method that is not listed tries OTHER_RATES.
 PILOT_RATES = {
     "output_layers": (3e-4, 1e-3, 3e-3),
     "full": (1e-5, 3e-5, 1e-4),
@@ -21,7 +23,8 @@ PILOT_RATES = {
     "adapter_v2": (3e-3, 1e-2, 3e-2),
     "lora": (1e-3, 3e-3, 1e-2),
 }
-METHODS = ("features", *PILOT_RATES)
+OTHER_RATES = (1e-3, 3e-3, 1e-2)
+NAMES = ("features", *METHODS)
 # What all runs of a comparison have in common; a classifier's answers are no text to compare.
 COMMON_FLAGS = {"--data", "--checkpoint_dir", "--out_dir", "--head"}
 COMMON_FLAGS |= {"--train.max_steps", "--train.epochs", "--train.batch_size"}
@@ -41,8 +44,6 @@ class ScriptRun:
 
     @property
     def trained(self) -> bool:
-        from lit_llama.train.run import COSTS_FILE, read_metrics
-
         if self.method == "features":
             return (self.out_dir / COSTS_FILE).exists()
         return len(read_metrics(self.out_dir)) == self.steps and (self.out_dir / COSTS_FILE).exists()
@@ -55,7 +56,8 @@ def pilot_jobs(folder: Path, methods: Iterable[str], steps: int) -> list[ScriptR
         flags = ["--train.learning_rate", rate]
         return ScriptRun(f"{name} at {rate}", name, folder / "pilot" / f"{name}-{rate}", steps, flags, validations=1)
 
-    return [job(name, f"{rate:g}") for name in methods for rate in PILOT_RATES.get(name, ())]
+    rates = {name: PILOT_RATES.get(name, OTHER_RATES) for name in METHODS}  # features has none
+    return [job(name, f"{rate:g}") for name in methods for rate in rates.get(name, ())]
 
 
 def variant_jobs(folder: Path, variants: dict[str, str], steps: int) -> list[ScriptRun]:
@@ -68,9 +70,9 @@ def variant_jobs(folder: Path, variants: dict[str, str], steps: int) -> list[Scr
             raise UserError(f"--variants {name!r}: {words!r}: {error}") from None
         out_dir = folder / "variants" / re.sub(r"[^\w.=-]+", "-", words.strip())
         fixed = {flag.split("=")[0] for flag in flags} & COMMON_FLAGS
-        if method not in PILOT_RATES or fixed or name in METHODS or name.startswith("base,") or out_dir in jobs:
+        if method not in METHODS or fixed or name in NAMES or name.startswith("base,") or out_dir in jobs:
             raise UserError(
-                f"--variants {name!r}: {words!r} must be flags of one of {', '.join(PILOT_RATES)}, under a new "
+                f"--variants {name!r}: {words!r} must be flags of one of {', '.join(METHODS)}, under a new "
                 f"name and each once, without {', '.join(sorted(COMMON_FLAGS))}"
             )
         jobs[out_dir] = ScriptRun(name, method, out_dir, steps, flags)

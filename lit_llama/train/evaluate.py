@@ -4,36 +4,31 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import sys
-from array import array
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 
 from lit_llama.common.errors import UserError
 from lit_llama.common.progress import Bar
-from lit_llama.data.batches import IGNORE, TokenizedSample, collate, micro_batches
+from lit_llama.data.batches import TokenizedSample, collate, micro_batches
 from lit_llama.data.prompts import encode_prompt, stop_ids, user_text
-from lit_llama.data.samples import Sample, read_samples
-from lit_llama.data.task import Task, split_file
+from lit_llama.data.samples import Sample
+from lit_llama.data.task import Task
 from lit_llama.devices.blocks import keep_in_step
 from lit_llama.devices.launch import print_rank0, rank
 from lit_llama.generate.decode import generate_batch, label_probabilities
 from lit_llama.model import LLaMA
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.train.loss import LOWER_THE_RATE, split_evenly, target_loss, target_vectors
+from lit_llama.train.loss import LOWER_THE_RATE, split_evenly, target_loss
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 
-def shared(fabric: Fabric, model: LLaMA | None, items: list, work: Callable[[list], list]) -> list:
+def map_over_ranks(fabric: Fabric, model: LLaMA | None, items: list, work: Callable[[list], list]) -> list:
     """The results of ``work`` on ``items``, in order, on every rank. Each rank works on its part of them.
 
     A sharded ``model`` that ``work`` runs is kept in step.
@@ -84,48 +79,6 @@ def answer_samples(
     return answers
 
 
-def add_shots(samples: list[Sample], folder: Path, shots: int, seed: int) -> list[Sample]:
-    """The samples with the same ``shots`` examples in front, drawn from the folder's train file."""
-    file = split_file(folder, "train") if folder.is_dir() else None
-    if file is None:
-        raise UserError(f"--shots takes its examples from a train file: {folder} must be a folder with one")
-    examples = [sample for sample in read_samples(file) if sample.messages]
-    if len(examples) < shots:
-        raise UserError(f"--shots {shots}, but {file} holds {len(examples)} rows with an answer")
-    given = [message for sample in random.Random(seed).sample(examples, shots) for message in sample.messages]
-    return [replace(sample, messages=given + sample.messages) for sample in samples if sample.messages]
-
-
-def count_last_answers(
-    samples: list[Sample], encoded: list[TokenizedSample], style: str, tokenizer: Tokenizer
-) -> tuple[list[Sample], list[TokenizedSample]]:
-    """Take the examples' answers off the targets, for they are given; drop what has no room for its own answer."""
-    kept = []
-    for sample, ids in zip(samples, encoded, strict=True):
-        given = len(encode_prompt(sample.prompt, style, tokenizer)) - 1
-        if given < len(ids.ids):
-            ids.targets[:given] = array("i", [IGNORE]) * given
-            kept.append((sample, ids))
-    if not kept:
-        raise UserError(f"none of {len(samples)} samples fits the context with its examples; pass fewer --shots")
-    return [sample for sample, _ in kept], [ids for _, ids in kept]
-
-
-@torch.inference_mode()
-def sample_losses(model: LLaMA, encoded: list[TokenizedSample], device: torch.device) -> list[float]:
-    """The cross-entropy of each sample, summed over its target tokens."""
-    model.eval()
-    losses: dict[int, float] = {}
-    with Bar(len(encoded), "loss", disable=rank() > 0) as bar:
-        for batch in micro_batches(encoded, max_tokens=1024):
-            vectors, targets, where = target_vectors(model, *collate(batch, device))
-            of_tokens = F.cross_entropy(model.lm_head(vectors).float(), targets, reduction="none")  # (n,)
-            of_rows = torch.zeros(len(batch), device=device).index_add_(0, where.nonzero()[:, 0], of_tokens)
-            losses |= zip(map(id, batch), of_rows.tolist(), strict=True)
-            bar.update(len(batch))
-    return [losses[id(ids)] for ids in encoded]
-
-
 def is_right(answer: str, sample: Sample) -> bool:
     """Whether an answer is exactly the expected text, apart from surrounding whitespace."""
     return answer.strip() == sample.answer.strip()
@@ -169,7 +122,9 @@ class BeforeAfter:
         task = self.task
         if labels is not None:
             prompts = [sample.ids.tolist() for sample in task.validation[: self.n_samples]]
-            chosen = shared(self.fabric, model, prompts, lambda own: list(label_probabilities(model, own).argmax(1)))
+            chosen = map_over_ranks(
+                self.fabric, model, prompts, lambda own: list(label_probabilities(model, own).argmax(1))
+            )
             self.answers[when] = [labels[i] for i in chosen]
             return
         longest = longest_answer(task.tokenizer, self.samples)
@@ -177,7 +132,7 @@ class BeforeAfter:
         def answer(own: list[Sample]) -> list[str]:
             return answer_samples(model, task.tokenizer, task.prompt_style, own, longest, name=when)
 
-        self.answers[when] = shared(self.fabric, model, self.samples, answer)
+        self.answers[when] = map_over_ranks(self.fabric, model, self.samples, answer)
 
     def show(self, n_examples: int = 3) -> None:
         """Print some samples with their answers, then the exact match at each point."""
