@@ -79,7 +79,7 @@ def main(
     for name in splits:
         say_accuracy(name, [labels[i] for i in probabilities(arrays, vectors[name]).argmax(1)], answers[name])
 
-    settings["arguments"]["labels"] = labels  # of the samples that were trained on
+    settings["arguments"]["labels"] = labels  # only labels in the training samples
     run.start(sum(array.size for array in arrays.values()))
     save_arrays(run.out_dir / TRAINED_FILE, arrays)
     run.save_costs(seconds)

@@ -124,7 +124,7 @@ def write_utf8() -> None:
 
 ONE_OFF = ("config", "resume", "overwrite", "allow_changes", "yes")  # flags that are not settings of a run
 CONFIG_FILE = "config.yaml"
-_settings: str | None = None  # of the script that runs, as YAML
+_settings: str | None = None  # the running script's settings as YAML
 
 
 def save_settings(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """How fast this project trains and decodes here, in how much memory, and how far from the machine's limit.
 
     python scripts/benchmark.py                                               # LLaMA-Adapter and LoRA, ours alone
-    python scripts/benchmark.py --against '[litgpt, peft]' --data alpaca.json     # beside others, where installed
+    python scripts/benchmark.py --against '[litgpt, peft]' --data alpaca.json     # next to others, if installed
     python scripts/benchmark.py --variants '[auto, auto+compile, auto+int8]'
 
 Each line of the table is a process of its own. All do the same work in turn, round by round, so that a machine whose
@@ -20,7 +20,7 @@ from lit_llama.common.errors import check_range
 from lit_llama.settings import DEFAULT_BASE, MOST_SAMPLES
 
 if TYPE_CHECKING:
-    from lit_llama.measure.contenders import Contender
+    from lit_llama.measure.cases import BenchmarkCase
 
 OPTIONS = ("compile", "checkpointing", "int8", "nf4")
 KINDS = ("train", "decode", "load")
@@ -57,8 +57,8 @@ def main(
         rounds: How often everything is measured, after one round that does not count.
         steps: Optimizer steps of a round.
         batch_size: Samples of a step.
-        micro_batch_tokens: Of our micro-batches; a GPU wants more than a CPU.
-        micro_batch_samples: Of the others' micro-batches, which they pad to the longest.
+        micro_batch_tokens: Tokens of our micro-batches. A GPU needs more than a CPU.
+        micro_batch_samples: Samples of the others' micro-batches, padded to the longest.
         new_tokens: Tokens of a round of decoding, after a prompt of 64.
         results: A .jsonl file to write the figures to.
         yes: Do not ask before a download.
@@ -92,7 +92,7 @@ def main(
             f"the tokenizer of --checkpoint_dir {checkpoint_dir} has {task.tokenizer.vocab_size} ids, --model {model} "
             f"only {ours[0].config.vocab_size}; pass a --checkpoint_dir whose ids fit"
         )
-    limit = limits({contender.precision for contender in ours}, ours[0].config, micro_batch_tokens)
+    limit = limits({case.precision for case in ours}, ours[0].config, micro_batch_tokens)
     rates = [f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in limit.items() if name != "read"]
     print(f"{torch.get_num_threads()} threads, {', '.join(rates)}, {limit['read'] / 1e9:,.1f} GB/s")
     rows = []
@@ -100,15 +100,15 @@ def main(
         if kind == "load":
             rows.append(measure_load(checkpoint_dir, precision, rounds))
             continue
-        contenders = ours + others
+        cases = ours + others
         if kind == "train":
             batches = [step_indices(i, batch_size, len(task.train), seed=1) for i in range(steps * (rounds + 1))]
             jobs = [[task.train[i] for i in batch] for batch in batches]
             work = [[(step,) for step in jobs[i * steps : (i + 1) * steps]] for i in range(rounds + 1)]
         else:
-            contenders = [c for c in contenders if "checkpointing" not in c.options]
+            cases = [c for c in cases if "checkpointing" not in c.options]
             work = [[(list(range(5, 69)), new_tokens)]] * (rounds + 1)
-        rows += measure(kind, contenders, work, limit)
+        rows += measure(kind, cases, work, limit)
     if results is not None:
         earlier = read_text(Path(results)) if Path(results).exists() else ""
         with atomic_write(Path(results)) as temporary:
@@ -123,11 +123,11 @@ def choose(
     against: tuple[str, ...],
     model: str,
     sizes: dict[str, int],
-) -> "tuple[list[Contender], list[Contender]]":
-    """Our contenders and the others, from the flags; ``sizes`` of micro-batches. UserError for what is unknown."""
+) -> "tuple[list[BenchmarkCase], list[BenchmarkCase]]":
+    """The benchmark's cases. ``sizes`` of micro-batches. Raises UserError if a name is unknown."""
     from lit_llama.configs import CONFIGS
     from lit_llama.devices.launch import default_device, resolve_precision
-    from lit_llama.measure.contenders import Contender
+    from lit_llama.measure.cases import BenchmarkCase
     from lit_llama.methods.table import METHODS
 
     for name, given, known in (("kinds", kinds, KINDS), ("methods", methods, METHODS), ("against", against, OTHERS)):
@@ -141,12 +141,12 @@ def choose(
         precision = resolve_precision(precision, default_device())
         if unknown := set(options) - set(OPTIONS):
             raise cli.UserError(f"--variants {variant}: {sorted(unknown)} are none of {', '.join(OPTIONS)}")
-        ours += [Contender("ours", model, method, precision, tuple(options), **sizes) for method in methods]
+        ours += [BenchmarkCase("ours", model, method, precision, tuple(options), **sizes) for method in methods]
     if not ours:
         raise cli.UserError("--variants names none: give auto, bf16-true or 32-true")
     compared = [method for method in methods if method in ("adapter", "lora")]
     first = ours[0].precision
-    return ours, [Contender(name, model, method, first, **sizes) for method in compared for name in against]
+    return ours, [BenchmarkCase(name, model, method, first, **sizes) for method in compared for name in against]
 
 
 if __name__ == "__main__":

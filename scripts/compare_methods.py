@@ -2,7 +2,7 @@
 
     python scripts/compare_methods.py --data data/bookings
     python scripts/compare_methods.py --data data/reviews --n_samples 4000 --pilot       # learning rates chosen first
-    python scripts/compare_methods.py --data data/bookings --ablations                   # of LLaMA-Adapter itself
+    python scripts/compare_methods.py --data data/bookings --ablations                   # parts of LLaMA-Adapter
 
 Every method runs in a process of its own, through its own finetune script, and sees the same number of samples. The
 same command goes on where it was stopped: what is finished is not run again. ``pip install -e ".[plot]"`` for plots.
@@ -63,8 +63,8 @@ def main(
         ablation_steps: Steps of the comparison of gates.
         max_test_samples: Measure quality on the first ones only.
         devices: Processes of each run, one for each device; memory is that of the first, and features has one only.
-        strategy: Of the runs on several devices: ddp, fsdp (but for full, which trains every block), or auto.
-        seed: Of the order of samples and of everything drawn at random.
+        strategy: Strategy on several devices: ddp, fsdp (full uses ddp, as it trains every block), or auto.
+        seed: Random seed for data order, initialization and dropout.
         yes: Do not ask before a download.
     """
     counts = dict(n_samples=n_samples, pilot_samples=pilot_samples, ablation_steps=ablation_steps)
@@ -125,7 +125,7 @@ def possible_runs(
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Methods without features where the rows have no labels, and no examples in the prompt where they ask nothing.
 
-    UserError for an unknown method.
+    Raises UserError if a method is unknown.
     """
     from lit_llama.data.task import load_splits
 
@@ -149,7 +149,7 @@ def keep_settings(path: Path, settings: dict) -> None:
     from lit_llama.common.files import read_json, write_json
     from lit_llama.train.run import differences
 
-    earlier = {"devices": 1, "strategy": "auto"}  # of a comparison that was begun before there was a choice
+    earlier = {"devices": 1, "strategy": "auto"}  # defaults of comparisons by older versions
     if path.exists() and (changes := differences({**earlier, **read_json(path)}, settings).values()):
         raise cli.UserError(
             f"{path.parent} holds a comparison with other settings: {'; '.join(changes)}; pass another --out_dir"

@@ -9,9 +9,9 @@ import torch
 from helpers import make_base, refuse, run, sums, write_rows
 
 from lit_llama.data.batches import TokenizedSample
-from lit_llama.measure import contenders
+from lit_llama.measure import cases
 from lit_llama.measure.benchmark import hear, limit_of, limits, table
-from lit_llama.measure.contenders import Contender
+from lit_llama.measure.cases import BenchmarkCase
 from lit_llama.train.loss import target_loss
 
 
@@ -57,12 +57,12 @@ def test_mistakes_are_answered_in_one_line(folder):
 
 def test_the_limit_is_that_of_the_work(folder):
     limit = {"32-true": 1e12, "read": 1e10}
-    ours = Contender("ours", str(folder / "base"), "adapter", "32-true")
+    ours = BenchmarkCase("ours", str(folder / "base"), "adapter", "32-true")
     samples = [TokenizedSample(list(range(20)), [-100] * 10 + [3] * 10)]
-    full = Contender("ours", str(folder / "base"), "full", "32-true")
+    full = BenchmarkCase("ours", str(folder / "base"), "full", "32-true")
     assert limit_of("train", full, limit, samples) < limit_of("train", ours, limit, samples)
-    narrow = Contender("ours", str(folder / "base"), "adapter", "32-true", ("int8",))
-    assert limit_of("decode", ours, limit, []) < limit_of("decode", narrow, limit, []) < 1e10
+    quantized = BenchmarkCase("ours", str(folder / "base"), "adapter", "32-true", ("int8",))
+    assert limit_of("decode", ours, limit, []) < limit_of("decode", quantized, limit, []) < 1e10
     weights = sum(3 * (32 * 64 + 32 * 32 + 3 * 32 * 48 + 2 * 32) for _ in range(1)) + 259 * 32
     assert limit_of("decode", ours, limit, []) == pytest.approx(1e10 / (4 * weights))
     assert set(limits({"32-true", "bf16-true"}, ours.config)) == {"32-true", "bf16-true", "read"}
@@ -71,15 +71,15 @@ def test_the_limit_is_that_of_the_work(folder):
 @pytest.mark.parametrize(("tokens", "passes"), [(100, 2), (30, 4)])
 def test_micro_batches_have_the_size_that_was_asked_for(folder, tokens, passes, monkeypatch):
     samples = [TokenizedSample([5] * n, [-100, *[6] * (n - 1)]) for n in (40, 30, 20, 10)]
-    ours = Contender("ours", str(folder / "base"), "adapter", "32-true", micro_batch_tokens=tokens)
+    ours = BenchmarkCase("ours", str(folder / "base"), "adapter", "32-true", micro_batch_tokens=tokens)
     seen: list[int] = []
-    monkeypatch.setattr(contenders, "target_loss", lambda *batch: seen.append(len(batch[1])) or target_loss(*batch))
+    monkeypatch.setattr(cases, "target_loss", lambda *batch: seen.append(len(batch[1])) or target_loss(*batch))
     with ExitStack() as stack:
-        assert contenders.build_ours(ours, "train", torch.device("cpu"), stack)(samples) == 100
+        assert cases.build_ours(ours, "train", torch.device("cpu"), stack)(samples) == 100
     assert len(seen) == passes and sum(seen) == 4
 
 
-def test_a_contender_that_is_killed_is_heard():
+def test_a_case_that_is_killed_is_reported():
     end, other = multiprocessing.Pipe()
     other.close()
     assert "ended without an error" in hear(end)

@@ -80,8 +80,8 @@ def test_weights_stay_memory_mapped_where_the_dtype_is_the_stored_one(base):
     model = load_model(base)
     assert mapped()
     del model
-    narrow = load_model(base, torch.bfloat16)
-    assert not mapped() and narrow.transformer.wte.weight.dtype == torch.bfloat16
+    half = load_model(base, torch.bfloat16)
+    assert not mapped() and half.transformer.wte.weight.dtype == torch.bfloat16
 
 
 def change_tensors(path, change):

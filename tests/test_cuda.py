@@ -8,7 +8,7 @@ from lit_llama.devices.blocks import unwrap_blocks, wrap_blocks
 from lit_llama.devices.cuda_graphs import NextLogits
 from lit_llama.devices.quantize import QuantizedLinear, count_parameters, quantize_base
 from lit_llama.generate.decode import decode, decoding, generate, generate_batch
-from lit_llama.measure.contenders import open_gates
+from lit_llama.measure.cases import open_gates
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.settings import Sampling
@@ -82,7 +82,7 @@ def test_the_graph_is_recorded_at_the_second_single_token():
     assert seen == [False, False, True, True]
 
 
-def test_a_cache_that_goes_on_is_recorded_anew():
+def test_a_cache_that_goes_on_is_recorded_again():
     model = adapted()
     whole = list(generate(model, PROMPT, 20, stop=set()))
     with torch.inference_mode(), decoding(model, 1, 40):

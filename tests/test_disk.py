@@ -240,7 +240,7 @@ def test_only_what_a_killed_run_left_is_removed(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["header", "number", "checksum", "entry"])
-def test_a_spoiled_byte_is_noticed(tmp_path, place):
+def test_a_changed_byte_is_noticed(tmp_path, place):
     path = tmp_path / "t.safetensors"
     save_tensors(path, {"a": torch.arange(5.0), "b": torch.zeros((), dtype=torch.int64)}, {"step": 3})
     tensors, about = read_tensors(path)

@@ -135,7 +135,7 @@ edits = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size
 
 @pytest.fixture(scope="module")
 def loaders(base, tmp_path_factory):
-    """For each file that is spoiled, how it is loaded and the tensors that come of it."""
+    """For each file that is damaged, how it is loaded and the tensors that come of it."""
     out = tmp_path_factory.mktemp("fuzz") / "out"
     make_trained(out, base)
 
@@ -155,15 +155,15 @@ NAMES = ["model.safetensors", "config.json", "trained.safetensors", "method.json
 
 @fuzz
 @given(edits, st.sampled_from([0, 0, 1, 100]), st.sampled_from(NAMES))
-def test_a_spoiled_file_is_refused_or_its_tensors_are_equal(loaders, changes, cut, name):
+def test_a_damaged_file_is_refused_or_its_tensors_are_equal(loaders, changes, cut, name):
     path, load, expected = loaders[name]
     content = path.read_bytes()
-    spoiled = bytearray(content[: len(content) - cut])
-    header = 8 + int.from_bytes(content[:8], "little") if path.suffix == ".safetensors" else len(spoiled)
+    damaged = bytearray(content[: len(content) - cut])
+    header = 8 + int.from_bytes(content[:8], "little") if path.suffix == ".safetensors" else len(damaged)
     for at, byte in changes:
-        spoiled[at % (header if at % 2 else len(spoiled))] = byte  # every second one in the header
+        damaged[at % (header if at % 2 else len(damaged))] = byte  # every second one in the header
     path.unlink()  # not overwritten: the expected tensors may be mapped from it
-    path.write_bytes(spoiled)
+    path.write_bytes(damaged)
     tracemalloc.start()
     try:
         found = load()

@@ -36,7 +36,7 @@ def test_greedy_answers_are_the_argmax_of_the_full_forward_alone_and_in_a_batch(
 def test_answers_to_samples_do_not_depend_on_the_batch_size_in_float32(tmp_path):
     base = make_base(tmp_path / "base", block_size=96)
     model, tokenizer = load_model(base), Tokenizer(base)
-    texts = [chr(97 + i) * (1 + 37 * i % 57) for i in range(11)]  # beside the longest there is no room for 24 tokens
+    texts = [chr(97 + i) * (1 + 37 * i % 57) for i in range(11)]  # next to the longest, 24 tokens do not fit
     samples = [Sample("", [{"role": "user", "content": text}, {"role": "assistant", "content": ""}]) for text in texts]
     alone, *batched = (answer_samples(model, tokenizer, "chatml", samples, 24, size) for size in (1, 3, 8, 11))
     assert all(answers == alone for answers in batched)

@@ -1,4 +1,4 @@
-"""Narrow and prepacked linear layers: their error, their gradient, and every method over an int8 base."""
+"""Quantized and prepacked linear layers: their error, their gradient, and every method over an int8 base."""
 
 import json
 from functools import partial
@@ -59,20 +59,20 @@ def linear(n_out: int, n_in: int, bias: bool = False, dtype=torch.float32) -> Li
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("n_out", "n_in"), [(64, 96), (5, 7), (33, 64)])
 def test_each_weight_is_within_half_a_scale(n_out, n_in, bias):
-    wide = linear(n_out, n_in, bias)
-    narrow = Int8Linear(wide)
-    scales = wide.weight.abs().amax(1, keepdim=True) / 127
-    assert ((narrow.full_weight() - wide.weight).abs() <= scales / 2 * 1.0001).all()
+    plain = linear(n_out, n_in, bias)
+    quantized = Int8Linear(plain)
+    scales = plain.weight.abs().amax(1, keepdim=True) / 127
+    assert ((quantized.full_weight() - plain.weight).abs() <= scales / 2 * 1.0001).all()
     x = torch.randn(3, 4, n_in)
     bound = (x.abs().sum(-1, keepdim=True) * scales[:, 0] / 2) * 1.001 + 1e-5
-    assert ((narrow(x) - wide(x)).abs() <= bound).all()
-    torch.testing.assert_close(narrow(x), F.linear(x, narrow.full_weight(), wide.bias))
+    assert ((quantized(x) - plain(x)).abs() <= bound).all()
+    torch.testing.assert_close(quantized(x), F.linear(x, quantized.full_weight(), plain.bias))
 
 
 def test_a_row_of_zeros_stays_zero():
-    wide = linear(4, 8)
-    wide.weight[2] = 0
-    assert Int8Linear(wide)(torch.randn(1, 8))[0, 2] == 0
+    plain = linear(4, 8)
+    plain.weight[2] = 0
+    assert Int8Linear(plain)(torch.randn(1, 8))[0, 2] == 0
 
 
 @pytest.mark.parametrize("rows", [1, 4, quantize.FEW_ROWS])
@@ -109,10 +109,12 @@ def test_the_input_gets_the_gradient_of_the_rounded_weight(dtype):
 
 
 def test_scales_in_bfloat16_add_no_error():
-    wide = linear(64, 96, dtype=torch.bfloat16)
-    narrow = Int8Linear(wide)
-    assert narrow.scales.dtype == torch.bfloat16
-    assert ((narrow.full_weight() - wide.weight.float()).abs() <= narrow.scales.float()[:, None] / 2 * 1.001).all()
+    plain = linear(64, 96, dtype=torch.bfloat16)
+    quantized = Int8Linear(plain)
+    assert quantized.scales.dtype == torch.bfloat16
+    assert (
+        (quantized.full_weight() - plain.weight.float()).abs() <= quantized.scales.float()[:, None] / 2 * 1.001
+    ).all()
 
 
 @pytest.mark.slow
@@ -138,8 +140,8 @@ def test_the_blocks_are_narrow_under_the_same_keys_and_the_rest_is_as_it_was():
     quantize_base(model, "int8")
     assert quantization(model) == "int8" and quantization(base) == "none"
     assert list(model.state_dict()) == list(base.state_dict())
-    narrow = {name for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
-    assert len(narrow) == 5 * model.config.n_layer and all(name.startswith("transformer.h.") for name in narrow)
+    quantized = {name for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    assert len(quantized) == 5 * model.config.n_layer and all(name.startswith("transformer.h.") for name in quantized)
     assert model.lm_head.weight is model.transformer.wte.weight
     with torch.no_grad():
         difference = (model(tokens()) - base(tokens())).abs().mean() / base(tokens()).abs().mean()
@@ -168,11 +170,11 @@ def test_every_method_trains_over_int8_and_leaves_the_base_alone(case):
 @every_case
 def test_what_trains_is_what_trains_over_a_wide_base(case):
     method, arguments = CASES[case]
-    wide = tiny_model().requires_grad_(False)
-    METHODS[method](wide, **arguments)
-    narrow = over_int8(case, on=False)
-    shapes = [{name: t.shape for name, t in trained_tensors(model).items()} for model in (wide, narrow)]
-    assert shapes[0] == shapes[1] and all(t.dtype == torch.float32 for t in trained_tensors(narrow).values())
+    plain = tiny_model().requires_grad_(False)
+    METHODS[method](plain, **arguments)
+    quantized = over_int8(case, on=False)
+    shapes = [{name: t.shape for name, t in trained_tensors(model).items()} for model in (plain, quantized)]
+    assert shapes[0] == shapes[1] and all(t.dtype == torch.float32 for t in trained_tensors(quantized).values())
 
 
 @every_case

@@ -234,12 +234,12 @@ def all_finite(path: Path) -> bool:
 def test_a_gradient_that_is_not_finite_stops_before_the_step(folder, tmp_path, hook):
     passes = []
 
-    def spoil(model):
+    def break_it(model):
         model.lm_head.register_forward_hook(
             lambda _, __, logits: passes.append(1) or (logits * math.nan if len(passes) > 1 else None)
         )
 
-    hook(spoil)
+    hook(break_it)
     with pytest.raises(UserError, match=r"step \d: the gradient is not finite; start again .*train.json, row \d+"):
         finetune(folder, tmp_path)
     assert all_finite(tmp_path / STATE_FILE)

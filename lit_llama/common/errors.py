@@ -6,7 +6,7 @@ class UserError(ValueError):
 
 
 def check_range(name: str, value: float | None, low: float, high: float) -> None:
-    """UserError unless the value of the flag or argument ``name`` lies within ``low`` and ``high``, or is not given."""
+    """Raises UserError if the value of a flag or argument, unless None, is not within ``low`` and ``high``."""
     if value is not None and not low <= value <= high:  # NaN lies nowhere
         raise UserError(f"{name} {value} must lie within {low} and {high}")
 

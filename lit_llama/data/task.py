@@ -198,7 +198,7 @@ class Task:
     validation: list[TokenizedSample]
     held_out: list[Sample]
     summary: str  # what was found and dropped
-    labels: list[str] | None = None  # of a classifier, in the order of its head's rows
+    labels: list[str] | None = None  # for a classifier: label i is row i of its head
 
     @property
     def longest(self) -> int:

@@ -105,7 +105,7 @@ def shard(fabric: Fabric, model: LLaMA, dtype: torch.dtype) -> None:
     whole = {param for param in model.parameters() if not is_shard(param)}
     fully_shard(model, mesh=mesh, ignored_params=whole)  # nothing left to shard, but it prefetches the blocks
     register_fsdp_forward_method(model, "hidden_states")
-    with torch.no_grad():  # FSDP allocates its buffers in the first pass; inference mode would spoil them for training
+    with torch.no_grad():  # FSDP allocates its buffers in the first pass; training cannot use those of inference mode
         model.hidden_states(torch.zeros(1, 1, dtype=torch.long, device=fabric.device))
 
 

@@ -82,7 +82,7 @@ def import_peft(
     """Convert PEFT's adapter folder ``source`` to a trained folder over the base in ``checkpoint_dir``.
 
     The default prompt style is that of the adapter folder's chat template, or else of the base's tokenizer. Raises
-    UserError for a type or setting that the method here lacks, and for tensors that do not fit the base.
+    Raises UserError if this project lacks the type or a setting, or if tensors do not fit the base.
     """
     config, settings = load_config(checkpoint_dir), read_json(source / SETTINGS_FILE)
     check_range("--max_seq_length", max_seq_length, 1, MOST_TOKENS)

@@ -1,6 +1,6 @@
-"""The measuring of scripts/benchmark.py: the machine's limits, and contenders that take turns.
+"""The measuring of scripts/benchmark.py: the machine's limits, and cases that take turns.
 
-Every contender (contenders.py) lives in a process of its own and waits for its turn, round by round, so that a machine
+Every case (cases.py) lives in a process of its own and waits for its turn, round by round, so that a machine
 whose speed drifts slows all of them, and each has a peak memory of its own.
 """
 
@@ -19,7 +19,7 @@ from lit_llama.cli import UserError
 from lit_llama.common.progress import Bar
 from lit_llama.data.batches import TokenizedSample
 from lit_llama.devices.launch import PRECISIONS, default_device, synchronize
-from lit_llama.measure.contenders import Contender, serve
+from lit_llama.measure.cases import BenchmarkCase, serve
 from lit_llama.measure.report import flops_per_token
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -55,54 +55,54 @@ def limits(precisions: set[str], config: LLaMAConfig, tokens: int = 1024) -> dic
     return found | {"read": large.nbytes / best_seconds(lambda: wait(large.sum()), 3)}
 
 
-def limit_of(kind: str, contender: Contender, limit: dict[str, float], samples: list[TokenizedSample]) -> float:
+def limit_of(kind: str, case: BenchmarkCase, limit: dict[str, float], samples: list[TokenizedSample]) -> float:
     """Tokens a second if nothing but the products, or in decoding nothing but reading the weights, took time."""
-    config = contender.config
+    config = case.config
     if kind == "decode":
         with torch.device("meta"):
             model = LLaMA(config)
-        narrow = 1 if "int8" in contender.options else 0.5 if "nf4" in contender.options else None
-        wide = PRECISIONS[contender.precision].itemsize
-        blocks = sum(p.numel() for p in model.transformer.h.parameters()) * (narrow or wide)
-        return limit["read"] / (blocks + model.lm_head.weight.numel() * wide)
+        quantized = 1 if "int8" in case.options else 0.5 if "nf4" in case.options else None
+        itemsize = PRECISIONS[case.precision].itemsize
+        blocks = sum(p.numel() for p in model.transformer.h.parameters()) * (quantized or itemsize)
+        return limit["read"] / (blocks + model.lm_head.weight.numel() * itemsize)
 
     def flops(n_layer: int) -> float:
         with default_device():
             model = LLaMA(replace(config, n_layer=n_layer)).requires_grad_(False)
-        METHODS[contender.method](model)
+        METHODS[case.method](model)
         return flops_per_token(model, samples[:16])  # it keeps every score of attention
 
     few = min(4, config.n_layer)  # a 7B whole in float32 takes 27 GB, and every block beyond the fourth adds the same
     further = flops(few + 1) - flops(few) if config.n_layer > few else 0.0
-    return limit[contender.precision] / (flops(few) + (config.n_layer - few) * further)
+    return limit[case.precision] / (flops(few) + (config.n_layer - few) * further)
 
 
 # ---------------------------------------------------------------------------------------------- measuring
 
 
-def measure(kind: str, contenders: list[Contender], work: list[list[tuple]], limit: dict[str, float]) -> list[dict]:
-    """All contenders in turn, round by round; the first round does not count. A row for each."""
+def measure(kind: str, cases: list[BenchmarkCase], work: list[list[tuple]], limit: dict[str, float]) -> list[dict]:
+    """All cases in turn, round by round; the first round does not count. A row for each."""
     spawn = multiprocessing.get_context("spawn")
     ends, processes = [], []
-    for contender in contenders:
+    for case in cases:
         end, other = spawn.Pipe()
-        process = spawn.Process(target=serve, args=(contender, kind, other, torch.get_num_threads()), daemon=True)
+        process = spawn.Process(target=serve, args=(case, kind, other, torch.get_num_threads()), daemon=True)
         process.start()
         other.close()  # so that the end of the process is heard
         ends.append(end)
         processes.append(process)
         if error := hear(end):  # one after the other: building several at once would need the memory of all
-            raise UserError(f"{contender.name} cannot be measured: {error}")
-    seen: list[list[tuple]] = [[] for _ in contenders]
-    with Bar(len(work) * len(contenders), kind) as bar:
+            raise UserError(f"{case.name} cannot be measured: {error}")
+    seen: list[list[tuple]] = [[] for _ in cases]
+    with Bar(len(work) * len(cases), kind) as bar:
         for number, jobs in enumerate(work):
-            for contender, end, found in zip(contenders, ends, seen, strict=True):
+            for case, end, found in zip(cases, ends, seen, strict=True):
                 answers = []
                 for job in jobs:
                     end.send(job)
                     answers.append(hear(end))
                     if isinstance(answers[-1], str):
-                        raise UserError(f"{contender.name} failed: {answers[-1]}")
+                        raise UserError(f"{case.name} failed: {answers[-1]}")
                 bar.update()
                 if number:
                     seconds, computed, peaks = zip(*answers, strict=True)
@@ -111,11 +111,11 @@ def measure(kind: str, contenders: list[Contender], work: list[list[tuple]], lim
     for end, process in zip(ends, processes, strict=True):
         end.send(None)
         process.join()
-    return [to_row(kind, *pair, work, limit) for pair in zip(contenders, seen, strict=True)]
+    return [to_row(kind, *pair, work, limit) for pair in zip(cases, seen, strict=True)]
 
 
 def hear(end: Any) -> Any:
-    """What a contender says; what to say of one that ended without an error."""
+    """What a case says; what to say of one that ended without an error."""
     try:
         return end.recv()
     except EOFError:
@@ -126,12 +126,12 @@ def count_tokens(kind: str, jobs: list[tuple]) -> int:
     return sum(job[1] if kind == "decode" else sum(len(sample.ids) for sample in job[0]) for job in jobs)
 
 
-def to_row(kind: str, contender: Contender, found: list[tuple], work: list[list[tuple]], limit: dict) -> dict:
+def to_row(kind: str, case: BenchmarkCase, found: list[tuple], work: list[list[tuple]], limit: dict) -> dict:
     rates = [tokens / seconds for seconds, _, _, tokens in found]
     samples = [] if kind == "decode" else work[1][0][0]
-    row = {"kind": kind, "name": contender.name, "tokens_per_s": statistics.median(rates)}
+    row = {"kind": kind, "name": case.name, "tokens_per_s": statistics.median(rates)}
     row |= {"least": min(rates), "most": max(rates), "rounds": rates}
-    row["of_limit"] = row["tokens_per_s"] / limit_of(kind, contender, limit, samples)
+    row["of_limit"] = row["tokens_per_s"] / limit_of(kind, case, limit, samples)
     row["peak_mib"] = max(peak for _, _, peak, _ in found) / 2**20 or None
     if kind == "train":
         row["padding"] = 1 - sum(tokens for *_, tokens in found) / sum(computed for _, computed, _, _ in found)

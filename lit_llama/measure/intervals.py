@@ -6,7 +6,7 @@ import numpy as np
 
 
 def share_interval(right: int, total: int) -> tuple[float, float]:
-    """Of a share of right answers, by Wilson: it stays sensible at 0 % and at 100 %."""
+    """Wilson's interval for a proportion. It is also valid at 0 % and 100 %."""
     from scipy.stats import binomtest
 
     interval = binomtest(right, total).proportion_ci(method="wilson")
@@ -14,7 +14,7 @@ def share_interval(right: int, total: int) -> tuple[float, float]:
 
 
 def loss_interval(losses: list[float], counts: list[int], seed: int = 0) -> tuple[float, float]:
-    """Of sum(losses) / sum(counts), a loss per token, by drawing the samples again 2,000 times (the bootstrap)."""
+    """Bootstrap interval (2,000 resamples) for the loss per token, sum(losses) / sum(counts)."""
     rows = np.random.default_rng(seed).integers(len(losses), size=(2000, len(losses)))
     drawn = np.asarray(losses)[rows].sum(1) / np.asarray(counts)[rows].sum(1)
     low, high = np.quantile(drawn, (0.025, 0.975))

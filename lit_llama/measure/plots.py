@@ -26,7 +26,7 @@ def pyplot():
 def plot_runs(path: Path, runs: dict[str, list[dict]]) -> None:
     """Loss, validation loss, learning rate and tokens/s by step, a line for each run; rows as read_metrics gives them.
 
-    UserError where matplotlib is missing: the picture is all that was asked for.
+    Raises UserError if matplotlib is missing.
     """
     plt = pyplot()
     if plt is None:

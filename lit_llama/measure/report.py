@@ -59,7 +59,7 @@ def flops_per_token(model: LLaMA, samples: list[TokenizedSample]) -> float:
 
 
 def markdown(results: dict[str, dict]) -> str:
-    """The table; each method's share of right answers is also set beside full finetuning's on the same samples."""
+    """The table. It also compares each method's exact match with full finetuning's on the same samples."""
     header = ["", "trained", "of all", "right, 95 %", "minus full", "loss, 95 %", "training loss", "GFLOP/token"]
     header += ["minutes", "peak MB", "kept MB"]
     rows = [header, ["---"] * len(header)]

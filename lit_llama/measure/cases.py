@@ -1,7 +1,7 @@
 """What scripts/benchmark.py measures: this project, LitGPT and PEFT doing the same work, each in a process of its own.
 
-A contender trains on lists of token ids with a method, or decodes one token after the other. Weights are random: speed
-does not depend on them, and every contender has the same shapes.
+A case trains on lists of token ids with a method, or decodes one token after the other. Weights are random: speed
+does not depend on them, and every case has the same shapes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lit_llama.trained import trained_tensors
 
 
 @dataclass
-class Contender:
+class BenchmarkCase:
     """One line of the benchmark: ``project`` is "ours", "litgpt" or "peft"; ``options`` e.g. ("compile", "int8").
 
     A micro-batch holds ``micro_batch_tokens`` of ours, and ``micro_batch_samples`` padded to the longest of the others.
@@ -73,15 +73,15 @@ Step = Callable[[list[TokenizedSample]], int]
 Decode = Callable[[list[int], int], int]
 
 
-def serve(contender: Contender, kind: str, connection, threads: int) -> None:
-    """Build a contender, then measure what comes through ``connection`` until None comes. Runs in its own process."""
+def serve(case: BenchmarkCase, kind: str, connection, threads: int) -> None:
+    """Build a case, then measure what comes through ``connection`` until None comes. Runs in its own process."""
     torch.set_num_threads(threads)
     torch.manual_seed(1)
     device = default_device()
     try:
         with ExitStack() as stack:
-            build = {"ours": build_ours, "litgpt": build_litgpt, "peft": build_peft}[contender.project]
-            work = build(contender, kind, device, stack)
+            build = {"ours": build_ours, "litgpt": build_litgpt, "peft": build_peft}[case.project]
+            work = build(case, kind, device, stack)
             connection.send(None)
             while (job := connection.recv()) is not None:
                 started = time.perf_counter()
@@ -97,13 +97,13 @@ def serve(contender: Contender, kind: str, connection, threads: int) -> None:
 # ---------------------------------------------------------------------------------------------- ours
 
 
-def build_ours(contender: Contender, kind: str, device: torch.device, stack: ExitStack) -> Step | Decode:
-    options = set(contender.options)
-    with contender.tensors(device):
-        model = LLaMA(contender.config).init_weights()
+def build_ours(case: BenchmarkCase, kind: str, device: torch.device, stack: ExitStack) -> Step | Decode:
+    options = set(case.options)
+    with case.tensors(device):
+        model = LLaMA(case.config).init_weights()
     quantize_base(model, "int8" if "int8" in options else "nf4" if "nf4" in options else "none")
     model.requires_grad_(False)
-    METHODS[contender.method](model)
+    METHODS[case.method](model)
     open_gates(model)
     if kind == "decode":
         prepare_for_inference(model, compile="compile" in options)
@@ -113,7 +113,7 @@ def build_ours(contender: Contender, kind: str, device: torch.device, stack: Exi
 
     def step(samples: list[TokenizedSample]) -> int:
         computed, n_targets = 0, sum(sample.n_targets for sample in samples)
-        for batch in micro_batches(samples, contender.micro_batch_tokens):
+        for batch in micro_batches(samples, case.micro_batch_tokens):
             ids, targets, lengths = collate(batch, device)
             computed += sum(lengths)  # but for attention, and for what rounding adds
             (target_loss(model, ids, targets, lengths) / n_targets).backward()
@@ -135,10 +135,10 @@ def open_gates(model: torch.nn.Module) -> None:
 
 
 def padded_steps(
-    contender: Contender, params: list[Tensor], device: torch.device, loss_of: Callable[[Tensor, Tensor], Tensor]
+    case: BenchmarkCase, params: list[Tensor], device: torch.device, loss_of: Callable[[Tensor, Tensor], Tensor]
 ) -> Step:
     """Micro-batches of samples in the order they come, each a mean over its tokens: as the others train."""
-    size = contender.micro_batch_samples
+    size = case.micro_batch_samples
     optimizer = torch.optim.AdamW(params, lr=1e-3)
 
     def step(samples: list[TokenizedSample]) -> int:
@@ -155,19 +155,19 @@ def padded_steps(
     return step
 
 
-def build_litgpt(contender: Contender, kind: str, device: torch.device, stack: ExitStack) -> Step | Decode:
+def build_litgpt(case: BenchmarkCase, kind: str, device: torch.device, stack: ExitStack) -> Step | Decode:
     """LitGPT's own modules, its chunked head and loss, and its decoding loop."""
     import importlib
 
-    module = importlib.import_module(f"litgpt.{contender.method}")
-    mark = {"adapter": "mark_only_adapter_as_trainable", "lora": "mark_only_lora_as_trainable"}[contender.method]
+    module = importlib.import_module(f"litgpt.{case.method}")
+    mark = {"adapter": "mark_only_adapter_as_trainable", "lora": "mark_only_lora_as_trainable"}[case.method]
     lora = dict(lora_r=8, lora_alpha=16, lora_dropout=0.05, lora_query=True, lora_value=True)
     names = {"smollm2-135m": "SmolLM2-135M", "smollm2-360m": "SmolLM2-360M", "tiny-llama-1.1b": "tiny-llama-1.1b"}
     names["Llama-2-7b"] = "Llama-2-7b-hf"
-    if contender.model not in names:
-        raise UserError(f"--model {contender.model} is not named by LitGPT's; it has {', '.join(names)}")
-    config = module.Config.from_name(names[contender.model], **(lora if contender.method == "lora" else {}))
-    with contender.tensors(device):
+    if case.model not in names:
+        raise UserError(f"--model {case.model} is not named by LitGPT's; it has {', '.join(names)}")
+    config = module.Config.from_name(names[case.model], **(lora if case.method == "lora" else {}))
+    with case.tensors(device):
         model = module.GPT(config)
     getattr(module, mark)(model)
     open_gates(model)
@@ -191,24 +191,24 @@ def build_litgpt(contender: Contender, kind: str, device: torch.device, stack: E
                 block.attn.adapter_kv_cache = None
         return chunked_cross_entropy(model(ids, lm_head_chunk_size=128), targets)
 
-    return padded_steps(contender, [p for p in model.parameters() if p.requires_grad], device, loss_of)
+    return padded_steps(case, [p for p in model.parameters() if p.requires_grad], device, loss_of)
 
 
-def build_peft(contender: Contender, kind: str, device: torch.device, stack: ExitStack) -> Step | Decode:
+def build_peft(case: BenchmarkCase, kind: str, device: torch.device, stack: ExitStack) -> Step | Decode:
     """PEFT's AdaptionPrompt or LoRA over transformers' LlamaForCausalLM, SDPA attention."""
     from peft import AdaptionPromptConfig, LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    c = contender.config
+    c = case.config
     sizes: dict = dict(vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.intermediate_size)
     sizes |= dict(num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head)
     sizes |= dict(head_dim=c.head_size, max_position_embeddings=c.block_size, tie_word_embeddings=c.tie_embeddings)
-    with contender.tensors(device):
+    with case.tensors(device):
         base: Any = LlamaForCausalLM(LlamaConfig(**sizes))
     adapter = AdaptionPromptConfig(adapter_len=10, adapter_layers=c.n_layer - 2, task_type="CAUSAL_LM")
     lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     configs: dict = {"adapter": adapter, "lora": lora}
-    model: Any = get_peft_model(base, configs[contender.method])
+    model: Any = get_peft_model(base, configs[case.method])
     open_gates(model)
     if kind == "decode":
 
@@ -224,4 +224,4 @@ def build_peft(contender: Contender, kind: str, device: torch.device, stack: Exi
         logits = model(input_ids=ids, use_cache=False).logits.float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 
-    return padded_steps(contender, [p for p in model.parameters() if p.requires_grad], device, loss_of)
+    return padded_steps(case, [p for p in model.parameters() if p.requires_grad], device, loss_of)
