@@ -12,15 +12,23 @@ belongs to a sample: padding is work, but no token. One JSON object per line goe
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from lit_llama import cli
 from lit_llama.base import ensure_base
+from lit_llama.checkpoint import load_config
 from lit_llama.common.errors import check_range
+from lit_llama.common.files import atomic_write, check_writable
+from lit_llama.configs import CONFIGS
+from lit_llama.data.batches import step_indices
+from lit_llama.data.samples import read_text
+from lit_llama.data.task import load_splits, load_task
+from lit_llama.devices.launch import default_device, resolve_precision
+from lit_llama.measure.benchmark import limits, measure, measure_load, table
+from lit_llama.measure.cases import BenchmarkCase
+from lit_llama.methods.table import METHODS
 from lit_llama.settings import DEFAULT_BASE, MOST_SAMPLES
-
-if TYPE_CHECKING:
-    from lit_llama.measure.cases import BenchmarkCase
 
 OPTIONS = ("compile", "checkpointing", "int8", "nf4")
 KINDS = ("train", "decode", "load")
@@ -67,15 +75,6 @@ def main(
     counts = dict(rounds=rounds, steps=steps, batch_size=batch_size, new_tokens=new_tokens)
     for name, value in (counts | sizes).items():
         check_range(f"--{name}", value, 1, MOST_SAMPLES)
-
-    import torch
-
-    from lit_llama.checkpoint import load_config
-    from lit_llama.common.files import atomic_write, check_writable
-    from lit_llama.data.batches import step_indices
-    from lit_llama.data.samples import read_text
-    from lit_llama.data.task import load_splits, load_task
-    from lit_llama.measure.benchmark import limits, measure, measure_load, table
 
     if missing := [name for name in against if name in OTHERS and find_spec(name) is None]:
         raise cli.UserError(f"--against {', '.join(missing)}: not installed; pip install it, or leave it out")
@@ -125,11 +124,6 @@ def choose(
     sizes: dict[str, int],
 ) -> "tuple[list[BenchmarkCase], list[BenchmarkCase]]":
     """The benchmark's cases. ``sizes`` of micro-batches. Raises UserError if a name is unknown."""
-    from lit_llama.configs import CONFIGS
-    from lit_llama.devices.launch import default_device, resolve_precision
-    from lit_llama.measure.cases import BenchmarkCase
-    from lit_llama.methods.table import METHODS
-
     for name, given, known in (("kinds", kinds, KINDS), ("methods", methods, METHODS), ("against", against, OTHERS)):
         if not set(given) <= set(known) or not (given or name == "against"):
             raise cli.UserError(f"--{name} {list(given)}: choose from {', '.join(known)}")

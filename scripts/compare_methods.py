@@ -19,10 +19,21 @@ from pathlib import Path
 
 from lit_llama import cli
 from lit_llama.base import ensure_base
+from lit_llama.checkpoint import load_config, load_model
+from lit_llama.cli import save_settings
 from lit_llama.common.errors import check_range
+from lit_llama.common.files import atomic_write, check_writable, read_json, write_json
 from lit_llama.common.progress import Bar
+from lit_llama.data.task import load_splits, load_task, split_file
+from lit_llama.devices.blocks import check_sharding
+from lit_llama.devices.launch import STRATEGIES, check_launcher
+from lit_llama.generate.load import load_trained_folder
 from lit_llama.measure.comparison import NAMES, ScriptRun, ablation_jobs, pilot_jobs, variant_jobs
+from lit_llama.measure.plots import plot_ablations, plot_comparison
+from lit_llama.measure.report import flops_per_token, learning_rate, lowest_loss, markdown, quality
 from lit_llama.settings import DEFAULT_BASE, MOST, MOST_SAMPLES, MOST_SEED
+from lit_llama.train.run import COSTS_FILE, STATE_FILE, differences, read_metrics
+from lit_llama.trained import read_method
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,13 +87,6 @@ def main(
     for count in shots:
         check_range("--shots", count, 0, MOST)
 
-    from lit_llama.checkpoint import load_config
-    from lit_llama.cli import save_settings
-    from lit_llama.common.files import check_writable
-    from lit_llama.data.task import split_file
-    from lit_llama.devices.blocks import check_sharding
-    from lit_llama.devices.launch import STRATEGIES, check_launcher
-
     check_launcher(devices, num_nodes=1)
     if strategy not in STRATEGIES:
         raise cli.UserError(f"--strategy {strategy!r} is none of {', '.join(STRATEGIES)}")
@@ -127,8 +131,6 @@ def possible_runs(
 
     Raises UserError if a method is unknown.
     """
-    from lit_llama.data.task import load_splits
-
     unknown = set(methods) - set(NAMES)
     if unknown or not methods:
         raise cli.UserError(f"--methods {sorted(unknown)}: choose from {', '.join(NAMES)}")
@@ -146,9 +148,6 @@ def possible_runs(
 
 def keep_settings(path: Path, settings: dict) -> None:
     """Refuse to mix runs of other settings with those that are finished."""
-    from lit_llama.common.files import read_json, write_json
-    from lit_llama.train.run import differences
-
     earlier = {"devices": 1, "strategy": "auto"}  # defaults of comparisons by older versions
     if path.exists() and (changes := differences({**earlier, **read_json(path)}, settings).values()):
         raise cli.UserError(
@@ -162,8 +161,6 @@ def keep_settings(path: Path, settings: dict) -> None:
 
 def run_jobs(trials: list[ScriptRun], jobs: list[ScriptRun], settings: dict, failed: dict[str, str], bar: Bar) -> None:
     """Train the trials, then each job at the learning rate of its method's best trial, and evaluate it."""
-    from lit_llama.measure.report import learning_rate, lowest_loss
-
     shared = ["--data", settings["data"], "--checkpoint_dir", settings["checkpoint_dir"]]
     common = [*shared, "--eval_samples", "0", "--train.batch_size", str(settings["batch_size"])]
     common += ["--train.seed", str(settings["seed"])]
@@ -194,8 +191,6 @@ def several_devices(settings: dict, method: str = "") -> list[str]:
 
 def train(job: ScriptRun, flags: list[str], failed: dict[str, str], bar: Bar) -> bool:
     """Run a finetune script unless it has run; the bar follows its metrics.csv. Whether there is a trained folder."""
-    from lit_llama.train.run import STATE_FILE, read_metrics
-
     bar.set_description(job.name)
     before = bar.n
     if not job.trained:
@@ -260,12 +255,6 @@ def report(
     failed: dict[str, str],
 ) -> None:
     """Measure what did not fail, and write it as a .json file, as a table, and as plots."""
-    from lit_llama.common.files import atomic_write, write_json
-    from lit_llama.data.task import load_task
-    from lit_llama.measure.plots import plot_ablations, plot_comparison
-    from lit_llama.measure.report import markdown, quality
-    from lit_llama.train.run import read_metrics
-
     done = [job for job in jobs if job.name not in failed]
     sample = load_task(settings["data"], settings["checkpoint_dir"], None, 512).train[: settings["batch_size"]]
     results = {job.name: measure(job, sample, job.out_dir / f"{settings['split']}.json") for job in done}
@@ -284,13 +273,6 @@ def report(
 
 def measure(job: ScriptRun, samples: list, file: Path) -> dict:
     """All figures of one finished run."""
-    from lit_llama.checkpoint import load_model
-    from lit_llama.common.files import read_json
-    from lit_llama.generate.load import load_trained_folder
-    from lit_llama.measure.report import flops_per_token, learning_rate, lowest_loss, quality
-    from lit_llama.train.run import COSTS_FILE, read_metrics
-    from lit_llama.trained import read_method
-
     method = read_method(job.out_dir)
     if method["method"] == "full":
         model = load_model(job.out_dir).requires_grad_(True)

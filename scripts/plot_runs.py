@@ -9,6 +9,9 @@ Needs the extra ``plot``: pip install -e ".[plot]"
 from pathlib import Path
 
 from lit_llama import cli
+from lit_llama.common.files import check_writable
+from lit_llama.measure.plots import plot_runs
+from lit_llama.train.run import read_metrics
 
 
 def main(runs: list[str], out_file: str = "out/runs.png") -> None:
@@ -18,10 +21,6 @@ def main(runs: list[str], out_file: str = "out/runs.png") -> None:
         runs: Folders that finetune scripts write; they may stand in front, without the flag.
         out_file: The picture to write: .png, .svg or .pdf.
     """
-    from lit_llama.common.files import check_writable
-    from lit_llama.measure.plots import plot_runs
-    from lit_llama.train.run import read_metrics
-
     if Path(out_file).suffix not in (".png", ".svg", ".pdf"):
         raise cli.UserError(f"--out_file {out_file} must end in .png, .svg or .pdf")
     check_writable(out_file)
