@@ -28,9 +28,19 @@ from lit_llama.data.task import load_splits, load_task, split_file
 from lit_llama.devices.blocks import check_sharding
 from lit_llama.devices.launch import STRATEGIES, check_launcher
 from lit_llama.generate.load import load_trained_folder
-from lit_llama.measure.comparison import NAMES, ScriptRun, ablation_jobs, pilot_jobs, variant_jobs
+from lit_llama.measure.compare import (
+    NAMES,
+    ScriptRun,
+    ablation_jobs,
+    flops_per_token,
+    learning_rate,
+    lowest_loss,
+    markdown,
+    pilot_jobs,
+    quality,
+    variant_jobs,
+)
 from lit_llama.measure.plots import plot_ablations, plot_comparison
-from lit_llama.measure.report import flops_per_token, learning_rate, lowest_loss, markdown, quality
 from lit_llama.settings import DEFAULT_BASE, MOST, MOST_SAMPLES, MOST_SEED
 from lit_llama.train.run import COSTS_FILE, STATE_FILE, differences, read_metrics
 from lit_llama.trained import read_method

@@ -9,9 +9,16 @@ import torch
 from helpers import TINY, make_base, metrics, refuse, run, succeed, tiny_model
 
 from lit_llama.data.batches import TokenizedSample
-from lit_llama.measure.comparison import pilot_jobs, variant_jobs
-from lit_llama.measure.intervals import loss_interval, paired_difference, share_interval
-from lit_llama.measure.report import flops_per_token, markdown, quality
+from lit_llama.measure.compare import (
+    flops_per_token,
+    loss_interval,
+    markdown,
+    paired_difference,
+    pilot_jobs,
+    proportion_interval,
+    quality,
+    variant_jobs,
+)
 from lit_llama.methods.table import METHODS
 
 COMPARE = "scripts/compare_methods.py"
@@ -162,9 +169,9 @@ def test_flops_are_those_of_the_matrices():
 
 
 def test_intervals():
-    low, high = share_interval(8, 10)
+    low, high = proportion_interval(8, 10)
     assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))  # Wilson's, by hand
-    assert share_interval(0, 10)[0] == 0 and share_interval(10, 10)[1] == 1
+    assert proportion_interval(0, 10)[0] == 0 and proportion_interval(10, 10)[1] == 1
     losses, counts = [1.0, 2.0, 3.0, 4.0] * 50, [1, 2, 1, 2] * 50
     low, high = loss_interval(losses, counts)
     assert low < sum(losses) / sum(counts) < high and high - low < 0.4

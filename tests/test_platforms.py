@@ -14,8 +14,8 @@ from lightning.fabric import Fabric
 
 from lit_llama import cli
 from lit_llama.devices import launch
+from lit_llama.measure.compare import markdown
 from lit_llama.measure.plots import plot_comparison
-from lit_llama.measure.report import markdown
 from lit_llama.train.run import catch_interrupt
 
 ROOT = Path(__file__).parent.parent

@@ -20,7 +20,7 @@ from lit_llama.common.progress import Bar
 from lit_llama.data.batches import TokenizedSample
 from lit_llama.devices.launch import PRECISIONS, default_device, synchronize
 from lit_llama.measure.cases import BenchmarkCase, serve
-from lit_llama.measure.report import flops_per_token
+from lit_llama.measure.compare import flops_per_token
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 
