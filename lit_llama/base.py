@@ -16,7 +16,7 @@ def ensure_base(folder: Path | str, yes: bool = False) -> None:
     """Ask and fetch if ``folder`` is the default base and missing. ``yes`` skips the question.
 
     Scripts call it before ``launch``, where the other processes of a machine wait for the first one, which fetches.
-    Raises UserError after a no, for any other missing folder, and for a folder without a model of this project.
+    Raises UserError if the user declines, for any other missing folder, and for a folder that holds no model.
     """
     folder = Path(folder)
     if folder.exists():

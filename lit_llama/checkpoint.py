@@ -194,8 +194,8 @@ def load_model(
 ) -> LLaMA:
     """The model of a checkpoint folder, in ``dtype`` (None: as stored) on ``device``.
 
-    At most one tensor exists twice. On the CPU, tensors that are stored in ``dtype`` stay memory-mapped and are not
-    copied. With ``sharded`` all tensors stay so: sharding.py casts and moves them block by block.
+    Loading needs memory for one extra tensor. On the CPU, tensors stored in ``dtype`` stay memory-mapped and are not
+    copied. With ``sharded`` all tensors stay memory-mapped: devices/blocks.py casts and moves them block by block.
     Raises UserError if the weights do not fit the config.
     """
     if sharded:
@@ -215,10 +215,10 @@ def load_model(
     return model
 
 
-def fingerprint(folder: Path | str, pieces: int = 16, piece_numbers: int = 32) -> str:
+def fingerprint(folder: Path | str, pieces: int = 16, values_per_piece: int = 32) -> str:
     """sha256 of the config, and of each tensor's name, shape, dtype and a sample of its values.
 
-    It reads ``pieces`` slices of ``piece_numbers`` values from each tensor, so 100 GB take seconds. The model's name
+    It reads ``pieces`` slices of ``values_per_piece`` values from each tensor, so 100 GB take seconds. The model's name
     and the division into files do not matter.
     """
     config = {**asdict(load_config(folder)), "name": None}
@@ -233,6 +233,6 @@ def fingerprint(folder: Path | str, pieces: int = 16, piece_numbers: int = 32) -
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             flat = tensor.flatten()
             for i in range(pieces):
-                start = i * max(0, flat.numel() - piece_numbers) // max(1, pieces - 1)
-                digest.update(flat[start : start + piece_numbers].float().numpy().tobytes())
+                start = i * max(0, flat.numel() - values_per_piece) // max(1, pieces - 1)
+                digest.update(flat[start : start + values_per_piece].float().numpy().tobytes())
     return digest.hexdigest()

@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser, Namespace, auto_parser
 
 from lit_llama.common.errors import Interrupted, UserError
 from lit_llama.common.files import atomic_write
-from lit_llama.devices.launch import give_way, log_rank0, rank
+from lit_llama.devices.launch import let_rank0_report, log_rank0, rank
 from lit_llama.settings import DEFAULT_BASE, SHARED_FLAGS
 
 
@@ -55,13 +55,13 @@ def run(main: Callable, leading: str | None = None) -> None:
             fail(out_of_memory(str(error), config))
         if isinstance(error, OSError):
             fail(describe(error))
-        give_way()
+        let_rank0_report()
         raise
 
 
 def fail(text: str) -> NoReturn:
     """End the program with one line and exit code 2. If several ranks find the same fault, rank 0 reports it."""
-    give_way()
+    let_rank0_report()
     print(f"error: {text}" + (f" (rank {rank()})" if rank() else ""), file=sys.stderr)
     sys.exit(2)
 

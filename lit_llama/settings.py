@@ -110,7 +110,7 @@ class TrainArgs:
         return steps
 
     def learning_rate_at(self, step: int, total_steps: int) -> float:
-        """The learning rate of optimizer step ``step`` (from 0): linear warm-up, then a cosine that ends at 0."""
+        """The learning rate of optimizer step ``step`` (from 0): linear warm-up, then a cosine decay towards 0."""
         warmup = total_steps // 10 if self.warmup_steps is None else self.warmup_steps
         if step < warmup:
             return self.learning_rate * (step + 1) / warmup

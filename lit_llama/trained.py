@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,12 +20,9 @@ from lit_llama.devices.quantize import count_parameters
 from lit_llama.model import LLaMA
 from lit_llama.settings import MOST_TOKENS, ROOT
 
-if TYPE_CHECKING:  # data is loaded above this module
-    pass
-
 TRAINED_FILE, METHOD_FILE = "trained.safetensors", "method.json"
 DTYPES = {torch.float32: "F32", torch.float64: "F64"}  # trainable parameters are float32; tests also use float64
-RECIPE = ("method", "arguments", "prompt_style")  # parts of method.json that the tensors' header repeats
+HEADER_KEYS = ("method", "arguments", "prompt_style")  # parts of method.json that the tensors' header repeats
 
 
 def trained_tensors(model: LLaMA) -> dict[str, Tensor]:
@@ -81,7 +77,7 @@ def check_trained(tensors: dict[str, Tensor], path: Path, prefix: str = "") -> N
 
 def check_recipe(method: dict, about: dict, path: Path) -> None:
     """Raises UserError unless method.json (``path``) agrees with the tensors' header (``about``)."""
-    for key in RECIPE:
+    for key in HEADER_KEYS:
         if about.get(key, method[key]) != method[key]:
             raise UserError(f"{path}: {key} is {method[key]}, but {TRAINED_FILE} was trained with {about[key]}")
 

@@ -145,7 +145,7 @@ def add_shots(samples: list[Sample], folder: Path, shots: int, seed: int) -> lis
 def count_last_answers(
     samples: list[Sample], encoded: list[TokenizedSample], style: str, tokenizer: Tokenizer
 ) -> tuple[list[Sample], list[TokenizedSample]]:
-    """Remove the examples' answers from the targets. Drop samples whose own answer does not fit."""
+    """Remove the few-shot answers from the targets. Drop samples whose own answer does not fit."""
     kept = []
     for sample, ids in zip(samples, encoded, strict=True):
         given = len(encode_prompt(sample.prompt, style, tokenizer)) - 1

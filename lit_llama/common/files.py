@@ -1,6 +1,6 @@
 """Reading and writing files. A file is complete or absent, and checked when read; nothing is unpickled.
 
-Every file is written under a temporary name, flushed to disk and renamed.
+Every file is written under a temporary name, flushed to disk and renamed. Only metrics.csv is appended to.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from lightning.fabric.loggers import Logger
 
-# Fabric only starts the processes. Sharding (sharding.py) and the sum of gradients (train/loss.py) are ours.
+# Fabric only starts the processes. This project shards (blocks.py) and sums gradients (train/loss.py) itself.
 STRATEGIES = {"auto": "auto", "ddp": "ddp", "fsdp": "ddp"}
 PRECISIONS = {"bf16-true": torch.bfloat16, "32-true": torch.float32}
 
@@ -63,7 +63,7 @@ def launch(
 
 
 def launch_sharded(devices: int, num_nodes: int, quantize: str | None = None, compile: bool = False) -> Fabric | None:
-    """Fabric for several devices that answer with a sharded base (sharding.py); None for one device."""
+    """Fabric for several devices that answer with a sharded base (blocks.py); None for one device."""
     if (devices, num_nodes) == (1, 1):
         if "TORCHELASTIC_RUN_ID" in os.environ:  # an sbatch script has SLURM's variables without srun
             check_launcher(devices, num_nodes)
@@ -272,7 +272,7 @@ def barrier(fabric: Fabric, what: str) -> None:
         raise RuntimeError(f"rank {rank()} waited for the others to {what}: {error}") from None
 
 
-def give_way() -> None:
+def let_rank0_report() -> None:
     """Let rank 0 report a fault first: other ranks wait ten seconds, and exit if rank 0 has ended."""
     started_by_rank0 = "TORCHELASTIC_RUN_ID" not in os.environ and "SLURM_PROCID" not in os.environ
     for _ in range(10 if rank() > 0 else 0):

@@ -68,7 +68,7 @@ def running_mean(values: list[float]) -> list[float]:
 
 
 def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
-    """Quality against trained numbers, and against peak memory; the base's own quality as lines across.
+    """Quality by trainable parameters and by peak memory, with the base's own quality as horizontal lines.
 
     The axis is that of the methods: a base below or above it has no line and is named in a corner. What no method has
     gets no plot: Windows does not tell the memory.
@@ -79,7 +79,7 @@ def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
     points = {name: row for name, row in results.items() if "trained_parameters" in row and "right" in row}
     levels = {name: row for name, row in results.items() if "trained_parameters" not in row}
     axes = {
-        "trained_parameters": ("numbers trained", 1, "log"),
+        "trained_parameters": ("trainable parameters", 1, "log"),
         "peak_memory": ("peak memory in training (GB)", 1e9, "linear"),
     }
     for key, (label, unit, scale) in axes.items():

@@ -69,7 +69,7 @@ def add_adapter(
     """Give the blocks from ``start_layer`` on a prompt of ``prompt_length`` rows and a gate.
 
     ``gate``: one per "head" (the paper) or per "layer" (PEFT). ``gate_activation``: "none", or "tanh" as in the
-    paper's training code. ``gate_init``: 0 as in the paper; other values show why 0 matters.
+    paper's training code (only from Python). ``gate_init``: 0 as in the paper; other values show why 0 matters.
     """
     check_range("prompt_length", prompt_length, 1, model.config.block_size)
     check_range("start_layer", start_layer, 0, model.config.n_layer - 1)

@@ -25,6 +25,8 @@ from lit_llama.trained import trained_tensors
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
+LOWER_THE_RATE = "start again with a lower --train.learning_rate or --train.clip (--overwrite), or look at the samples"
+
 
 def target_loss(
     model: LLaMA, ids: Tensor, targets: Tensor, lengths: list[int] | None = None, chunk_size: int = 384
@@ -152,6 +154,3 @@ def clip_gradient(model: LLaMA, max_norm: float, step: int, batch: list[Tokenize
         where = ", ".join(sample.where for sample in batch)
         raise UserError(f"step {step + 1}: the gradient is not finite; {LOWER_THE_RATE}. Samples: {where}") from None
     return norm.item()
-
-
-LOWER_THE_RATE = "start again with a lower --train.learning_rate or --train.clip (--overwrite), or look at the samples"

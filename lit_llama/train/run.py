@@ -6,7 +6,7 @@
     costs.json                          seconds of training, peak memory
     state/                              the last saved step, for --resume
 
-A run knows files. It knows neither the loop nor the method.
+It counts the steps and writes the files. The loop itself is in the scripts.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ from lit_llama.model import LLaMA
 from lit_llama.settings import TrainArgs
 from lit_llama.tokenizer import Tokenizer, copy_tokenizer
 from lit_llama.trained import (
+    HEADER_KEYS,
     METHOD_FILE,
-    RECIPE,
     TRAINED_FILE,
     describe_base,
     kept_tensors,
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 
 METRICS_FILE, COSTS_FILE = "metrics.csv", "costs.json"
 LOCK_FILE, STATE_FILE = ".lock", "state/state.safetensors"
-# A resumed run may differ in these settings: they change no result.
+# A resumed run may differ in these settings. Micro-batches change rounding, and which activations dropout drops.
 MAY_CHANGE = {"base.checkpoint_dir", "base.name", "data", "version", "train.micro_batch_tokens", "train.save_every"}
 
 
@@ -76,7 +76,7 @@ class Run:
     ``settings`` becomes method.json: what generation needs, and what a resumed run must share. If the folder already
     holds a run, pass ``resume`` or ``overwrite``; ``allow_changes`` resumes with another base, other data or other
     training settings. With ``whole_model_of``, a checkpoint folder, ``out_dir`` becomes a checkpoint folder of the
-    same shape. Nothing is written before the first step.
+    same shape. Nothing is written before the loop starts.
 
     Raises UserError if the flags do not fit the folder.
     """
@@ -94,11 +94,9 @@ class Run:
         self.fabric, self.out_dir, self.settings, self.resume = fabric, Path(out_dir), settings, resume
         self.whole_model_of = whole_model_of
         self.trained_file = MODEL_FILE if whole_model_of else TRAINED_FILE
-        self.recipe = {key: settings[key] for key in RECIPE}
-        self.goal = [
-            settings["base"]["fingerprint"],
-            settings["data_fingerprint"],
-        ]  # losses of another are not compared
+        self.header = {key: settings[key] for key in HEADER_KEYS}
+        # Validation losses on another base or other data do not compare.
+        self.goal = [settings["base"]["fingerprint"], settings["data_fingerprint"]]
         self.step, self.best_loss, self.best_step = 0, math.inf, 0
         self.row: dict[str, float] = {}  # figures of the current step
         self.step_began, self.tokens, self.seconds = 0.0, 0.0, 0.0
@@ -109,7 +107,7 @@ class Run:
         if allow_changes and not resume:
             raise UserError("--allow_changes is for --resume: give both or neither")
         self.check_folder(overwrite)
-        self.describes_itself = resume and not self.check_settings(allow_changes)  # method.json stays as it is
+        self.keep_method_json = resume and not self.check_settings(allow_changes)
         barrier(fabric, f"look into {out_dir}")  # no rank writes before all have looked
 
     def check_folder(self, overwrite: bool) -> None:
@@ -135,7 +133,7 @@ class Run:
         """Whether settings differ from those the run began with. Raises UserError unless that is allowed."""
         changed = differences(read_json(self.out_dir / METHOD_FILE), self.settings)
         changes = [change for key, change in changed.items() if key not in MAY_CHANGE]
-        fits = not any(key.split(".")[0] in RECIPE for key in changed)  # the trained tensors can still be used
+        fits = not any(key.split(".")[0] in HEADER_KEYS for key in changed)  # the trained tensors can still be used
         if changes and not (fits and allow_changes):
             way_out = "--allow_changes to continue with these" if fits else "--overwrite to start again with these"
             raise UserError(
@@ -192,7 +190,7 @@ class Run:
         if val_loss < self.best_loss:
             self.best_loss, self.best_step = val_loss, self.step + 1
             if self.fabric.is_global_zero:
-                save_tensors(self.out_dir / self.trained_file, kept_tensors(model), self.recipe)
+                save_tensors(self.out_dir / self.trained_file, kept_tensors(model), self.header)
 
     def load_best(self, model: LLaMA) -> None:
         """Load the best validated step into ``model``."""
@@ -206,7 +204,7 @@ class Run:
     def start(self, trained_parameters: int) -> None:
         """Lock the folder, remove an earlier run unless it is resumed, and write what describes this one."""
         self.lock()
-        if self.fabric.is_global_zero and not self.describes_itself:
+        if self.fabric.is_global_zero and not self.keep_method_json:
             if not self.resume:
                 self.remove()
             write_json(self.out_dir / METHOD_FILE, {**self.settings, "trained_parameters": trained_parameters})
@@ -216,7 +214,7 @@ class Run:
                 write_chat_template(self.out_dir, Tokenizer(self.out_dir), self.settings["prompt_style"])
             save_settings(self.out_dir)
         for logger in self.fabric.loggers:
-            logger.log_hyperparams(flatten(self.settings))
+            logger.log_hyperparams(flatten_settings(self.settings))
 
     def lock(self) -> None:
         """Lock the folder while this object lives. Raises UserError on every rank if another process holds the lock."""
@@ -430,14 +428,14 @@ def read_metrics(out_dir: Path) -> list[dict]:
 
 def differences(before: dict, now: dict) -> dict[str, str]:
     """The settings that are in both and differ, each with a description for the user."""
-    before, now = flatten(before), flatten(now)
+    before, now = flatten_settings(before), flatten_settings(now)
     changed = [key for key in now if key in before and before[key] != now[key]]
     return {key: f"{key} was {before[key]!r}, now {now[key]!r}" for key in changed}
 
 
-def flatten(settings: dict, prefix: str = "") -> dict[str, object]:
+def flatten_settings(settings: dict, prefix: str = "") -> dict[str, object]:
     """{"train": {"seed": 1}} -> {"train.seed": 1}. Tuples become lists, as in JSON."""
     flat: dict[str, object] = {}
     for key, value in json.loads(json.dumps(settings)).items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+        flat.update(flatten_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return flat
