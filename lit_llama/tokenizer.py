@@ -1,7 +1,7 @@
 """The tokenizer of a checkpoint folder: tokenizer.json or tokenizer.model behind one small class.
 
-A control token spelled out in a text, such as "</s>" or "<|im_end|>", is encoded as its characters. Control tokens enter
-a sequence only by their ids (``bos_id``, ``eos_id``, ``control_id``), so data cannot forge a turn.
+A control token spelled out in a text, such as "</s>" or "<|im_end|>", is encoded as its characters. Control tokens
+enter a sequence only by their ids (``bos_id``, ``eos_id``, ``control_id``), so data cannot forge a turn.
 """
 
 import re
