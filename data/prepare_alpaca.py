@@ -32,8 +32,8 @@ def main(
     Args:
         out_dir: Where to write them.
         source: Address or path of alpaca_data.json.
-        sha256: Of what is fetched; another content is refused. A file that lies here may be an edited one.
-        n_records: How many records it must hold; another number is refused.
+        sha256: SHA-256 of the downloaded file; other content is refused. A local file may be edited.
+        n_records: Number of records it must hold.
         val_fraction: The part held out, chosen by a hash of each record.
     """
     from lit_llama.common.files import atomic_write, check_writable

@@ -20,7 +20,7 @@ from lit_llama import cli
 from lit_llama.cli import UserError
 
 URL = "https://www.cs.cornell.edu/people/pabo/movie-review-data/rt-polaritydata.tar.gz"
-# Of the sentences in UTF-8, without blanks at their ends, joined by line feeds; the original files are in Latin-1.
+# SHA-256 of the sentences in UTF-8, stripped and joined by line feeds. The original files are in Latin-1.
 SHA256 = {
     "positive": "38ef5f688f1c34b3c9e5820b5edabc3272ecb721bff86c56fdfd9119540d7bd0",
     "negative": "a35e6bf99f4da4bd5780ca60b061e80d9c1d2076395d4cec79e85f25d62b3f83",
@@ -36,7 +36,7 @@ def main(out_dir: str = "data/reviews", source: str = URL, seed: int = 1337) -> 
     Args:
         out_dir: Where to write them.
         source: Address of the archive, or a folder that holds its two files.
-        seed: Of the split; the same seed gives the same bytes.
+        seed: Random seed of the split.
     """
     from lit_llama.common.files import atomic_write, check_writable
 

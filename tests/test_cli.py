@@ -139,7 +139,7 @@ def test_a_value_that_begins_with_a_dash():
 
 
 def outcome(monkeypatch, capsys, main, *args: str) -> tuple[int, str]:
-    """The exit code and what stands on stderr."""
+    """The exit code and stderr."""
     monkeypatch.setattr(sys, "argv", ["script.py", *args])
     with pytest.raises(SystemExit) as stop:
         cli.run(main)

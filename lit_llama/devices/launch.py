@@ -191,14 +191,6 @@ def peak_memory(device: torch.device) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def held_memory() -> int | None:
-    """Main memory of this process in bytes; None without Linux's /proc."""
-    try:
-        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return None
-
-
 def free_memory(device: torch.device) -> int | None:
     """Free memory in bytes: of the GPU, or main memory within the limit of the process's cgroup.
 

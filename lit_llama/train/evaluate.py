@@ -64,15 +64,15 @@ def answer_samples(
     if not samples:
         return []
     prompts = [encode_prompt(sample.prompt, style, tokenizer) for sample in samples]
-    # A prompt near the context's end gets a shorter answer, and shares no batch with prompts that have more room.
-    room = [max(1, min(max_new_tokens, model.max_text_tokens - len(prompt))) for prompt in prompts]
-    order = sorted(range(len(samples)), key=lambda i: (room[i], len(prompts[i])))
+    # A prompt near the context's end gets a shorter answer, in a batch of its own.
+    max_new = [max(1, min(max_new_tokens, model.max_text_tokens - len(prompt))) for prompt in prompts]
+    order = sorted(range(len(samples)), key=lambda i: (max_new[i], len(prompts[i])))
     answers = [""] * len(samples)
     with Bar(len(samples), name, disable=rank() > 0) as bar:
         while order:
-            rows = [i for i in order[:batch_size] if room[i] == room[order[0]]]
+            rows = [i for i in order[:batch_size] if max_new[i] == max_new[order[0]]]
             order = order[len(rows) :]
-            tokens = generate_batch(model, [prompts[i] for i in rows], room[rows[0]], stop_ids(style, tokenizer))
+            tokens = generate_batch(model, [prompts[i] for i in rows], max_new[rows[0]], stop_ids(style, tokenizer))
             for i, ids in zip(rows, tokens, strict=True):
                 answers[i] = tokenizer.decode(ids).strip()
             bar.update(len(rows))
