@@ -13,7 +13,7 @@ import urllib.request
 from pathlib import Path
 
 from lit_llama import cli
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 
 URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/761dc5bfbdeeffa89b8bff5d038781a4055f796a/alpaca_data.json"
 SHA256 = "2eddafc6b977608d778aaab8dfc7e50e547b3af9826dfb9e909d9fc362e4a419"

@@ -17,7 +17,7 @@ import urllib.request
 from pathlib import Path
 
 from lit_llama import cli
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 
 URL = "https://www.cs.cornell.edu/people/pabo/movie-review-data/rt-polaritydata.tar.gz"
 # SHA-256 of the sentences in UTF-8, stripped and joined by line feeds. The original files are in Latin-1.

@@ -1,4 +1,4 @@
-"""Flags that several scripts share. This module imports quickly: ``--help`` needs no torch."""
+"""Flags that several scripts share."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ MOST = 10**9  # steps, samples or tokens: a large value alone allocates nothing
 MOST_TOKENS = 2**20  # in one forward pass or sample
 MOST_SAMPLES = 2**16  # in one step or batch
 MOST_SEED = 2**32 - 1
+HEAD_CHUNK = 384  # targets whose logits exist at a time
 TRAIN_RANGES = {
     "max_steps": (1, MOST),
     "epochs": (1, MOST),

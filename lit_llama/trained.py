@@ -75,7 +75,7 @@ def check_trained(tensors: dict[str, Tensor], path: Path, prefix: str = "") -> N
     check_dtypes(headers, tuple({DTYPES[tensor.dtype] for tensor in tensors.values()}), path)
 
 
-def check_recipe(method: dict, about: dict, path: Path) -> None:
+def check_header(method: dict, about: dict, path: Path) -> None:
     """Raises UserError unless method.json (``path``) agrees with the tensors' header (``about``)."""
     for key in HEADER_KEYS:
         if about.get(key, method[key]) != method[key]:

@@ -18,7 +18,7 @@ import torch
 from lit_llama import cli
 from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_config
-from lit_llama.common.errors import check_range
+from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import atomic_write, check_writable
 from lit_llama.configs import CONFIGS
 from lit_llama.data.batches import step_indices
@@ -77,7 +77,7 @@ def main(
         check_range(f"--{name}", value, 1, MOST_SAMPLES)
 
     if missing := [name for name in against if name in OTHERS and find_spec(name) is None]:
-        raise cli.UserError(f"--against {', '.join(missing)}: not installed; pip install it, or leave it out")
+        raise UserError(f"--against {', '.join(missing)}: not installed; pip install it, or leave it out")
     ours, others = choose(kinds, methods, variants, against, model, sizes)
     for _ in load_splits(data)[0]:
         pass  # refuses what it cannot read before anything is fetched
@@ -87,7 +87,7 @@ def main(
     task = load_task(data, checkpoint_dir, None, min(512, load_config(checkpoint_dir).block_size))
     precision = ours[0].precision
     if task.tokenizer.vocab_size > ours[0].config.vocab_size:
-        raise cli.UserError(
+        raise UserError(
             f"the tokenizer of --checkpoint_dir {checkpoint_dir} has {task.tokenizer.vocab_size} ids, --model {model} "
             f"only {ours[0].config.vocab_size}; pass a --checkpoint_dir whose ids fit"
         )
@@ -126,18 +126,18 @@ def choose(
     """The benchmark's cases. ``sizes`` of micro-batches. Raises UserError if a name is unknown."""
     for name, given, known in (("kinds", kinds, KINDS), ("methods", methods, METHODS), ("against", against, OTHERS)):
         if not set(given) <= set(known) or not (given or name == "against"):
-            raise cli.UserError(f"--{name} {list(given)}: choose from {', '.join(known)}")
+            raise UserError(f"--{name} {list(given)}: choose from {', '.join(known)}")
     if model not in CONFIGS and not (Path(model) / "config.json").exists():
-        raise cli.UserError(f"--model {model} is neither a folder with a base nor one of {', '.join(CONFIGS)}")
+        raise UserError(f"--model {model} is neither a folder with a base nor one of {', '.join(CONFIGS)}")
     ours = []
     for variant in variants:
         precision, *options = variant.split("+")
         precision = resolve_precision(precision, default_device())
         if unknown := set(options) - set(OPTIONS):
-            raise cli.UserError(f"--variants {variant}: {sorted(unknown)} are none of {', '.join(OPTIONS)}")
+            raise UserError(f"--variants {variant}: {sorted(unknown)} are none of {', '.join(OPTIONS)}")
         ours += [BenchmarkCase("ours", model, method, precision, tuple(options), **sizes) for method in methods]
     if not ours:
-        raise cli.UserError("--variants names none: give auto, bf16-true or 32-true")
+        raise UserError("--variants names none: give auto, bf16-true or 32-true")
     compared = [method for method in methods if method in ("adapter", "lora")]
     first = ours[0].precision
     return ours, [BenchmarkCase(name, model, method, first, **sizes) for method in compared for name in against]

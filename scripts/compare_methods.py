@@ -21,18 +21,18 @@ from lit_llama import cli
 from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_config, load_model
 from lit_llama.cli import save_settings
-from lit_llama.common.errors import check_range
+from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import atomic_write, check_writable, read_json, write_json
 from lit_llama.common.progress import Bar
 from lit_llama.data.task import load_splits, load_task, split_file
 from lit_llama.devices.blocks import check_sharding
 from lit_llama.devices.launch import STRATEGIES, check_launcher
 from lit_llama.generate.load import load_trained_folder
+from lit_llama.measure.benchmark import flops_per_token
 from lit_llama.measure.compare import (
     NAMES,
     ScriptRun,
     ablation_jobs,
-    flops_per_token,
     learning_rate,
     lowest_loss,
     markdown,
@@ -99,7 +99,7 @@ def main(
 
     check_launcher(devices, num_nodes=1)
     if strategy not in STRATEGIES:
-        raise cli.UserError(f"--strategy {strategy!r} is none of {', '.join(STRATEGIES)}")
+        raise UserError(f"--strategy {strategy!r} is none of {', '.join(STRATEGIES)}")
     if strategy == "fsdp":
         check_sharding(devices)
     methods, shots = possible_runs(methods, shots, Path(data))
@@ -131,7 +131,7 @@ def main(
     report(folder, "ablations" if ablations else "results", jobs, bases, settings, failed)
     if failed:
         lines = "; ".join(f"{name}: {why}" for name, why in failed.items())
-        raise cli.UserError(f"{len(failed)} of the runs failed, the same command tries them again: {lines}")
+        raise UserError(f"{len(failed)} of the runs failed, the same command tries them again: {lines}")
 
 
 def possible_runs(
@@ -143,9 +143,9 @@ def possible_runs(
     """
     unknown = set(methods) - set(NAMES)
     if unknown or not methods:
-        raise cli.UserError(f"--methods {sorted(unknown)}: choose from {', '.join(NAMES)}")
+        raise UserError(f"--methods {sorted(unknown)}: choose from {', '.join(NAMES)}")
     if not data.is_dir():
-        raise cli.UserError(f"--data {data} must be a folder with train and validation files")
+        raise UserError(f"--data {data} must be a folder with train and validation files")
     samples, _ = load_splits(data)
     if "features" in methods and not all(sample.label for sample in samples):
         print(f"features is left out: the rows of {data} have no labels")
@@ -160,7 +160,7 @@ def keep_settings(path: Path, settings: dict) -> None:
     """Refuse to mix runs of other settings with those that are finished."""
     earlier = {"devices": 1, "strategy": "auto"}  # defaults of comparisons by older versions
     if path.exists() and (changes := differences({**earlier, **read_json(path)}, settings).values()):
-        raise cli.UserError(
+        raise UserError(
             f"{path.parent} holds a comparison with other settings: {'; '.join(changes)}; pass another --out_dir"
         )
     write_json(path, settings)

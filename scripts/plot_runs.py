@@ -9,6 +9,7 @@ Needs the extra ``plot``: pip install -e ".[plot]"
 from pathlib import Path
 
 from lit_llama import cli
+from lit_llama.common.errors import UserError
 from lit_llama.common.files import check_writable
 from lit_llama.measure.plots import plot_runs
 from lit_llama.train.run import read_metrics
@@ -22,11 +23,11 @@ def main(runs: list[str], out_file: str = "out/runs.png") -> None:
         out_file: The picture to write: .png, .svg or .pdf.
     """
     if Path(out_file).suffix not in (".png", ".svg", ".pdf"):
-        raise cli.UserError(f"--out_file {out_file} must end in .png, .svg or .pdf")
+        raise UserError(f"--out_file {out_file} must end in .png, .svg or .pdf")
     check_writable(out_file)
     metrics = {run: read_metrics(Path(run)) for run in runs}
     if missing := [run for run, rows in metrics.items() if not rows]:
-        raise cli.UserError(f"{', '.join(missing)}: no step in a metrics.csv there; give folders that a run wrote")
+        raise UserError(f"{', '.join(missing)}: no step in a metrics.csv there; give folders that a run wrote")
     plot_runs(Path(out_file), metrics)
     print(f"wrote {out_file}")
 

@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-from contextlib import ExitStack
 
 import pytest
 import torch
@@ -74,8 +73,7 @@ def test_micro_batches_have_the_size_that_was_asked_for(folder, tokens, passes, 
     ours = BenchmarkCase("ours", str(folder / "base"), "adapter", "32-true", micro_batch_tokens=tokens)
     seen: list[int] = []
     monkeypatch.setattr(cases, "target_loss", lambda *batch: seen.append(len(batch[1])) or target_loss(*batch))
-    with ExitStack() as stack:
-        assert cases.build_ours(ours, "train", torch.device("cpu"), stack)(samples) == 100
+    assert cases.build_ours(ours, "train", torch.device("cpu"))(samples) == 100
     assert len(seen) == passes and sum(seen) == 4
 
 

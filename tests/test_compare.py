@@ -9,8 +9,8 @@ import torch
 from helpers import TINY, make_base, metrics, refuse, run, succeed, tiny_model
 
 from lit_llama.data.batches import TokenizedSample
+from lit_llama.measure.benchmark import flops_per_token
 from lit_llama.measure.compare import (
-    flops_per_token,
     loss_interval,
     markdown,
     paired_difference,

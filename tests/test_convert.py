@@ -28,7 +28,7 @@ from helpers import (
 from transformers import LlamaForCausalLM
 
 from lit_llama.checkpoint import load_config, load_model
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.configs import CONFIGS
 from lit_llama.formats.convert import convert_hf, convert_lit, convert_meta
 from lit_llama.model import LLaMAConfig

@@ -31,6 +31,7 @@ from peft import IA3Config, get_peft_model
 import finetune.lora
 from lit_llama import cli
 from lit_llama.checkpoint import load_model
+from lit_llama.common.errors import UserError
 from lit_llama.formats.export import export_hf
 from lit_llama.formats.peft import export_peft
 from lit_llama.generate.load import load_trained_folder
@@ -158,7 +159,7 @@ def test_ia3_is_loaded_from_a_trained_folder(add_ia3, tmp_path, monkeypatch):
     loaded, _ = load_trained_folder(save_trained(base, tmp_path / "out", "ia3"))
     assert (loaded(ids) - load_model(base)(ids)).abs().max() > 1e-3
     monkeypatch.delitem(METHODS, "ia3")
-    with pytest.raises(cli.UserError, match="'ia3', not one of"):
+    with pytest.raises(UserError, match="'ia3', not one of"):
         load_trained_folder(tmp_path / "out")
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lit_llama.checkpoint import load_config, load_model
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.common.files import read_json, write_json
 from lit_llama.data.prompts import encode_prompt
 from lit_llama.formats import export

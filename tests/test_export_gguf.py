@@ -23,7 +23,7 @@ from tokenizers import Tokenizer as TokenizersTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from lit_llama.checkpoint import load_config, load_model
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.common.files import write_json
 from lit_llama.formats.convert_gguf import convert_gguf
 from lit_llama.formats.export_gguf import export_gguf

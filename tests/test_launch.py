@@ -85,7 +85,7 @@ def test_two_nodes_are_two_devices(start, places, tmp_path):
     ],
 )
 def test_flags_that_are_not_the_launchers_are_refused(monkeypatch, environment, message):
-    from lit_llama.cli import UserError
+    from lit_llama.common.errors import UserError
     from lit_llama.devices.launch import check_launcher, launch_sharded
 
     for name, value in environment.items():

@@ -18,7 +18,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 
 from lit_llama.checkpoint import load_model
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.common.files import read_json, save_tensors, write_json
 from lit_llama.formats.export import export_hf
 from lit_llama.formats.peft import export_peft, import_peft

@@ -5,14 +5,14 @@ import io
 import os
 import signal
 import sys
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import pytest
 import torch
 from helpers import make_base, run, succeed, sums, write_rows
 from lightning.fabric import Fabric
 
-from lit_llama import cli
+from lit_llama import cli, trained
 from lit_llama.devices import launch
 from lit_llama.measure.compare import markdown
 from lit_llama.measure.plots import plot_comparison
@@ -82,6 +82,17 @@ def test_a_code_page_does_not_stop_an_answer(monkeypatch):
     cli.write_utf8()
     print("三 \udce9", flush=True)
     assert raw.getvalue().decode("utf-8").rstrip("\r\n") == "三 \\udce9"
+
+
+def test_a_trained_folder_names_its_base_for_every_system(monkeypatch):
+    class WindowsPath(PureWindowsPath):
+        def absolute(self):
+            return type(self)("C:\\work") / self
+
+    monkeypatch.setattr(trained, "Path", WindowsPath)
+    monkeypatch.setattr(trained, "load_config", lambda folder: type("config", (), {"name": "tiny"}))
+    monkeypatch.setattr(trained, "fingerprint", lambda folder: "0")
+    assert trained.describe_base("checkpoints\\my\\base")["checkpoint_dir"] == "checkpoints/my/base"
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")

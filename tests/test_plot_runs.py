@@ -6,7 +6,8 @@ import sys
 import pytest
 from helpers import make_base, metrics, refuse, succeed, sums, write_rows
 
-from lit_llama.cli import UserError, gather
+from lit_llama.cli import gather
+from lit_llama.common.errors import UserError
 from lit_llama.devices import launch
 from lit_llama.measure.plots import running_mean
 

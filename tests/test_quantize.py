@@ -21,7 +21,7 @@ from helpers import (
     write_rows,
 )
 
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.devices import quantize
 from lit_llama.devices.launch import PRECISIONS
 from lit_llama.devices.prepack import PrepackedLinear, can_prepack, prepack

@@ -11,7 +11,7 @@ from helpers import ROOT, make_base, metrics, refuse, run_process, succeed, sums
 from safetensors.torch import load_file
 
 from lit_llama.checkpoint import load_model
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.common.files import read_json
 from lit_llama.devices.blocks import shard
 from lit_llama.methods.lora import add_lora

@@ -11,7 +11,7 @@ import tokenizers
 from gguf import GGUFReader, TokenType
 from helpers import CODE_POINTS, SMOLLM2_UNKNOWN, train_sentencepiece, varied_strings
 
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.formats.gguf_tokenizer import write_gguf_tokenizer
 from lit_llama.tokenizer import Tokenizer
 

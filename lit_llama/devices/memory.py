@@ -20,13 +20,12 @@ from lit_llama.common.errors import UserError
 from lit_llama.devices.blocks import first_trained
 from lit_llama.devices.launch import free_memory, log_rank0
 from lit_llama.model import LLaMA
-from lit_llama.settings import TrainArgs
+from lit_llama.settings import HEAD_CHUNK, TrainArgs
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5}  # per weight of a block's matrices; the scales are few
-HEAD_CHUNK = 384  # targets whose logits exist at a time (train/loss.py)
 
 
 @dataclass
@@ -106,10 +105,11 @@ def check_memory(fabric: Fabric, model: LLaMA, train: TrainArgs, longest: int, c
     tokens = max(longest, min(train.micro_batch_tokens, train.batch_size * longest))
     dtype = model.transformer.wte.weight.dtype
     memory = step_memory(model, dtype, tokens, longest, checkpointing, device_type=fabric.device.type)
-    needed = memory.total - memory.frozen
+    loaded = memory.frozen + memory.trained / 4  # the weights; gradients and moments come
+    needed = memory.total - loaded
     if needed < 0.8 * free_bytes:
         return
-    fitting = int(tokens * (0.8 * free_bytes - memory.trained) / (needed - memory.trained))
+    fitting = int(tokens * (0.8 * free_bytes - memory.trained * 3 / 4) / (memory.activations + memory.temporaries))
     less = f"--train.micro_batch_tokens {fitting}" if fitting >= longest else "a lower --train.max_seq_length"
     text = (
         f"a step needs about {needed / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free; pass {less}, "

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lit_llama.checkpoint import save_checkpoint, shard_files, tensor_shapes
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import read_json, read_tensors, whole_folder
+from lit_llama.common.progress import Bar
 from lit_llama.configs import CONFIGS, LLAMA_31_SCALING
 from lit_llama.formats.layouts import CONFIG_NAMES, layer_names, to_half_split
 from lit_llama.model import CausalSelfAttention, LLaMAConfig
@@ -33,7 +33,8 @@ def write_model(
     ``dtype`` None keeps each tensor's. ``interleaved`` says how the rows of q and k are ordered, see layouts.py.
     """
     fused = fuse_qkv(rename(tensors, source_format, config.n_layer, dtype), config, interleaved)
-    save_checkpoint(folder, config, tqdm(drop_tied_head(fused, config), "converting", len(tensor_shapes(config))))
+    total = len(tensor_shapes(config))
+    save_checkpoint(folder, config, Bar(total, "converting", iterable=drop_tied_head(fused, config)))
 
 
 def rename(tensors: Tensors, source_format: str, n_layer: int, dtype: str | None) -> Iterator[tuple[str, Tensor]]:

@@ -12,11 +12,11 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from torch import Tensor
-from tqdm import tqdm
 
 from lit_llama.checkpoint import tensor_shapes
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import atomic_write, check_new
+from lit_llama.common.progress import Bar
 from lit_llama.formats.export import exported_tensors, whole_model
 from lit_llama.formats.gguf_vocabulary import vocabulary_fields
 from lit_llama.formats.layouts import CONFIG_NAMES
@@ -52,7 +52,7 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, type: str = "f16", prompt_
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         total = len(tensor_shapes(config)) + 2 * config.n_layer  # q, k and v apart
-        for name, tensor in tqdm(gguf_tensors(checkpoint_dir, config), "exporting", total):
+        for name, tensor in Bar(total, "exporting", iterable=gguf_tensors(checkpoint_dir, config)):
             stored = stored_type(tensor, quantization)
             if stored == GGMLQuantizationType.F16 and tensor.abs().max() > np.finfo(np.float16).max:
                 raise UserError(f"{name} holds {tensor.abs().max():.3g}, more than float16 can; pass --type f32")

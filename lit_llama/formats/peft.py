@@ -36,7 +36,7 @@ from lit_llama.trained import (
     METHOD_FILE,
     TRAINED_FILE,
     check_base,
-    check_recipe,
+    check_header,
     describe_base,
     kept_tensors,
     read_method,
@@ -65,7 +65,7 @@ def export_peft(
     base_dir = check_base(method["base"], checkpoint_dir, path)
     config = load_config(base_dir)
     tensors, about = read_tensors(trained_dir / TRAINED_FILE)
-    check_recipe(method, about, path)
+    check_header(method, about, path)
     check_tensors(shapes(tensors), kept_shapes(config, name, arguments), trained_dir / TRAINED_FILE)
     settings, tensors = TO_PEFT[name](config, arguments, tensors)
     settings |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True}

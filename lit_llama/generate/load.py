@@ -24,7 +24,7 @@ from lit_llama.trained import (
     TRAINED_FILE,
     base_method,
     check_base,
-    check_recipe,
+    check_header,
     check_trained,
     load_trained,
     read_method,
@@ -127,7 +127,7 @@ def add_trained(model: LLaMA, trained_dir: Path | str, method: dict) -> None:
         check_trained(trained_tensors(add_method(LLaMA(model.config))), tensors_path)
     for tensor in trained_tensors(add_method(model)).values():
         tensor.data = tensor.data.clone()  # it may be shared with a model that stays in use (chat.py)
-    check_recipe(method, load_trained(model, tensors_path), path)
+    check_header(method, load_trained(model, tensors_path), path)
     before, now = method["quantize"], quantization(model)
     if now != before:
         why = "has not seen its errors" if before == "none" else "has learned to make up for the other's errors"

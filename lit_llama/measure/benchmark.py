@@ -13,16 +13,18 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as multiprocessing
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from lit_llama.checkpoint import load_model
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.common.progress import Bar
-from lit_llama.data.batches import TokenizedSample
+from lit_llama.data.batches import TokenizedSample, collate
 from lit_llama.devices.launch import PRECISIONS, default_device, synchronize
 from lit_llama.measure.cases import BenchmarkCase, serve
-from lit_llama.measure.compare import flops_per_token
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.train.loss import target_loss
 
 # ---------------------------------------------------------------------------------------------- the machine's limits
 
@@ -75,6 +77,18 @@ def limit_of(kind: str, case: BenchmarkCase, limit: dict[str, float], samples: l
     few = min(4, config.n_layer)  # a 7B whole in float32 takes 27 GB, and every block beyond the fourth adds the same
     further = flops(few + 1) - flops(few) if config.n_layer > few else 0.0
     return limit[case.precision] / (flops(few) + (config.n_layer - few) * further)
+
+
+def flops_per_token(model: LLaMA, samples: list[TokenizedSample]) -> float:
+    """Floating-point operations of matrix products, forward and backward, for each token of these samples."""
+    ids, targets, _ = collate(samples, model.transformer.wte.weight.device)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused kernels are not counted
+        if any(tensor.requires_grad for tensor in model.parameters()):
+            target_loss(model.train(), ids, targets).backward()
+        else:
+            with torch.no_grad():
+                model.hidden_states(ids)
+    return counter.get_total_flops() / ids.numel()
 
 
 # ---------------------------------------------------------------------------------------------- measuring

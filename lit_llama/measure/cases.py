@@ -6,9 +6,10 @@ does not depend on them, and every case has the same shapes.
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_llama.checkpoint import load_config
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.configs import CONFIGS
 from lit_llama.data.batches import IGNORE, TokenizedSample, collate, micro_batches
 from lit_llama.devices.blocks import wrap_blocks
@@ -79,15 +80,14 @@ def serve(case: BenchmarkCase, kind: str, connection, threads: int) -> None:
     torch.manual_seed(1)
     device = default_device()
     try:
-        with ExitStack() as stack:
-            build = {"ours": build_ours, "litgpt": build_litgpt, "peft": build_peft}[case.project]
-            work = build(case, kind, device, stack)
-            connection.send(None)
-            while (job := connection.recv()) is not None:
-                started = time.perf_counter()
-                computed = work(*job)
-                synchronize(device)
-                connection.send((time.perf_counter() - started, computed, peak_memory(device)))
+        build = {"ours": build_ours, "litgpt": build_litgpt, "peft": build_peft}[case.project]
+        work = build(case, kind, device)
+        connection.send(None)
+        while (job := connection.recv()) is not None:
+            started = time.perf_counter()
+            computed = work(*job)
+            synchronize(device)
+            connection.send((time.perf_counter() - started, computed, peak_memory(device)))
     except EOFError:  # the benchmark has ended: nobody listens
         pass
     except Exception as error:
@@ -97,7 +97,7 @@ def serve(case: BenchmarkCase, kind: str, connection, threads: int) -> None:
 # ---------------------------------------------------------------------------------------------- ours
 
 
-def build_ours(case: BenchmarkCase, kind: str, device: torch.device, stack: ExitStack) -> Step | Decode:
+def build_ours(case: BenchmarkCase, kind: str, device: torch.device) -> Step | Decode:
     options = set(case.options)
     with case.tensors(device):
         model = LLaMA(case.config).init_weights()
@@ -155,10 +155,8 @@ def padded_steps(
     return step
 
 
-def build_litgpt(case: BenchmarkCase, kind: str, device: torch.device, stack: ExitStack) -> Step | Decode:
+def build_litgpt(case: BenchmarkCase, kind: str, device: torch.device) -> Step | Decode:
     """LitGPT's own modules, its chunked head and loss, and its decoding loop."""
-    import importlib
-
     module = importlib.import_module(f"litgpt.{case.method}")
     mark = {"adapter": "mark_only_adapter_as_trainable", "lora": "mark_only_lora_as_trainable"}[case.method]
     lora = dict(lora_r=8, lora_alpha=16, lora_dropout=0.05, lora_query=True, lora_value=True)
@@ -194,7 +192,7 @@ def build_litgpt(case: BenchmarkCase, kind: str, device: torch.device, stack: Ex
     return padded_steps(case, [p for p in model.parameters() if p.requires_grad], device, loss_of)
 
 
-def build_peft(case: BenchmarkCase, kind: str, device: torch.device, stack: ExitStack) -> Step | Decode:
+def build_peft(case: BenchmarkCase, kind: str, device: torch.device) -> Step | Decode:
     """PEFT's AdaptionPrompt or LoRA over transformers' LlamaForCausalLM, SDPA attention."""
     from peft import AdaptionPromptConfig, LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -9,17 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from scipy.stats import binomtest, ttest_rel
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import read_json
-from lit_llama.data.batches import TokenizedSample, collate
 from lit_llama.methods.table import METHODS
-from lit_llama.model import LLaMA
-from lit_llama.train.loss import target_loss
 from lit_llama.train.run import COSTS_FILE, read_metrics
 from lit_llama.trained import read_method
 
@@ -135,18 +129,6 @@ def lowest_loss(out_dir: Path) -> float:
 def learning_rate(out_dir: Path) -> float:
     """The learning rate of a run."""
     return read_method(out_dir)["train"]["learning_rate"]
-
-
-def flops_per_token(model: LLaMA, samples: list[TokenizedSample]) -> float:
-    """Floating-point operations of matrix products, forward and backward, for each token of these samples."""
-    ids, targets, _ = collate(samples, model.transformer.wte.weight.device)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused kernels are not counted
-        if any(tensor.requires_grad for tensor in model.parameters()):
-            target_loss(model.train(), ids, targets).backward()
-        else:
-            with torch.no_grad():
-                model.hidden_states(ids)
-    return counter.get_total_flops() / ids.numel()
 
 
 def markdown(results: dict[str, dict]) -> str:

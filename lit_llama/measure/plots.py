@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lit_llama.cli import UserError
+from lit_llama.common.errors import UserError
 from lit_llama.common.files import atomic_write
 
 

@@ -20,6 +20,7 @@ from lit_llama.common.errors import UserError
 from lit_llama.data.batches import IGNORE, Packing, TokenizedSample, micro_batches
 from lit_llama.devices.blocks import is_sharded
 from lit_llama.model import LLaMA
+from lit_llama.settings import HEAD_CHUNK
 from lit_llama.trained import trained_tensors
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ LOWER_THE_RATE = "start again with a lower --train.learning_rate or --train.clip
 
 
 def target_loss(
-    model: LLaMA, ids: Tensor, targets: Tensor, lengths: list[int] | None = None, chunk_size: int = 384
+    model: LLaMA, ids: Tensor, targets: Tensor, lengths: list[int] | None = None, chunk_size: int = HEAD_CHUNK
 ) -> Tensor:
     """Cross-entropy summed over the target tokens, a float32 scalar. ids and targets (B, T).
 
