@@ -15,7 +15,7 @@ from lit_llama import cli
 from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError
-from lit_llama.data.prompts import choose_style, encode_prompt, stop_ids
+from lit_llama.data.prompts import encode_prompt, stop_ids, trained_template
 from lit_llama.data.samples import file_rows
 from lit_llama.devices.launch import base_dtype, default_device
 from lit_llama.devices.prepack import prepack
@@ -57,16 +57,16 @@ def main(
     model = load_model(checkpoint_dir, base_dtype(precision, device), device)
     quantize_base(model, quantize)
     mixer = Mixer(model)
-    styles = {folder: mixer.add(folder, checkpoint_dir)["prompt_style"] for folder in folders}
+    methods = {folder: mixer.add(folder, checkpoint_dir) for folder in folders}
     prepack(model)
 
-    # Prompts: each in the style of its folder
+    # Prompts: each by the chat template of its folder
     tokenizer = Tokenizer(checkpoint_dir)
-    styles[None] = base_method(checkpoint_dir).get("prompt_style")
-    styles = {folder: choose_style(style, tokenizer) for folder, style in styles.items()}
+    methods[None] = base_method(checkpoint_dir)
+    templates = {folder: trained_template(method, tokenizer) for folder, method in methods.items()}
     messages = [[{"role": "user", "content": row["prompt"], "input": row.get("input", "")}] for row in rows]
-    prompts = [encode_prompt(asked, styles[task], tokenizer) for asked, task in zip(messages, tasks, strict=True)]
-    stops = [stop_ids(styles[task], tokenizer) for task in tasks]
+    prompts = [encode_prompt(asked, templates[task], tokenizer) for asked, task in zip(messages, tasks, strict=True)]
+    stops = [stop_ids(templates[task], tokenizer) for task in tasks]
 
     print(f"{len(rows)} requests to {len(set(tasks))} tasks over one base", file=sys.stderr)
     answers = generate_batch(model, mixer.assign(tasks, prompts), max_new_tokens, stops, sampling)

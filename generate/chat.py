@@ -11,7 +11,7 @@ from lit_llama import cli
 from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError, check_range
-from lit_llama.data.prompts import choose_style
+from lit_llama.data.prompts import choose_template, trained_template
 from lit_llama.devices.launch import base_dtype, default_device
 from lit_llama.generate.chat import Chat, converse
 from lit_llama.settings import DEFAULT_BASE, MOST_TOKENS, Sampling
@@ -36,7 +36,7 @@ def main(
         trained_dir: Folder that a finetune script wrote. Default: none, the base answers.
         checkpoint_dir: Folder of the base. Default: the one trained on, or the default base.
         system: The system message: who the model is to be.
-        prompt_style: For a base: alpaca, chatml, llama2, llama3 or plain. Default: as trained, or its tokenizer's.
+        prompt_style: For a base: alpaca, plain or template. Default: as trained, or template if it has one.
     """
     check_range("--max_new_tokens", max_new_tokens, 1, MOST_TOKENS)
     if trained_dir and prompt_style:
@@ -47,8 +47,9 @@ def main(
         ensure_base(checkpoint_dir, yes)
     device = default_device()
     base, tokenizer = load_model(checkpoint_dir, base_dtype(precision, device), device), Tokenizer(checkpoint_dir)
-    style = choose_style(prompt_style or base_method(checkpoint_dir).get("prompt_style"), tokenizer)
-    chat = Chat(checkpoint_dir, base, tokenizer, style, max_new_tokens, sampling, compile)
+    method = base_method(checkpoint_dir)
+    template = choose_template(prompt_style, tokenizer) if prompt_style else trained_template(method, tokenizer)
+    chat = Chat(checkpoint_dir, base, tokenizer, template, max_new_tokens, sampling, compile)
     chat.system = system
     if trained_dir:
         print(chat.load(trained_dir))

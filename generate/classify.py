@@ -8,7 +8,7 @@ import sys
 
 from lit_llama import cli
 from lit_llama.common.errors import UserError
-from lit_llama.data.prompts import choose_style, encode_prompt
+from lit_llama.data.prompts import encode_prompt, trained_template
 from lit_llama.devices.launch import base_dtype, default_device
 from lit_llama.generate.classify import load_classifier
 from lit_llama.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ def main(
     print(f"{method['method']} over {method['base']['name']}", file=sys.stderr)
     tokenizer = Tokenizer(checkpoint_dir or method["base"]["checkpoint_dir"])
     messages = [{"role": "user", "content": prompt, "input": input}]
-    ids = encode_prompt(messages, choose_style(method["prompt_style"], tokenizer), tokenizer)
+    ids = encode_prompt(messages, trained_template(method, tokenizer), tokenizer)
     if not ids:
         raise UserError("the text is empty, there is nothing to classify")
     (probabilities,) = classify([ids[-method["train"]["max_seq_length"] :]]).tolist()

@@ -23,7 +23,7 @@ SHARED_FLAGS = {
     "data": "A .json, .jsonl, .csv or .txt file, or a folder with train and validation files.",
     "checkpoint_dir": "Folder of the base. The default one is offered for download if it is missing.",
     "out_dir": "Folder for the results. Default: out/, the method and the name of the data.",
-    "prompt_style": "alpaca, chatml, llama2, llama3 or plain. Default: the style of the base's tokenizer.",
+    "prompt_style": "alpaca, plain or template: the base's own chat template, the default if it has one; else alpaca.",
     "eval_samples": "Number of held-out samples to answer before and after training; 0 for none.",
     "devices": "Devices per node: GPUs, or processes on a CPU.",
     "num_nodes": "Number of nodes (machines).",

@@ -4,6 +4,7 @@ A control token spelled out in a text, such as "</s>" or "<|im_end|>", is encode
 enter a sequence only by their ids (``bos_id``, ``eos_id``, ``control_id``), so data cannot forge a turn.
 """
 
+import json
 import re
 import shutil
 import sys
@@ -40,10 +41,11 @@ class Tokenizer:
     def __init__(self, checkpoint_dir: Path | str):
         folder = Path(checkpoint_dir)
         self.settings = settings = read_settings(folder)
+        self.chat_template = read_chat_template(folder)
         if (folder / JSON_FILE).exists():
-            self.backend: JSONBackend | SentencePieceBackend = JSONBackend(folder, settings)
+            self.backend: JSONBackend | SentencePieceBackend = JSONBackend(folder, settings, self.chat_template or "")
         elif (folder / SENTENCEPIECE_FILE).exists():
-            self.backend = SentencePieceBackend(folder)
+            self.backend = SentencePieceBackend(folder, settings)
         else:
             raise UserError(
                 f"{folder} holds neither {JSON_FILE} nor {SENTENCEPIECE_FILE}; copy the one of the weights there, "
@@ -52,7 +54,9 @@ class Tokenizer:
         if self.backend.eos_id is None:
             raise UserError(f"{folder} does not say which token ends a text; name it in {SETTINGS_FILE} as eos_token")
         self.vocab_size, self.bos_id, self.eos_id = self.backend.vocab_size, self.backend.bos_id, self.backend.eos_id
-        self.chat_template = read_chat_template(folder)
+        self.controls = self.backend.controls
+        spelled = sorted(filter(None, self.controls), key=len, reverse=True)  # the longest match wins
+        self.control_pattern = re.compile(f"({'|'.join(map(re.escape, spelled))})")
         rows = read_json(folder / CONFIG_FILE).get("vocab_size") if (folder / CONFIG_FILE).exists() else None
         if isinstance(rows, int) and not 0 <= rows - self.vocab_size < MAX_PADDING:
             raise UserError(
@@ -64,11 +68,14 @@ class Tokenizer:
         """The ids of plain text, without bos or eos. Raises UserError for a lone surrogate."""
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """``encode`` of many texts, on all cores."""
+    def encode_batch(self, texts: list[str], after: str = "nothing") -> list[list[int]]:
+        """``encode`` of many texts, on all cores.
+
+        ``after`` is what precedes them: "nothing", a "control" token or more "text". It decides about a dummy space.
+        """
         for text in texts:
             self.check(text)
-        return self.backend.encode_batch(texts)
+        return self.backend.encode_batch(texts, after)
 
     def check(self, text: str) -> None:
         """Raises UserError for a lone surrogate. Warns of bytes that the vocabulary lacks."""
@@ -86,6 +93,11 @@ class Tokenizer:
     def control_id(self, token: str | None) -> int | None:
         """The id of a control token such as "<|im_end|>", or None."""
         return None if token is None else self.backend.controls.get(token)
+
+    def special_text(self, role: str) -> str:
+        """The text of the "bos" or "eos" token, "" without one."""
+        token_id = {"bos": self.bos_id, "eos": self.eos_id}[role]
+        return token_text(self.settings.get(f"{role}_token")) or ("" if token_id is None else self.token(token_id))
 
     def named_id(self, role: str) -> int | None:
         """The id of the "bos", "unk" or "pad" token in tokenizer_config.json, or None."""
@@ -111,17 +123,23 @@ class Tokenizer:
 class JSONBackend:
     """tokenizer.json through the tokenizers library."""
 
-    def __init__(self, folder: Path, settings: dict):
+    def __init__(self, folder: Path, settings: dict, chat_template: str):
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / JSON_FILE))
+            content = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
+            named = {token_text(settings.get(f"{role}_token")) for role in ("bos", "eos")}
+            for token in content["added_tokens"]:  # what ends or separates turns is a control token, whatever it says
+                token["special"] |= token["content"] in named or token["content"] in chat_template
+            self.tokenizer = load_tokenizer(content)
         except Exception as error:  # the library raises nothing more specific
             raise UserError(f"{folder / JSON_FILE} is damaged ({error}); copy it from the weights again") from None
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.tokenizer.encode_special_tokens = True  # as text
+        self.after = {"nothing": self.tokenizer}
+        for after, kept in (("control", ("always", "Prepend")), ("text", ())):
+            other = without_dummy_space(content, kept)
+            self.after[after] = self.tokenizer if other == content else load_tokenizer(other)
         vocab = self.tokenizer.get_vocab(with_added_tokens=True)
         added = self.tokenizer.get_added_tokens_decoder()
         self.controls = {token.content: i for i, token in added.items() if token.special}
+        self.controls |= {name: vocab[name] for name in named if name in vocab}
         # A normalizer that prepends a space does so after each added token too; the Metaspace pre-tokenizer does not.
         self.standalone = {i: t.content for i, t in added.items() if t.special or self.tokenizer.normalizer is not None}
         self.vocab_size = max(vocab.values()) + 1
@@ -136,8 +154,8 @@ class JSONBackend:
         wanted = settings.get("add_bos_token")
         self.bos_id: int | None = bos if (in_front == [bos] if wanted is None else wanted) else None
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode_batch(self, texts: list[str], after: str) -> list[list[int]]:
+        return [encoding.ids for encoding in self.after[after].encode_batch_fast(texts, add_special_tokens=False)]
 
     def token(self, token_id: int) -> str:
         return self.tokenizer.id_to_token(token_id) or ""
@@ -151,7 +169,7 @@ class SentencePieceBackend:
 
     known_bytes = bytes(range(256))  # each has a token, <0x00> to <0xFF>
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, settings: dict):
         try:
             self.processor = SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE))
         except (RuntimeError, OSError):
@@ -159,20 +177,58 @@ class SentencePieceBackend:
                 f"{folder / SENTENCEPIECE_FILE} is not a sentencepiece model; copy it again. For Llama 3 take "
                 f"{JSON_FILE} from the model's Hugging Face repository"
             ) from None
+        self.without_space = ("text",) if settings.get("legacy", True) else ("text", "control")
         self.vocab_size = self.processor.vocab_size()
         self.bos_id, self.eos_id = (i if i >= 0 else None for i in (self.processor.bos_id(), self.processor.eos_id()))
         is_control = [self.processor.is_control(i) or self.processor.is_unknown(i) for i in range(self.vocab_size)]
         self.standalone = {i: self.processor.id_to_piece(i) for i in range(self.vocab_size) if is_control[i]}
         self.controls = {piece: i for i, piece in self.standalone.items()}
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self.processor.encode(texts)
+    def encode_batch(self, texts: list[str], after: str) -> list[list[int]]:
+        if after not in self.without_space:
+            return self.processor.encode(texts)
+        # The dummy space comes before U+E000, whose bytes no token joins with others.
+        n = len(self.processor.encode("\ue000"))
+        return [ids[n:] for ids in self.processor.encode(["\ue000" + text for text in texts])]
 
     def token(self, token_id: int) -> str:
         return self.processor.id_to_piece(token_id)
 
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids)
+
+
+def load_tokenizer(content: dict) -> tokenizers.Tokenizer:
+    """A tokenizer.json as the library's object. It encodes control tokens in a text as their characters."""
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def without_dummy_space(content: Any, kept: tuple[str, ...]) -> Any:
+    """A tokenizer.json that puts no space before a text, unless the rule for it is named in ``kept``.
+
+    The rules: the normalizer Prepend, the pre-tokenizers Metaspace ("always", or "first": not after a control token)
+    and ByteLevel.
+    """
+    if isinstance(content, list):
+        return [without_dummy_space(it, kept) for it in content if not is_prepend(it) or "Prepend" in kept]
+    if not isinstance(content, dict):
+        return content
+    changed = {key: value if key == "model" else without_dummy_space(value, kept) for key, value in content.items()}
+    if is_prepend(changed.get("normalizer")) and "Prepend" not in kept:
+        changed["normalizer"] = None
+    if changed.get("prepend_scheme", "never") not in kept:
+        changed |= {"prepend_scheme": "never"} if "prepend_scheme" in changed else {}
+    if changed.get("type") == "ByteLevel" and not kept:
+        changed["add_prefix_space"] = False
+    return changed
+
+
+def is_prepend(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "Prepend"
 
 
 def token_text(entry: object) -> str | None:
@@ -187,10 +243,12 @@ def read_settings(folder: Path) -> dict:
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """chat_template.jinja or, without it, the template in tokenizer_config.json."""
+    """chat_template.jinja or, without it, the template in tokenizer_config.json: of several, the one named default."""
     path = folder / TEMPLATE_FILE
     template = path.read_text(encoding="utf-8") if path.exists() else read_settings(folder).get("chat_template")
-    return template if isinstance(template, str) else None
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template if isinstance(template, str) and template else None
 
 
 def generation_eos(folder: Path) -> Any:

@@ -43,8 +43,8 @@ def main(
         dtype: The dtype of the weights. Default: as stored, and float32 for GGUF.
         tokenizer: File or folder with the tokenizer. Default: the source folder or the one above it.
         checkpoint_dir: For an adapter: folder of its base.
-        prompt_style: For an adapter: alpaca, chatml, llama2, llama3 or plain. Default: the style of the adapter's or
-            the base's tokenizer.
+        prompt_style: For an adapter: alpaca, plain or template (the base's own). Default: the template in the adapter's
+            folder, or else in the base's.
         max_seq_length: For an adapter: the longest sample of its training, in tokens. Default: 512.
     """
     check_new(out_dir)

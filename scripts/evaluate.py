@@ -26,7 +26,7 @@ from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import check_writable, write_json
 from lit_llama.common.progress import Bar
 from lit_llama.data.batches import IGNORE, TokenizedSample, collate, micro_batches
-from lit_llama.data.prompts import choose_style, encode_prompt
+from lit_llama.data.prompts import encode_prompt, trained_template
 from lit_llama.data.samples import Sample, read_samples
 from lit_llama.data.task import can_be_asked, encode_samples, split_file, tokenize_labels
 from lit_llama.devices.launch import base_dtype, launch, print_rank0, rank
@@ -69,7 +69,7 @@ def main(
         split: The file of a folder: validation, test or train.
         trained_dir: Folder that a finetune script wrote; without it the base alone is evaluated.
         checkpoint_dir: Folder of the base. Default: the one trained on, or the default base.
-        prompt_style: alpaca, chatml, llama2, llama3 or plain. Default: as in training, or the tokenizer's.
+        prompt_style: alpaca, plain or template. Default: as in training, or template if the base has one.
         max_samples: Evaluate only the first samples.
         max_seq_length: For the loss, longer samples are cut. Default: as in training, or 512 tokens.
         batch_size: Prompts answered together. Fewer need less memory.
@@ -120,10 +120,10 @@ def main(
             fabric=fabric if sharded else None,
         )
         print_rank0(f"{loaded.name} on {file}")
-        model, tokenizer, style = loaded.model, loaded.tokenizer, loaded.prompt_style
+        model, tokenizer, template = loaded.model, loaded.tokenizer, loaded.chat_template
         length = max_seq_length or loaded.max_seq_length or (model.max_text_tokens if shots else 512)
         length = min(length, model.max_text_tokens)
-        rows = evaluate_answers(fabric, asked, model, tokenizer, style, length, batch_size, shots > 0)
+        rows = evaluate_answers(fabric, asked, model, tokenizer, template, length, batch_size, shots > 0)
         if dropped := len(samples) - len(rows):
             print_rank0(f"{dropped} samples dropped: no answer within {length} tokens")
     if results is not None and fabric.is_global_zero:
@@ -143,12 +143,12 @@ def add_shots(samples: list[Sample], folder: Path, shots: int, seed: int) -> lis
 
 
 def count_last_answers(
-    samples: list[Sample], encoded: list[TokenizedSample], style: str, tokenizer: Tokenizer
+    samples: list[Sample], encoded: list[TokenizedSample], template: str, tokenizer: Tokenizer
 ) -> tuple[list[Sample], list[TokenizedSample]]:
     """Remove the few-shot answers from the targets. Drop samples whose own answer does not fit."""
     kept = []
     for sample, ids in zip(samples, encoded, strict=True):
-        given = len(encode_prompt(sample.prompt, style, tokenizer)) - 1
+        given = len(encode_prompt(sample.prompt, template, tokenizer)) - 1
         if given < len(ids.ids):
             ids.targets[:given] = array("i", [IGNORE]) * given
             kept.append((sample, ids))
@@ -177,15 +177,15 @@ def evaluate_answers(
     samples: list[Sample],
     model: LLaMA,
     tokenizer: Tokenizer,
-    style: str,
+    template: str,
     length: int,
     batch_size: int,
     only_last: bool,
 ) -> list[tuple]:
     """Print loss, perplexity and exact match. Every rank evaluates its part and returns all results."""
-    kept, encoded = encode_samples(samples, style, tokenizer, length)
+    kept, encoded = encode_samples(samples, template, tokenizer, length)
     if only_last:
-        kept, encoded = count_last_answers(kept, encoded, style, tokenizer)
+        kept, encoded = count_last_answers(kept, encoded, template, tokenizer)
     losses = map_over_ranks(fabric, model, encoded, lambda own: sample_losses(model, own, fabric.device))
     loss = sum(losses) / sum(ids.n_targets for ids in encoded)
     print_rank0(f"{len(kept)} samples")
@@ -194,7 +194,7 @@ def evaluate_answers(
     longest = longest_answer(tokenizer, [kept[i] for i in questions])
 
     def answer(own: list[int]) -> list[str]:
-        return answer_samples(model, tokenizer, style, [kept[i] for i in own], longest, batch_size)
+        return answer_samples(model, tokenizer, template, [kept[i] for i in own], longest, batch_size)
 
     answers = dict(zip(questions, map_over_ranks(fabric, model, questions, answer), strict=True))
     right = {i: is_right(answer, kept[i]) for i, answer in answers.items()}
@@ -217,8 +217,8 @@ def evaluate_labels(
     """Print the accuracy of a classifier, and its loss: the mean of -log p of the right label."""
     classify, method = load_classifier(trained_dir, checkpoint_dir, dtype, fabric.device)
     tokenizer, labels = Tokenizer(checkpoint_dir or method["base"]["checkpoint_dir"]), method["arguments"]["labels"]
-    style = choose_style(method["prompt_style"], tokenizer)
-    encoded = tokenize_labels(samples, style, tokenizer, method["train"]["max_seq_length"], labels)
+    template = trained_template(method, tokenizer)
+    encoded = tokenize_labels(samples, template, tokenizer, method["train"]["max_seq_length"], labels)
     prompts = [sample.ids.tolist() for sample in encoded]
     probabilities = np.array(map_over_ranks(fabric, None, prompts, lambda own: list(classify(own))))
     answers = [sample.targets[-1] for sample in encoded]

@@ -55,8 +55,8 @@ def main(
         out_file: For gguf: .gguf file to write; it must not exist.
         dtype: For hf: dtype of the weights. Default: as stored.
         type: For gguf: type of the matrices. Default: f16. q8_0 is half as large.
-        prompt_style: For hf and gguf: style of the chat template: alpaca, chatml, llama2, llama3 or plain. Default:
-            the style of training, or else the tokenizer's own template.
+        prompt_style: For hf and gguf: the chat template to write, alpaca, plain or template (the base's own). Default:
+            that of training.
         base_model: For peft: hub id or folder of the base in transformers, for AutoPeftModelForCausalLM.
     """
     export = {"hf": export_hf, "gguf": export_gguf, "peft": export_peft}[to]

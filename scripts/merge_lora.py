@@ -21,7 +21,7 @@ from lit_llama.checkpoint import save_checkpoint
 from lit_llama.cli import run, save_settings
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import check_new, save_tensors, whole_folder, write_json
-from lit_llama.data.prompts import write_chat_template
+from lit_llama.data.prompts import trained_template, write_chat_template
 from lit_llama.formats.convert import DTYPES
 from lit_llama.generate.load import load_trained_folder
 from lit_llama.methods.adapter import AdapterAttention
@@ -57,7 +57,7 @@ def main(
     with whole_folder(out_dir) as folder:
         save_checkpoint(folder, config, ((name, tensor.to(DTYPES[dtype])) for name, tensor in merged.items()))
         copy_tokenizer(tokenizer_dir(trained_dir, checkpoint_dir, method), folder)
-        write_chat_template(folder, Tokenizer(folder), method["prompt_style"])
+        write_chat_template(folder, trained_template(method, Tokenizer(folder)))
         save_settings(folder)
     print(f"wrote {out_dir}")
     if method["method"] == "adapter_v2":

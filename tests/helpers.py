@@ -29,6 +29,7 @@ from lit_llama.checkpoint import load_model, save_checkpoint
 from lit_llama.cli import parser_of
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import save_tensors, write_json
+from lit_llama.data.prompts import CHATML
 from lit_llama.methods.lora import TARGETS
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -51,7 +52,7 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(CONTROLS)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "add_bos_token": False}
+    config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "add_bos_token": False, "chat_template": CHATML}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
@@ -81,7 +82,7 @@ def trained_model(base: Path, method: str, **arguments) -> LLaMA:
 def save_trained(base: Path, folder: Path, method: str, **arguments) -> Path:
     """The folder of a trained_model."""
     save_tensors(folder / "trained.safetensors", kept_tensors(trained_model(base, method, **arguments)))
-    about = {"base": describe_base(base), "prompt_style": "chatml", "train": {"max_seq_length": 64}}
+    about = {"base": describe_base(base), "prompt_style": "template", "train": {"max_seq_length": 64}}
     write_json(folder / "method.json", {"method": method, "arguments": arguments, **about})
     return folder
 

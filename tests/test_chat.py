@@ -10,7 +10,7 @@ from helpers import make_base, save_trained
 
 from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError
-from lit_llama.data.prompts import encode_prompt, stop_ids
+from lit_llama.data.prompts import choose_template, encode_prompt, stop_ids
 from lit_llama.generate.chat import MIN_CACHE_SIZE, Chat, converse, edit_lines
 from lit_llama.generate.decode import generate
 from lit_llama.settings import Sampling
@@ -39,8 +39,9 @@ def trained_dirs(base_dir):
     return {method: save_trained(base_dir, base_dir.parent / method, method, **flags) for method, flags in methods}
 
 
-def make_chat(folder, style="chatml", max_new_tokens=8, sampling=None) -> Chat:
-    return Chat(folder, load_model(folder), Tokenizer(folder), style, max_new_tokens, sampling)
+def make_chat(folder, style=None, max_new_tokens=8, sampling=None) -> Chat:
+    tokenizer = Tokenizer(folder)
+    return Chat(folder, load_model(folder), tokenizer, choose_template(style, tokenizer), max_new_tokens, sampling)
 
 
 @pytest.fixture
@@ -58,22 +59,22 @@ def fresh_ids(chat: Chat, text: str) -> list[int]:
     asked.turns = [*chat.turns, {"role": "user", "content": text}]
     model = copy.deepcopy(chat.model)
     prompt = asked.encode(asked.turns)[len(model.virtual_ids) :]
-    return list(generate(model, prompt, chat.max_new_tokens, stop_ids(chat.style, chat.tokenizer)))
+    return list(generate(model, prompt, chat.max_new_tokens, stop_ids(chat.template, chat.tokenizer)))
 
 
 @pytest.mark.parametrize("method", [None, *METHODS_OVER_A_BASE])
-@pytest.mark.parametrize("style", ["chatml", "alpaca", "llama2"])
+@pytest.mark.parametrize("style", ["template", "alpaca"])
 def test_cached_turns_are_answered_as_a_fresh_prompt_is(base_dir, trained_dirs, method, style):
     chat = make_chat(base_dir, style)
     if method:
         chat.load(str(trained_dirs[method]))
-        chat.style = style
+        chat.template = choose_template(style, chat.tokenizer)
     chat.system = "Be brief."
     answers = []
     for text in ("add 1 and 2", "and 3?", "why"):
         fresh = fresh_ids(chat, text)
         answer = say(chat, text)
-        assert chat.turns[-1]["content"].ids == fresh and answer == chat.tokenizer.decode(fresh)
+        assert chat.turns[-1]["ids"] == fresh and answer == chat.tokenizer.decode(fresh)
         answers.append(answer)
     assert len(chat.turns) == 6 and all(answers)
 
@@ -82,10 +83,10 @@ def test_old_turns_are_not_read_again(chat, monkeypatch):
     counts, forward = [], chat.model.hidden_states  # how many tokens each pass reads
     monkeypatch.setattr(chat.model, "hidden_states", lambda idx, *a: (counts.append(idx.size(1)), forward(idx, *a))[1])
     first, second = (
-        len(encode_prompt([{"role": "user", "content": text}], "chatml", chat.tokenizer)) for text in ("a", "bb")
+        len(encode_prompt([{"role": "user", "content": text}], chat.template, chat.tokenizer)) for text in ("a", "bb")
     )
     say(chat, "a")
-    assert counts == [first] + [1] * (len(counts) - 1) and len(chat.turns[-1]["content"].ids) > 1
+    assert counts == [first] + [1] * (len(counts) - 1) and len(chat.turns[-1]["ids"]) > 1
     assert "\ufffd" in chat.turns[-1]["content"]  # encoding the text again would give other ids
     counts.clear()
     say(chat, "bb")
@@ -119,7 +120,7 @@ def test_the_cache_grows_with_the_conversation(tmp_path):
     fresh = fresh_ids(chat, "b" * MIN_CACHE_SIZE)
     say(chat, "b" * MIN_CACHE_SIZE)
     assert chat.model.cache_size == 2 * MIN_CACHE_SIZE
-    assert chat.turns[-1]["content"].ids == fresh
+    assert chat.turns[-1]["ids"] == fresh
 
 
 def test_load_swaps_the_method_and_leaves_the_base_alone(chat, trained_dirs):
@@ -217,10 +218,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat, talk, monkeypatch, n_
     with monkeypatch.context() as patch:
         stop_after(n_tokens, chat, patch)
         assert talk(chat, "first", KeyboardInterrupt()).count("(stopped; /quit or Ctrl-D leaves)") == 2
-    assert [len(turn["content"].ids) for turn in chat.turns[1:]] == ([2] if n_tokens else [])
+    assert [len(turn["ids"]) for turn in chat.turns[1:]] == ([2] if n_tokens else [])
     fresh = fresh_ids(chat, "second")
     say(chat, "second")
-    assert chat.turns[-1]["content"].ids == fresh
+    assert chat.turns[-1]["ids"] == fresh
 
 
 def stop_after(n_tokens: int, chat: Chat, monkeypatch) -> None:

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from chat_templates import TEMPLATES
 from helpers import make_base, sums, write_rows
 
 from lit_llama.common.errors import UserError
 from lit_llama.data.batches import IGNORE, Packing, TokenizedSample, collate, epoch_order, micro_batches, step_indices
-from lit_llama.data.prompts import STYLES, encode_prompt
+from lit_llama.data.prompts import STYLES, choose_template, encode_prompt, style_of
 from lit_llama.data.samples import Sample, read_samples, to_sample
 from lit_llama.data.task import hash_fraction, load_splits, load_task, tokenize_samples
 from lit_llama.tokenizer import Tokenizer
@@ -36,7 +37,8 @@ def answers(encoded: TokenizedSample, tokenizer: Tokenizer) -> str:
 
 def encode_sample(sample: Sample, style: str, tokenizer: Tokenizer, max_seq_length: int) -> TokenizedSample | None:
     """The ids and targets as lists; another sample, which fits three tokens, is encoded at the same time."""
-    _, found = tokenize_samples([Sample("some", [], text="ab"), sample], style, tokenizer, max_seq_length)
+    template = choose_template(style, tokenizer)
+    _, found = tokenize_samples([Sample("some", [], text="ab"), sample], template, tokenizer, max_seq_length)
     return found and replace(found, ids=found.ids.tolist(), targets=found.targets.tolist())
 
 
@@ -149,7 +151,7 @@ def test_summary_counts_what_is_dropped_cut_and_in_both_splits(tmp_path, base):
     write_rows(tmp_path / "data" / "train.json", rows)
     write_rows(tmp_path / "data" / "validation.json", sums(2))
     summary = load_task(tmp_path / "data", base, None, 100).summary
-    assert "6 training samples, 2 for validation, prompt style chatml" in summary
+    assert "6 training samples, 2 for validation, prompt style template" in summary
     assert "1 dropped" in summary and "1 cut" in summary and "2 of validation also in training" in summary
 
 
@@ -162,7 +164,7 @@ def test_held_out_samples_have_a_prompt_and_their_whole_answer(tmp_path, base):
     assert len(task.validation) == 4
     assert [sample.answer for sample in task.held_out] == [row["output"] for row in sums(8)[6:]]
     texts = load_task([{"text": f"line {i}"} for i in range(50)], base, None, 100)
-    assert texts.prompt_style == "plain" and not texts.held_out
+    assert style_of(texts.chat_template) == "plain" and not texts.held_out
 
 
 def test_the_fingerprint_is_that_of_earlier_versions(base):
@@ -175,7 +177,7 @@ def test_the_fingerprint_is_that_of_earlier_versions(base):
 def test_a_row_that_cannot_be_encoded_is_named(tokenizer, bad):
     samples = [sample_of({"text": "a"}), to_sample(bad, "test:2")]
     with pytest.raises(UserError, match="^test:2: "):
-        tokenize_samples(samples, "llama2", tokenizer, 100)
+        tokenize_samples(samples, TEMPLATES["llama2"][0], tokenizer, 100)
 
 
 # masking
@@ -183,7 +185,7 @@ def test_a_row_that_cannot_be_encoded_is_named(tokenizer, bad):
 
 def test_unmasked_ids_decode_to_the_answers_and_their_ends(tokenizer):
     end = "<|im_end|>"  # the tiny tokenizer's EOS and chatml's end of turn
-    for style in set(STYLES) - {"llama3"}:  # the tiny tokenizer has none of its control tokens
+    for style in STYLES:
         single = encode_sample(sample_of({"instruction": "a", "input": "b", "output": " c\n"}), style, tokenizer, 512)
         assert answers(single, tokenizer) == f" c\n{end}"
         several = encode_sample(sample_of({"messages": CONVERSATION}), style, tokenizer, 512)
@@ -192,20 +194,9 @@ def test_unmasked_ids_decode_to_the_answers_and_their_ends(tokenizer):
         assert all(target in (IGNORE, following) for target, following in shifted)
 
 
-def test_llama2_loses_no_system_message(tokenizer):
-    system, user, answer = CONVERSATION[:3]
-    for messages in ([system, answer], [system, system, user, answer], [user, system, answer]):
-        sample = sample_of({"messages": messages})
-        with pytest.raises(UserError, match="test:1: llama2 needs a user's turn"):
-            encode_sample(sample, "llama2", tokenizer, 512)
-        assert encode_sample(sample, "chatml", tokenizer, 512) is not None
-    whole = encode_sample(sample_of({"messages": [user, answer, system, user, answer]}), "llama2", tokenizer, 512)
-    assert "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\none [/INST]" in tokenizer.decode(whole.ids)
-
-
 def test_chatml_and_control_tokens_in_user_text(tokenizer):
     messages = [CONVERSATION[0], {"role": "user", "content": "<|im_end|>"}]
-    ids = encode_prompt(messages, "chatml", tokenizer)
+    ids = encode_prompt(messages, choose_template(None, tokenizer), tokenizer)
     assert ids.count(tokenizer.control_id("<|im_end|>")) == 2
     system, user = "<|im_start|>system\nBe brief.<|im_end|>\n", "<|im_start|>user\n<|im_end|><|im_end|>\n"
     assert tokenizer.decode(ids) == system + user + "<|im_start|>assistant\n"

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from lit_llama.checkpoint import load_config, load_model
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import read_json, write_json
-from lit_llama.data.prompts import encode_prompt
+from lit_llama.data.prompts import CHATML, encode_prompt
 from lit_llama.formats import export
 from lit_llama.formats.convert import convert_hf
 from lit_llama.formats.export import export_hf
@@ -123,7 +123,7 @@ def test_a_fully_finetuned_folder_has_the_template_it_was_trained_with(tmp_path)
     export_hf(base, tmp_path / "hf")
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), Tokenizer(base)
     found = theirs.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
-    assert found == encode_prompt(TALK, "chatml", ours)
+    assert found == encode_prompt(TALK, CHATML, ours)
 
 
 @pytest.mark.parametrize("method", ["lora", "adapter_v2"])

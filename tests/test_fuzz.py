@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError
 from lit_llama.data.batches import IGNORE
-from lit_llama.data.prompts import END_OF_TURN, EOS, STYLES, encode_control, encode_prompt
+from lit_llama.data.prompts import STYLES, choose_template, encode_prompt, end_of_answer
 from lit_llama.data.samples import SUFFIXES, Sample, read_samples, to_sample
 from lit_llama.data.task import tokenize_samples
 from lit_llama.generate.load import load_trained_folder
@@ -91,7 +91,7 @@ def test_json_and_csv_bring_back_what_was_written(content, as_csv):
 
 @fuzz
 @given(
-    st.sampled_from(sorted(set(STYLES) - {"llama3"})),  # this tokenizer has none of its control tokens
+    st.sampled_from(STYLES),
     st.lists(st.tuples(spelled, spelled), min_size=1, max_size=3),
     st.one_of(st.none(), spelled),
     st.integers(3, 300),
@@ -101,20 +101,21 @@ def test_targets_are_the_answers_and_their_ends(tokenizer, style, turns, system,
     for question, answer in turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     sample = to_sample({"messages": messages}, "here")
-    end = encode_control(END_OF_TURN.get(style, EOS), tokenizer)
+    template = choose_template(style, tokenizer)
+    end = [end_of_answer(template, tokenizer)]
     answers = [tokenizer.encode(answer) + end for _, answer in turns]
     expected = sum(answers, [])
-    if not encode_prompt(messages[: 1 + (system is not None)], style, tokenizer):
+    if not encode_prompt(messages[: 1 + (system is not None)], template, tokenizer):
         expected = expected[1:]  # what nothing precedes cannot be predicted
     others = [to_sample({"text": "ab"}, "here")] * 2  # encoded at the same time, and trained on at any length
-    _, whole, _ = tokenize_samples([others[0], sample, others[1]], style, tokenizer, 10**6)
+    _, whole, _ = tokenize_samples([others[0], sample, others[1]], template, tokenizer, 10**6)
     if len(expected) < 2:  # a single, empty answer teaches nothing
         assert whole is None
     else:
         assert [target for target in whole.targets if target != IGNORE] == expected
-        prompt = encode_prompt(messages[:-1], style, tokenizer)
+        prompt = encode_prompt(messages[:-1], template, tokenizer)
         assert whole.ids[: len(prompt)].tolist() == prompt  # what generation asks is what training masks
-    _, cut, _ = tokenize_samples([others[0], sample, others[1]], style, tokenizer, max_seq_length)
+    _, cut, _ = tokenize_samples([others[0], sample, others[1]], template, tokenizer, max_seq_length)
     if cut is not None:
         trained = [target for target in cut.targets if target != IGNORE]
         assert len(cut.ids) < max_seq_length and trained[-1:] == end

@@ -6,6 +6,7 @@ from helpers import make_base, tiny_model, tuned
 
 from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError
+from lit_llama.data.prompts import CHATML
 from lit_llama.data.samples import Sample
 from lit_llama.generate.decode import Sampling, generate, generate_batch, next_token
 from lit_llama.generate.stream import stream_text
@@ -38,7 +39,7 @@ def test_answers_to_samples_do_not_depend_on_the_batch_size_in_float32(tmp_path)
     model, tokenizer = load_model(base), Tokenizer(base)
     texts = [chr(97 + i) * (1 + 37 * i % 57) for i in range(11)]  # next to the longest, 24 tokens do not fit
     samples = [Sample("", [{"role": "user", "content": text}, {"role": "assistant", "content": ""}]) for text in texts]
-    alone, *batched = (answer_samples(model, tokenizer, "chatml", samples, 24, size) for size in (1, 3, 8, 11))
+    alone, *batched = (answer_samples(model, tokenizer, CHATML, samples, 24, size) for size in (1, 3, 8, 11))
     assert all(answers == alone for answers in batched)
     assert len({len(answer) for answer in alone}) > 1
 

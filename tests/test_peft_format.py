@@ -104,7 +104,7 @@ def test_import(tmp_path, case, shape):
     import_peft(tmp_path / "peft", base, tmp_path / "ours", max_seq_length=99)
     model, method = load_trained_folder(tmp_path / "ours")
     same_logits(model, theirs, base)
-    assert (method["prompt_style"], method["train"]["max_seq_length"]) == ("chatml", 99)
+    assert (method["prompt_style"], method["train"]["max_seq_length"]) == ("template", 99)
 
     export_peft(tmp_path / "ours", tmp_path / "again", base_model="owner/name")
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "again"))

@@ -175,7 +175,7 @@ def test_metrics_hold_every_step_and_the_best_is_kept(fabric, folder, task, tmp_
     assert validate(fabric, model, task.validation, 1024) == pytest.approx(best, rel=1e-5)
     assert method == read_json(tmp_path / "method.json")
     assert method["method"] == "adapter" and method["trained_parameters"] == 2 * (4 * 32 + 4)
-    assert method["base"]["name"] == "tiny" and method["prompt_style"] == "chatml"
+    assert method["base"]["name"] == "tiny" and method["prompt_style"] == "template"
 
 
 def test_a_new_figure_becomes_a_column(folder, tmp_path, monkeypatch):

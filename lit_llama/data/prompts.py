@@ -1,28 +1,208 @@
-"""Prompt styles: how messages become the text that a model was trained on.
+"""Prompts: how messages become token ids, by the chat template of the base.
 
-A style turns messages into pieces, each encoded on its own, so the border between prompt and answer is always a border
-between tokens. Only a style makes control tokens; what users write is text even if it spells one.
+A chat template is a Jinja program that writes messages as one text. Rendered with a placeholder for each message's
+content, it shows which parts of the text are its own. Only there are control tokens read, so what users write never
+becomes one. What follows an answer, up to the first control token, ends the answer and is trained with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import json
+import re
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import write_json
-from lit_llama.data.chat_templates import ALPACA_INTRO, style_of, template_of
 from lit_llama.tokenizer import SETTINGS_FILE, TEMPLATE_FILE, Tokenizer, read_settings
 
+Message = dict  # {"role": "system" | "user" | "assistant", "content": str}; in an Alpaca record also "input"
 
-class Control(str):
-    """A control token, such as <|im_end|>: a single id."""
+STYLES = ("alpaca", "plain", "template")
+
+BOS_LINE = "{{- bos_token }}\n"
+
+# As in Stanford Alpaca, for bases without a template. "{{-" and "{%-" remove the whitespace in front.
+ALPACA = r"""
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message['role'] == 'assistant' %}
+        {{- message['content'] + eos_token }}
+    {%- elif message['role'] == 'system' %}
+        {{- message['content'] + '\n\n' }}
+    {%- else %}
+        {{- 'Below is an instruction that describes a task' }}
+        {{- ', paired with an input that provides further context' if message['input'] }}
+        {{- '. Write a response that appropriately completes the request.\n\n' }}
+        {{- '### Instruction:\n' + message['content'] + '\n\n' }}
+        {{- '### Input:\n' + message['input'] + '\n\n' if message['input'] }}
+        {{- '### Response:\n' }}
+    {%- endif %}
+{%- endfor %}
+""".strip()
+
+# Nothing between prompt and answer: the model continues a text.
+PLAIN = r"""
+{{- bos_token }}
+{%- for message in messages %}
+    {{- message['content'] + (eos_token if message['role'] == 'assistant' else '') }}
+{%- endfor %}
+""".strip()
+
+# The style "chatml" of earlier versions.
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
-BOS, EOS = Control("bos"), Control("eos")  # whichever the tokenizer has
+def choose_template(style: str | None, tokenizer: Tokenizer) -> str:
+    """The chat template of a style: by default the tokenizer's own, or else alpaca.
 
-Message = dict  # {"role": "system" | "user" | "assistant", "content": str}, "input" too in an Alpaca record
-Piece = tuple[str, bool]  # text or Control, and whether it is trained on
+    Raises UserError if there is no such style or template, or if the template does not fit the tokenizer.
+    """
+    if style is None:
+        style = "template" if tokenizer.chat_template else "alpaca"
+    if style not in STYLES:
+        raise UserError(f"--prompt_style {style!r} is none of {', '.join(STYLES)}")
+    if style == "template" and not tokenizer.chat_template:
+        raise UserError("the base has no chat template; pass --prompt_style alpaca or plain")
+    template = {"alpaca": ALPACA, "plain": PLAIN, "template": tokenizer.chat_template or ""}[style]
+    if style != "template" and tokenizer.bos_id is None:
+        template = template.removeprefix(BOS_LINE)
+    end_of_answer(template, tokenizer)
+    return template
+
+
+def style_of(template: str) -> str:
+    """The style that a template belongs to, for messages."""
+    with_bos = BOS_LINE + template.removeprefix(BOS_LINE)
+    return {ALPACA: "alpaca", PLAIN: "plain"}.get(with_bos, "template")
+
+
+def trained_template(method: dict, tokenizer: Tokenizer) -> str:
+    """The template that a method.json was trained with; that of a base if it is empty."""
+    style = method.get("prompt_style")
+    if template := method.get("chat_template") or {"chatml": CHATML}.get(style or ""):
+        end_of_answer(template, tokenizer)
+        return template
+    if style in ("llama2", "llama3"):
+        raise UserError(f"the prompt style {style} of earlier versions is gone; train again with the base's template")
+    return choose_template(style, tokenizer)
+
+
+def write_chat_template(folder: Path, template: str) -> None:
+    """Write a template into the tokenizer's settings in ``folder``, so that readers ask as in training."""
+    write_json(folder / SETTINGS_FILE, read_settings(folder) | {"chat_template": template})
+    (folder / TEMPLATE_FILE).unlink(missing_ok=True)  # transformers would read it first
+
+
+# ---------------------------------------------------------------------------------------------- rendering
+
+
+class Generation(Extension):
+    """{% generation %} ... {% endgeneration %}, which marks answers for transformers; here it changes nothing."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+
+def raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """JSON as transformers writes it: Jinja's own filter escapes HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+ENVIRONMENT = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols], cache_size=0
+)
+ENVIRONMENT.filters["tojson"] = tojson
+ENVIRONMENT.globals |= {
+    "raise_exception": raise_exception,
+    "strftime_now": lambda form: datetime.now().strftime(form),
+}
+compiled = lru_cache(maxsize=16)(ENVIRONMENT.from_string)
+
+
+def render(template: str, messages: list[Message], tokenizer: Tokenizer) -> str:
+    """The text that a template makes of the messages, with the opening of an answer unless the last is one."""
+    try:
+        return compiled(template).render(
+            messages=messages,
+            add_generation_prompt=messages[-1]["role"] != "assistant",
+            bos_token=tokenizer.special_text("bos"),
+            eos_token=tokenizer.special_text("eos"),
+        )
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses this: {error}") from None
+    except (TypeError, KeyError, AttributeError, ValueError, IndexError) as error:
+        raise UserError(f"the chat template fails ({error}); pass --prompt_style alpaca or plain") from None
+
+
+# ---------------------------------------------------------------------------------------------- layout
+
+# A field's place in a rendered text. The blanks show whether the template strips the field.
+PLACE = "\u2003\ue000{}\ue001\u2003"
+FOUND = re.compile("(\u2003?)\ue000(\\d+)([ci])\ue001(\u2003?)")
+
+
+class Field(NamedTuple):
+    """Where a template puts a message's content ("c") or input ("i"), and which sides of it are stripped."""
+
+    message: int
+    key: str
+    strips: tuple[bool, bool]
+
+    def text(self, messages: list[Message]) -> str:
+        text = messages[self.message]["content" if self.key == "c" else "input"]
+        text = text.lstrip() if self.strips[0] else text
+        return text.rstrip() if self.strips[1] else text
+
+
+Shape = tuple[tuple[str, bool], ...]  # of messages: each one's role, and whether it has an input of its own
+Layout = tuple["str | Field", ...]  # the template's own texts, with a field between two of them
+
+
+@lru_cache(maxsize=1024)
+def layout(template: str, shape: Shape, tokenizer: Tokenizer) -> Layout:
+    """What a template makes of messages with this shape: its texts and the fields between them.
+
+    Raises UserError if the template does not write every field once, unchanged or stripped.
+    """
+    marked = [
+        {"role": role, "content": PLACE.format(f"{i}c")} | ({"input": PLACE.format(f"{i}i")} if has_input else {})
+        for i, (role, has_input) in enumerate(shape)
+    ]
+    parts: list[str | Field] = []
+    text, end = render(template, marked, tokenizer), 0
+    for match in FOUND.finditer(text):
+        parts.append(text[end : match.start()])
+        parts.append(Field(int(match[2]), match[3], (not match[1], not match[4])))
+        end = match.end()
+    places = sorted(part[:2] for part in parts if isinstance(part, Field))
+    wanted = [(i, key) for i, (_, has_input) in enumerate(shape) for key in ("ci" if has_input else "c")]
+    if places != wanted:
+        i, key = next(place for place in wanted if places.count(place) != 1)
+        raise UserError(
+            f"the chat template does not write the {shape[i][0]} message {i + 1} of {len(shape)} once, as it is; "
+            "leave it out, or pass --prompt_style alpaca or plain"
+        )
+    return (*parts, text[end:])
 
 
 def user_text(message: Message) -> str:
@@ -30,161 +210,153 @@ def user_text(message: Message) -> str:
     return "\n\n".join(filter(None, [message["content"], message.get("input")]))
 
 
-def chatml(messages: list[Message]) -> Iterator[Piece]:
-    """<|im_start|>user\\n...<|im_end|>\\n: SmolLM2 and others (https://huggingface.co/HuggingFaceTB)."""
-    for message in messages:
-        answer = message["role"] == "assistant"
-        yield Control("<|im_start|>"), False
-        if answer:
-            yield "assistant\n", False
-            yield message["content"], True
-        else:
-            yield f"{message['role']}\n{user_text(message)}", False
-        yield Control("<|im_end|>"), answer
-        yield "\n", False
-    if messages[-1]["role"] != "assistant":
-        yield Control("<|im_start|>"), False
-        yield "assistant\n", False
+def for_template(messages: list[Message], template: str) -> list[Message]:
+    """Role and content of each message. Its input becomes part of the content, unless the template reads it."""
+    if "message['input']" in template:
+        return [{key: message.get(key, "") for key in ("role", "content", "input")} for message in messages]
+    return [{"role": message["role"], "content": user_text(message)} for message in messages]
 
 
-def llama3(messages: list[Message]) -> Iterator[Piece]:
-    """<|start_header_id|>user<|end_header_id|>\\n\\n...<|eot_id|>: Llama 3's instruct models."""
-    yield BOS, False
-    unanswered = [] if messages[-1]["role"] == "assistant" else [{"role": "assistant", "content": None}]
-    for message in [*messages, *unanswered]:
-        answer = message["role"] == "assistant"
-        yield Control("<|start_header_id|>"), False
-        yield message["role"], False
-        yield Control("<|end_header_id|>"), False
-        if answer:
-            yield "\n\n", False
-        if message["content"] is not None:
-            yield message["content"] if answer else f"\n\n{user_text(message)}", answer
-            yield Control("<|eot_id|>"), answer
+def shape_of(messages: list[Message]) -> Shape:
+    return tuple((message["role"], bool(message.get("input"))) for message in messages)
 
 
-def llama2(messages: list[Message]) -> Iterator[Piece]:
-    """[INST] ... [/INST] answer </s>: Llama 2's chat models. A system message becomes part of the next user's turn."""
-    system = ""
-    for message in messages:
-        if system and message["role"] != "user":
-            break
-        if message["role"] == "system":
-            system = f"<<SYS>>\n{message['content']}\n<</SYS>>\n\n"
-        elif message["role"] == "user":
-            yield BOS, False
-            yield f"[INST] {system}{user_text(message)} [/INST]", False
-            system = ""
-        else:
-            yield message["content"], True
-            yield EOS, True
-    if system:
-        raise UserError("llama2 needs a user's turn after every system message")
+@lru_cache(maxsize=1024)
+def answer_opening(template: str, shape: Shape, tokenizer: Tokenizer) -> tuple[str, str]:
+    """The end of a prompt of this shape, and what separates it from the answer: a space with Llama 2, else "".
 
-
-ALPACA_PAIRED = ", paired with an input that provides further context"
-
-
-def alpaca(messages: list[Message]) -> Iterator[Piece]:
-    """### Instruction: ... ### Response: as in Stanford Alpaca, for bases without a chat format of their own."""
-
-    def text(message: Message) -> str:
-        if message["role"] == "system":
-            return f"{message['content']}\n\n"
-        given = f"### Input:\n{message['input']}\n\n" if message.get("input") else ""
-        intro = ALPACA_INTRO.format(paired=ALPACA_PAIRED if given else "")
-        return f"{intro}\n\n### Instruction:\n{message['content']}\n\n{given}### Response:\n"
-
-    return plain(messages, text)
-
-
-def plain(messages: list[Message], text: Callable[[Message], str] = user_text) -> Iterator[Piece]:
-    """The texts as they are: the model continues a prompt, with nothing between prompt and answer."""
-    yield BOS, False
-    for message in messages:
-        if message["role"] == "assistant":
-            yield message["content"], True
-            yield EOS, True
-        else:
-            yield text(message), False
-
-
-STYLES: dict[str, Callable[[list[Message]], Iterator[Piece]]] = {
-    style.__name__: style for style in (alpaca, chatml, llama2, llama3, plain)
-}
-END_OF_TURN = {"chatml": Control("<|im_end|>"), "llama3": Control("<|eot_id|>")}  # EOS in the other styles
-
-
-def choose_style(name: str | None, tokenizer: Tokenizer) -> str:
-    """Check the name of a style, or choose the tokenizer's own if it is None.
-
-    Raises UserError if there is no such style, or the tokenizer lacks its control tokens.
+    Raises UserError if a prompt ends otherwise than the text before an answer.
     """
-    name = name or default_style(tokenizer)
-    if name not in STYLES:
-        raise UserError(f"prompt_style {name!r} is none of {', '.join(STYLES)}")
-    encode_control(END_OF_TURN.get(name, EOS), tokenizer)
-    return name
+    answered = layout(template, (*shape, ("assistant", False)), tokenizer)
+    place = next(i for i, part in enumerate(answered) if isinstance(part, Field) and part.message == len(shape))
+    before, prompt = str(answered[place - 1]), str(layout(template, shape, tokenizer)[-1]) if shape else ""
+    if not before.startswith(prompt):
+        raise UserError(
+            f"the chat template ends a prompt with {prompt[-40:]!r}, but has {before[-40:]!r} before an answer; "
+            "pass --prompt_style alpaca or plain"
+        )
+    rest = before.removeprefix(prompt)
+    return (prompt, rest) if rest.isspace() else (before, "")  # some templates ignore add_generation_prompt
 
 
-def default_style(tokenizer: Tokenizer) -> str:
-    """The style of the tokenizer's template if we wrote it, else what its control tokens suggest, else alpaca."""
-    if style := style_of(tokenizer.chat_template):
-        return style
-    if tokenizer.control_id("<|im_start|>") is not None:
-        return "chatml"
-    if tokenizer.control_id("<|start_header_id|>") is not None:
-        return "llama3"
-    return "llama2" if "[INST]" in (tokenizer.chat_template or "") else "alpaca"
+def check_rendering(parts: Layout, messages: list[Message], template: str, tokenizer: Tokenizer) -> None:
+    """Raises UserError if the template makes anything else of these messages than of placeholders."""
+    expected = "".join(part.text(messages) if isinstance(part, Field) else part for part in parts)
+    if render(template, messages, tokenizer) != expected:
+        raise UserError(
+            "the chat template changes the text of a message, here one of "
+            f"{', '.join(repr(message['content'][:30]) for message in messages)}; pass --prompt_style alpaca or plain"
+        )
 
 
-def chat_template(tokenizer: Tokenizer, style: str | None) -> str | None:
-    """The template of a style, or the tokenizer's own if the style is None (None if it has none)."""
-    if style is None:
-        return tokenizer.chat_template
-    return template_of(choose_style(style, tokenizer), tokenizer.bos_id is not None)
+# ---------------------------------------------------------------------------------------------- pieces
 
 
-def write_chat_template(folder: Path, tokenizer: Tokenizer, style: str | None) -> None:
-    """Write ``chat_template`` into the tokenizer's settings in ``folder``, so that readers ask in this style."""
-    template = chat_template(tokenizer, style)
-    if template is not None:
-        write_json(folder / SETTINGS_FILE, read_settings(folder) | {"chat_template": template})
-        (folder / TEMPLATE_FILE).unlink(missing_ok=True)  # transformers would read it first
+class Control(str):
+    """A control token, such as <|im_end|>: a single id."""
 
 
-def encode_control(token: Control, tokenizer: Tokenizer) -> list[int]:
-    """The id of a control token; no id for BOS if the tokenizer uses none. Raises UserError if the token is missing."""
-    if token is BOS:
-        return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    token_id = tokenizer.eos_id if token is EOS else tokenizer.control_id(token)
-    if token_id is None:
-        raise UserError(f"the tokenizer has no control token {token}; choose another prompt_style of {list(STYLES)}")
-    return [token_id]
+class Piece(NamedTuple):
+    """A part of a prompt that is encoded by itself: a Control, a text, or an answer whose ids are known."""
+
+    text: str
+    trains: bool
+    ids: list[int] | None = None
 
 
-def encode_pieces(rows: Iterable[Iterable[Piece]], tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
-    """The token ids of each row, and for each id whether it is trained on. All texts are encoded at once."""
-    rows = [list(row) for row in rows]
-    texts = list(dict.fromkeys(piece for row in rows for piece, _ in row if not isinstance(piece, Control)))
-    ids_of = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+def pieces(messages: list[Message], template: str, tokenizer: Tokenizer) -> Iterator[Piece]:
+    """The parts of a conversation; without an answer at its end, up to where the answer begins.
+
+    A message with "weight" 0 is not trained on; "ids" are those of its content. Raises UserError if the template
+    refuses the messages or changes a text.
+    """
+    given = for_template(messages, template)
+    shape = shape_of(given)
+    parts = layout(template, shape, tokenizer)
+    check_rendering(parts, given, template, tokenizer)
+    if shape[-1][0] != "assistant":
+        parts = (*parts[:-1], answer_opening(template, shape, tokenizer)[0])
+    text, ids, trains, answers = "", None, False, False
+    for part, following in zip(parts, (*parts[1:], ""), strict=True):
+        if isinstance(part, Field):
+            text += part.text(given)
+            continue
+        answer = following.message if isinstance(following, Field) else None
+        if answer is not None and shape[answer][0] != "assistant":
+            answer = None
+        blank = "" if answer is None else answer_opening(template, shape[:answer], tokenizer)[1]
+        for token in tokenizer.control_pattern.split(part.removesuffix(blank)):
+            if token not in tokenizer.controls:
+                text += token
+                continue
+            if text or ids:
+                yield Piece(text, trains, ids)
+            yield Piece(Control(token), trains)
+            text, ids, trains, answers = "", None, False, False
+        if answers:
+            raise UserError(
+                "the chat template ends no answer with a control token; pass --prompt_style alpaca or plain"
+            )
+        if answer is not None:
+            if text:
+                yield Piece(text, False)
+            message = messages[answer]
+            text, ids, trains, answers = blank, message.get("ids"), message.get("weight") != 0, True
+    if text:
+        yield Piece(text, False)
+
+
+def encode_pieces(
+    rows: Iterable[Iterable[Piece]], template: str, tokenizer: Tokenizer
+) -> list[tuple[list[int], list[bool]]]:
+    """The token ids of each row, and for each id whether it is trained on. All texts are encoded at once.
+
+    A text is encoded as transformers does behind what precedes it: nothing, a control token, or more text.
+    """
+    places = [[*zip(row, preceding(row, template), strict=True)] for row in map(list, rows)]
+    ids_of: dict[tuple[str, str], list[int]] = {}
+    for after in ("nothing", "control", "text"):
+        texts = list(dict.fromkeys(piece.text for row in places for piece, place in row if place == after))
+        ids_of |= {(after, text): ids for text, ids in zip(texts, tokenizer.encode_batch(texts, after), strict=True)}
     encoded = []
-    for row in rows:
+    for row in places:
         ids: list[int] = []
         trains: list[bool] = []
-        for piece, train in row:
-            new = encode_control(piece, tokenizer) if isinstance(piece, Control) else ids_of[piece]
+        for piece, after in row:
+            new = piece.ids or ([tokenizer.controls[piece.text]] if after == "" else ids_of[after, piece.text])
             ids += new
-            trains += [train] * len(new)
+            trains += [piece.trains] * len(new)
         encoded.append((ids, trains))
     return encoded
 
 
-def encode_prompt(messages: list[Message], style: str, tokenizer: Tokenizer) -> list[int]:
-    """Token ids up to where the model's answer begins."""
-    return encode_pieces([STYLES[style](messages)], tokenizer)[0][0]
+def preceding(row: list[Piece], template: str) -> Iterator[str]:
+    """For each piece, what its text follows: "nothing", "control" or "text"; "" for a control token.
+
+    With plain, the text after the beginning-of-sequence token is encoded as in pretraining: as at the beginning.
+    """
+    after = "nothing"
+    for i, piece in enumerate(row):
+        is_control = isinstance(piece.text, Control)
+        yield "" if is_control else after
+        after = "text" if not is_control else "nothing" if i == 0 and style_of(template) == "plain" else "control"
 
 
-def stop_ids(style: str, tokenizer: Tokenizer) -> set[int]:
+def encode_prompt(messages: list[Message], template: str, tokenizer: Tokenizer) -> list[int]:
+    """Token ids up to where the model's answer begins; of the whole conversation if it ends with an answer."""
+    return encode_pieces([pieces(messages, template, tokenizer)], template, tokenizer)[0][0]
+
+
+@lru_cache(maxsize=64)
+def end_of_answer(template: str, tokenizer: Tokenizer) -> int:
+    """The id of the control token that ends an answer. Raises UserError if there is none."""
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ends = [
+        piece.text for piece in pieces(talk, template, tokenizer) if piece.trains and isinstance(piece.text, Control)
+    ]
+    return tokenizer.controls[ends[0]]
+
+
+def stop_ids(template: str, tokenizer: Tokenizer) -> set[int]:
     """The ids that end an answer."""
-    return {tokenizer.eos_id, *encode_control(END_OF_TURN.get(style, EOS), tokenizer)}
+    return {tokenizer.eos_id, end_of_answer(template, tokenizer)}

@@ -13,7 +13,7 @@ from pathlib import Path
 from lit_llama.checkpoint import load_config
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.data.batches import IGNORE, TokenizedSample
-from lit_llama.data.prompts import BOS, END_OF_TURN, EOS, STYLES, Piece, choose_style, encode_control, encode_pieces
+from lit_llama.data.prompts import Control, Piece, choose_template, encode_pieces, end_of_answer, pieces, style_of
 from lit_llama.data.samples import SUFFIXES, Sample, Samples, read_samples
 from lit_llama.tokenizer import Tokenizer
 
@@ -90,7 +90,7 @@ def hash_fraction(key: str) -> float:
 
 
 def tokenize_samples(
-    samples: Iterable[Sample], style: str, tokenizer: Tokenizer, max_seq_length: int
+    samples: Iterable[Sample], template: str, tokenizer: Tokenizer, max_seq_length: int
 ) -> list[TokenizedSample | None]:
     """Token ids with only the answers as targets; None for a sample with no part of an answer to learn.
 
@@ -98,17 +98,19 @@ def tokenize_samples(
     sees one never learns to stop. Raises UserError if no sample has an answer.
     """
 
-    def pieces(sample: Sample) -> Iterable[Piece]:
-        text = [(BOS, False), (sample.text or "", True), (EOS, True)]
-        return STYLES[style](sample.messages) if sample.messages else text
+    def text_pieces(text: str) -> list[Piece]:
+        bos = [] if tokenizer.bos_id is None else [Piece(Control(tokenizer.token(tokenizer.bos_id)), False)]
+        return [*bos, Piece(text, True), Piece(Control(tokenizer.token(tokenizer.eos_id)), True)]
+
+    def pieces_of(sample: Sample) -> Iterable[Piece]:
+        return pieces(sample.messages, template, tokenizer) if sample.messages else text_pieces(sample.text or "")
 
     tokenized: list[TokenizedSample | None] = []
-    for sample, ids, trains in encode_in_batches(samples, pieces, tokenizer):
+    for sample, ids, trains in encode_in_batches(samples, pieces_of, template, tokenizer):
         drop_untrained_end(ids, trains)
         cut = len(ids) > max_seq_length
         if cut and trains[max_seq_length - 1]:
-            end = END_OF_TURN.get(style, EOS) if sample.messages else EOS
-            ids[max_seq_length - 1 :] = encode_control(end, tokenizer)
+            ids[max_seq_length - 1 :] = [end_of_answer(template, tokenizer) if sample.messages else tokenizer.eos_id]
             trains[max_seq_length - 1 :] = [trains[max_seq_length - 2]]  # no end directly after a prompt
         ids, trains = ids[:max_seq_length], trains[:max_seq_length]
         drop_untrained_end(ids, trains)
@@ -124,21 +126,21 @@ def tokenize_samples(
 
 
 def tokenize_labels(
-    samples: Iterable[Sample], style: str, tokenizer: Tokenizer, max_seq_length: int, labels: list[str]
+    samples: Iterable[Sample], template: str, tokenizer: Tokenizer, max_seq_length: int, labels: list[str]
 ) -> list[TokenizedSample]:
     """Each sample's prompt, with the number of its label as the target of the last token, for a classifier's head.
 
     A prompt that is too long loses its beginning. Raises UserError if a sample has no prompt or none of the labels.
     """
 
-    def pieces(sample: Sample) -> Iterable[Piece]:
+    def pieces_of(sample: Sample) -> Iterable[Piece]:
         if sample.label not in labels:
             found = "no label" if sample.label is None else f"the label {sample.label!r}, which training never shows"
             raise UserError(f"a classifier needs rows with one of its labels; this one has {found}")
-        return STYLES[style](sample.prompt)
+        return pieces(sample.prompt, template, tokenizer)
 
     tokenized = []
-    for sample, ids, _ in encode_in_batches(samples, pieces, tokenizer):
+    for sample, ids, _ in encode_in_batches(samples, pieces_of, template, tokenizer):
         ids = ids[-max_seq_length:]
         if not ids:
             raise UserError(f"{sample.where}: the text is empty, there is nothing to classify")
@@ -148,17 +150,21 @@ def tokenize_labels(
 
 
 def encode_in_batches(
-    samples: Iterable[Sample], pieces: Callable[[Sample], Iterable[Piece]], tokenizer: Tokenizer, size: int = 1000
+    samples: Iterable[Sample],
+    pieces_of: Callable[[Sample], Iterable[Piece]],
+    template: str,
+    tokenizer: Tokenizer,
+    size: int = 1000,
 ) -> Iterator[tuple[Sample, list[int], list[bool]]]:
     """Each sample with its token ids, and for each id whether it is trained on. UserErrors name the sample."""
     samples = iter(samples)
     while batch := list(islice(samples, size)):
         try:
-            encoded = encode_pieces(map(pieces, batch), tokenizer)
+            encoded = encode_pieces(map(pieces_of, batch), template, tokenizer)
         except UserError as error:
             if len(batch) == 1:
                 raise UserError(f"{batch[0].where}: {error}") from None
-            yield from encode_in_batches(batch, pieces, tokenizer, size=1)  # finds the sample
+            yield from encode_in_batches(batch, pieces_of, template, tokenizer, size=1)  # finds the sample
             continue
         for sample, (ids, trains) in zip(batch, encoded, strict=True):
             yield sample, ids, trains
@@ -171,10 +177,10 @@ def drop_untrained_end(ids: list[int], trains: list[bool]) -> None:
 
 
 def encode_samples(
-    samples: list[Sample], style: str, tokenizer: Tokenizer, max_seq_length: int
+    samples: list[Sample], template: str, tokenizer: Tokenizer, max_seq_length: int
 ) -> tuple[list[Sample], list[TokenizedSample]]:
     """The samples that have something to learn within ``max_seq_length``, and their ids."""
-    tokenized = tokenize_samples(samples, style, tokenizer, max_seq_length)
+    tokenized = tokenize_samples(samples, template, tokenizer, max_seq_length)
     kept = [sample for sample, ids in zip(samples, tokenized, strict=True) if ids is not None]
     return kept, [ids for ids in tokenized if ids is not None]
 
@@ -193,7 +199,7 @@ class Task:
 
     data: str
     tokenizer: Tokenizer
-    prompt_style: str
+    chat_template: str
     train: list[TokenizedSample]
     validation: list[TokenizedSample]
     held_out: list[Sample]
@@ -233,18 +239,19 @@ def load_task(
     name = "rows" if isinstance(data, list) else str(data)
     train, validation = load_splits(data)
     only_texts = not any(sample.messages for split in (validation, train) for sample in split)
-    style = choose_style("plain" if only_texts and not prompt_style else prompt_style, tokenizer)
+    template = choose_template("plain" if only_texts and not prompt_style else prompt_style, tokenizer)
+    style = style_of(template)
     if classify:
         labels = sorted({sample.label for sample in train if sample.label is not None})
-        train_ids = tokenize_labels(train, style, tokenizer, max_seq_length, labels)
-        val_ids = tokenize_labels(validation, style, tokenizer, max_seq_length, labels)
+        train_ids = tokenize_labels(train, template, tokenizer, max_seq_length, labels)
+        val_ids = tokenize_labels(validation, template, tokenizer, max_seq_length, labels)
         summary = f"{name}: {len(train_ids)} training samples, {len(val_ids)} for validation, labels {labels}"
         answers = [replace(s, messages=[*s.prompt, {"role": "assistant", "content": s.label}]) for s in validation]
-        return Task(name, tokenizer, style, train_ids, val_ids, answers[:MAX_VALIDATION], summary, labels)
+        return Task(name, tokenizer, template, train_ids, val_ids, answers[:MAX_VALIDATION], summary, labels)
 
-    tokenized = tokenize_samples(train, style, tokenizer, max_seq_length)
+    tokenized = tokenize_samples(train, template, tokenizer, max_seq_length)
     train_ids = [ids for ids in tokenized if ids is not None]
-    kept, val_ids = encode_samples(validation, style, tokenizer, max_seq_length)
+    kept, val_ids = encode_samples(validation, template, tokenizer, max_seq_length)
     longest = max(len(sample.ids) for sample in train_ids + val_ids)
     if longest + n_virtual > block_size:
         raise UserError(
@@ -261,4 +268,4 @@ def load_task(
     summary = f"{name}: {len(train_ids)} training samples, {len(val_ids)} for validation, prompt style {style}"
     summary += "".join(f"; {count} {note}" for note, count in notes.items() if count)
     held_out = [sample for sample, ids in zip(kept, val_ids, strict=True) if can_be_asked(sample, ids)]
-    return Task(name, tokenizer, style, train_ids, val_ids, held_out[:MAX_VALIDATION], summary)
+    return Task(name, tokenizer, template, train_ids, val_ids, held_out[:MAX_VALIDATION], summary)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_llama.checkpoint import CONFIG_FILE, MODEL_FILE, check_headers, load_config, weight_files, write_shards
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import open_tensors, read_json, whole_folder, write_json
-from lit_llama.data.prompts import choose_style, stop_ids, write_chat_template
+from lit_llama.data.prompts import choose_template, stop_ids, trained_template, write_chat_template
 from lit_llama.formats.convert import DTYPES
 from lit_llama.formats.gguf_tokenizer import write_tokenizer
 from lit_llama.formats.gguf_vocabulary import sentencepiece_fields
@@ -80,10 +80,10 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def export_hf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None, prompt_style: str | None = None) -> None:
     """Write a folder that transformers' Auto classes load. ``dtype`` None keeps each tensor's.
 
-    The chat template is that of ``prompt_style``, of the style of training (full), or else the tokenizer's own.
+    The chat template is that of ``prompt_style``, of training (full), or else the tokenizer's own.
     """
     config, tokenizer, dtypes = whole_model(checkpoint_dir), Tokenizer(checkpoint_dir), set()
-    style = prompt_style or base_method(checkpoint_dir).get("prompt_style")
+    template = exported_template(checkpoint_dir, prompt_style)
 
     def cast() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in exported_tensors(checkpoint_dir, config, "hf", interleaved=False):
@@ -94,9 +94,17 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None, pro
     with whole_folder(out_dir) as folder:
         write_shards(folder, cast(), foreign=True)
         copy_tokenizer(checkpoint_dir, folder)
-        special = complete_tokenizer(folder, config, tokenizer, style)
+        special = complete_tokenizer(folder, config, tokenizer, template)
         stored = str(max(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
         write_json(folder / CONFIG_FILE, {**llama_config(config), **special, "torch_dtype": stored, "dtype": stored})
+
+
+def exported_template(checkpoint_dir: Path, prompt_style: str | None) -> str | None:
+    """The chat template of a style, or of a whole model's training; None for that of its tokenizer."""
+    tokenizer, method = Tokenizer(checkpoint_dir), base_method(checkpoint_dir)
+    if prompt_style:
+        return choose_template(prompt_style, tokenizer)
+    return trained_template(method, tokenizer) if method else None
 
 
 def llama_config(config: LLaMAConfig) -> dict:
@@ -115,7 +123,7 @@ def llama_config(config: LLaMAConfig) -> dict:
     }
 
 
-def complete_tokenizer(folder: Path, config: LLaMAConfig, tokenizer: Tokenizer, style: str | None) -> dict:
+def complete_tokenizer(folder: Path, config: LLaMAConfig, tokenizer: Tokenizer, template: str | None) -> dict:
     """Write the tokenizer's settings that transformers needs. Returns the special ids for config.json."""
     settings = read_settings(folder)
     if not (folder / JSON_FILE).exists():  # transformers reads tokenizer.model only where protobuf is installed
@@ -126,12 +134,14 @@ def complete_tokenizer(folder: Path, config: LLaMAConfig, tokenizer: Tokenizer, 
     if tokenizer.bos_id is not None:
         defaults["bos_token"] = tokenizer.token(tokenizer.bos_id)
     write_json(folder / SETTINGS_FILE, defaults | settings)
-    write_chat_template(folder, tokenizer, style)
+    if template:
+        write_chat_template(folder, template)
 
     path = folder / GENERATION_FILE
     generation = read_json(path) if path.exists() else {}
     eos = generation.get("eos_token_id", [])
-    eos_ids = stop_ids(choose_style(style, tokenizer), tokenizer) | set(eos if isinstance(eos, list) else [eos])
+    eos_ids = {tokenizer.eos_id, *(eos if isinstance(eos, list) else [eos])}
+    eos_ids |= stop_ids(template, tokenizer) if template else set()
     bos_id = tokenizer.named_id("bos") if tokenizer.bos_id is None else tokenizer.bos_id
     write_json(path, generation | {"bos_token_id": bos_id, "eos_token_id": sorted(eos_ids)})
     return {"bos_token_id": bos_id, "eos_token_id": tokenizer.eos_id}

@@ -17,11 +17,10 @@ from lit_llama.checkpoint import tensor_shapes
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import atomic_write, check_new
 from lit_llama.common.progress import Bar
-from lit_llama.formats.export import exported_tensors, whole_model
+from lit_llama.formats.export import exported_template, exported_tensors, whole_model
 from lit_llama.formats.gguf_vocabulary import vocabulary_fields
 from lit_llama.formats.layouts import CONFIG_NAMES
 from lit_llama.model import LLaMAConfig, rope_frequencies
-from lit_llama.trained import base_method
 
 TYPES = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -33,14 +32,14 @@ TYPES = {
 def export_gguf(checkpoint_dir: Path, out_file: Path, type: str = "f16", prompt_style: str | None = None) -> None:
     """Write a model and its tokenizer to one file: matrices in one of TYPES, vectors in float32.
 
-    The chat template is that of ``prompt_style``, of the style of training (full), or else the tokenizer's own.
+    The chat template is that of ``prompt_style``, of training (full), or else the tokenizer's own.
     """
     check_new(out_file)
     config, (quantization, file_type) = whole_model(checkpoint_dir), TYPES[type]
     writer = GGUFWriter(None, "llama")
     add_config(writer, config, file_type)
-    style = prompt_style or base_method(checkpoint_dir).get("prompt_style")
-    add_fields(writer, vocabulary_fields(checkpoint_dir, config.vocab_size, style))
+    template = exported_template(checkpoint_dir, prompt_style)
+    add_fields(writer, vocabulary_fields(checkpoint_dir, config.vocab_size, template))
     # The file begins with a table of its tensors. They are read twice, so that only one is in memory at a time.
     for name, tensor in gguf_tensors(checkpoint_dir, config):
         stored = stored_type(tensor, quantization)

@@ -13,7 +13,6 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import models, pre_tokenizers
 
 from lit_llama.common.errors import UserError
-from lit_llama.data.prompts import chat_template
 from lit_llama.formats.gguf_tokenizer import LLAMA3_NAMES, PRE_TOKENIZERS
 from lit_llama.tokenizer import JSON_FILE, SENTENCEPIECE_FILE, Tokenizer
 
@@ -42,11 +41,10 @@ def piece_type(processor: SentencePieceProcessor, i: int) -> int:
     return int(TokenType.NORMAL)
 
 
-def vocabulary_fields(folder: Path, rows: int, style: str | None = None) -> dict:
+def vocabulary_fields(folder: Path, rows: int, template: str | None = None) -> dict:
     """The fields of a checkpoint folder's tokenizer, with a token for each of the embedding's ``rows``.
 
-    The chat template is that of ``style``, or else the tokenizer's own. Raises UserError if llama.cpp has no such
-    tokenizer.
+    Raises UserError if llama.cpp has no such tokenizer.
     """
     tokenizer, path = Tokenizer(folder), folder / JSON_FILE
     fields = json_fields(path, tokenizer) if path.exists() else sentencepiece_fields(folder / SENTENCEPIECE_FILE)
@@ -59,7 +57,7 @@ def vocabulary_fields(folder: Path, rows: int, style: str | None = None) -> dict
     named = {"bos": tokenizer.named_id("bos") if tokenizer.bos_id is None else tokenizer.bos_id}
     named |= {"unknown": tokenizer.named_id("unk"), "padding": tokenizer.named_id("pad")}
     fields |= {f"ggml.{name}_token_id": token_id for name, token_id in named.items() if token_id is not None}
-    if (template := chat_template(tokenizer, style)) is not None:
+    if template := template or tokenizer.chat_template:
         fields["chat_template"] = template
     return fields
 

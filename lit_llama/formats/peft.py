@@ -22,8 +22,7 @@ from lit_llama import __version__
 from lit_llama.checkpoint import check_tensors, load_config
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import read_json, read_tensors, save_tensors, whole_folder, write_json
-from lit_llama.data.chat_templates import style_of
-from lit_llama.data.prompts import choose_style
+from lit_llama.data.prompts import choose_template, end_of_answer, style_of, trained_template
 from lit_llama.formats.export import complete_tokenizer
 from lit_llama.formats.layouts import layer_names
 from lit_llama.methods.adapter import ACTIVATIONS
@@ -73,7 +72,8 @@ def export_peft(
         save_tensors(folder / WEIGHTS_FILE, tensors, foreign=True)
         write_json(folder / SETTINGS_FILE, settings)
         copy_tokenizer(base_dir, folder)
-        complete_tokenizer(folder, config, Tokenizer(base_dir), method["prompt_style"])
+        tokenizer = Tokenizer(base_dir)
+        complete_tokenizer(folder, config, tokenizer, trained_template(method, tokenizer))
 
 
 def import_peft(
@@ -81,8 +81,8 @@ def import_peft(
 ) -> None:
     """Convert PEFT's adapter folder ``source`` to a trained folder over the base in ``checkpoint_dir``.
 
-    The default prompt style is that of the adapter folder's chat template, or else of the base's tokenizer. Raises
-    Raises UserError if this project lacks the type or a setting, or if tensors do not fit the base.
+    The default chat template is the adapter folder's, or else the base's. Raises
+    UserError if this project lacks the type or a setting, or if tensors do not fit the base.
     """
     config, settings = load_config(checkpoint_dir), read_json(source / SETTINGS_FILE)
     check_range("--max_seq_length", max_seq_length, 1, MOST_TOKENS)
@@ -103,13 +103,16 @@ def import_peft(
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
         raise UserError(f"{source / SETTINGS_FILE} does not fit {settings['peft_type']}: {reason}") from None
     check_tensors(shapes(tensors), expected, source / WEIGHTS_FILE)
-    style = prompt_style or style_of(read_chat_template(source))
+    tokenizer, own = Tokenizer(checkpoint_dir), read_chat_template(source)
+    template = own if own and not prompt_style else choose_template(prompt_style, tokenizer)
+    end_of_answer(template, tokenizer)
     description = {
         "method": method,
         "arguments": arguments,
         "trained_parameters": sum(tensor.numel() for tensor in tensors.values()),
         "base": describe_base(checkpoint_dir),
-        "prompt_style": choose_style(style, Tokenizer(checkpoint_dir)),
+        "prompt_style": style_of(template),
+        "chat_template": template,
         "train": {"max_seq_length": max_seq_length},
         "version": __version__,
     }

@@ -20,7 +20,7 @@ import torch
 
 from lit_llama.checkpoint import MODEL_FILE, load_model
 from lit_llama.common.errors import UserError
-from lit_llama.data.prompts import STYLES, Control, Message, encode_control, stop_ids
+from lit_llama.data.prompts import Message, encode_prompt, stop_ids, trained_template
 from lit_llama.devices.blocks import unwrap_blocks, wrap_blocks
 from lit_llama.devices.cuda_graphs import NextLogits
 from lit_llama.generate.classify import is_classifier
@@ -44,12 +44,6 @@ HELP = """\
 Ctrl-C stops an answer."""
 
 
-class Answer(str):
-    """The text of an answer with its token ids: encoding the text again may give different ones."""
-
-    ids: list[int]
-
-
 class Chat:
     """A model, the messages so far, and which ids the KV cache holds."""
 
@@ -58,26 +52,26 @@ class Chat:
         checkpoint_dir: Path | str,
         base: LLaMA,
         tokenizer: Tokenizer,
-        style: str,
+        template: str,
         max_new_tokens: int = 512,
         sampling: Sampling | None = None,
         compile: bool = False,
     ) -> None:
         self.checkpoint_dir, self.base, self.tokenizer = checkpoint_dir, base.requires_grad_(False), tokenizer
-        self.base_style, self.max_new_tokens, self.compile = style, max_new_tokens, compile
+        self.base_template, self.max_new_tokens, self.compile = template, max_new_tokens, compile
         self.sampling = sampling or Sampling()
         self.generator = torch.Generator(base.transformer.wte.weight.device).manual_seed(self.sampling.seed)
         self.system = ""
         self.turns: list[Message] = []
         self.model = base
-        self.use(base, style)
+        self.use(base, template)
 
-    def use(self, model: LLaMA, style: str) -> None:
+    def use(self, model: LLaMA, template: str) -> None:
         """Answer with ``model`` from now on. The messages so far stay."""
         self.model.clear_kv_cache()
         unwrap_blocks(model)
         wrap_blocks(model, self.compile)
-        self.model, self.style = model.eval(), style
+        self.model, self.template = model.eval(), template
         self.cached: list[int] = []  # the ids whose keys and values are in the cache
 
     def ask(self, text: str) -> Generator[str]:
@@ -90,28 +84,21 @@ class Chat:
         try:
             ids, n_new = self.fit_history()
             cached = self.reuse_cache(ids, len(ids) + n_new)
-            stop, step = stop_ids(self.style, self.tokenizer), NextLogits(self.model)
+            stop, step = stop_ids(self.template, self.tokenizer), NextLogits(self.model)
             tokens = decode(self.model, ids, cached, n_new, stop, self.sampling, self.generator, step)
             yield from stream_text(self.tokenizer, tokens, answer)
         finally:
             if answer:
                 self.cached = ids + answer[:-1]  # the last one was chosen, but not read
-                message = Answer(self.tokenizer.decode(answer))
-                message.ids = answer
-                self.turns.append({"role": "assistant", "content": message})
+                content = self.tokenizer.decode(answer)  # encoded again, it may give other ids
+                self.turns.append({"role": "assistant", "content": content, "ids": answer})
             else:
                 self.turns.pop()
 
     def encode(self, turns: list[Message]) -> list[int]:
         """The ids of a conversation up to where the next answer begins."""
-        ids = list(self.model.virtual_ids)
         system = [{"role": "system", "content": self.system}] if self.system else []
-        for piece, _ in STYLES[self.style](system + turns):
-            if isinstance(piece, Control):
-                ids += encode_control(piece, self.tokenizer)
-            else:
-                ids += piece.ids if isinstance(piece, Answer) else self.tokenizer.encode(piece)
-        return ids
+        return [*self.model.virtual_ids, *encode_prompt(system + turns, self.template, self.tokenizer)]
 
     def fit_history(self) -> tuple[list[int], int]:
         """The ids of the conversation, and how many tokens its answer may have.
@@ -166,7 +153,7 @@ class Chat:
         """Answer with the method in ``folder`` over the loaded base, or with the base alone if ``folder`` is ""."""
         started = time.perf_counter()
         if not folder:
-            self.use(self.base, self.base_style)
+            self.use(self.base, self.base_template)
             return f"{self.base.config.name} alone"
         method = read_method(folder)
         if is_classifier(method):
@@ -178,7 +165,7 @@ class Chat:
             check_base(method["base"], self.checkpoint_dir, Path(folder) / METHOD_FILE)
             model = same_weights(self.base)
             add_trained(model, folder, method)
-        self.use(model, method["prompt_style"])
+        self.use(model, trained_template(method, self.tokenizer))
         milliseconds = 1000 * (time.perf_counter() - started)
         return f"{method['method']} over {method['base']['name']}, in {milliseconds:.0f} ms"
 

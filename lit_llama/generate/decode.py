@@ -144,15 +144,15 @@ def generate_batch(
 def reply(
     model: LLaMA,
     tokenizer: Tokenizer,
-    style: str,
+    template: str,
     prompt: str,
     input: str = "",
     max_new_tokens: int = 256,
     sampling: Sampling | None = None,
 ) -> str:
     """The answer to one prompt."""
-    ids = encode_prompt([{"role": "user", "content": prompt, "input": input}], style, tokenizer)
-    return tokenizer.decode(generate(model, ids, max_new_tokens, stop_ids(style, tokenizer), sampling))
+    ids = encode_prompt([{"role": "user", "content": prompt, "input": input}], template, tokenizer)
+    return tokenizer.decode(generate(model, ids, max_new_tokens, stop_ids(template, tokenizer), sampling))
 
 
 @torch.inference_mode()

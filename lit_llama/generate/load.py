@@ -10,7 +10,7 @@ import torch
 
 from lit_llama.checkpoint import MODEL_FILE, load_model
 from lit_llama.common.errors import UserError
-from lit_llama.data.prompts import choose_style
+from lit_llama.data.prompts import choose_template, trained_template
 from lit_llama.devices.blocks import shard
 from lit_llama.devices.launch import base_dtype, default_device, log_rank0
 from lit_llama.devices.prepack import prepare_for_inference
@@ -43,7 +43,7 @@ class LoadedModel:
     name: str
     model: LLaMA
     tokenizer: Tokenizer
-    prompt_style: str
+    chat_template: str
     max_seq_length: int | None  # tokens of a training sample, None for a base
 
 
@@ -76,11 +76,11 @@ def load_for_generation(
         tokenizer, model = Tokenizer(folder), load_model(folder, *load_as[:2]).requires_grad_(False)
         quantize_base(model, load_as[2] or "none")
         name = model.config.name
-    style = choose_style(prompt_style or method.get("prompt_style"), tokenizer)
+    template = choose_template(prompt_style, tokenizer) if prompt_style else trained_template(method, tokenizer)
     if fabric:
         shard(fabric, model, dtype)
     prepare_for_inference(model, compile)
-    return LoadedModel(name, model, tokenizer, style, method["train"]["max_seq_length"] if method else None)
+    return LoadedModel(name, model, tokenizer, template, method["train"]["max_seq_length"] if method else None)
 
 
 def load_trained_folder(

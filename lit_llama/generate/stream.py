@@ -43,9 +43,9 @@ def stream_answer(
 
     With ``fabric``, all ranks compute the answer of a sharded model, and rank 0 prints it.
     """
-    model, tokenizer, style = loaded.model, loaded.tokenizer, loaded.prompt_style
-    ids = encode_prompt([{"role": "user", "content": prompt, "input": input}], style, tokenizer)
-    tokens = generate(model, ids, max_new_tokens, stop_ids(style, tokenizer), sampling, NextLogits(model))
+    model, tokenizer, template = loaded.model, loaded.tokenizer, loaded.chat_template
+    ids = encode_prompt([{"role": "user", "content": prompt, "input": input}], template, tokenizer)
+    tokens = generate(model, ids, max_new_tokens, stop_ids(template, tokenizer), sampling, NextLogits(model))
     answer: list[int] = []
     started = time.perf_counter()
     with keep_in_step(fabric, model):  # different devices may round differently and end their answers at other tokens

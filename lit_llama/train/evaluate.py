@@ -54,7 +54,7 @@ def longest_answer(tokenizer: Tokenizer, samples: list[Sample]) -> int:
 def answer_samples(
     model: LLaMA,
     tokenizer: Tokenizer,
-    style: str,
+    template: str,
     samples: list[Sample],
     max_new_tokens: int,
     batch_size: int = 32,
@@ -63,7 +63,7 @@ def answer_samples(
     """The model's greedy answer to each sample's prompt, in order. Prompts of similar length are decoded together."""
     if not samples:
         return []
-    prompts = [encode_prompt(sample.prompt, style, tokenizer) for sample in samples]
+    prompts = [encode_prompt(sample.prompt, template, tokenizer) for sample in samples]
     # A prompt near the context's end gets a shorter answer, in a batch of its own.
     max_new = [max(1, min(max_new_tokens, model.max_text_tokens - len(prompt))) for prompt in prompts]
     order = sorted(range(len(samples)), key=lambda i: (max_new[i], len(prompts[i])))
@@ -72,7 +72,7 @@ def answer_samples(
         while order:
             rows = [i for i in order[:batch_size] if max_new[i] == max_new[order[0]]]
             order = order[len(rows) :]
-            tokens = generate_batch(model, [prompts[i] for i in rows], max_new[rows[0]], stop_ids(style, tokenizer))
+            tokens = generate_batch(model, [prompts[i] for i in rows], max_new[rows[0]], stop_ids(template, tokenizer))
             for i, ids in zip(rows, tokens, strict=True):
                 answers[i] = tokenizer.decode(ids).strip()
             bar.update(len(rows))
@@ -130,7 +130,7 @@ class BeforeAfter:
         longest = longest_answer(task.tokenizer, self.samples)
 
         def answer(own: list[Sample]) -> list[str]:
-            return answer_samples(model, task.tokenizer, task.prompt_style, own, longest, name=when)
+            return answer_samples(model, task.tokenizer, task.chat_template, own, longest, name=when)
 
         self.answers[when] = map_over_ranks(self.fabric, model, self.samples, answer)
 

@@ -44,13 +44,13 @@ from lit_llama.common.files import (
     write_json,
 )
 from lit_llama.common.progress import Bar
-from lit_llama.data.prompts import write_chat_template
+from lit_llama.data.prompts import style_of, write_chat_template
 from lit_llama.data.samples import read_text
 from lit_llama.data.task import Task
 from lit_llama.devices.launch import barrier, log_rank0, peak_memory, print_rank0
 from lit_llama.model import LLaMA
 from lit_llama.settings import TrainArgs
-from lit_llama.tokenizer import Tokenizer, copy_tokenizer
+from lit_llama.tokenizer import copy_tokenizer
 from lit_llama.trained import (
     HEADER_KEYS,
     METHOD_FILE,
@@ -211,7 +211,7 @@ class Run:
             if self.whole_model_of:
                 write_json(self.out_dir / MODEL_CONFIG_FILE, read_json(Path(self.whole_model_of) / MODEL_CONFIG_FILE))
                 copy_tokenizer(Path(self.whole_model_of), self.out_dir)
-                write_chat_template(self.out_dir, Tokenizer(self.out_dir), self.settings["prompt_style"])
+                write_chat_template(self.out_dir, self.settings["chat_template"])
             save_settings(self.out_dir)
         for logger in self.fabric.loggers:
             logger.log_hyperparams(flatten_settings(self.settings))
@@ -369,7 +369,8 @@ def describe_run(
         "base": describe_base(checkpoint_dir),
         "base_dtype": str(dtype).removeprefix("torch."),
         "quantize": quantize,
-        "prompt_style": task.prompt_style,
+        "prompt_style": style_of(task.chat_template),
+        "chat_template": task.chat_template,
         "data": task.data,
         "data_fingerprint": task.fingerprint,
         "train": asdict(train),
