@@ -26,7 +26,7 @@ from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
 from lit_llama.train.evaluate import BeforeAfter, validate
 from lit_llama.train.loss import broadcast_trained, clip_gradient, split_by_tokens, sum_over_ranks, target_loss
 from lit_llama.train.run import Run, default_out_dir, describe_run
-from lit_llama.trained import count_trainable
+from lit_llama.trained import count_trainable, load_initial
 
 
 def main(
@@ -38,10 +38,11 @@ def main(
     # Measured on data/bookings: 450 steps end at a validation loss of 0.0355 at 1.4e-2, and of 0.0448 at 2e-2. The
     # paper has one rate for prompts and gates, 9e-3 * batch_size / 256.
     gate_lr_scale: float = 0.25,
-    train: TrainArgs = TrainArgs(max_steps=450, batch_size=2, learning_rate=1.4e-2, weight_decay=0.02, eval_every=150),
+    train: TrainArgs = TrainArgs(epochs=0.5, batch_size=2, learning_rate=1.4e-2, weight_decay=0.02, eval_every=150),
     data: Data = "data/bookings",
     checkpoint_dir: str = DEFAULT_BASE,
     out_dir: str | None = None,
+    init_from: str | None = None,
     prompt_style: str | None = None,
     eval_samples: int = 200,
     devices: int = 1,
@@ -83,7 +84,16 @@ def main(
     arguments = dict(prompt_length=prompt_length, start_layer=start_layer, gate=gate, gate_init=gate_init)
     dtype = base_dtype(precision, fabric.device)
     settings = describe_run(
-        "adapter", add_adapter, arguments, checkpoint_dir, task, train, dtype, quantize, lr_scale=gate_lr_scale
+        "adapter",
+        add_adapter,
+        arguments,
+        checkpoint_dir,
+        task,
+        train,
+        dtype,
+        quantize,
+        init_from,
+        lr_scale=gate_lr_scale,
     )
     run = Run(fabric, out_dir, settings, resume, overwrite, allow_changes)
 
@@ -94,10 +104,12 @@ def main(
     answers.ask("before", model)
     torch.manual_seed(train.seed)
     add_adapter(model, **arguments)
+    if init_from and not resume:
+        load_initial(model, init_from)
     if strategy == "fsdp":
         shard(fabric, model, dtype)
     print_rank0(count_trainable(model))
-    if prompt_init == "text" and not resume:
+    if prompt_init == "text" and not (init_from or resume):
         start_from_text(model, task.train[0].ids.tolist())
     broadcast_trained(fabric, model)
     check_memory(fabric, model, train, task.longest, checkpointing)
@@ -137,6 +149,8 @@ def main(
         run.log(step, loss=loss.item(), lr=lr, grad_norm=grad_norm, tokens=sum(len(sample.ids) for sample in batch))
         if (step + 1) % train.eval_every == 0 or step + 1 == total_steps:
             run.keep_best(model, validate(fabric, model, task.validation, train.micro_batch_tokens))
+            if train.patience and step + 1 - run.best_step >= train.patience * train.eval_every:
+                break
 
     # The model at its best validated step, and what it answers
     run.load_best(model)

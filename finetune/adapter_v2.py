@@ -23,7 +23,7 @@ from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
 from lit_llama.train.evaluate import BeforeAfter, validate
 from lit_llama.train.loss import broadcast_trained, clip_gradient, split_by_tokens, sum_over_ranks, target_loss
 from lit_llama.train.run import Run, default_out_dir, describe_run
-from lit_llama.trained import count_trainable, trained_tensors
+from lit_llama.trained import count_trainable, load_initial, trained_tensors
 
 
 def main(
@@ -32,10 +32,11 @@ def main(
     scale_head: bool = True,
     # Prompts learn at the full rate, all that starts at the base's own values at a tenth of it.
     other_lr_scale: float = 0.1,
-    train: TrainArgs = TrainArgs(max_steps=450, batch_size=4, learning_rate=1e-2, weight_decay=0.02, eval_every=150),
+    train: TrainArgs = TrainArgs(epochs=1, batch_size=4, learning_rate=1e-2, weight_decay=0.02, eval_every=150),
     data: Data = "data/bookings",
     checkpoint_dir: str = DEFAULT_BASE,
     out_dir: str | None = None,
+    init_from: str | None = None,
     prompt_style: str | None = None,
     eval_samples: int = 200,
     devices: int = 1,
@@ -76,7 +77,7 @@ def main(
     dtype = base_dtype(precision, fabric.device)
     rates = dict(lr_scale=other_lr_scale)
     settings = describe_run(
-        "adapter_v2", add_adapter_v2, arguments, checkpoint_dir, task, train, dtype, quantize, **rates
+        "adapter_v2", add_adapter_v2, arguments, checkpoint_dir, task, train, dtype, quantize, init_from, **rates
     )
     run = Run(fabric, out_dir, settings, resume, overwrite, allow_changes)
 
@@ -87,6 +88,8 @@ def main(
     answers.ask("before", model)
     torch.manual_seed(train.seed)
     add_adapter_v2(model, **arguments)
+    if init_from and not resume:
+        load_initial(model, init_from)
     if strategy == "fsdp":
         shard(fabric, model, dtype)
     print_rank0(count_trainable(model))
@@ -129,6 +132,8 @@ def main(
         run.log(step, loss=loss.item(), lr=lr, grad_norm=grad_norm, tokens=sum(len(sample.ids) for sample in batch))
         if (step + 1) % train.eval_every == 0 or step + 1 == total_steps:
             run.keep_best(model, validate(fabric, model, task.validation, train.micro_batch_tokens))
+            if train.patience and step + 1 - run.best_step >= train.patience * train.eval_every:
+                break
 
     # The model at its best validated step, and what it answers
     run.load_best(model)

@@ -30,7 +30,7 @@ from lit_llama.trained import count_trainable, trained_tensors
 def main(
     head: Literal["language", "classifier"] = "language",
     train: TrainArgs = TrainArgs(
-        max_steps=450, batch_size=4, learning_rate=3e-5, weight_decay=0.01, eval_every=150, save_every=150
+        epochs=1, batch_size=4, learning_rate=3e-5, weight_decay=0.01, eval_every=150, save_every=150
     ),
     data: Data = "data/bookings",
     checkpoint_dir: str = DEFAULT_BASE,
@@ -109,6 +109,8 @@ def main(
         run.log(step, loss=loss.item(), lr=lr, grad_norm=grad_norm, tokens=sum(len(sample.ids) for sample in batch))
         if (step + 1) % train.eval_every == 0 or step + 1 == total_steps:
             run.keep_best(model, validate(fabric, model, task.validation, train.micro_batch_tokens))
+            if train.patience and step + 1 - run.best_step >= train.patience * train.eval_every:
+                break
 
     # The model at its best validated step, and what it answers
     run.load_best(model)

@@ -22,7 +22,7 @@ from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
 from lit_llama.train.evaluate import BeforeAfter, validate
 from lit_llama.train.loss import broadcast_trained, clip_gradient, split_by_tokens, sum_over_ranks, target_loss
 from lit_llama.train.run import Run, default_out_dir, describe_run
-from lit_llama.trained import count_trainable, trained_tensors
+from lit_llama.trained import count_trainable, load_initial, trained_tensors
 
 
 def main(
@@ -32,10 +32,11 @@ def main(
     targets: tuple[str, ...] = ("q", "v"),
     start_layer: int = 0,
     # A small model trained for a few hundred steps takes ten times the 3e-4 that is common for 7B.
-    train: TrainArgs = TrainArgs(max_steps=450, batch_size=4, learning_rate=3e-3, eval_every=150),
+    train: TrainArgs = TrainArgs(epochs=1, batch_size=4, learning_rate=3e-3, eval_every=150),
     data: Data = "data/bookings",
     checkpoint_dir: str = DEFAULT_BASE,
     out_dir: str | None = None,
+    init_from: str | None = None,
     prompt_style: str | None = None,
     eval_samples: int = 200,
     devices: int = 1,
@@ -74,7 +75,7 @@ def main(
     # Run: the folder that everything is written to
     arguments = dict(r=r, alpha=alpha, dropout=dropout, targets=list(targets), start_layer=start_layer)
     dtype = base_dtype(precision, fabric.device)
-    settings = describe_run("lora", add_lora, arguments, checkpoint_dir, task, train, dtype, quantize)
+    settings = describe_run("lora", add_lora, arguments, checkpoint_dir, task, train, dtype, quantize, init_from)
     run = Run(fabric, out_dir, settings, resume, overwrite, allow_changes)
 
     # Model: freeze the base, then add the method; what requires a gradient afterwards is trained
@@ -84,6 +85,8 @@ def main(
     answers.ask("before", model)
     torch.manual_seed(train.seed)
     add_lora(model, **arguments)
+    if init_from and not resume:
+        load_initial(model, init_from)
     if strategy == "fsdp":
         shard(fabric, model, dtype)
     print_rank0(count_trainable(model))
@@ -120,6 +123,8 @@ def main(
         run.log(step, loss=loss.item(), lr=lr, grad_norm=grad_norm, tokens=sum(len(sample.ids) for sample in batch))
         if (step + 1) % train.eval_every == 0 or step + 1 == total_steps:
             run.keep_best(model, validate(fabric, model, task.validation, train.micro_batch_tokens))
+            if train.patience and step + 1 - run.best_step >= train.patience * train.eval_every:
+                break
 
     # The model at its best validated step, and what it answers
     run.load_best(model)

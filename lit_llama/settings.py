@@ -23,6 +23,7 @@ SHARED_FLAGS = {
     "data": "A .json, .jsonl, .csv or .txt file, or a folder with train and validation files.",
     "checkpoint_dir": "Folder of the base. The default one is offered for download if it is missing.",
     "out_dir": "Folder for the results. Default: out/, the method and the name of the data.",
+    "init_from": "A trained folder of the same method to begin with.",
     "prompt_style": "alpaca, plain or template: the base's own chat template, the default if it has one; else alpaca.",
     "eval_samples": "Number of held-out samples to answer before and after training; 0 for none.",
     "devices": "Devices per node: GPUs, or processes on a CPU.",
@@ -51,7 +52,7 @@ MOST_SEED = 2**32 - 1
 HEAD_CHUNK = 384  # targets whose logits exist at a time
 TRAIN_RANGES = {
     "max_steps": (1, MOST),
-    "epochs": (1, MOST),
+    "epochs": (1e-6, MOST),
     "batch_size": (1, MOST_SAMPLES),
     "micro_batch_tokens": (1, MOST_TOKENS),
     "max_seq_length": (3, MOST_TOKENS),
@@ -60,6 +61,7 @@ TRAIN_RANGES = {
     "weight_decay": (0, 100),
     "clip": (0, MOST),
     "eval_every": (1, MOST),
+    "patience": (1, MOST),
     "save_every": (1, MOST),
     "seed": (0, MOST_SEED),
 }
@@ -70,8 +72,8 @@ class TrainArgs:
     """Settings of the training loop.
 
     Args:
-        max_steps: Number of optimizer steps.
-        epochs: Passes over the training samples. If given, max_steps is ignored.
+        epochs: Passes over the training samples.
+        max_steps: Number of optimizer steps, instead of epochs.
         batch_size: Samples per optimizer step, over all devices.
         micro_batch_tokens: Tokens per forward and backward pass, with padding; fewer take less memory.
         max_seq_length: Longer samples are cut to this many tokens.
@@ -80,12 +82,13 @@ class TrainArgs:
         weight_decay: AdamW's weight decay, on the parameters that the method's paper decays.
         clip: Maximum norm of the gradient; 0 turns clipping off.
         eval_every: Steps between validations; the last step is always validated.
+        patience: Stop after so many validations in a row without a lower loss. Default: never.
         save_every: Steps between saves of the state for --resume.
         seed: Random seed for data order, initialization and dropout.
     """
 
+    epochs: float | None = None
     max_steps: int | None = None
-    epochs: int | None = None
     batch_size: int = 8
     micro_batch_tokens: int = 1024
     max_seq_length: int = 512
@@ -94,18 +97,21 @@ class TrainArgs:
     weight_decay: float = 0.0
     clip: float = 1.0
     eval_every: int = 50
+    patience: int | None = None
     save_every: int = 25
     seed: int = 1337
 
     def __post_init__(self):
         if self.max_steps is None and self.epochs is None:
-            raise UserError("give --train.max_steps or --train.epochs")
+            raise UserError("give --train.epochs or --train.max_steps")
         for name, (low, high) in TRAIN_RANGES.items():
             check_range(f"--train.{name}", getattr(self, name), low, high)
+        if self.max_steps is not None:
+            self.epochs = None
 
     def total_steps(self, n_samples: int) -> int:
         """Number of optimizer steps. Raises UserError if the warm-up leaves none after it."""
-        steps = (self.max_steps or 0) if self.epochs is None else math.ceil(self.epochs * n_samples / self.batch_size)
+        steps = self.max_steps or math.ceil(math.ceil((self.epochs or 0) * n_samples) / self.batch_size)
         if (self.warmup_steps or 0) >= steps:
             raise UserError(f"--train.warmup_steps {self.warmup_steps} must be less than the {steps} steps in all")
         return steps

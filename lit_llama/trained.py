@@ -67,6 +67,27 @@ def load_trained(model: LLaMA, path: Path, prefix: str = "") -> dict:
     return about
 
 
+def load_initial(model: LLaMA, trained_dir: Path | str) -> None:
+    """Begin with what a trained folder holds. ``check_initial`` has checked that it fits the run."""
+    load_trained(model, Path(trained_dir) / TRAINED_FILE)
+
+
+def check_initial(trained_dir: Path | str, settings: dict, reparametrized: bool) -> None:
+    """Raises UserError unless a run with these settings can begin with what a trained folder holds.
+
+    It must have the same method, arguments and base. A ``reparametrized`` prefix has its MLP, which no folder keeps.
+    """
+    path, method = Path(trained_dir) / METHOD_FILE, read_method(trained_dir)
+    ours = {"method": settings["method"], **settings["arguments"]}
+    theirs = {"method": method["method"], **method["arguments"]}
+    for key in ours.keys() & theirs.keys() - {"dropout"}:
+        if ours[key] != theirs[key]:
+            raise UserError(f"--init_from {trained_dir}: its {key} is {theirs[key]}, here {ours[key]}; pass the same")
+    if reparametrized:
+        raise UserError(f"--init_from {trained_dir} holds prefixes without their MLP; pass --mlp_size 0")
+    check_base(method["base"], settings["base"]["checkpoint_dir"], path)
+
+
 def check_trained(tensors: dict[str, Tensor], path: Path, prefix: str = "") -> None:
     """Raises UserError unless a safetensors file holds exactly ``tensors``. Reads only its header."""
     headers = {name[len(prefix) :]: it for name, it in tensor_headers(path).items() if name.startswith(prefix)}

@@ -55,7 +55,7 @@ def test_numbers_of_training_and_sampling_have_bounds():
         for value in (low - 1, high + 1, 1e300, math.inf, math.nan):
             with pytest.raises(UserError, match=f"^{group}.{name}.* must lie within {low} and {high}$"):
                 settings(**{**others, name: value})
-    with pytest.raises(UserError, match="give --train.max_steps or --train.epochs"):
+    with pytest.raises(UserError, match="give --train.epochs or --train.max_steps"):
         TrainArgs()
     with pytest.raises(UserError, match="pass a --sampling.temperature above 0 with them"):
         Sampling(top_p=0.5)
@@ -71,7 +71,7 @@ def test_an_unknown_flag_is_answered_with_the_nearest():
 
 
 def test_values_that_do_not_fit_are_named():
-    assert re.search('"train.epochs": .*int.* Given value: x', mistake("--train.epochs", "x"))
+    assert re.search('"train.max_steps": .*int.* Given value: x', mistake("--train.max_steps", "x"))
     assert re.search('"train.clip": .*float.*inf', mistake("--train.clip", "inf"))
     assert re.search('"resume": .*bool.*perhaps', mistake("--resume", "perhaps"))
     assert mistake("stray") == "unrecognized arguments: stray"

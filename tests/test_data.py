@@ -39,6 +39,7 @@ def encode_sample(sample: Sample, style: str, tokenizer: Tokenizer, max_seq_leng
     """The ids and targets as lists; another sample, which fits three tokens, is encoded at the same time."""
     template = choose_template(style, tokenizer)
     _, found = tokenize_samples([Sample("some", [], text="ab"), sample], template, tokenizer, max_seq_length)
+    (found,) = found or [None]
     return found and replace(found, ids=found.ids.tolist(), targets=found.targets.tolist())
 
 
@@ -210,8 +211,8 @@ def test_truncation_keeps_the_end_of_the_answer(tokenizer):
         cut = encode_sample(sample_of(row), "plain", tokenizer, length)
         assert answers(cut, tokenizer) == "abcdefghij"[: length - 2] + "<|im_end|>"
         assert len(cut.ids) == length - 1
-    with pytest.raises(UserError, match="none of 2 samples has an answer that begins within max_seq_length 2"):
-        encode_sample(sample_of(row), "plain", tokenizer, 2)
+    with pytest.raises(UserError, match="none of 1 samples has an answer that begins within max_seq_length 2"):
+        tokenize_samples([sample_of(row)], choose_template("plain", tokenizer), tokenizer, 2)
     assert encode_sample(sample_of({"instruction": "long prompt", "output": "a"}), "plain", tokenizer, 8) is None
     assert encode_sample(sample_of({"instruction": "q", "output": ""}), "plain", tokenizer, 8) is None
 

@@ -108,14 +108,19 @@ def test_targets_are_the_answers_and_their_ends(tokenizer, style, turns, system,
     if not encode_prompt(messages[: 1 + (system is not None)], template, tokenizer):
         expected = expected[1:]  # what nothing precedes cannot be predicted
     others = [to_sample({"text": "ab"}, "here")] * 2  # encoded at the same time, and trained on at any length
-    _, whole, _ = tokenize_samples([others[0], sample, others[1]], template, tokenizer, 10**6)
+
+    def encoded(length: int) -> list:
+        found = tokenize_samples([others[0], sample, others[1]], template, tokenizer, length)
+        return [parts or [None] for parts in found]
+
+    _, (whole, *_), _ = encoded(10**6)
     if len(expected) < 2:  # a single, empty answer teaches nothing
         assert whole is None
     else:
         assert [target for target in whole.targets if target != IGNORE] == expected
         prompt = encode_prompt(messages[:-1], template, tokenizer)
         assert whole.ids[: len(prompt)].tolist() == prompt  # what generation asks is what training masks
-    _, cut, _ = tokenize_samples([others[0], sample, others[1]], template, tokenizer, max_seq_length)
+    _, (cut, *_), _ = encoded(max_seq_length)
     if cut is not None:
         trained = [target for target in cut.targets if target != IGNORE]
         assert len(cut.ids) < max_seq_length and trained[-1:] == end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from array import array
 from dataclasses import dataclass
@@ -28,14 +29,14 @@ class TokenizedSample:
         return len(self.targets) - self.targets.count(IGNORE)
 
 
-def step_indices(step: int, batch_size: int, n_samples: int, seed: int, epochs: int | None = None) -> list[int]:
+def step_indices(step: int, batch_size: int, n_samples: int, seed: int, epochs: float | None = None) -> list[int]:
     """The samples of an optimizer step: a pure function, so a resumed run needs only the step number.
 
-    Each epoch is a permutation drawn from (seed, epoch). The last of several ``epochs`` may end with a smaller step.
+    Each epoch is a permutation drawn from (seed, epoch). After ``epochs``, the last step may be smaller.
     """
     stream = range(step * batch_size, (step + 1) * batch_size)
     if epochs is not None:
-        stream = range(stream.start, min(stream.stop, epochs * n_samples))
+        stream = range(stream.start, min(stream.stop, math.ceil(epochs * n_samples)))
     return [epoch_order(seed, i // n_samples, n_samples)[i % n_samples] for i in stream]
 
 

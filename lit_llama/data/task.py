@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from lit_llama.checkpoint import load_config
+from lit_llama.checkpoint import load_config, weight_files
 from lit_llama.common.errors import UserError, check_range
+from lit_llama.common.files import open_tensors, tensor_headers
 from lit_llama.data.batches import IGNORE, TokenizedSample
 from lit_llama.data.prompts import Control, Piece, choose_template, encode_pieces, end_of_answer, pieces, style_of
 from lit_llama.data.samples import SUFFIXES, Sample, Samples, read_samples
@@ -91,38 +92,65 @@ def hash_fraction(key: str) -> float:
 
 def tokenize_samples(
     samples: Iterable[Sample], template: str, tokenizer: Tokenizer, max_seq_length: int
-) -> list[TokenizedSample | None]:
-    """Token ids with only the answers as targets; None for a sample with no part of an answer to learn.
+) -> list[list[TokenizedSample]]:
+    """Each sample's token ids with only the answers as targets; empty for a sample with no part of an answer to learn.
 
-    A sample that is too long loses its end, but a cut answer still ends with its end-of-turn token: a model that never
-    sees one never learns to stop. Raises UserError if no sample has an answer.
+    A plain text, which trains as a whole, becomes as many pieces as it needs. Raises UserError if no sample has
+    anything to learn.
     """
+
+    def pieces_of(sample: Sample) -> Iterable[Piece]:
+        return pieces(sample.messages, template, tokenizer) if sample.messages else text_pieces(sample.text or "")
 
     def text_pieces(text: str) -> list[Piece]:
         bos = [] if tokenizer.bos_id is None else [Piece(Control(tokenizer.token(tokenizer.bos_id)), False)]
         return [*bos, Piece(text, True), Piece(Control(tokenizer.token(tokenizer.eos_id)), True)]
 
-    def pieces_of(sample: Sample) -> Iterable[Piece]:
-        return pieces(sample.messages, template, tokenizer) if sample.messages else text_pieces(sample.text or "")
-
-    tokenized: list[TokenizedSample | None] = []
+    tokenized = []
     for sample, ids, trains in encode_in_batches(samples, pieces_of, template, tokenizer):
-        drop_untrained_end(ids, trains)
-        cut = len(ids) > max_seq_length
-        if cut and trains[max_seq_length - 1]:
-            ids[max_seq_length - 1 :] = [end_of_answer(template, tokenizer) if sample.messages else tokenizer.eos_id]
-            trains[max_seq_length - 1 :] = [trains[max_seq_length - 2]]  # no end directly after a prompt
-        ids, trains = ids[:max_seq_length], trains[:max_seq_length]
-        drop_untrained_end(ids, trains)
-        targets = [token if train else IGNORE for token, train in zip(ids[1:], trains[1:], strict=True)]
-        encoded = TokenizedSample(array("i", ids[:-1]), array("i", targets), cut, sample.where)
-        tokenized.append(encoded if encoded.n_targets > 1 else None)  # one target is an end without an answer
+        if sample.messages:
+            end = end_of_answer(template, tokenizer)
+            tokenized.append(conversation(ids, trains, max_seq_length, end, sample.where))
+        else:
+            tokenized.append(windows(ids, trains, max_seq_length, sample.where))
     if not any(tokenized):
         raise UserError(
             f"none of {len(tokenized)} samples has an answer that begins within max_seq_length {max_seq_length}; "
             "raise it, or fill in the answers"
         )
     return tokenized
+
+
+def conversation(
+    ids: list[int], trains: list[bool], max_seq_length: int, end: int, where: str
+) -> list[TokenizedSample]:
+    """A conversation that is too long loses its end, but a cut answer still ends with the id ``end``.
+
+    A model that never sees an end never learns to stop.
+    """
+    drop_untrained_end(ids, trains)
+    cut = len(ids) > max_seq_length
+    if cut and trains[max_seq_length - 1]:
+        ids[max_seq_length - 1] = end
+        trains[max_seq_length - 1] = trains[max_seq_length - 2]  # no end directly after a prompt
+    ids, trains = ids[:max_seq_length], trains[:max_seq_length]
+    drop_untrained_end(ids, trains)
+    sample = shifted(ids, trains, where, cut)
+    return [sample] if sample.n_targets > 1 else []  # one target is an end without an answer
+
+
+def windows(ids: list[int], trains: list[bool], max_seq_length: int, where: str) -> list[TokenizedSample]:
+    """A text in pieces of at most ``max_seq_length`` ids. Each begins with the last id of the one before it."""
+    starts = range(0, len(ids) - 1, max_seq_length - 1)
+    spans = [slice(start, start + max_seq_length) for start in starts]
+    found = [shifted(ids[span], trains[span], where) for span in spans]
+    return found if sum(sample.n_targets for sample in found) > 1 else []
+
+
+def shifted(ids: list[int], trains: list[bool], where: str, cut: bool = False) -> TokenizedSample:
+    """Each position's target is the next id, if that trains."""
+    targets = [token if train else IGNORE for token, train in zip(ids[1:], trains[1:], strict=True)]
+    return TokenizedSample(array("i", ids[:-1]), array("i", targets), cut, where)
 
 
 def tokenize_labels(
@@ -181,8 +209,8 @@ def encode_samples(
 ) -> tuple[list[Sample], list[TokenizedSample]]:
     """The samples that have something to learn within ``max_seq_length``, and their ids."""
     tokenized = tokenize_samples(samples, template, tokenizer, max_seq_length)
-    kept = [sample for sample, ids in zip(samples, tokenized, strict=True) if ids is not None]
-    return kept, [ids for ids in tokenized if ids is not None]
+    kept = [sample for sample, parts in zip(samples, tokenized, strict=True) for _ in parts]
+    return kept, [ids for parts in tokenized for ids in parts]
 
 
 def can_be_asked(sample: Sample, encoded: TokenizedSample) -> bool:
@@ -225,6 +253,7 @@ def load_task(
     checkpoint_dir: Path | str,
     prompt_style: str | None,
     max_seq_length: int,
+    show_sample: bool = False,
     classify: bool = False,
     n_virtual: int = 0,
 ) -> Task:
@@ -250,7 +279,7 @@ def load_task(
         return Task(name, tokenizer, template, train_ids, val_ids, answers[:MAX_VALIDATION], summary, labels)
 
     tokenized = tokenize_samples(train, template, tokenizer, max_seq_length)
-    train_ids = [ids for ids in tokenized if ids is not None]
+    train_ids = [ids for parts in tokenized for ids in parts]
     kept, val_ids = encode_samples(validation, template, tokenizer, max_seq_length)
     longest = max(len(sample.ids) for sample in train_ids + val_ids)
     if longest + n_virtual > block_size:
@@ -259,7 +288,7 @@ def load_task(
             f"of the base's context of {block_size}; pass --train.max_seq_length {block_size - n_virtual}"
         )
     in_train = {hash(sample.ids.tobytes()) for sample in train_ids}
-    dropped = len(tokenized) - len(train_ids) + len(validation) - len(val_ids)
+    dropped = sum(not parts for parts in tokenized) + len(validation) - len(set(map(id, kept)))
     notes = {
         "dropped: nothing to learn within max_seq_length (an empty answer?)": dropped,
         "cut to max_seq_length": sum(sample.cut for sample in train_ids + val_ids),
@@ -267,5 +296,52 @@ def load_task(
     }
     summary = f"{name}: {len(train_ids)} training samples, {len(val_ids)} for validation, prompt style {style}"
     summary += "".join(f"; {count} {note}" for note, count in notes.items() if count)
+    summary += "".join(f"\nwarning: {text}" for text in warnings_of(train, checkpoint_dir, template, tokenizer))
+    if show_sample:
+        summary += f"\n{marked(train_ids[0], tokenizer)}"
     held_out = [sample for sample, ids in zip(kept, val_ids, strict=True) if can_be_asked(sample, ids)]
     return Task(name, tokenizer, template, train_ids, val_ids, held_out[:MAX_VALIDATION], summary)
+
+
+def warnings_of(
+    samples: Iterable[Sample], checkpoint_dir: Path | str, template: str, tokenizer: Tokenizer
+) -> list[str]:
+    """What is probably not meant: control tokens spelled in plain texts, or that the base never learned."""
+    found = []
+    spelled = [
+        match[0] for sample in samples if sample.text for match in tokenizer.control_pattern.finditer(sample.text)
+    ]
+    if spelled:
+        found.append(
+            f"{len(spelled)} control tokens, such as {spelled[0]}, are spelled in plain texts and stay text there; "
+            'give conversations as rows of "messages"'
+        )
+    controls = {name: i for name, i in tokenizer.controls.items() if name and name in template}
+    if unlearned := untrained_rows(checkpoint_dir, list(controls.values())):
+        names = ", ".join(name for name, i in controls.items() if i in unlearned)
+        found.append(
+            f"the base has not learned {names}, as their embeddings are zero or alike, but its chat template uses "
+            "them; pass --prompt_style alpaca, unless the method trains the embeddings"
+        )
+    return found
+
+
+def untrained_rows(checkpoint_dir: Path | str, ids: list[int]) -> set[int]:
+    """Those of ``ids`` whose embeddings are nearly zero, or nearly that of another one of ``ids``."""
+    name = "transformer.wte.weight"
+    (path,) = [path for path in weight_files(checkpoint_dir) if name in tensor_headers(path)]
+    with open_tensors(path) as file:
+        part = file.get_slice(name)
+        rows = {i: part[i : i + 1][0].float() for i in ids}
+        usual = part[: min(1000, part.get_shape()[0])].float().norm(dim=1).median()
+    near = 0.01 * usual
+    alike = {i for i in ids for j in ids if i != j and (rows[i] - rows[j]).norm() < near}
+    return alike | {i for i in ids if rows[i].norm() < near}
+
+
+def marked(sample: TokenizedSample, tokenizer: Tokenizer) -> str:
+    """A sample's tokens, those that are trained on in brackets."""
+    tokens = [tokenizer.decode([i]) for i in [*sample.ids, sample.targets[-1]] if i != IGNORE]
+    trained = [False, *(target != IGNORE for target in sample.targets)]
+    shown = (f"[{token}]" if train else token for token, train in zip(tokens, trained, strict=False))
+    return f"the first sample, its trained tokens in brackets:\n{'|'.join(shown)}"

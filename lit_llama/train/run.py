@@ -55,6 +55,7 @@ from lit_llama.trained import (
     HEADER_KEYS,
     METHOD_FILE,
     TRAINED_FILE,
+    check_initial,
     describe_base,
     kept_tensors,
     load_trained,
@@ -67,7 +68,8 @@ if TYPE_CHECKING:
 METRICS_FILE, COSTS_FILE = "metrics.csv", "costs.json"
 LOCK_FILE, STATE_FILE = ".lock", "state/state.safetensors"
 # A resumed run may differ in these settings. Micro-batches change rounding, and which activations dropout drops.
-MAY_CHANGE = {"base.checkpoint_dir", "base.name", "data", "version", "train.micro_batch_tokens", "train.save_every"}
+MAY_CHANGE = {"base.checkpoint_dir", "base.name", "data", "version", "chat_template"}
+MAY_CHANGE |= {"train.micro_batch_tokens", "train.save_every", "train.patience"}
 
 
 class Run:
@@ -147,9 +149,12 @@ class Run:
     def steps(self, model: LLaMA, optimizer: torch.optim.Optimizer, total_steps: int, save_every: int) -> Iterator[int]:
         """Yields the number of each step to take, counted from 0.
 
-        A resumed run loads its state first. The state is saved every ``save_every`` steps. On Ctrl-C or SIGTERM, the
-        step is finished, the state saved, and Interrupted raised.
+        A resumed run loads its state first, and takes no step if it has taken all. The state is saved every
+        ``save_every`` steps. On Ctrl-C or SIGTERM, the step is finished, the state saved, and Interrupted raised.
         """
+        if self.resume and (taken := read_tensors(self.out_dir / STATE_FILE)[1]["step"]) >= total_steps:
+            print_rank0(f"{self.out_dir} has taken all of its {taken} steps; nothing is changed")
+            return
         self.start(sum(tensor.numel() for tensor in trained_tensors(model).values()))
         self.step = self.load_state(model, optimizer) if self.resume else 0
         if self.step == 0:  # a run stopped before its first regular save can be resumed
@@ -354,16 +359,19 @@ def describe_run(
     train: TrainArgs,
     dtype: torch.dtype,
     quantize: str = "none",
+    init_from: str | None = None,
     **rates: float,
 ) -> dict:
     """The method.json of a run: everything that generation and a resumed run need to know.
 
-    ``add(model, **arguments)`` adds the method to a model; ``rates`` are further settings of the optimizer. Raises
+    ``add(model, **arguments)`` adds the method to a model; ``rates`` are further settings of the optimizer;
+    ``init_from`` is a trained folder to begin with. Raises
     UserError if the arguments do not fit the base, which is checked without loading weights.
     """
     with torch.device("meta"):
-        add(LLaMA(load_config(checkpoint_dir)).requires_grad_(False), **arguments)
-    return {
+        model = LLaMA(load_config(checkpoint_dir)).requires_grad_(False)
+        add(model, **arguments)
+    settings = {
         "method": method,
         "arguments": arguments,
         "base": describe_base(checkpoint_dir),
@@ -377,6 +385,10 @@ def describe_run(
         **rates,
         "version": __version__,
     }
+    if init_from:
+        check_initial(init_from, settings, reparametrized=model.reparametrization is not None)
+        settings["init_from"] = init_from
+    return settings
 
 
 def default_out_dir(method: str, data: str | list[dict]) -> Path:
