@@ -9,9 +9,11 @@ QUANTIZE = ["bitsandbytes>=0.44"]
 PLOT = ["matplotlib>=3.8"]
 EVAL = ["lm_eval[hf]>=0.4.9"]
 TENSORBOARD = ["tensorboard>=2.14"]
+PARQUET = ["pyarrow>=14"]
 TEST = [
     *PLOT,
     *TENSORBOARD,
+    *PARQUET,
     "mypy>=1.11",
     "pytest>=8",
     "pytest-xdist>=3.6",
@@ -38,6 +40,7 @@ setup(
         "jsonargparse[signatures]>=4.49",
         "tqdm>=4.66",
         "filelock>=3.13",
+        "jinja2>=3.1.6",  # older versions have known ways out of the sandbox
         "safetensors>=0.4.5",
         "tokenizers>=0.20",
         "gguf>=0.16",
@@ -49,6 +52,7 @@ setup(
         "hub": HUB,
         "plot": PLOT,
         "tensorboard": TENSORBOARD,
+        "parquet": PARQUET,
         "quantize": QUANTIZE,
         "eval": EVAL,
         "test": TEST,

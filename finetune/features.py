@@ -15,6 +15,7 @@ from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import save_arrays
 from lit_llama.common.progress import Bar
 from lit_llama.data.prompts import style_of
+from lit_llama.data.samples import Reading
 from lit_llama.data.task import check_data, load_task
 from lit_llama.devices.launch import base_dtype, launch
 from lit_llama.generate.decode import text_vectors
@@ -28,6 +29,10 @@ def main(
     classifier: str = "logistic",
     checkpoint_dir: str = DEFAULT_BASE,
     data: Data = "data/intents",
+    columns: dict[str, str] | None = None,
+    val_fraction: float = 0.1,
+    skip_bad_rows: bool = False,
+    show_sample: bool = False,
     out_dir: str | None = None,
     prompt_style: str | None = None,
     max_samples: int | None = None,
@@ -54,7 +59,8 @@ def main(
     check_data(data)  # before anything is fetched
     ensure_base(checkpoint_dir, yes)
     fabric = launch()
-    task = load_task(data, checkpoint_dir, prompt_style, max_seq_length, classify=True)
+    reading = Reading(columns, val_fraction, skip_bad_rows, show_sample)
+    task = load_task(data, checkpoint_dir, prompt_style, max_seq_length, reading, classify=True)
     print(task.summary)
     settings = {
         "method": "features",

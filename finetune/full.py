@@ -15,6 +15,7 @@ from lit_llama import cli
 from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_model
 from lit_llama.data.batches import collate, step_indices
+from lit_llama.data.samples import Reading
 from lit_llama.data.task import check_data, load_task
 from lit_llama.devices.blocks import unwrap_blocks, wrap_blocks
 from lit_llama.devices.launch import base_dtype, launch, print_rank0
@@ -33,6 +34,10 @@ def main(
         epochs=1, batch_size=4, learning_rate=3e-5, weight_decay=0.01, eval_every=150, save_every=150
     ),
     data: Data = "data/bookings",
+    columns: dict[str, str] | None = None,
+    val_fraction: float = 0.1,
+    skip_bad_rows: bool = False,
+    show_sample: bool = False,
     checkpoint_dir: str = DEFAULT_BASE,
     out_dir: str | None = None,
     prompt_style: str | None = None,
@@ -59,7 +64,8 @@ def main(
     fabric = launch(devices, num_nodes, "auto", logger, out_dir)
 
     # Data: token ids, with a target only where the answer is
-    task = load_task(data, checkpoint_dir, prompt_style, train.max_seq_length, classify=head == "classifier")
+    reading = Reading(columns, val_fraction, skip_bad_rows, show_sample)
+    task = load_task(data, checkpoint_dir, prompt_style, train.max_seq_length, reading, classify=head == "classifier")
     total_steps = train.total_steps(len(task.train))
     print_rank0(f"{task.summary}\n{train.summary(len(task.train), fabric.world_size)}")
 

@@ -20,7 +20,11 @@ DEFAULT_BASE = str(ROOT / "checkpoints/smollm2-135m-instruct")
 # Help texts of flags that several scripts have.
 SHARED_FLAGS = {
     "train": "The settings of the training loop.",
-    "data": "A .json, .jsonl, .csv or .txt file, or a folder with train and validation files.",
+    "data": "A file (.json, .jsonl, .csv, .tsv, .txt, .parquet) or a folder with train and validation files.",
+    "columns": 'Our names of columns and the file\'s, as \'{"instruction": "query", "output": "reply"}\'.',
+    "val_fraction": "Share of a single file that is split off for validation: 10 to 2,000 samples.",
+    "skip_bad_rows": "Leave out, and count, rows that cannot be read.",
+    "show_sample": "Print the first sample as tokens, those that are trained on in brackets.",
     "checkpoint_dir": "Folder of the base. The default one is offered for download if it is missing.",
     "out_dir": "Folder for the results. Default: out/, the method and the name of the data.",
     "init_from": "A trained folder of the same method to begin with.",

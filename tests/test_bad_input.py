@@ -151,7 +151,7 @@ FILES = {  # a file and the command that reads it: its content or a function tha
     ("rows.jsonl", (*FINETUNE, "--data", "rows.jsonl")): [
         (b'{"text": "a"}\n{"text": "\xff"}', "rows.jsonl:2: not UTF-8"),
         ("\n\n", "rows.jsonl holds no rows"),
-        ('{"instruction": "a", "output": "b"}', "1 rows are too few to split off 10%"),
+        ('{"instruction": "a", "output": "b"}', "1 rows are too few, or too much alike, to split off some"),
         ('{"text": ' * 10**5, "rows.jsonl:1: not valid JSON"),
         ('{"text": NaN}', "rows.jsonl:1: text must be a string, got NaN"),
         ('{"instruction": "a", "output": null}', "output must be a string, got null"),
@@ -168,7 +168,10 @@ FILES = {  # a file and the command that reads it: its content or a function tha
         ("instruction,output\na\n", "rows.csv:2: the row does not have the header's 2 columns"),
         ('instruction,output\na,"b\n', "rows.csv:1: unexpected end of data"),
         ("instruction,output\na,\0\n" * 3, "rows.csv|none of"),
-        ("instruction\na\n", "a row needs instruction and output"),
+        (
+            "instruction\na\n",
+            "has the columns 'instruction'; name those to read: --columns",
+        ),
     ],
     ("data/train.jsonl", FINETUNE): [("", "train.json and train.jsonl; keep one")],
     ("requests.jsonl", BATCH): [

@@ -1,5 +1,6 @@
 """Reading, splitting, masking, truncating and batching."""
 
+import gzip
 import hashlib
 import json
 import random
@@ -8,12 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 from chat_templates import TEMPLATES
-from helpers import make_base, sums, write_rows
+from helpers import CONTROLS, make_base, sums, write_rows
+from pyarrow import Table, parquet
+from safetensors.torch import load_file
 
+from lit_llama.checkpoint import load_config, save_checkpoint
 from lit_llama.common.errors import UserError
 from lit_llama.data.batches import IGNORE, Packing, TokenizedSample, collate, epoch_order, micro_batches, step_indices
 from lit_llama.data.prompts import STYLES, choose_template, encode_prompt, style_of
-from lit_llama.data.samples import Sample, read_samples, to_sample
+from lit_llama.data.samples import NOT_SERVED, Reading, Sample, read_samples, to_sample
 from lit_llama.data.task import hash_fraction, load_splits, load_task, tokenize_samples
 from lit_llama.tokenizer import Tokenizer
 
@@ -79,13 +83,21 @@ BAD = {
     "object.json": ('{"a": 1}', "object.json: a .json file must hold an array"),
     "broken.json": ('[\n{"instruction": "a", "output": "b"},\n{"instruction": }\n]', "broken.json:3: not valid JSON"),
     "number.json": ('[{"text": "a"},\n\n 7]', "number.json, row 2: a row must be an object, got int"),
-    "keys.json": ('[{"question": "a"}]', "keys.json, row 1: a row needs instruction.*'question'"),
+    "keys.json": ('[{"question": "a"}]', "keys.json, row 1: no format .* 'question'; name those to read: --columns '"),
     "type.jsonl": ('{"text": "a"}\n{"text": 5}\n', "type.jsonl:2: text must be a string, got 5"),
     "line.jsonl": ('{"text": "a"}\n\n{"text": \n', "line.jsonl:3: not valid JSON"),
     "ragged.csv": ("text,label\na,b\nc\n", "ragged.csv:3: the row does not have the header's 2 columns"),
     "latin1.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "latin1.jsonl:2: not UTF-8"),
-    "role.jsonl": ('{"messages": [{"role": "bot", "content": "a"}]}', "role.jsonl:1: a message needs a role"),
+    "role.jsonl": ('{"messages": [{"role": "boss", "content": "a"}]}', "role.jsonl:1: a message needs a role"),
     "silent.jsonl": ('{"messages": [{"role": "user", "content": "a"}]}', "silent.jsonl:1: messages hold no assistant"),
+    "semicolons.csv": ("instruction;output\na;b\n", "semicolons.csv: the header 'instruction;output' has semicolons"),
+    "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}')[:-9], "cut.jsonl.gz is not a complete .gz file"),
+    "a.parquet": ("PAR1", "a.parquet is not a parquet file"),
+    "weight.jsonl": (
+        '{"messages": [{"role": "bot", "content": "a", "weight": 2}]}',
+        "weight of a message must be 0 or 1",
+    ),
+    "history.jsonl": ('{"instruction": "a", "output": "b", "history": ["c"]}', "history must be a list of"),
     "deep.json": ("[" * 100_000, "deep.json: not valid JSON: .*recursion"),
 }
 
@@ -104,15 +116,115 @@ def test_csv_rows_end_at_line_ends_alone(tmp_path):
     assert [sample.label for sample in read_samples(tmp_path / "a.csv")] == ["x", "z"]
 
 
+USER, ANSWER, SYSTEM = ({"role": role, "content": role[0]} for role in ("user", "assistant", "system"))
+ASKED = {**USER, "input": ""}
+HISTORY = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]
+ROWS = [
+    ({"messages": [USER, ANSWER], "system": "s"}, [SYSTEM, USER, ANSWER]),
+    ({"messages": [USER, {**ANSWER, "weight": 0}, USER, ANSWER]}, [USER, {**ANSWER, "weight": 0}, USER, ANSWER]),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "u"}]}, ANSWER]}, [USER, ANSWER]),
+    ({"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}, [USER, ANSWER]),
+    ({"instruction": "u", "output": "a", "system": "s"}, [SYSTEM, ASKED, ANSWER]),
+    ({"instruction": "u", "input": None, "output": "a", "history": [["q", "r"]]}, [*HISTORY, ASKED, ANSWER]),
+    ({"instruction": "u", "context": "c", "response": "a"}, [{**USER, "input": "c"}, ANSWER]),
+    ({"prompt": "u", "completion": "a"}, [ASKED, ANSWER]),
+    ({"prompt": [USER], "completion": [ANSWER]}, [USER, ANSWER]),
+    ({"question": "u", "answer": "a"}, [ASKED, ANSWER]),
+    ({"text": "u", "label": 3}, [USER, {"role": "assistant", "content": "3"}]),
+]
+
+
+@pytest.mark.parametrize("row, messages", ROWS)
+def test_rows_as_the_field_writes_them(row, messages):
+    assert sample_of(row).messages == messages and sample_of(row).unread == ()
+    more = {**row, "id": 7, "images": [], "tools": None}
+    assert sample_of(more).messages == messages and sample_of(more).unread == ("id", "images", "tools")
+    for key in NOT_SERVED:
+        with pytest.raises(UserError, match=f"test:1: {key} is not served"):
+            sample_of({**row, key: ["something"]})
+
+
+@pytest.mark.parametrize("turn", [{"role": "tool", "content": "x"}, {**ANSWER, "tool_calls": [1]}, {"role": "user"}])
+def test_a_turn_that_is_not_served_is_refused(turn):
+    with pytest.raises(UserError, match="test:1: (a message needs a role|tool_calls is not served)"):
+        sample_of({"messages": [USER, turn, ANSWER]})
+
+
+def test_files_of_every_kind(tmp_path):
+    row = {"instruction": "a\tb", "output": "c"}
+    (tmp_path / "a.json").write_text(json.dumps({"version": 1, "data": [row]}))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(row).encode()))
+    (tmp_path / "a.tsv").write_text('instruction\toutput\n"a\tb"\tc\n')
+    parquet.write_table(Table.from_pylist([row]), tmp_path / "a.parquet")
+    for path in tmp_path.iterdir():
+        assert [sample.messages[0]["content"] for sample in read_samples(path)] == ["a\tb"], path
+
+
+def test_columns_are_renamed_and_what_is_not_read_is_noted(tmp_path):
+    rows = [{"query": f"q{i}", "reply": "r", "id": i} for i in range(30)] + [{"query": 5, "reply": "r", "id": 0}]
+    path = write_rows(tmp_path / "a.json", rows)
+    columns = {"instruction": "query", "output": "reply"}
+    with pytest.raises(UserError, match="row 31: instruction must be a string, got 5"):
+        load_splits(path, Reading(columns))
+    train, validation = load_splits(path, Reading(columns, skip_bad_rows=True))
+    assert len(list(train)) + len(validation) == 30 and len(validation) == 10
+    assert train.notes[0] == "a.json: columns ignored: id"
+    assert train.notes[1].startswith(f"a.json: 1 bad rows left out; the first: {path}, row 31: instruction must")
+    with pytest.raises(UserError, match="row 1: --columns names ask; the row has query, reply, id"):
+        load_splits(path, Reading({"instruction": "ask"}))
+
+
+def test_a_folder_is_read_by_the_usual_names(tmp_path, base):
+    write_rows(tmp_path / "train.json", sums(20))
+    write_rows(tmp_path / "dev.json", sums(25)[20:])
+    write_rows(tmp_path / "test.json", sums(3))
+    write_rows(tmp_path / "more.json", sums(3))
+    summary = load_task(tmp_path, base, None, 100).summary
+    assert "20 training samples, 5 for validation" in summary and "\nnote: " in summary
+    assert "files ignored: more.json" in summary and "test.json is left for scripts/evaluate.py --split test" in summary
+    write_rows(tmp_path / "eval.json", sums(3))
+    with pytest.raises(UserError, match="holds dev.json and eval.json; keep one"):
+        load_splits(tmp_path)
+
+
+def test_a_folder_of_texts_is_a_document_each_and_long_ones_train_whole(tmp_path, base):
+    for i in range(12):
+        (tmp_path / f"{i}.txt").write_text(f"{i}: " + "word " * 30)
+    task = load_task(tmp_path, base, None, 64)
+    texts = "".join(task.tokenizer.decode(sample.targets) for sample in task.train + task.validation)
+    assert texts.count("word ") == 12 * 30 and texts.count("<|im_end|>") == 12
+    assert max(len(sample.ids) for sample in task.train) == 63 and style_of(task.chat_template) == "plain"
+
+
+def test_what_is_probably_not_meant_is_warned_of(tmp_path):
+    base = make_base(tmp_path / "base")
+    rows = [{"text": f"<|im_start|>user {i}<|im_end|>"} for i in range(30)]
+    assert "warning: plain texts spell control tokens such as <|im_start|>" in load_task(rows, base, None, 64).summary
+    assert "warning" not in load_task(sums(30), base, None, 64).summary
+    untrained = make_base(tmp_path / "untrained")
+    tensors = load_file(untrained / "model.safetensors")
+    tensors["transformer.wte.weight"][CONTROLS.index("<|im_end|>")] = 0
+    config = load_config(untrained)
+    save_checkpoint(untrained, config, tensors.items())
+    summary = load_task(sums(30), untrained, None, 64).summary
+    assert "warning: the base has not learned <|im_end|>, as" in summary
+    assert "warning" not in load_task(sums(30), untrained, "plain", 64).summary
+
+
+def test_the_first_sample_is_shown_with_its_trained_tokens(base):
+    summary = load_task(sums(30), base, "plain", 100, Reading(show_sample=True)).summary
+    assert "in brackets:\na|d|d|" in summary and summary.endswith("[<|im_end|>]")
+
+
 # splitting
 
 
 def test_split_by_hash_is_disjoint_stable_and_about_the_fraction(tmp_path):
-    train, validation = load_splits(write_rows(tmp_path / "a.json", sums(1000)), val_fraction=0.2)
+    train, validation = load_splits(write_rows(tmp_path / "a.json", sums(1000)), Reading(val_fraction=0.2))
     assert len(list(train)) + len(validation) == 1000 and 150 < len(validation) < 250
     kept = {sample.key() for sample in validation}
     assert not kept & {sample.key() for sample in train}
-    _, more = load_splits(sums(1300)[::-1], val_fraction=0.2)
+    _, more = load_splits(sums(1300)[::-1], Reading(val_fraction=0.2))
     assert kept <= {sample.key() for sample in more}
 
 
@@ -127,7 +239,7 @@ def test_rows_from_python_are_split_as_those_of_a_file(tmp_path):
     rows = sums(60)
     for one, other in zip(load_splits(write_rows(tmp_path / "a.json", rows)), load_splits(rows), strict=True):
         assert [(sample.row, sample.key()) for sample in one] == [(sample.row, sample.key()) for sample in other]
-    with pytest.raises(UserError, match="row 2: a row needs instruction and output"):
+    with pytest.raises(UserError, match="row 2: no format .* 'question'; name"):
         load_splits([rows[0], {"question": "?"}])
     with pytest.raises(UserError, match="data: 1 rows are too few"):
         load_splits(rows[:1])

@@ -75,7 +75,7 @@ def loop_of(path: Path) -> list[str]:
 def test_all_scripts_have_the_same_loop(path):
     assert len(LOOPS) == 8 and len(loop_of(path)) > 25
     assert loop_of(path) == loop_of(LOOPS[0])
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 165
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 170
 
 
 # The loss of a step

@@ -1,23 +1,25 @@
-"""Read data files: .json, .jsonl, .csv or .txt -> samples.
+"""Read data files -> samples. data/README.md shows every format of rows and files.
 
-Rows are Alpaca records (instruction, input, output), ``messages``, ``text`` with ``label``, or ``text`` alone;
-data/README.md shows each.
+A format is chosen by a row's keys. What a row holds and its format does not read is named, never dropped in silence:
+keys of a known meaning, such as tool calls, are refused; other columns are listed once as ignored.
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from lit_llama.common.errors import UserError
 from lit_llama.data.prompts import Message
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".txt")
-ROLES = ("system", "user", "assistant")
+TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
+SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES))
 
 
 @dataclass(slots=True)
@@ -29,6 +31,7 @@ class Sample:
     text: str | None = None
     label: str | None = None
     row: int = 0  # number in the file
+    unread: tuple[str, ...] = ()  # columns that its format does not have
 
     @property
     def prompt(self) -> list[Message]:
@@ -43,53 +46,102 @@ class Sample:
         return json.dumps([self.messages, self.text], sort_keys=True)
 
 
-class Samples:
-    """The samples of a file or a list of rows. Each loop reads them again, so texts do not stay in memory.
+@dataclass(frozen=True)
+class Reading:
+    """How data is read.
 
-    A loop raises UserError if the file or a row is invalid.
+    ``columns`` maps our keys to a file's. ``val_fraction`` of a single file is split off for validation.
+    ``skip_bad_rows`` leaves out rows that fit no format. ``show_sample`` prints the first sample as tokens.
     """
 
-    def __init__(self, source: Path | list[dict], without: frozenset[int] = frozenset()) -> None:
-        self.source, self.without = source, without  # the numbers of rows to leave out
+    columns: dict[str, str] | None = None
+    val_fraction: float = 0.1
+    skip_bad_rows: bool = False
+    show_sample: bool = False
+
+
+class Samples:
+    """The samples of a file, folder or list of rows. Each loop reads them again, so texts do not stay in memory.
+
+    ``notes`` says what the last whole loop left out. A loop raises UserError if the file or a row is invalid.
+    """
+
+    def __init__(
+        self, source: Path | list[dict], reading: Reading = Reading(), without: frozenset[int] = frozenset()
+    ) -> None:
+        self.source, self.reading, self.without = source, reading, without  # the numbers of rows to leave out
+        self.notes: list[str] = []
 
     def __iter__(self) -> Iterator[Sample]:
         if isinstance(self.source, list):
             rows: Iterable = ((f"row {i + 1}", row) for i, row in enumerate(self.source))
         else:
             rows = file_rows(self.source)
+        bad: list[UserError] = []
+        ignored: dict[str, None] = {}  # a set that keeps its order
         for i, (where, row) in enumerate(rows):
-            sample = to_sample(row, where, i)
-            if i not in self.without:
-                yield sample
+            if i in self.without:
+                continue
+            try:
+                sample = to_sample(row, where, i, self.reading.columns)
+            except UserError as error:
+                if not self.reading.skip_bad_rows:
+                    raise
+                bad.append(error)
+                continue
+            ignored |= dict.fromkeys(sample.unread)
+            yield sample
+        name = "the rows" if isinstance(self.source, list) else self.source.name
+        self.notes = [f"{name}: columns ignored: {', '.join(ignored)}"] if ignored else []
+        self.notes += [f"{name}: {len(bad)} bad rows left out; the first: {bad[0]}"] if bad else []
 
 
-def read_samples(path: Path | str) -> list[Sample]:
+def read_samples(path: Path | str, reading: Reading = Reading()) -> list[Sample]:
     """All samples of one file."""
-    return list(Samples(Path(path)))
+    return list(Samples(Path(path), reading))
+
+
+# ---------------------------------------------------------------------------------------------- files
 
 
 def file_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a file, each with its place for messages: file and line, or file and row of a .json file.
+    """The rows of a file, each with its place for messages: file and line, or file and row.
 
-    Raises UserError if the file is missing, empty or invalid.
+    A folder's .txt files are a row each. Raises UserError if the file is missing, empty or invalid.
     """
-    readers = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows, ".txt": txt_rows}
-    if path.suffix not in readers:
-        raise UserError(f"{path}: data files end in {', '.join(SUFFIXES)}")
     empty = True
-    try:
-        # utf-8-sig drops the byte-order mark that spreadsheets write. A quoted field of a .csv keeps its line ends.
-        with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else "\n") as file:
-            for row in readers[path.suffix](file, path):
-                empty = False
-                yield row
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except UnicodeDecodeError:
-        read_text(path)  # names the line
-        raise
+    for where_and_row in folder_rows(path) if path.is_dir() else rows_of_file(path):
+        empty = False
+        yield where_and_row
     if empty:
         raise UserError(f"{path} holds no rows")
+
+
+def folder_rows(folder: Path) -> Iterator[tuple[str, Any]]:
+    for path in sorted(folder.glob("*.txt")):
+        yield str(path), {"text": read_text(path)}
+
+
+def rows_of_file(path: Path) -> Iterator[tuple[str, Any]]:
+    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if not path.name.endswith(SUFFIXES):
+        raise UserError(f"{path}: data files end in {', '.join(SUFFIXES)}")
+    try:
+        if kind == ".parquet":
+            yield from parquet_rows(path)
+            return
+        # utf-8-sig drops the byte-order mark that spreadsheets write. A quoted field of a .csv keeps its line ends.
+        open_text: Any = gzip.open if path.suffix == ".gz" else open
+        with open_text(path, "rt", encoding="utf-8-sig", newline="" if kind in (".csv", ".tsv") else "\n") as file:
+            yield from READERS[kind](file, path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"{path} is not a complete .gz file: {error}") from None
+    except UnicodeDecodeError as error:
+        if path.suffix != ".gz":
+            read_text(path)  # names the line
+        raise UserError(f"{path}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
 
 
 def read_text(path: Path) -> str:
@@ -114,6 +166,9 @@ def parse_json(text: str, path: Path | str, line: int | None = None) -> Any:
 
 def json_rows(file: TextIO, path: Path) -> Iterator[tuple[str, Any]]:
     rows = parse_json(file.read(), path)
+    if isinstance(rows, dict):  # {"data": [...]}
+        lists = [value for value in rows.values() if isinstance(value, list)]
+        rows = lists[0] if len(lists) == 1 else None
     if not isinstance(rows, list):
         raise UserError(f"{path}: a .json file must hold an array of rows; one object per line is .jsonl")
     for number, row in enumerate(rows, 1):
@@ -126,10 +181,12 @@ def jsonl_rows(file: TextIO, path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path}:{number}", parse_json(line, path, number)
 
 
-def csv_rows(file: TextIO, path: Path) -> Iterator[tuple[str, Any]]:
+def csv_rows(file: TextIO, path: Path, delimiter: str = ",") -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(2**31 - 1)
-    reader: Any = csv.DictReader(file, strict=True)
+    reader: Any = csv.DictReader(file, delimiter=delimiter, strict=True)
     try:
+        if len(reader.fieldnames or ()) == 1 and ";" in reader.fieldnames[0]:
+            raise UserError(f"{path}: the header {reader.fieldnames[0]!r} has semicolons; separate columns with commas")
         for row in reader:
             where = f"{path}:{reader.line_num}"
             if None in row or None in row.values():
@@ -139,36 +196,127 @@ def csv_rows(file: TextIO, path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}:{reader.line_num}: {error}") from None
 
 
+def tsv_rows(file: TextIO, path: Path) -> Iterator[tuple[str, Any]]:
+    return csv_rows(file, path, delimiter="\t")
+
+
 def txt_rows(file: TextIO, path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(file, 1):
         if line.strip():
             yield f"{path}:{number}", {"text": line.rstrip("\r\n")}
 
 
-def to_sample(row: Any, where: str, number: int = 0) -> Sample:
-    """A row of any format as a Sample. Further columns are ignored. Raises UserError if the row fits no format."""
+READERS = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows, ".tsv": tsv_rows, ".txt": txt_rows}
+
+
+def parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise UserError(f"{path}: reading .parquet needs pyarrow; pip install pyarrow") from None
+    try:
+        rows = (row for batch in parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield f"{path}, row {number}", row
+    except ArrowException as error:
+        raise UserError(f"{path} is not a parquet file: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+NOT_SERVED = ["tools", "tool_calls", "functions", "function_call", "images", "image", "audio", "reasoning_content"]
+NOT_SERVED += ["thinking", "reasoning", "chosen", "rejected"]
+ROLES = {role: role for role in ("system", "user", "assistant")}
+ROLES |= {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+
+
+def to_sample(row: Any, where: str, number: int = 0, columns: dict[str, str] | None = None) -> Sample:
+    """A row as a Sample. Raises UserError if it fits no format."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row must be an object, got {type(row).__name__}")
-    messages: list[Message] = []
-    text = label = None
-    if "messages" in row:
-        messages = check_messages(row["messages"], where)
-    elif "instruction" in row and "output" in row:
-        given = text_field(row, "input", where) if row.get("input") else ""
-        user = {"role": "user", "content": text_field(row, "instruction", where), "input": given}
-        messages = [user, {"role": "assistant", "content": text_field(row, "output", where)}]
-        label = text_field(row, "label", where) if "label" in row else None
-    elif "text" in row:
-        text = text_field(row, "text", where)
-        if "label" in row:
-            label = text_field(row, "label", where)
-            messages = [{"role": "user", "content": text}, {"role": "assistant", "content": label}]
-    else:
-        raise UserError(
-            f"{where}: a row needs instruction and output, or messages, or text with or without label; "
-            f"this one has {', '.join(map(repr, row)) or 'nothing'}"
-        )
-    return Sample(where, messages, text, label, number)
+    row = renamed(row, columns or {}, where)
+    check_served(row, where)
+    for keys, optional, read in FORMATS:
+        if all(key in row for key in keys):
+            unread = tuple(key for key in row if key not in keys + optional)
+            return Sample(where, row=number, unread=unread, **read(row, where))
+    example = json.dumps({"instruction": str(next(iter(row), "query")), "output": "..."}, ensure_ascii=False)
+    raise UserError(
+        f"{where}: no format of data/README.md has the columns {', '.join(map(repr, row)) or '(none)'}; name those to "
+        f"read: --columns '{example}'"
+    )
+
+
+def renamed(row: dict, columns: dict[str, str], where: str) -> dict:
+    """The row with our keys in place of the file's."""
+    if missing := [theirs for theirs in columns.values() if theirs not in row]:
+        raise UserError(f"{where}: --columns names {', '.join(missing)}; the row has {', '.join(map(str, row))}")
+    return {key: value for key, value in row.items() if key not in columns.values()} | {
+        ours: row[theirs] for ours, theirs in columns.items()
+    }
+
+
+def check_served(row: dict, where: str) -> None:
+    """Raises UserError for a key whose meaning is known and that is not served. Empty ones are no loss."""
+    for key in NOT_SERVED:
+        if row.get(key):
+            raise UserError(f"{where}: {key} is not served; remove it, or leave such rows out with --skip_bad_rows")
+
+
+def from_messages(row: dict, where: str) -> dict:
+    return conversation(row["messages"], row, where)
+
+
+def from_sharegpt(row: dict, where: str) -> dict:
+    turns = row["conversations"]
+    if isinstance(turns, list) and all(isinstance(turn, dict) and {"from", "value"} <= turn.keys() for turn in turns):
+        turns = [{**turn, "role": turn["from"], "content": turn["value"]} for turn in turns]
+    return conversation(turns, row, where)
+
+
+def from_completion(row: dict, where: str) -> dict:
+    if isinstance(row["prompt"], list) and isinstance(row["completion"], list):  # as TRL writes conversations
+        return conversation(row["prompt"] + row["completion"], row, where)
+    return from_instruction("prompt", "", "completion", row, where)
+
+
+def from_instruction(question: str, given: str, answer: str, row: dict, where: str) -> dict:
+    """A conversation of one question, after the turns of ``history``, a list of [question, answer]."""
+    turns = []
+    for pair in row.get("history") or []:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise UserError(f"{where}: history must be a list of [question, answer]")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    context = text_field(row, given, where) if row.get(given) else ""
+    user = {"role": "user", "content": text_field(row, question, where), "input": context}
+    turns += [user, {"role": "assistant", "content": text_field(row, answer, where)}]
+    label = {"label": label_of(row, where)} if row.get("label") is not None else {}
+    return conversation(turns, row, where) | label
+
+
+def from_text(row: dict, where: str) -> dict:
+    text = text_field(row, "text", where)
+    if row.get("label") is None:
+        return {"messages": [], "text": text}
+    label = label_of(row, where)
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": label}]
+    return {"messages": messages, "text": text, "label": label}
+
+
+# The keys that a row must have, those that it may have, and what reads it. The first that fits is taken.
+alpaca = partial(from_instruction, "instruction", "input", "output")
+dolly = partial(from_instruction, "instruction", "context", "response")
+question_answer = partial(from_instruction, "question", "", "answer")
+Format = tuple[tuple[str, ...], tuple[str, ...], Callable[[dict, str], dict]]
+FORMATS: list[Format] = [
+    (("messages",), ("system",), from_messages),
+    (("conversations",), ("system",), from_sharegpt),
+    (("instruction", "output"), ("input", "system", "history", "label"), alpaca),
+    (("instruction", "response"), ("context", "system", "history"), dolly),
+    (("prompt", "completion"), ("system", "history"), from_completion),
+    (("question", "answer"), ("system", "history"), question_answer),
+    (("text",), ("label",), from_text),
+]
 
 
 def text_field(row: dict, field: str, where: str) -> str:
@@ -177,15 +325,34 @@ def text_field(row: dict, field: str, where: str) -> str:
     return row[field]
 
 
-def check_messages(messages: Any, where: str) -> list[Message]:
+def label_of(row: dict, where: str) -> str:
+    """A label. A number is its own text."""
+    return json.dumps(row["label"]) if isinstance(row["label"], int | float) else text_field(row, "label", where)
+
+
+def conversation(turns: Any, row: dict, where: str) -> dict:
     """The messages up to the last answer; nothing after it is trained on. Raises UserError if they are invalid."""
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise UserError(f"{where}: messages must be a list of objects with role and content")
-    for message in messages:
-        if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
-            got = json.dumps(message)[:60]
-            raise UserError(f"{where}: a message needs a role of {', '.join(ROLES)} and a content, got {got}")
+    if row.get("system"):
+        turns = [{"role": "system", "content": row["system"]}, *turns]
+    messages = [to_message(turn, where) for turn in turns]
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise UserError(f"{where}: messages hold no assistant turn to learn")
-    return [{"role": message["role"], "content": message["content"]} for message in messages[: answers[-1] + 1]]
+    return {"messages": messages[: answers[-1] + 1]}
+
+
+def to_message(turn: dict, where: str) -> Message:
+    """A turn with our names of roles. "weight" 0, do not train on it, and "input" stay."""
+    check_served(turn, where)
+    role, content = ROLES.get(turn.get("role", "")), turn.get("content")
+    if isinstance(content, list) and all(isinstance(it, dict) and it.get("type") == "text" for it in content):
+        content = "".join(str(it.get("text", "")) for it in content)
+    if role is None or not isinstance(content, str):
+        got = json.dumps(turn)[:60]
+        raise UserError(f"{where}: a message needs a role of {', '.join(ROLES)} and a text, got {got}")
+    if turn.get("weight", 1) not in (0, 1):
+        raise UserError(f"{where}: the weight of a message must be 0 or 1, got {turn['weight']}")
+    kept = {key: turn[key] for key in ("input", "weight") if key in turn}
+    return {"role": role, "content": content, **kept}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from array import array
+from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -15,10 +17,11 @@ from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import open_tensors, tensor_headers
 from lit_llama.data.batches import IGNORE, TokenizedSample
 from lit_llama.data.prompts import Control, Piece, choose_template, encode_pieces, end_of_answer, pieces, style_of
-from lit_llama.data.samples import SUFFIXES, Sample, Samples, read_samples
+from lit_llama.data.samples import SUFFIXES, Reading, Sample, Samples, read_samples
 from lit_llama.tokenizer import Tokenizer
 
-MAX_VALIDATION = 2000  # samples split off, and samples kept to be answered
+MIN_VALIDATION = 10  # samples split off
+MAX_VALIDATION = 2000  # also of samples kept to be answered
 
 # ---------------------------------------------------------------------------------------------- splits
 
@@ -31,55 +34,68 @@ def check_data(data: Path | str | list[dict]) -> None:
         )
 
 
-def load_splits(data: Path | str | list[dict], val_fraction: float = 0.1) -> tuple[Samples, list[Sample]]:
-    """Training and validation samples: a folder's train.* and validation.*, or one file or list, split by hash.
+def load_splits(data: Path | str | list[dict], reading: Reading = Reading()) -> tuple[Samples, list[Sample]]:
+    """Training and validation samples: a folder's two files, or one file, list or folder of texts, split by hash.
 
     Each loop over the training samples reads them again; the validation samples stay in memory.
     """
     if isinstance(data, list):
-        return split_by_hash(data, "data", val_fraction)
+        return split_by_hash(data, "data", reading)
     check_data(data)
     path = Path(data)
     if path.is_file():
-        return split_by_hash(path, str(path), val_fraction)
+        return split_by_hash(path, str(path), reading)
     train_file, val_file = split_file(path, "train"), split_file(path, "validation")
+    if train_file is None and not any(path.glob("*.txt")):
+        raise UserError(f"{path} holds no train file, such as train.jsonl, nor texts (.txt)")
     if train_file is None:
-        raise UserError(f"{path} holds no train file ({', '.join('train' + suffix for suffix in SUFFIXES)})")
+        return split_by_hash(path, str(path), reading)
     if val_file is None:
-        return split_by_hash(train_file, str(path), val_fraction)
-    return Samples(train_file), read_samples(val_file)
+        return split_by_hash(train_file, str(path), reading)
+    return Samples(train_file, reading), read_samples(val_file, reading)
+
+
+SPLITS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev", "eval"), "test": ("test",)}
 
 
 def split_file(folder: Path, split: str) -> Path | None:
     """The one file of a split in a folder, None without one. Raises UserError if there are several."""
-    files = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").exists()]
+    paths = [folder / f"{name}{suffix}" for name in SPLITS.get(split, (split,)) for suffix in SUFFIXES]
+    files = [path for path in paths if path.exists()]
     if len(files) > 1:
         raise UserError(f"{folder} holds {' and '.join(file.name for file in files)}; keep one")
     return files[0] if files else None
 
 
-def split_by_hash(source: Path | list[dict], where: str, val_fraction: float) -> tuple[Samples, list[Sample]]:
-    """Training and validation samples: the smallest hashes validate, ``val_fraction`` of all or MAX_VALIDATION.
+def unread_files(data: Path | str | list[dict]) -> list[str]:
+    """Notes on a folder's data files that training does not read."""
+    if isinstance(data, list) or not Path(data).is_dir() or split_file(Path(data), "train") is None:
+        return []
+    used = [split_file(Path(data), split) for split in SPLITS]
+    others = [path.name for path in sorted(Path(data).iterdir()) if path.name.endswith(SUFFIXES) and path not in used]
+    notes = [f"{data}: files ignored: {', '.join(others)}"] if others else []
+    return notes + ([f"{used[2]} is left for scripts/evaluate.py --split test"] if used[2] else [])
 
-    So new rows do not move old ones across the split, except to keep the limit, and equal samples stay together.
-    ``where`` names the data in errors.
+
+def split_by_hash(source: Path | list[dict], where: str, reading: Reading) -> tuple[Samples, list[Sample]]:
+    """Training and validation samples: the smallest hashes validate, ``reading.val_fraction`` of all.
+
+    They are at least MIN_VALIDATION, if that leaves half of the rows, and at most MAX_VALIDATION. Within these limits,
+    new rows do not move old ones across the split. Equal samples stay together. ``where`` names the data in errors.
     """
-    if not 0 < val_fraction < 1:
-        raise UserError(f"val_fraction {val_fraction} must lie between 0 and 1")
-    n_rows, small = 0, []
-    for sample in Samples(source):
-        n_rows += 1
-        fraction = hash_fraction(sample.key())
-        if fraction < val_fraction:
-            small.append((fraction, sample))
-    limit = sorted(fraction for fraction, _ in small)[MAX_VALIDATION] if len(small) > MAX_VALIDATION else 1.0
-    validation = [sample for fraction, sample in small if fraction < limit]
-    if len(validation) in (0, n_rows):
+    check_range("--val_fraction", reading.val_fraction, 1e-6, 1 - 1e-6)
+    hashes = array("d", (hash_fraction(sample.key()) for sample in Samples(source, reading)))
+    ordered = sorted(hashes)
+    wanted = bisect(ordered, reading.val_fraction)
+    wanted = min(max(wanted, min(MIN_VALIDATION, len(ordered) // 2)), MAX_VALIDATION)
+    limit = ordered[wanted] if wanted < len(ordered) else math.inf
+    validation = [sample for sample in Samples(source, reading) if hash_fraction(sample.key()) < limit]
+    if len(validation) in (0, len(ordered)):
         raise UserError(
-            f"{where}: {n_rows} rows are too few to split off {val_fraction:.0%} for validation; give more, or a "
-            "folder with train.* and validation.*"
+            f"{where}: {len(ordered)} rows are too few, or too much alike, to split off some for validation; give "
+            "more, or a folder with train.* and validation.*"
         )
-    return Samples(source, without=frozenset(sample.row for sample in validation)), validation
+    return Samples(source, reading, without=frozenset(sample.row for sample in validation)), validation
 
 
 def hash_fraction(key: str) -> float:
@@ -253,7 +269,7 @@ def load_task(
     checkpoint_dir: Path | str,
     prompt_style: str | None,
     max_seq_length: int,
-    show_sample: bool = False,
+    reading: Reading = Reading(),
     classify: bool = False,
     n_virtual: int = 0,
 ) -> Task:
@@ -266,7 +282,7 @@ def load_task(
         raise UserError(f"--train.max_seq_length {max_seq_length} exceeds the base's context of {block_size} tokens")
     check_range("--prompt_length", n_virtual, 0, block_size - 1)
     name = "rows" if isinstance(data, list) else str(data)
-    train, validation = load_splits(data)
+    train, validation = load_splits(data, reading)
     only_texts = not any(sample.messages for split in (validation, train) for sample in split)
     template = choose_template("plain" if only_texts and not prompt_style else prompt_style, tokenizer)
     style = style_of(template)
@@ -296,8 +312,9 @@ def load_task(
     }
     summary = f"{name}: {len(train_ids)} training samples, {len(val_ids)} for validation, prompt style {style}"
     summary += "".join(f"; {count} {note}" for note, count in notes.items() if count)
+    summary += "".join(f"\nnote: {text}" for text in [*unread_files(data), *train.notes])
     summary += "".join(f"\nwarning: {text}" for text in warnings_of(train, checkpoint_dir, template, tokenizer))
-    if show_sample:
+    if reading.show_sample:
         summary += f"\n{marked(train_ids[0], tokenizer)}"
     held_out = [sample for sample, ids in zip(kept, val_ids, strict=True) if can_be_asked(sample, ids)]
     return Task(name, tokenizer, template, train_ids, val_ids, held_out[:MAX_VALIDATION], summary)
@@ -308,13 +325,11 @@ def warnings_of(
 ) -> list[str]:
     """What is probably not meant: control tokens spelled in plain texts, or that the base never learned."""
     found = []
-    spelled = [
-        match[0] for sample in samples if sample.text for match in tokenizer.control_pattern.finditer(sample.text)
-    ]
-    if spelled:
+    texts = (sample.text for sample in islice(samples, 1000) if sample.text and not sample.messages)
+    if spelled := next(filter(None, map(tokenizer.control_pattern.search, texts)), None):
         found.append(
-            f"{len(spelled)} control tokens, such as {spelled[0]}, are spelled in plain texts and stay text there; "
-            'give conversations as rows of "messages"'
+            f"plain texts spell control tokens such as {spelled[0]}, which stay text there; give conversations as rows "
+            'of "messages"'
         )
     controls = {name: i for name, i in tokenizer.controls.items() if name and name in template}
     if unlearned := untrained_rows(checkpoint_dir, list(controls.values())):
