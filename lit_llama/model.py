@@ -34,7 +34,7 @@ class LLaMAConfig:
     intermediate_size: int = 11008
     norm_eps: float = 1e-6
     rope_base: float = 10000.0
-    rope_scaling: dict | None = None  # Llama 3.1's, see rope_frequencies
+    rope_scaling: dict | None = None  # Llama 3.1's, or only a "factor", see rope_frequencies
     tie_embeddings: bool = False  # lm_head shares the weight of wte
     bias: bool = False  # on every linear layer, as in a merged adapter_v2
 
@@ -47,7 +47,7 @@ class LLaMAConfig:
             raise ValueError(f"head_size must be even (rotary pairs), got {self.head_size}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
-        if self.rope_scaling is not None and set(self.rope_scaling) != set(LLAMA_31_SCALING):
+        if self.rope_scaling is not None and set(self.rope_scaling) not in ({"factor"}, set(LLAMA_31_SCALING)):
             raise ValueError(f"rope_scaling needs exactly {sorted(LLAMA_31_SCALING)}, got {self.rope_scaling}")
 
     @classmethod
@@ -82,15 +82,17 @@ class RMSNorm(nn.Module):
 def rope_frequencies(config: LLaMAConfig, device: torch.device | None = None) -> Tensor:
     """Radians per position of each rotary pair, (hs/2,) in float32.
 
-    ``rope_scaling`` is Llama 3.1's rule. Wavelengths that fit the original context at least ``high_freq_factor`` times
-    stay as they are. Those that fit at most ``low_freq_factor`` times become ``factor`` times longer. The rule
-    interpolates between the two.
+    A ``rope_scaling`` of only a "factor" makes all wavelengths that much longer. Llama 3.1's rule has more: wavelengths
+    that fit the original context at least ``high_freq_factor`` times stay as they are. Those that fit at most
+    ``low_freq_factor`` times become ``factor`` times longer. The rule interpolates between the two.
     """
     pairs = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device)
     freqs = 1.0 / config.rope_base ** (pairs / config.head_size)
     if config.rope_scaling is None:
         return freqs
     scaling = config.rope_scaling
+    if set(scaling) == {"factor"}:
+        return freqs / scaling["factor"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)

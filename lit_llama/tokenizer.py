@@ -24,6 +24,7 @@ from lit_llama.common.files import atomic_write, read_json
 
 JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 TEMPLATE_FILE, GENERATION_FILE = "chat_template.jinja", "generation_config.json"
+ADDED_FILE, MAP_FILE = "added_tokens.json", "special_tokens_map.json"
 MAX_PADDING = 1024  # a model may have more rows than tokens, up to a round number
 
 
@@ -34,7 +35,8 @@ class Tokenizer:
     U+2581, so it reads U+2581 as a space. A byte-level vocabulary may lack bytes (SmolLM2's lacks those of U+0004,
     U+0006, U+0013, U+0014, U+0016, U+001D and the unassigned planes 4 to 11); ``encode`` drops them with a warning.
 
-    Attributes: ``vocab_size``; ``bos_id``, the id in front of every sequence or None; ``eos_id``; ``chat_template``,
+    Attributes: ``vocab_size``; ``bos_id``, the id in front of every sequence or None; ``eos_id``,
+    and ``eos_ids``, all that end a text; ``chat_template``,
     the tokenizer's Jinja template or None. Raises UserError if the tokenizer is missing, damaged or another model's.
     """
 
@@ -54,10 +56,16 @@ class Tokenizer:
         if self.backend.eos_id is None:
             raise UserError(f"{folder} does not say which token ends a text; name it in {SETTINGS_FILE} as eos_token")
         self.vocab_size, self.bos_id, self.eos_id = self.backend.vocab_size, self.backend.bos_id, self.backend.eos_id
+        self.eos_ids = {self.eos_id, *generation_eos(folder)}
         self.controls = self.backend.controls
         spelled = sorted(filter(None, self.controls), key=len, reverse=True)  # the longest match wins
         self.control_pattern = re.compile(f"({'|'.join(map(re.escape, spelled))})")
         rows = read_json(folder / CONFIG_FILE).get("vocab_size") if (folder / CONFIG_FILE).exists() else None
+        if isinstance(rows, int) and rows < self.vocab_size < rows + 100:
+            raise UserError(
+                f"{folder}: the tokenizer has {self.vocab_size} tokens, but the model {rows} embeddings; add the "
+                "missing ones with resize_token_embeddings in transformers, and convert again"
+            )
         if isinstance(rows, int) and not 0 <= rows - self.vocab_size < MAX_PADDING:
             raise UserError(
                 f"{folder}: the tokenizer has {self.vocab_size} tokens, but the model {rows} ({CONFIG_FILE}); "
@@ -127,7 +135,9 @@ class JSONBackend:
         try:
             content = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
             named = {token_text(settings.get(f"{role}_token")) for role in ("bos", "eos")}
-            for token in content["added_tokens"]:  # what ends or separates turns is a control token, whatever it says
+            for token in content.get(
+                "added_tokens", []
+            ):  # what ends or separates turns is a control token, whatever it says
                 token["special"] |= token["content"] in named or token["content"] in chat_template
             self.tokenizer = load_tokenizer(content)
         except Exception as error:  # the library raises nothing more specific
@@ -146,7 +156,7 @@ class JSONBackend:
         is_byte_level = isinstance(self.tokenizer.decoder, decoders.ByteLevel)
         self.known_bytes = byte_level_bytes(vocab) if is_byte_level else bytes(range(256))
         eos = vocab.get(token_text(settings.get("eos_token")) or "")
-        self.eos_id = generation_eos(folder) if eos is None else eos
+        self.eos_id = next(iter(generation_eos(folder)), None) if eos is None else eos
         bos = vocab.get(token_text(settings.get("bos_token")) or "")
         in_front = self.tokenizer.encode("", add_special_tokens=True).ids[:1]  # what the post-processor adds
         if bos is None and in_front != [self.eos_id]:
@@ -182,7 +192,10 @@ class SentencePieceBackend:
         self.bos_id, self.eos_id = (i if i >= 0 else None for i in (self.processor.bos_id(), self.processor.eos_id()))
         is_control = [self.processor.is_control(i) or self.processor.is_unknown(i) for i in range(self.vocab_size)]
         self.standalone = {i: self.processor.id_to_piece(i) for i in range(self.vocab_size) if is_control[i]}
+        self.standalone |= added_tokens(folder, settings)
+        self.vocab_size = max([self.vocab_size - 1, *self.standalone]) + 1
         self.controls = {piece: i for i, piece in self.standalone.items()}
+        self.eos_id = self.controls.get(token_text(settings.get("eos_token")) or "", self.eos_id)
 
     def encode_batch(self, texts: list[str], after: str) -> list[list[int]]:
         if after not in self.without_space:
@@ -192,7 +205,7 @@ class SentencePieceBackend:
         return [ids[n:] for ids in self.processor.encode(["\ue000" + text for text in texts])]
 
     def token(self, token_id: int) -> str:
-        return self.processor.id_to_piece(token_id)
+        return self.standalone.get(token_id) or self.processor.id_to_piece(token_id)
 
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids)
@@ -231,6 +244,14 @@ def is_prepend(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "Prepend"
 
 
+def added_tokens(folder: Path, settings: dict) -> dict[int, str]:
+    """The tokens that a Hugging Face folder adds to a sentencepiece model, by id."""
+    path = folder / ADDED_FILE
+    added = {i: token for token, i in read_json(path).items()} if path.exists() else {}
+    decoder = settings.get("added_tokens_decoder") or {}
+    return added | {int(i): token_text(entry) or "" for i, entry in decoder.items()}
+
+
 def token_text(entry: object) -> str | None:
     """The text of a token in tokenizer_config.json, which is a string or an object with the string."""
     text = entry.get("content") if isinstance(entry, dict) else entry
@@ -238,8 +259,9 @@ def token_text(entry: object) -> str | None:
 
 
 def read_settings(folder: Path) -> dict:
-    path = folder / SETTINGS_FILE
-    return read_json(path) if path.exists() else {}
+    """tokenizer_config.json; what it lacks is in special_tokens_map.json."""
+    paths = [path for path in (folder / MAP_FILE, folder / SETTINGS_FILE) if path.exists()]
+    return {key: value for path in paths for key, value in read_json(path).items()}
 
 
 def read_chat_template(folder: Path) -> str | None:
@@ -251,11 +273,11 @@ def read_chat_template(folder: Path) -> str | None:
     return template if isinstance(template, str) and template else None
 
 
-def generation_eos(folder: Path) -> Any:
-    """The (first) eos of generation_config.json."""
+def generation_eos(folder: Path) -> list[int]:
+    """The end-of-sequence ids of generation_config.json."""
     path = folder / GENERATION_FILE
     eos = read_json(path).get("eos_token_id") if path.exists() else None
-    return eos[0] if isinstance(eos, list) and eos else eos
+    return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
 
 def byte_level_bytes(vocab: dict[str, int]) -> bytes:
@@ -276,7 +298,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     if not source.exists():
         raise UserError(f"{source} is missing: --tokenizer takes tokenizer.json, tokenizer.model or their folder")
     source = source if source.is_dir() else source.parent
-    files = [JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE, "special_tokens_map.json", GENERATION_FILE, TEMPLATE_FILE]
+    files = [JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE, MAP_FILE, ADDED_FILE, GENERATION_FILE, TEMPLATE_FILE]
     found = [name for name in files if (source / name).exists()]
     if SENTENCEPIECE_FILE in found and is_tiktoken(source / SENTENCEPIECE_FILE):
         found.remove(SENTENCEPIECE_FILE)

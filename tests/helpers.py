@@ -23,7 +23,7 @@ from jsonargparse import ArgumentParser
 from safetensors.torch import load_file
 from tokenizers import Tokenizer as TokenizersTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from lit_llama.checkpoint import load_model, save_checkpoint
 from lit_llama.cli import parser_of
@@ -247,13 +247,14 @@ HF_TINY = dict(
 )  # fmt: skip
 
 
-def tiny_hf(seed: int = 0, **changes) -> LlamaForCausalLM:
+def tiny_hf(seed: int = 0, mistral: bool = False, **changes) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     sizes = dict(
         vocab_size=VOCAB, hidden_size=C, intermediate_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS, max_position_embeddings=64, rms_norm_eps=1e-5, initializer_range=0.2,
     )  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})).eval()
+    config, kind = (MistralConfig, MistralForCausalLM) if mistral else (LlamaConfig, LlamaForCausalLM)
+    model = kind(config(**{**sizes, **changes})).eval()
     for name, param in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(param, 0.5, 1.5)  # at ones a norm in the wrong place would pass

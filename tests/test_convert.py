@@ -24,6 +24,7 @@ from helpers import (
     refused,
     succeed,
     tiny_hf,
+    write_tokenizer,
 )
 from transformers import LlamaForCausalLM
 
@@ -31,6 +32,7 @@ from lit_llama.checkpoint import load_config, load_model
 from lit_llama.common.errors import UserError
 from lit_llama.configs import CONFIGS
 from lit_llama.formats.convert import convert_hf, convert_lit, convert_meta
+from lit_llama.formats.export import export_hf
 from lit_llama.model import LLaMAConfig
 
 CONVERT = ["scripts/convert.py", "--source"]
@@ -45,10 +47,10 @@ def test_hf_safetensors(tmp_path, tied, shard):
     theirs = tiny_hf(tie_word_embeddings=tied)
     theirs.save_pretrained(tmp_path / "hf", max_shard_size=shard)
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1 or shard == "1GB"
-    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    (tmp_path / "hf" / "special_tokens_map.json").write_text("{}")
     config = convert_hf(tmp_path / "hf", tmp_path / "ours")
     assert config == load_config(tmp_path / "ours") == LLaMAConfig(name="hf", tie_embeddings=tied, **HF_TINY)
-    assert (tmp_path / "ours" / "tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "ours" / "special_tokens_map.json").read_text() == "{}"
     check_logits(tmp_path / "ours", theirs)
 
 
@@ -103,6 +105,53 @@ def test_hf_llama3_scaling_and_explicit_head_size(tmp_path):
     assert convert_hf(tmp_path / "hf", tmp_path / "again", name="hf") == config
 
 
+LLAMAS = {
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    "attention_bias": {"attention_bias": True},
+    "mlp_bias": {"mlp_bias": True, "tie_word_embeddings": True},
+    "both": {"mlp_bias": True, "attention_bias": True},
+    "mistral": {"mistral": True, "sliding_window": None},
+    "wide mistral": {"mistral": True, "sliding_window": 64},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LLAMAS)
+def test_llama_by_another_name(tmp_path, name):
+    """Converted, and exported again: the logits are those of transformers."""
+    theirs = tiny_hf(vocab_size=259, **LLAMAS[name])
+    for key, parameter in theirs.named_parameters():
+        if key.endswith("bias"):
+            parameter.normal_()
+    theirs.save_pretrained(tmp_path / "hf")
+    config = convert_hf(tmp_path / "hf", tmp_path / "ours")
+    assert config.bias == ("bias" in name or name == "both")
+    check_logits(tmp_path / "ours", theirs)
+    write_tokenizer(tmp_path / "ours")
+    export_hf(tmp_path / "ours", tmp_path / "again")
+    same = LlamaForCausalLM.from_pretrained(tmp_path / "again").eval()
+    ids = torch.arange(40).view(2, 20) % theirs.config.vocab_size
+    torch.testing.assert_close(same(ids).logits, theirs.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+    assert convert_hf(tmp_path / "again", tmp_path / "ours_again", name=config.name) == config
+
+
+def test_all_ends_of_a_text_are_kept(tmp_path):
+    theirs = tiny_hf()
+    theirs.config.eos_token_id = [0, 2]
+    theirs.config.save_pretrained(tmp_path / "hf")
+    theirs.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf/generation_config.json").unlink(missing_ok=True)
+    convert_hf(tmp_path / "hf", tmp_path / "ours")
+    assert json.loads((tmp_path / "ours/generation_config.json").read_text()) == {"eos_token_id": [0, 2]}
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_told_at_conversion(tmp_path):
+    tiny_hf(vocab_size=258).save_pretrained(tmp_path / "hf")
+    write_tokenizer(tmp_path / "hf")
+    match = "259 tokens, but the model 258 .* resize_token_embeddings"
+    refused(match, tmp_path / "ours", convert_hf, tmp_path / "hf", tmp_path / "ours")
+
+
 def test_hf_tied_head_stored_twice(tmp_path):
     theirs = tiny_hf(tie_word_embeddings=True)
     write_bin(tmp_path / "hf", theirs, 1)  # a state dict has both
@@ -113,14 +162,12 @@ def test_hf_tied_head_stored_twice(tmp_path):
 
 
 UNSUPPORTED = {
-    "model_type": "mistral",
+    "model_type": "qwen2",
     "hidden_act": "gelu",
-    "attention_bias": True,
-    "mlp_bias": True,
-    "sliding_window": 4096,
+    "sliding_window": 63,
     "quantization_config": {"bits": 4},
     "partial_rotary_factor": 0.5,
-    "rope_scaling": {"type": "linear", "factor": 2.0},
+    "rope_scaling": {"type": "dynamic", "factor": 2.0},
     "rope_theta": "big",
     "num_attention_heads": 0,
     "head_dim": 7,

@@ -270,10 +270,10 @@ def test_download_hub(tmp_path, monkeypatch, capsys):
     check_logits(out, theirs)
     shutil.rmtree(out)
     refused("could not fetch owner/none: 404 Client Error$", out, download_hub, "owner/none", out)
-    theirs.config.mlp_bias = True
+    theirs.config.hidden_act = "gelu"
     theirs.config.save_pretrained(tmp_path / "hub")
     asked.clear()
-    refused("mlp_bias", out, download_hub, "owner/tiny", out)
+    refused("hidden_act", out, download_hub, "owner/tiny", out)
     assert len(asked) == 1  # no weights were fetched
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     refused("pip install", out, download_hub, "owner/tiny", out)

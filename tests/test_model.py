@@ -86,7 +86,7 @@ def test_unknown_name_lists_the_known_ones():
         ("n_embd", [10**15], "n_embd must be .*, got 1000000000000000"),
         ("n_kv_head", [4], "n_head 6 is not a multiple of n_kv_head 4"),
         ("head_size", [7], "head_size must be even .*, got 7"),
-        ("rope_scaling", [{"factor": 8}, {"type": "yarn"}], "rope_scaling needs exactly"),
+        ("rope_scaling", [{"factor": 8, "low_freq_factor": 1}, {"type": "yarn"}], "rope_scaling needs exactly"),
     ],
 )
 def test_absurd_configs_are_refused(field, values, message):

@@ -194,9 +194,12 @@ def test_what_is_not_imported(tmp_path):
         with pytest.raises(UserError, match=match):
             import_peft(tmp_path / "peft", base, out)
     weights.rename(tmp_path / "peft/adapter_model.bin")
-    with pytest.raises(UserError, match="a pickle.*save_pretrained"):
+    with pytest.raises(UserError, match="not a plain file of tensors, and nothing in it was run"):
         import_peft(tmp_path / "peft", base, out)
     assert not out.exists()
+    torch.save(tensors, tmp_path / "peft/adapter_model.bin")
+    import_peft(tmp_path / "peft", base, out)
+    assert (out / "trained.safetensors").exists()
 
 
 def test_prompts_of_another_base_are_refused(tmp_path):

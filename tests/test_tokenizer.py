@@ -9,9 +9,12 @@ import pytest
 import sentencepiece
 import tokenizers
 from gguf import GGUFReader, TokenType
-from helpers import CODE_POINTS, SMOLLM2_UNKNOWN, train_sentencepiece, varied_strings
+from helpers import CODE_POINTS, SMOLLM2_UNKNOWN, make_base, train_sentencepiece, varied_strings
+from transformers import AutoTokenizer
 
 from lit_llama.common.errors import UserError
+from lit_llama.data.prompts import CHATML, choose_template, encode_prompt
+from lit_llama.formats.export import export_hf
 from lit_llama.formats.gguf_tokenizer import write_gguf_tokenizer
 from lit_llama.tokenizer import Tokenizer
 
@@ -256,3 +259,25 @@ def test_errors_of_a_gguf(tmp_path):
         with pytest.raises(UserError, match=message):
             write_gguf_tokenizer(reader, tmp_path)
         assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_tokens_that_a_folder_adds_to_a_sentencepiece_model(tmp_path):
+    """As Hugging Face writes them: added_tokens.json and special_tokens_map.json. The ids are those of transformers."""
+    base = make_base(tmp_path / "base", vocab_size=1202)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).unlink()
+    train_sentencepiece(base)
+    (base / "added_tokens.json").write_text('{"<|im_start|>": 1200, "<|im_end|>": 1201}')
+    (base / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
+    talk = [{"role": "user", "content": "a cat <|im_end|>"}, {"role": "assistant", "content": "Yes. "}]
+    for legacy in (True, False):
+        (base / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy, "chat_template": CHATML}))
+        ours = Tokenizer(base)
+        assert ours.controls["<|im_end|>"] == 1201 == ours.eos_id and ours.vocab_size == 1202
+        ids = encode_prompt(talk, choose_template(None, ours), ours)
+        assert ids.count(1201) == 2 and ours.decode(ids).count("<|im_end|>") == 3
+        export_hf(base, tmp_path / f"hf{legacy}")
+        theirs = AutoTokenizer.from_pretrained(tmp_path / f"hf{legacy}")
+        honest = [{**talk[0], "content": "a cat"}, talk[1]]
+        expected = theirs.apply_chat_template(honest, return_dict=False)
+        assert encode_prompt(honest, choose_template(None, ours), ours) == expected

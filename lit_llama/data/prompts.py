@@ -359,4 +359,4 @@ def end_of_answer(template: str, tokenizer: Tokenizer) -> int:
 
 def stop_ids(template: str, tokenizer: Tokenizer) -> set[int]:
     """The ids that end an answer."""
-    return {tokenizer.eos_id, end_of_answer(template, tokenizer)}
+    return {*tokenizer.eos_ids, end_of_answer(template, tokenizer)}

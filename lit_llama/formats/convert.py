@@ -4,6 +4,7 @@ Each format has a column of names in layouts.py and a generator of (name, tensor
 tensors, fuses q, k and v, and writes them as they come. ``save_checkpoint`` checks names and shapes against the config.
 """
 
+import math
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,12 +14,12 @@ from torch import Tensor
 
 from lit_llama.checkpoint import save_checkpoint, shard_files, tensor_shapes
 from lit_llama.common.errors import UserError
-from lit_llama.common.files import read_json, read_tensors, whole_folder
+from lit_llama.common.files import read_json, read_tensors, whole_folder, write_json
 from lit_llama.common.progress import Bar
 from lit_llama.configs import CONFIGS, LLAMA_31_SCALING
 from lit_llama.formats.layouts import CONFIG_NAMES, layer_names, to_half_split
 from lit_llama.model import CausalSelfAttention, LLaMAConfig
-from lit_llama.tokenizer import copy_tokenizer
+from lit_llama.tokenizer import GENERATION_FILE, JSON_FILE, SENTENCEPIECE_FILE, Tokenizer, copy_tokenizer
 
 Tensors = Iterable[tuple[str, Tensor]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,23 +33,26 @@ def write_model(
 
     ``dtype`` None keeps each tensor's. ``interleaved`` says how the rows of q and k are ordered, see layouts.py.
     """
-    fused = fuse_qkv(rename(tensors, source_format, config.n_layer, dtype), config, interleaved)
+    renamed = rename(tensors, source_format, config, dtype)
+    fused = add_biases(fuse_qkv(renamed, config, interleaved), config)
     total = len(tensor_shapes(config))
     save_checkpoint(folder, config, Bar(total, "converting", iterable=drop_tied_head(fused, config)))
 
 
-def rename(tensors: Tensors, source_format: str, n_layer: int, dtype: str | None) -> Iterator[tuple[str, Tensor]]:
+def rename(
+    tensors: Tensors, source_format: str, config: LLaMAConfig, dtype: str | None
+) -> Iterator[tuple[str, Tensor]]:
     """Our names, and ``dtype``. Raises UserError for a tensor that is quantized or not a LLaMA's."""
-    names = layer_names(source_format, "ours", n_layer)
+    names = layer_names(source_format, "ours", config.n_layer)
     for name, tensor in tensors:
         if name.endswith(COMPUTED):
             continue
-        layer = name.removesuffix(".weight")
-        if layer not in names or layer == name:
-            raise UserError(f"tensor {name} has no place in a LLaMA of {n_layer} layers; is it another model?")
+        layer, _, kind = name.rpartition(".")
+        if layer not in names or kind != "weight" and not (kind == "bias" and config.bias):
+            raise UserError(f"tensor {name} has no place in a LLaMA of {config.n_layer} layers; is it another model?")
         if tensor.dtype not in DTYPES.values():
             raise UserError(f"{name} has dtype {tensor.dtype}, not one of {', '.join(DTYPES)}: is the file quantized?")
-        yield f"{names[layer]}.weight", tensor.to(DTYPES.get(dtype or "", tensor.dtype))
+        yield f"{names[layer]}.{kind}", tensor.to(DTYPES.get(dtype or "", tensor.dtype))
 
 
 def fuse_qkv(tensors: Tensors, config: LLaMAConfig, interleaved: bool) -> Iterator[tuple[str, Tensor]]:
@@ -57,20 +61,33 @@ def fuse_qkv(tensors: Tensors, config: LLaMAConfig, interleaved: bool) -> Iterat
         slices = CausalSelfAttention(config).qkv_slices
     waiting: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors:
-        attn, _, part = name.removesuffix(".weight").rpartition(".")
+        layer, _, kind = name.rpartition(".")
+        attn, _, part = layer.rpartition(".")
         if part not in slices:
             yield name, tensor
             continue
-        shape = (slices[part].stop - slices[part].start, config.n_embd)
+        shape = (slices[part].stop - slices[part].start, config.n_embd)[: tensor.dim()]
         if tuple(tensor.shape) != shape:
             raise UserError(f"{name} has shape {tuple(tensor.shape)} instead of {shape}")
-        parts = waiting.setdefault(attn, {})
+        parts = waiting.setdefault(f"{attn}.c_attn.{kind}", {})
         parts[part] = to_half_split(tensor, shape[0] // config.head_size) if interleaved and part != "v" else tensor
         if len(parts) == len(slices):
-            yield f"{attn}.c_attn.weight", torch.cat([parts[part] for part in slices])  # (q, k, v rows, C)
-            del waiting[attn]
-    for attn, parts in waiting.items():
-        raise UserError(f"{attn}.{min(set(slices) - set(parts))} is missing: the checkpoint is not complete")
+            yield f"{attn}.c_attn.{kind}", torch.cat([parts[part] for part in slices])  # (q, k, v rows, C)
+            del waiting[f"{attn}.c_attn.{kind}"]
+    for fused, parts in waiting.items():
+        missing = fused.replace("c_attn", min(set(slices) - set(parts)))
+        raise UserError(f"{missing} is missing: the checkpoint is not complete")
+
+
+def add_biases(tensors: Tensors, config: LLaMAConfig) -> Iterator[tuple[str, Tensor]]:
+    """With biases on some layers, the others get zeros: a model here has biases on all of them or on none."""
+    missing = {name: shape for name, shape in tensor_shapes(config).items() if name.endswith(".bias")}
+    dtype = torch.float32
+    for name, tensor in tensors:
+        missing.pop(name, None)
+        dtype = tensor.dtype
+        yield name, tensor
+    yield from ((name, torch.zeros(shape, dtype=dtype)) for name, shape in missing.items())
 
 
 def drop_tied_head(tensors: Tensors, config: LLaMAConfig) -> Iterator[tuple[str, Tensor]]:
@@ -109,8 +126,18 @@ def convert_hf(
     config = hf_config(source / "config.json", name or source.resolve().name)
     with whole_folder(out_dir) as folder:
         copy_tokenizer(tokenizer or source, folder)
+        keep_eos(source / "config.json", folder)
         write_model(folder, config, hf_tensors(source), "hf", dtype, interleaved=False)
+        if any((folder / name).exists() for name in (JSON_FILE, SENTENCEPIECE_FILE)):
+            Tokenizer(folder)  # raises if it does not fit the model
     return config
+
+
+def keep_eos(config_file: Path, folder: Path) -> None:
+    """Write the end-of-sequence ids of config.json to generation_config.json, where there is none."""
+    eos = read_json(config_file).get("eos_token_id")
+    if eos is not None and not (folder / GENERATION_FILE).exists():
+        write_json(folder / GENERATION_FILE, {"eos_token_id": eos})
 
 
 def hf_config(path: Path, name: str) -> LLaMAConfig:
@@ -120,9 +147,11 @@ def hf_config(path: Path, name: str) -> LLaMAConfig:
     if not isinstance(rope, dict):
         raise UserError(f"{path}: the rope parameters are {rope!r}, not an object")
     given = {**rope, **raw, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
-    supported: dict[str, list] = {"model_type": ["llama"], "hidden_act": [None, "silu"]}
-    supported |= {"rope_type": ["default", "llama3"], "partial_rotary_factor": [None, 1.0], "sliding_window": [None]}
-    supported |= {"quantization_config": [None], "attention_bias": [None, False], "mlp_bias": [None, False]}
+    if (given.get("sliding_window") or 0) >= (given.get("max_position_embeddings") or math.inf):
+        del given["sliding_window"]  # it hides nothing
+    supported: dict[str, list] = {"model_type": ["llama", "mistral"], "hidden_act": [None, "silu"]}
+    supported |= {"rope_type": ["default", "linear", "llama3"], "partial_rotary_factor": [None, 1.0]}
+    supported |= {"sliding_window": [None], "quantization_config": [None]}
     for key, known in supported.items():
         if given.get(key) not in known:
             raise UserError(f"{path}: {key} {given.get(key)!r} is not supported; a plain LLaMA has one of {known}")
@@ -135,6 +164,7 @@ def hf_config(path: Path, name: str) -> LLaMAConfig:
             name=name,
             rope_scaling=hf_rope_scaling(rope, given["rope_type"]),
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            bias=bool(raw.get("attention_bias") or raw.get("mlp_bias")),
             **{ours: values[theirs] for ours, theirs, _ in CONFIG_NAMES},
         )
     except KeyError as error:
@@ -144,11 +174,16 @@ def hf_config(path: Path, name: str) -> LLaMAConfig:
 
 
 def hf_rope_scaling(rope: dict, rope_type: str) -> dict | None:
-    """Llama 3.1's rotary scaling. Its numbers take the types of LLAMA_31_SCALING, so that equal configs are equal."""
+    """Llama 3.1's rotary scaling, or a linear one.
+
+    Its numbers take the types of LLAMA_31_SCALING, so that equal configs are equal.
+    """
     known = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
     scaling = {key: type(LLAMA_31_SCALING.get(key, ""))(rope[key]) for key in rope if key not in known}
     if scaling and rope_type == "default":
         raise ValueError(f"rope parameters {sorted(scaling)} are not supported without rope_type 'llama3'")
+    if rope_type == "linear":
+        return {"factor": float(rope["factor"])}
     return None if rope_type == "default" else scaling  # LLaMAConfig accepts the four known fields only
 
 

@@ -61,7 +61,7 @@ def field(reader: GGUFReader, key: str, default: object = None) -> Any:
 def gguf_config(reader: GGUFReader, path: Path, name: str) -> LLaMAConfig:
     """Read the header. Raises UserError for a setting that the model here does not have."""
     shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors}
-    if (scaling := field(reader, "llama.rope.scaling.type", "none")) != "none":
+    if (scaling := field(reader, "llama.rope.scaling.type", "none")) not in ("none", "linear"):
         raise UserError(f"{path}: rope scaling {scaling!r} is not supported")
     try:
         n_head, n_embd = field(reader, "llama.attention.head_count"), field(reader, "llama.embedding_length")
@@ -85,7 +85,9 @@ def shortest(value: float) -> float:
 
 
 def gguf_rope_scaling(reader: GGUFReader, config: LLaMAConfig, path: Path) -> dict | None:
-    """Llama 3's scaling. The file stores its effect: a divisor for the frequency of each rotary pair, (hs/2,)."""
+    """Llama 3's scaling, stored as a divisor for the frequency of each rotary pair, (hs/2,), or a linear one."""
+    if field(reader, "llama.rope.scaling.type", "none") == "linear":
+        return {"factor": shortest(field(reader, "llama.rope.scaling.factor"))}
     stored = [tensor for name, tensor in gguf_tensors(reader, only="rope_freqs.weight")]
     if not stored:
         return None

@@ -109,7 +109,9 @@ def exported_template(checkpoint_dir: Path, prompt_style: str | None) -> str | N
 
 def llama_config(config: LLaMAConfig) -> dict:
     """LlamaForCausalLM's config.json, with rotary parameters for transformers 5 and for earlier versions."""
-    scaling = None if config.rope_scaling is None else {"rope_type": "llama3", **config.rope_scaling}
+    scaling = config.rope_scaling
+    if scaling is not None:
+        scaling = {"rope_type": "linear" if set(scaling) == {"factor"} else "llama3", **scaling}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -127,7 +129,7 @@ def complete_tokenizer(folder: Path, config: LLaMAConfig, tokenizer: Tokenizer, 
     """Write the tokenizer's settings that transformers needs. Returns the special ids for config.json."""
     settings = read_settings(folder)
     if not (folder / JSON_FILE).exists():  # transformers reads tokenizer.model only where protobuf is installed
-        write_tokenizer(sentencepiece_fields(folder / SENTENCEPIECE_FILE), folder)
+        write_tokenizer(sentencepiece_fields(folder / SENTENCEPIECE_FILE), folder, settings.get("legacy", True))
         settings |= read_settings(folder)
     defaults = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size}
     defaults |= {"eos_token": tokenizer.token(tokenizer.eos_id), "clean_up_tokenization_spaces": False}
@@ -139,9 +141,7 @@ def complete_tokenizer(folder: Path, config: LLaMAConfig, tokenizer: Tokenizer, 
 
     path = folder / GENERATION_FILE
     generation = read_json(path) if path.exists() else {}
-    eos = generation.get("eos_token_id", [])
-    eos_ids = {tokenizer.eos_id, *(eos if isinstance(eos, list) else [eos])}
-    eos_ids |= stop_ids(template, tokenizer) if template else set()
+    eos_ids = stop_ids(template, tokenizer) if template else tokenizer.eos_ids
     bos_id = tokenizer.named_id("bos") if tokenizer.bos_id is None else tokenizer.bos_id
     write_json(path, generation | {"bos_token_id": bos_id, "eos_token_id": sorted(eos_ids)})
     return {"bos_token_id": bos_id, "eos_token_id": tokenizer.eos_id}

@@ -68,7 +68,7 @@ def stored_type(tensor: Tensor, quantization: GGMLQuantizationType) -> GGMLQuant
 
 def gguf_tensors(checkpoint_dir: Path, config: LLaMAConfig) -> Iterator[tuple[str, Tensor]]:
     """The tensors with GGUF's names. Llama 3's scaling becomes a divisor for each rotary pair's frequency, (hs/2,)."""
-    if config.rope_scaling is not None:
+    if len(config.rope_scaling or ()) > 1:
         yield "rope_freqs.weight", rope_frequencies(replace(config, rope_scaling=None)) / rope_frequencies(config)
     yield from exported_tensors(checkpoint_dir, config, "gguf", interleaved=True)
 
@@ -80,6 +80,9 @@ def add_config(writer: GGUFWriter, config: LLaMAConfig, file_type: LlamaFileType
     for ours, _, key in CONFIG_NAMES:
         add = writer.add_float32 if ours in ("norm_eps", "rope_base") else writer.add_uint32
         add(f"llama.{key}", getattr(config, ours))
+    if config.rope_scaling is not None and set(config.rope_scaling) == {"factor"}:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_scaling["factor"])
     writer.add_value_length(config.head_size)
     writer.add_rope_dimension_count(config.head_size)
 

@@ -36,8 +36,10 @@ def write_gguf_tokenizer(reader: GGUFReader, folder: Path) -> None:
     write_tokenizer({name: reader.fields[key].contents() for key, name in names.items()}, folder)
 
 
-def write_tokenizer(meta: dict, folder: Path) -> None:
+def write_tokenizer(meta: dict, folder: Path, legacy: bool = True) -> None:
     """Write tokenizer.json and tokenizer_config.json for the fields ``meta``, named without "tokenizer.".
+
+    ``legacy`` sentencepiece puts a space also after a control token.
 
     Raises UserError if the kind of tokenizer or pre-tokenizer is unknown, or if fields are missing or inconsistent.
     """
@@ -49,7 +51,7 @@ def write_tokenizer(meta: dict, folder: Path) -> None:
         raise UserError(f"the GGUF's {len(tokens)} tokens and {len(types)} token types are no vocabulary")
     settings = special_tokens(tokens, meta)
 
-    tokenizer = byte_level(tokens, meta) if model == "gpt2" else sentencepiece(tokens, types, settings, meta)
+    tokenizer = byte_level(tokens, meta) if model == "gpt2" else sentencepiece(tokens, types, settings, meta, legacy)
     for token, kind in zip(tokens, types, strict=True):
         if kind in (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED):
             special = kind != TokenType.USER_DEFINED  # user-defined tokens are found in text
@@ -99,7 +101,7 @@ def byte_level(tokens: list[str], meta: dict) -> Tokenizer:
     return tokenizer
 
 
-def sentencepiece(tokens: list[str], types: list[int], settings: dict, meta: dict) -> Tokenizer:
+def sentencepiece(tokens: list[str], types: list[int], settings: dict, meta: dict, legacy: bool) -> Tokenizer:
     """Sentencepiece's BPE: no pre-tokenizer, spaces as U+2581, one of them in front, unknown characters as bytes."""
     scores = meta.get("ggml.scores", [])
     if len(scores) != len(tokens):
@@ -109,7 +111,11 @@ def sentencepiece(tokens: list[str], types: list[int], settings: dict, meta: dic
     unknown = settings["unk_token"]
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = bool(meta.get("ggml.add_space_prefix", True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")])
+    if legacy or not prefix:
+        spaces = [normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(spaces)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
     return tokenizer

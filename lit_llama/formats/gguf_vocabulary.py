@@ -14,20 +14,21 @@ from tokenizers import models, pre_tokenizers
 
 from lit_llama.common.errors import UserError
 from lit_llama.formats.gguf_tokenizer import LLAMA3_NAMES, PRE_TOKENIZERS
-from lit_llama.tokenizer import JSON_FILE, SENTENCEPIECE_FILE, Tokenizer
+from lit_llama.tokenizer import JSON_FILE, SENTENCEPIECE_FILE, SentencePieceBackend, Tokenizer, read_settings
 
 
 def sentencepiece_fields(path: Path) -> dict:
-    """The fields of a tokenizer.model."""
-    processor = SentencePieceProcessor(model_file=str(path))
-    ids = range(processor.vocab_size())
-    special = {"bos": processor.bos_id(), "eos": processor.eos_id(), "unknown": processor.unk_id()}
+    """The fields of a tokenizer.model and the tokens that its folder adds."""
+    backend = SentencePieceBackend(path.parent, read_settings(path.parent))
+    processor, ids = backend.processor, range(backend.vocab_size)
+    added = ids[processor.vocab_size() :]
+    special = {"bos": processor.bos_id(), "eos": backend.eos_id or -1, "unknown": processor.unk_id()}
     return {
         "ggml.model": "llama",
         "ggml.pre": "default",
-        "ggml.tokens": [processor.id_to_piece(i) for i in ids],
-        "ggml.scores": [processor.get_score(i) for i in ids],
-        "ggml.token_type": [piece_type(processor, i) for i in ids],
+        "ggml.tokens": [f"[PAD{i}]" if i in added and i not in backend.standalone else backend.token(i) for i in ids],
+        "ggml.scores": [0.0 if i in added else processor.get_score(i) for i in ids],
+        "ggml.token_type": [int(TokenType.CONTROL) if i in added else piece_type(processor, i) for i in ids],
         "ggml.add_space_prefix": processor.encode("a", out_type=str)[0].startswith("▁"),
         "ggml.add_bos_token": processor.bos_id() >= 0,
         **{f"ggml.{name}_token_id": i for name, i in special.items() if i >= 0},

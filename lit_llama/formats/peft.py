@@ -23,6 +23,7 @@ from lit_llama.checkpoint import check_tensors, load_config
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import read_json, read_tensors, save_tensors, whole_folder, write_json
 from lit_llama.data.prompts import choose_template, end_of_answer, style_of, trained_template
+from lit_llama.formats.convert import load_pth
 from lit_llama.formats.export import complete_tokenizer
 from lit_llama.formats.layouts import layer_names
 from lit_llama.methods.adapter import ACTIVATIONS
@@ -87,12 +88,8 @@ def import_peft(
     config, settings = load_config(checkpoint_dir), read_json(source / SETTINGS_FILE)
     check_range("--max_seq_length", max_seq_length, 1, MOST_TOKENS)
     check_settings(settings, source / SETTINGS_FILE)
-    if not (source / WEIGHTS_FILE).exists():
-        raise UserError(
-            f"{source} has no {WEIGHTS_FILE}; a pickle, adapter_model.bin, is not opened here: load it with PEFT if "
-            "you trust it, and save it with save_pretrained"
-        )
-    stored, _ = read_tensors(source / WEIGHTS_FILE, foreign=True)
+    path = source / WEIGHTS_FILE
+    stored = read_tensors(path, foreign=True)[0] if path.exists() else load_pth(path.with_suffix(".bin"))
     given = {name: tensor.float() for name, tensor in stored.items()}
     try:
         method, arguments, tensors = FROM_PEFT[settings["peft_type"]](config, settings, given)
@@ -162,7 +159,10 @@ def check_settings(settings: dict, path: Path) -> None:
         foreign.append("init_lora_weights")
     if foreign:
         found = ", ".join(f"{key} {settings[key]!r}" for key in foreign)
-        raise UserError(f"{path}: {found}: the method here has no such setting")
+        raise UserError(
+            f"{path}: {found}: the method here has no such setting; merge the adapter with "
+            "merge_and_unload in PEFT, save the model, and convert it with scripts/convert.py"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- adapter
