@@ -135,9 +135,7 @@ class JSONBackend:
         try:
             content = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
             named = {token_text(settings.get(f"{role}_token")) for role in ("bos", "eos")}
-            for token in content.get(
-                "added_tokens", []
-            ):  # what ends or separates turns is a control token, whatever it says
+            for token in content.get("added_tokens", []):  # what a template writes is a control token, special or not
                 token["special"] |= token["content"] in named or token["content"] in chat_template
             self.tokenizer = load_tokenizer(content)
         except Exception as error:  # the library raises nothing more specific

@@ -196,7 +196,7 @@ def test_hf_config_refused(tmp_path):
 
 K_PROJ, GATE = "model.layers.1.self_attn.k_proj.weight", "model.layers.1.mlp.gate_proj.weight"
 WRONG_TENSORS = {
-    "h.1.attn.k is missing": {K_PROJ: None},
+    "h.1.attn.k.weight is missing": {K_PROJ: None},
     "mlp.c_fc1.weight is missing": {GATE: None},
     "q_proj.bias has no place": {"model.layers.0.self_attn.q_proj.bias": torch.zeros(C)},
     "layers.2.input_layernorm.weight has no place": {"model.layers.2.input_layernorm.weight": torch.zeros(C)},

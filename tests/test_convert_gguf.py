@@ -134,7 +134,7 @@ REFUSED = {
     "attn_q.bias has no place": dict(extra={"blk.0.attn_q.bias": np.zeros(C, np.float32)}),
     "ffn_gate_exps.weight has no place": dict(extra={"blk.0.ffn_gate_exps.weight": np.zeros((2, C), np.float32)}),
     "output_norm.weight: Dequantization for I8": dict(extra={"output_norm.weight": np.zeros(C, np.int8)}),
-    "h.0.attn.v is missing": dict(drop="blk.0.attn_v.weight"),
+    "h.0.attn.v.weight is missing": dict(drop="blk.0.attn_v.weight"),
     "ln_f.weight is missing": dict(drop="output_norm.weight"),
 }
 

@@ -336,9 +336,7 @@ def test_prepare_alpaca_checks_what_it_fetches_and_splits_it(tmp_path, monkeypat
     parts = [json.loads((tmp_path / "alpaca" / f"{name}.json").read_text()) for name in ("train", "validation")]
     assert len(parts[0]) + len(parts[1]) == 300 and 10 < len(parts[1]) < 60
     source.write_text('[{"instruction": "a"}]')
-    refuse(
-        "data/prepare_alpaca.py", *flags, source, message="alpaca_data.json, record 1: no format of data/README.md has"
-    )
+    refuse("data/prepare_alpaca.py", *flags, source, message="record 1: no format of data/README.md has")
 
 
 def test_prepare_reviews_checks_what_it_is_given(tmp_path):

@@ -184,6 +184,8 @@ def hf_rope_scaling(rope: dict, rope_type: str) -> dict | None:
         raise ValueError(f"rope parameters {sorted(scaling)} are not supported without rope_type 'llama3'")
     if rope_type == "linear":
         return {"factor": float(rope["factor"])}
+    if rope_type == "llama3" and len(scaling) < len(LLAMA_31_SCALING):
+        raise ValueError(f"rope_type 'llama3' needs {', '.join(LLAMA_31_SCALING)}")
     return None if rope_type == "default" else scaling  # LLaMAConfig accepts the four known fields only
 
 
