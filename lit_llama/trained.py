@@ -80,8 +80,8 @@ def check_initial(trained_dir: Path | str, settings: dict, reparametrized: bool)
     path, method = Path(trained_dir) / METHOD_FILE, read_method(trained_dir)
     ours = {"method": settings["method"], **settings["arguments"]}
     theirs = {"method": method["method"], **method["arguments"]}
-    for key in ours.keys() & theirs.keys() - {"dropout"}:
-        if ours[key] != theirs[key]:
+    for key in ours:
+        if key in theirs and key != "dropout" and ours[key] != theirs[key]:
             raise UserError(f"--init_from {trained_dir}: its {key} is {theirs[key]}, here {ours[key]}; pass the same")
     if reparametrized:
         raise UserError(f"--init_from {trained_dir} holds prefixes without their MLP; pass --mlp_size 0")

@@ -382,3 +382,35 @@ def test_a_folder_of_an_earlier_version_resumes(folder, tmp_path, hook):
     assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")
     assert [bool(row["grad_norm"]) for row in metrics(tmp_path / "parts")].count(False) == len(rows)
     assert load_trained_folder(tmp_path / "parts")[1]["trained_parameters"] == 264
+
+
+# Ending, going on
+
+
+def test_patience_ends_a_run_that_gets_no_better(folder, tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 1.5, 0.5])
+    monkeypatch.setattr(adapter, "validate", lambda *_: next(losses))
+    finetune(folder, tmp_path, max_steps=15, eval_every=3, patience=2)
+    assert len(metrics(tmp_path)) == 12 and next(losses) == 0.5
+
+
+def test_resuming_a_finished_run_changes_nothing(folder, tmp_path, capsys):
+    finetune(folder, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    other = write_rows(tmp_path.with_name("other") / "rows.json", sums(40)[::-1])
+    finetune(folder, tmp_path, data=str(other), resume=True, allow_changes=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+    assert "has taken all of its 6 steps; nothing is changed" in capsys.readouterr().out
+
+
+def test_a_new_run_begins_with_a_trained_folder(folder, tmp_path, monkeypatch):
+    finetune(folder, tmp_path / "first")
+    finetune(folder, tmp_path / "second", init_from=str(tmp_path / "first"), learning_rate=0.0)
+    first, second = (read_tensors(tmp_path / name / "trained.safetensors")[0] for name in ("first", "second"))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert read_json(tmp_path / "second/method.json")["init_from"] == str(tmp_path / "first")
+    with pytest.raises(UserError, match="--init_from .*first: its prompt_length is 4, here 5; pass the same"):
+        finetune(folder, tmp_path / "third", init_from=str(tmp_path / "first"), prompt_length=5)
+    with pytest.raises(UserError, match="--init_from .*first: its method is adapter, here lora; pass the same"):
+        finetune(folder, tmp_path / "third", "lora", init_from=str(tmp_path / "first"))
+    assert not (tmp_path / "third").exists()
