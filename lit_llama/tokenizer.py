@@ -228,7 +228,8 @@ def without_dummy_space(content: Any, kept: tuple[str, ...]) -> Any:
         return [without_dummy_space(it, kept) for it in content if not is_prepend(it) or "Prepend" in kept]
     if not isinstance(content, dict):
         return content
-    changed = {key: value if key == "model" else without_dummy_space(value, kept) for key, value in content.items()}
+    kept_as_is = ("model", "decoder", "post_processor", "added_tokens")
+    changed = {key: value if key in kept_as_is else without_dummy_space(value, kept) for key, value in content.items()}
     if is_prepend(changed.get("normalizer")) and "Prepend" not in kept:
         changed["normalizer"] = None
     if changed.get("prepend_scheme", "never") not in kept:

@@ -27,7 +27,7 @@ from lit_llama.common.files import check_writable, write_json
 from lit_llama.common.progress import Bar
 from lit_llama.data.batches import IGNORE, TokenizedSample, collate, micro_batches
 from lit_llama.data.prompts import encode_prompt, trained_template
-from lit_llama.data.samples import Sample, read_samples
+from lit_llama.data.samples import Reading, Sample, read_samples
 from lit_llama.data.task import can_be_asked, encode_samples, split_file, tokenize_labels
 from lit_llama.devices.launch import base_dtype, launch, print_rank0, rank
 from lit_llama.generate.classify import is_classifier, load_classifier
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 def main(
     data: str,
+    columns: dict[str, str] | None = None,
     split: str = "validation",
     trained_dir: str | None = None,
     checkpoint_dir: str | None = None,
@@ -65,7 +66,7 @@ def main(
     """Evaluate a base or a trained folder.
 
     Args:
-        data: A .json, .jsonl, .csv or .txt file, or a folder with one file for each split.
+        data: A file, or a folder with one file for each split (data/README.md).
         split: The file of a folder: validation, test or train.
         trained_dir: Folder that a finetune script wrote; without it the base alone is evaluated.
         checkpoint_dir: Folder of the base. Default: the one trained on, or the default base.
@@ -102,8 +103,8 @@ def main(
         check_writable(results)
     if not trained_dir:
         ensure_base(checkpoint_dir or DEFAULT_BASE)
-    samples = read_samples(file)[:max_samples]
-    asked = add_shots(samples, Path(data), shots, shots_seed) if shots else samples
+    samples = read_samples(file, Reading(columns))[:max_samples]
+    asked = add_shots(samples, Path(data), Reading(columns), shots, shots_seed) if shots else samples
     fabric = launch(devices, num_nodes, strategy)
     if labels:
         dtype = base_dtype(precision, fabric.device)
@@ -130,12 +131,12 @@ def main(
         write_results(Path(results), rows)
 
 
-def add_shots(samples: list[Sample], folder: Path, shots: int, seed: int) -> list[Sample]:
+def add_shots(samples: list[Sample], folder: Path, reading: Reading, shots: int, seed: int) -> list[Sample]:
     """The samples with the same ``shots`` examples in front, drawn from the folder's train file."""
     file = split_file(folder, "train") if folder.is_dir() else None
     if file is None:
         raise UserError(f"--shots takes its examples from a train file: {folder} must be a folder with one")
-    examples = [sample for sample in read_samples(file) if sample.messages]
+    examples = [sample for sample in read_samples(file, reading) if sample.messages]
     if len(examples) < shots:
         raise UserError(f"--shots {shots}, but {file} holds {len(examples)} rows with an answer")
     given = [message for sample in random.Random(seed).sample(examples, shots) for message in sample.messages]

@@ -143,6 +143,7 @@ def test_a_closed_terminal_is_a_reason_to_save(monkeypatch):
     def gone(text: str) -> None:
         raise OSError(errno.EIO, "the terminal is gone")
 
+    given = signal.signal(signal.SIGHUP, signal.default_int_handler)  # nohup, if the tests run under it, ignores it
     before = signal.getsignal(signal.SIGHUP)
     with open(os.devnull, "w") as terminal, catch_interrupt() as interrupt:
         monkeypatch.setattr(sys, "stderr", terminal)
@@ -154,3 +155,4 @@ def test_a_closed_terminal_is_a_reason_to_save(monkeypatch):
     with catch_interrupt():  # under nohup
         monkeypatch.undo()
         assert signal.getsignal(signal.SIGHUP) is before
+    signal.signal(signal.SIGHUP, given)

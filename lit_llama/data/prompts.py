@@ -1,7 +1,7 @@
 """Prompts: how messages become token ids, by the chat template of the base.
 
 A chat template is a Jinja program that writes messages as one text. Rendered with a placeholder for each message's
-content, it shows which parts of the text are its own. Only there are control tokens read, so what users write never
+content, it shows which parts of the text are its own. Control tokens are read only there, so what users write never
 becomes one. What follows an answer, up to the first control token, ends the answer and is trained with it.
 """
 
@@ -26,6 +26,7 @@ from lit_llama.tokenizer import SETTINGS_FILE, TEMPLATE_FILE, Tokenizer, read_se
 Message = dict  # {"role": "system" | "user" | "assistant", "content": str}; in an Alpaca record also "input"
 
 STYLES = ("alpaca", "plain", "template")
+WAY_OUT = "pass --prompt_style alpaca or plain"
 
 BOS_LINE = "{{- bos_token }}\n"
 
@@ -75,7 +76,7 @@ def choose_template(style: str | None, tokenizer: Tokenizer) -> str:
     if style not in STYLES:
         raise UserError(f"--prompt_style {style!r} is none of {', '.join(STYLES)}")
     if style == "template" and not tokenizer.chat_template:
-        raise UserError("the base has no chat template; pass --prompt_style alpaca or plain")
+        raise UserError(f"the base has no chat template; {WAY_OUT}")
     template = {"alpaca": ALPACA, "plain": PLAIN, "template": tokenizer.chat_template or ""}[style]
     if style != "template" and tokenizer.bos_id is None:
         template = template.removeprefix(BOS_LINE)
@@ -151,7 +152,7 @@ def render(template: str, messages: list[Message], tokenizer: Tokenizer) -> str:
     except TemplateError as error:
         raise UserError(f"the chat template refuses this: {error}") from None
     except (TypeError, KeyError, AttributeError, ValueError, IndexError) as error:
-        raise UserError(f"the chat template fails ({error}); pass --prompt_style alpaca or plain") from None
+        raise UserError(f"the chat template fails ({error}); {WAY_OUT}") from None
 
 
 # ---------------------------------------------------------------------------------------------- layout
@@ -200,7 +201,7 @@ def layout(template: str, shape: Shape, tokenizer: Tokenizer) -> Layout:
         i, key = next(place for place in wanted if places.count(place) != 1)
         raise UserError(
             f"the chat template does not write the {shape[i][0]} message {i + 1} of {len(shape)} once, as it is; "
-            "leave it out, or pass --prompt_style alpaca or plain"
+            f"leave it out, or {WAY_OUT}"
         )
     return (*parts, text[end:])
 
@@ -233,7 +234,7 @@ def answer_opening(template: str, shape: Shape, tokenizer: Tokenizer) -> tuple[s
     if not before.startswith(prompt):
         raise UserError(
             f"the chat template ends a prompt with {prompt[-40:]!r}, but has {before[-40:]!r} before an answer; "
-            "pass --prompt_style alpaca or plain"
+            f"{WAY_OUT}"
         )
     rest = before.removeprefix(prompt)
     return (prompt, rest) if rest.isspace() else (before, "")  # some templates ignore add_generation_prompt
@@ -245,7 +246,7 @@ def check_rendering(parts: Layout, messages: list[Message], template: str, token
     if render(template, messages, tokenizer) != expected:
         raise UserError(
             "the chat template changes the text of a message, here one of "
-            f"{', '.join(repr(message['content'][:30]) for message in messages)}; pass --prompt_style alpaca or plain"
+            f"{', '.join(repr(message['content'][:30]) for message in messages)}; {WAY_OUT}"
         )
 
 
@@ -254,6 +255,39 @@ def check_rendering(parts: Layout, messages: list[Message], template: str, token
 
 class Control(str):
     """A control token, such as <|im_end|>: a single id."""
+
+
+class Border(NamedTuple):
+    """Where a message's answer begins. No token crosses it."""
+
+    message: int
+
+
+@lru_cache(maxsize=1024)
+def plan(template: str, shape: Shape, tokenizer: Tokenizer) -> tuple[str | Field | Border, ...]:
+    """A layout with its control tokens and borders; without an answer at its end, up to where the answer begins."""
+    parts = layout(template, shape, tokenizer)
+    if shape[-1][0] != "assistant":
+        parts = (*parts[:-1], answer_opening(template, shape, tokenizer)[0])
+    steps: list[str | Field | Border] = []
+    answers = False  # within an answer, up to its end
+    for part, following in zip(parts, (*parts[1:], ""), strict=True):
+        if isinstance(part, Field):
+            steps.append(part)
+            continue
+        answer = following.message if isinstance(following, Field) else None
+        opens = answer is not None and shape[answer][0] == "assistant"
+        blank = answer_opening(template, shape[:answer], tokenizer)[1] if opens else ""
+        for token in tokenizer.control_pattern.split(part.removesuffix(blank)):
+            is_control = token in tokenizer.controls
+            steps.append(Control(token) if is_control else token)
+            answers = answers and not is_control
+        if answers:
+            raise UserError(f"the chat template ends no answer with a control token; {WAY_OUT}")
+        if answer is not None and opens:
+            steps += [Border(answer), blank]
+            answers = True
+    return tuple(step for step in steps if step != "")
 
 
 class Piece(NamedTuple):
@@ -272,38 +306,24 @@ def pieces(messages: list[Message], template: str, tokenizer: Tokenizer) -> Iter
     """
     given = for_template(messages, template)
     shape = shape_of(given)
-    parts = layout(template, shape, tokenizer)
-    check_rendering(parts, given, template, tokenizer)
-    if shape[-1][0] != "assistant":
-        parts = (*parts[:-1], answer_opening(template, shape, tokenizer)[0])
-    text, ids, trains, answers = "", None, False, False
-    for part, following in zip(parts, (*parts[1:], ""), strict=True):
-        if isinstance(part, Field):
-            text += part.text(given)
-            continue
-        answer = following.message if isinstance(following, Field) else None
-        if answer is not None and shape[answer][0] != "assistant":
-            answer = None
-        blank = "" if answer is None else answer_opening(template, shape[:answer], tokenizer)[1]
-        for token in tokenizer.control_pattern.split(part.removesuffix(blank)):
-            if token not in tokenizer.controls:
-                text += token
-                continue
+    check_rendering(layout(template, shape, tokenizer), given, template, tokenizer)
+    text, ids, trains = "", None, False
+    for step in plan(template, shape, tokenizer):
+        if isinstance(step, Field):
+            text += step.text(given)
+        elif not isinstance(step, Control | Border):
+            text += step
+        else:
             if text or ids:
                 yield Piece(text, trains, ids)
-            yield Piece(Control(token), trains)
-            text, ids, trains, answers = "", None, False, False
-        if answers:
-            raise UserError(
-                "the chat template ends no answer with a control token; pass --prompt_style alpaca or plain"
-            )
-        if answer is not None:
-            if text:
-                yield Piece(text, False)
-            message = messages[answer]
-            text, ids, trains, answers = blank, message.get("ids"), message.get("weight") != 0, True
+            if isinstance(step, Control):
+                yield Piece(step, trains)
+            text, ids, trains = "", None, False
+            if isinstance(step, Border):
+                answer = messages[step.message]
+                ids, trains = answer.get("ids"), answer.get("weight") != 0
     if text:
-        yield Piece(text, False)
+        yield Piece(text, trains)
 
 
 def encode_pieces(
