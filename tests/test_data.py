@@ -286,6 +286,18 @@ def test_the_fingerprint_is_that_of_earlier_versions(base):
     assert task.fingerprint == hashlib.sha256("".join(map(json.dumps, rows)).encode()).hexdigest()
 
 
+def test_rows_that_the_template_refuses_can_be_left_out(tmp_path):
+    base = make_base(tmp_path / "base")
+    (base / "chat_template.jinja").write_text(TEMPLATES["mistral"][0])
+    rows = [*sums(30), {"messages": [SYSTEM, USER, ANSWER]}]
+    write_rows(tmp_path / "train.json", rows)
+    write_rows(tmp_path / "validation.json", rows[:3])
+    with pytest.raises(UserError, match="train.json, row 31: the chat template refuses this: .* roles"):
+        load_task(tmp_path, base, None, 100)
+    summary = load_task(tmp_path, base, None, 100, Reading(skip_bad_rows=True)).summary
+    assert "30 training samples" in summary and "1 dropped: " in summary
+
+
 @pytest.mark.parametrize("bad", [{"text": "\ud83d"}, {"messages": CONVERSATION[:1] + CONVERSATION[2:3]}])
 def test_a_row_that_cannot_be_encoded_is_named(tokenizer, bad):
     samples = [sample_of({"text": "a"}), to_sample(bad, "test:2")]

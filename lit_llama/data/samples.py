@@ -240,7 +240,7 @@ def to_sample(row: Any, where: str, number: int = 0, columns: dict[str, str] | N
         if all(key in row for key in keys):
             unread = tuple(key for key in row if key not in keys + optional)
             return Sample(where, row=number, unread=unread, **read(row, where))
-    example = json.dumps({"instruction": str(next(iter(row), "query")), "output": "..."}, ensure_ascii=False)
+    example = json.dumps(dict(zip(("instruction", "output"), [*map(str, row), "...", "..."], strict=False)))
     raise UserError(
         f"{where}: no format of data/README.md has the columns {', '.join(map(repr, row)) or '(none)'}; name those to "
         f"read: --columns '{example}'"
@@ -346,12 +346,12 @@ def conversation(turns: Any, row: dict, where: str) -> dict:
 def to_message(turn: dict, where: str) -> Message:
     """A turn with our names of roles. "weight" 0, do not train on it, and "input" stay."""
     check_served(turn, where)
-    role, content = ROLES.get(turn.get("role", "")), turn.get("content")
+    role, content = ROLES.get(str(turn.get("role"))), turn.get("content")
     if isinstance(content, list) and all(isinstance(it, dict) and it.get("type") == "text" for it in content):
         content = "".join(str(it.get("text", "")) for it in content)
     if role is None or not isinstance(content, str):
         got = json.dumps(turn)[:60]
-        raise UserError(f"{where}: a message needs a role of {', '.join(ROLES)} and a text, got {got}")
+        raise UserError(f"{where}: a message needs a role (system, user or assistant) and a text, got {got}")
     if turn.get("weight", 1) not in (0, 1):
         raise UserError(f"{where}: the weight of a message must be 0 or 1, got {turn['weight']}")
     kept = {key: turn[key] for key in ("input", "weight") if key in turn}

@@ -107,7 +107,7 @@ def hash_fraction(key: str) -> float:
 
 
 def tokenize_samples(
-    samples: Iterable[Sample], template: str, tokenizer: Tokenizer, max_seq_length: int
+    samples: Iterable[Sample], template: str, tokenizer: Tokenizer, max_seq_length: int, skip_bad_rows: bool = False
 ) -> list[list[TokenizedSample]]:
     """Each sample's token ids with only the answers as targets; empty for a sample with no part of an answer to learn.
 
@@ -123,7 +123,7 @@ def tokenize_samples(
         return [*bos, Piece(text, True), Piece(Control(tokenizer.token(tokenizer.eos_id)), True)]
 
     tokenized = []
-    for sample, ids, trains in encode_in_batches(samples, pieces_of, template, tokenizer):
+    for sample, ids, trains in encode_in_batches(samples, pieces_of, template, tokenizer, skip_bad_rows):
         if sample.messages:
             end = end_of_answer(template, tokenizer)
             tokenized.append(conversation(ids, trains, max_seq_length, end, sample.where))
@@ -151,6 +151,8 @@ def conversation(
         trains[max_seq_length - 1] = trains[max_seq_length - 2]  # no end directly after a prompt
     ids, trains = ids[:max_seq_length], trains[:max_seq_length]
     drop_untrained_end(ids, trains)
+    if not ids:
+        return []
     sample = shifted(ids, trains, where, cut)
     return [sample] if sample.n_targets > 1 else []  # one target is an end without an answer
 
@@ -198,17 +200,24 @@ def encode_in_batches(
     pieces_of: Callable[[Sample], Iterable[Piece]],
     template: str,
     tokenizer: Tokenizer,
+    skip_bad_rows: bool = False,
     size: int = 1000,
 ) -> Iterator[tuple[Sample, list[int], list[bool]]]:
-    """Each sample with its token ids, and for each id whether it is trained on. UserErrors name the sample."""
+    """Each sample with its token ids, and for each id whether it is trained on. UserErrors name the sample.
+
+    With ``skip_bad_rows`` a sample that the template refuses has no ids.
+    """
     samples = iter(samples)
     while batch := list(islice(samples, size)):
         try:
             encoded = encode_pieces(map(pieces_of, batch), template, tokenizer)
         except UserError as error:
-            if len(batch) == 1:
+            if len(batch) > 1:  # find the sample
+                yield from encode_in_batches(batch, pieces_of, template, tokenizer, skip_bad_rows, size=1)
+            elif skip_bad_rows:
+                yield batch[0], [], []
+            else:
                 raise UserError(f"{batch[0].where}: {error}") from None
-            yield from encode_in_batches(batch, pieces_of, template, tokenizer, size=1)  # finds the sample
             continue
         for sample, (ids, trains) in zip(batch, encoded, strict=True):
             yield sample, ids, trains
@@ -221,10 +230,10 @@ def drop_untrained_end(ids: list[int], trains: list[bool]) -> None:
 
 
 def encode_samples(
-    samples: list[Sample], template: str, tokenizer: Tokenizer, max_seq_length: int
+    samples: list[Sample], template: str, tokenizer: Tokenizer, max_seq_length: int, skip_bad_rows: bool = False
 ) -> tuple[list[Sample], list[TokenizedSample]]:
     """The samples that have something to learn within ``max_seq_length``, and their ids."""
-    tokenized = tokenize_samples(samples, template, tokenizer, max_seq_length)
+    tokenized = tokenize_samples(samples, template, tokenizer, max_seq_length, skip_bad_rows)
     kept = [sample for sample, parts in zip(samples, tokenized, strict=True) for _ in parts]
     return kept, [ids for parts in tokenized for ids in parts]
 
@@ -294,9 +303,10 @@ def load_task(
         answers = [replace(s, messages=[*s.prompt, {"role": "assistant", "content": s.label}]) for s in validation]
         return Task(name, tokenizer, template, train_ids, val_ids, answers[:MAX_VALIDATION], summary, labels)
 
-    tokenized = tokenize_samples(train, template, tokenizer, max_seq_length)
+    skip = reading.skip_bad_rows
+    tokenized = tokenize_samples(train, template, tokenizer, max_seq_length, skip)
     train_ids = [ids for parts in tokenized for ids in parts]
-    kept, val_ids = encode_samples(validation, template, tokenizer, max_seq_length)
+    kept, val_ids = encode_samples(validation, template, tokenizer, max_seq_length, skip)
     longest = max(len(sample.ids) for sample in train_ids + val_ids)
     if longest + n_virtual > block_size:
         raise UserError(
@@ -306,7 +316,7 @@ def load_task(
     in_train = {hash(sample.ids.tobytes()) for sample in train_ids}
     dropped = sum(not parts for parts in tokenized) + len(validation) - len(set(map(id, kept)))
     notes = {
-        "dropped: nothing to learn within max_seq_length (an empty answer?)": dropped,
+        "dropped: nothing to learn within max_seq_length (an empty answer?), or refused by the template": dropped,
         "cut to max_seq_length": sum(sample.cut for sample in train_ids + val_ids),
         "of validation also in training": sum(hash(sample.ids.tobytes()) in in_train for sample in val_ids),
     }
