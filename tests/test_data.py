@@ -170,6 +170,8 @@ def test_columns_are_renamed_and_what_is_not_read_is_noted(tmp_path):
     assert len(list(train)) + len(validation) == 30 and len(validation) == 10
     assert train.notes[0] == "a.json: columns ignored: id"
     assert train.notes[1].startswith(f"a.json: 1 bad rows left out; the first: {path}, row 31: instruction must")
+    with pytest.raises(UserError, match="none of 31 rows can be read; the first: .*, row 1: no format"):
+        load_splits(path, Reading(skip_bad_rows=True))
     with pytest.raises(UserError, match="row 1: --columns names ask; the row has query, reply, id"):
         load_splits(path, Reading({"instruction": "ask"}))
 

@@ -79,7 +79,9 @@ class Samples:
             rows = file_rows(self.source)
         bad: list[UserError] = []
         ignored: dict[str, None] = {}  # a set that keeps its order
+        n_rows = 0
         for i, (where, row) in enumerate(rows):
+            n_rows = i + 1
             if i in self.without:
                 continue
             try:
@@ -91,6 +93,8 @@ class Samples:
                 continue
             ignored |= dict.fromkeys(sample.unread)
             yield sample
+        if bad and len(bad) == n_rows:
+            raise UserError(f"none of {n_rows} rows can be read; the first: {bad[0]}")
         name = "the rows" if isinstance(self.source, list) else self.source.name
         self.notes = [f"{name}: columns ignored: {', '.join(ignored)}"] if ignored else []
         self.notes += [f"{name}: {len(bad)} bad rows left out; the first: {bad[0]}"] if bad else []
