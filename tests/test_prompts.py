@@ -11,7 +11,16 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from lit_llama.common.errors import UserError
-from lit_llama.data.prompts import choose_template, encode_pieces, encode_prompt, pieces, stop_ids, style_of
+from lit_llama.data.prompts import (
+    CHATML,
+    choose_template,
+    encode_pieces,
+    encode_prompt,
+    pieces,
+    stop_ids,
+    style_of,
+    trained_template,
+)
 from lit_llama.tokenizer import Tokenizer
 
 SYSTEM = {"role": "system", "content": "Answer briefly, please."}
@@ -208,3 +217,14 @@ def test_an_answer_with_weight_0_does_not_train(tmp_path):
     ((ids, trains),) = encode_pieces([pieces(talk, template, ours)], template, ours)
     assert ids == encode_prompt(TALK[:4], template, ours)
     assert ours.decode(i for i, train in zip(ids, trains, strict=True) if train).strip() == "Behind you!\n</s>"
+
+
+def test_folders_of_earlier_versions_keep_their_prompts(tmp_path):
+    """They name a style and hold no template."""
+    ours = write_tokenizer(tmp_path, "byte-level", "<s>", "<|im_end|>", [], chat_template=TEMPLATES["smollm2"][0])
+    assert trained_template({"prompt_style": "chatml"}, ours) == CHATML
+    assert style_of(trained_template({"prompt_style": "alpaca"}, ours)) == "alpaca"
+    with pytest.raises(UserError, match="the prompt style llama3 of earlier versions is gone"):
+        trained_template({"prompt_style": "llama3"}, ours)
+    template = TEMPLATES["chatml"][0]
+    assert trained_template({"prompt_style": "template", "chat_template": template}, ours) == template
