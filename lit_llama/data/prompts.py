@@ -129,14 +129,12 @@ def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=Fa
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+STARTED = datetime.now()  # one date for all prompts of a process
 ENVIRONMENT = ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols], cache_size=0
 )
 ENVIRONMENT.filters["tojson"] = tojson
-ENVIRONMENT.globals |= {
-    "raise_exception": raise_exception,
-    "strftime_now": lambda form: datetime.now().strftime(form),
-}
+ENVIRONMENT.globals |= {"raise_exception": raise_exception, "strftime_now": STARTED.strftime}
 compiled = lru_cache(maxsize=16)(ENVIRONMENT.from_string)
 
 
