@@ -101,10 +101,10 @@ def main(
         raise UserError(f"{data} holds no {split} file; give the file to evaluate, or another --split")
     if results is not None:
         check_writable(results)
-    if not trained_dir:
-        ensure_base(checkpoint_dir or DEFAULT_BASE)
     samples = read_samples(file, Reading(columns))[:max_samples]
     asked = add_shots(samples, Path(data), Reading(columns), shots, shots_seed) if shots else samples
+    if not trained_dir:
+        ensure_base(checkpoint_dir or DEFAULT_BASE)
     fabric = launch(devices, num_nodes, strategy)
     if labels:
         dtype = base_dtype(precision, fabric.device)

@@ -205,11 +205,11 @@ def test_what_is_probably_not_meant_is_warned_of(tmp_path):
     assert "warning" not in load_task(sums(30), base, None, 64).summary
     untrained = make_base(tmp_path / "untrained")
     tensors = load_file(untrained / "model.safetensors")
-    tensors["transformer.wte.weight"][CONTROLS.index("<|im_end|>")] = 0
+    tensors["transformer.wte.weight"][CONTROLS.index("<|im_start|>")] = 0
     config = load_config(untrained)
     save_checkpoint(untrained, config, tensors.items())
     summary = load_task(sums(30), untrained, None, 64).summary
-    assert "warning: the base has not learned <|im_end|>, as" in summary
+    assert "warning: the base has not learned <|im_start|>, as" in summary
     assert "warning" not in load_task(sums(30), untrained, "plain", 64).summary
 
 

@@ -300,6 +300,7 @@ def load_task(
         train_ids = tokenize_labels(train, template, tokenizer, max_seq_length, labels)
         val_ids = tokenize_labels(validation, template, tokenizer, max_seq_length, labels)
         summary = f"{name}: {len(train_ids)} training samples, {len(val_ids)} for validation, labels {labels}"
+        summary += "".join(f"\nnote: {text}" for text in [*unread_files(data), *train.notes])
         answers = [replace(s, messages=[*s.prompt, {"role": "assistant", "content": s.label}]) for s in validation]
         return Task(name, tokenizer, template, train_ids, val_ids, answers[:MAX_VALIDATION], summary, labels)
 
@@ -341,12 +342,13 @@ def warnings_of(
             f"plain texts spell control tokens such as {spelled[0]}, which stay text there; give conversations as rows "
             'of "messages"'
         )
-    controls = {name: i for name, i in tokenizer.controls.items() if name and name in template}
-    if unlearned := untrained_rows(checkpoint_dir, list(controls.values())):
-        names = ", ".join(name for name, i in controls.items() if i in unlearned)
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    controls = {piece.text for piece in pieces(talk, template, tokenizer) if isinstance(piece.text, Control)}
+    if unlearned := untrained_rows(checkpoint_dir, [tokenizer.controls[name] for name in controls]):
+        names = ", ".join(sorted(tokenizer.token(i) for i in unlearned))
         found.append(
-            f"the base has not learned {names}, as their embeddings are zero or alike, but its chat template uses "
-            "them; pass --prompt_style alpaca, unless the method trains the embeddings"
+            f"the base has not learned {names}, as their embeddings are zero or alike, but prompts use them; "
+            "pass --prompt_style alpaca, unless the method trains the embeddings"
         )
     return found
 
