@@ -22,7 +22,11 @@ def sentencepiece_fields(path: Path) -> dict:
     backend = SentencePieceBackend(path.parent, read_settings(path.parent))
     processor, ids = backend.processor, range(backend.vocab_size)
     added = ids[processor.vocab_size() :]
-    special = {"bos": processor.bos_id(), "eos": backend.eos_id or -1, "unknown": processor.unk_id()}
+    special = {
+        "bos": processor.bos_id(),
+        "eos": -1 if backend.eos_id is None else backend.eos_id,
+        "unknown": processor.unk_id(),
+    }
     return {
         "ggml.model": "llama",
         "ggml.pre": "default",
