@@ -91,6 +91,8 @@ BAD = {
     "role.jsonl": ('{"messages": [{"role": "boss", "content": "a"}]}', "role.jsonl:1: a message needs a role"),
     "silent.jsonl": ('{"messages": [{"role": "user", "content": "a"}]}', "silent.jsonl:1: messages hold no assistant"),
     "semicolons.csv": ("instruction;output\na;b\n", "semicolons.csv: the header 'instruction;output' has semicolons"),
+    "twice.csv": ("text,text\na,b\n", "twice.csv: the header names a column twice: text, text"),
+    "rated.jsonl": ('{"prompt": "a", "completion": "b", "label": false}', "rated true or false are not served"),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}')[:-9], "cut.jsonl.gz is not a complete .gz file"),
     "a.parquet": ("PAR1", "a.parquet is not a parquet file"),
     "weight.jsonl": (

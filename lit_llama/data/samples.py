@@ -191,6 +191,8 @@ def csv_rows(file: TextIO, path: Path, delimiter: str = ",") -> Iterator[tuple[s
     try:
         if len(reader.fieldnames or ()) == 1 and ";" in reader.fieldnames[0]:
             raise UserError(f"{path}: the header {reader.fieldnames[0]!r} has semicolons; separate columns with commas")
+        if len(set(reader.fieldnames or ())) < len(reader.fieldnames or ()):
+            raise UserError(f"{path}: the header names a column twice: {', '.join(reader.fieldnames)}")
         for row in reader:
             where = f"{path}:{reader.line_num}"
             if None in row or None in row.values():
@@ -279,6 +281,8 @@ def from_sharegpt(row: dict, where: str) -> dict:
 
 
 def from_completion(row: dict, where: str) -> dict:
+    if isinstance(row.get("label"), bool):
+        raise UserError(f"{where}: completions rated true or false are not served; keep the good ones, without label")
     if isinstance(row["prompt"], list) and isinstance(row["completion"], list):  # as TRL writes conversations
         return conversation(row["prompt"] + row["completion"], row, where)
     return from_instruction("prompt", "", "completion", row, where)
