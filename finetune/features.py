@@ -14,7 +14,7 @@ from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import save_arrays
 from lit_llama.common.progress import Bar
-from lit_llama.data.prompts import style_of
+from lit_llama.data.prompts import describe_template
 from lit_llama.data.samples import Reading
 from lit_llama.data.task import check_data, load_task
 from lit_llama.devices.launch import base_dtype, launch
@@ -66,8 +66,7 @@ def main(
         "method": "features",
         "arguments": {"classifier": classifier, "labels": task.labels},
         "base": describe_base(checkpoint_dir),
-        "prompt_style": style_of(task.chat_template),
-        "chat_template": task.chat_template,
+        **describe_template(task.chat_template),
         "data": task.data,
         "data_fingerprint": task.fingerprint,
         "train": {"max_seq_length": max_seq_length, "seed": seed},

@@ -11,7 +11,7 @@ from lit_llama import cli
 from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError, check_range
-from lit_llama.data.prompts import choose_template, trained_template
+from lit_llama.data.prompts import trained_template
 from lit_llama.devices.launch import base_dtype, default_device
 from lit_llama.generate.chat import Chat, converse
 from lit_llama.settings import DEFAULT_BASE, MOST_TOKENS, Sampling
@@ -47,8 +47,7 @@ def main(
         ensure_base(checkpoint_dir, yes)
     device = default_device()
     base, tokenizer = load_model(checkpoint_dir, base_dtype(precision, device), device), Tokenizer(checkpoint_dir)
-    method = base_method(checkpoint_dir)
-    template = choose_template(prompt_style, tokenizer) if prompt_style else trained_template(method, tokenizer)
+    template = trained_template(base_method(checkpoint_dir), tokenizer, prompt_style)
     chat = Chat(checkpoint_dir, base, tokenizer, template, max_new_tokens, sampling, compile)
     chat.system = system
     if trained_dir:

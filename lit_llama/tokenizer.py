@@ -61,15 +61,13 @@ class Tokenizer:
         spelled = sorted(filter(None, self.controls), key=len, reverse=True)  # the longest match wins
         self.control_pattern = re.compile(f"({'|'.join(map(re.escape, spelled))})")
         rows = read_json(folder / CONFIG_FILE).get("vocab_size") if (folder / CONFIG_FILE).exists() else None
-        if isinstance(rows, int) and rows < self.vocab_size < rows + 100:
-            raise UserError(
-                f"{folder}: the tokenizer has {self.vocab_size} tokens, but the model {rows} embeddings; add the "
-                "missing ones with resize_token_embeddings in transformers, and convert again"
-            )
         if isinstance(rows, int) and not 0 <= rows - self.vocab_size < MAX_PADDING:
+            way_out = "copy the tokenizer of the weights there"
+            if rows < self.vocab_size < rows + 100:
+                way_out = "add the missing ones with resize_token_embeddings in transformers, and convert again"
             raise UserError(
-                f"{folder}: the tokenizer has {self.vocab_size} tokens, but the model {rows} ({CONFIG_FILE}); "
-                "copy the tokenizer of the weights there"
+                f"{folder}: the tokenizer has {self.vocab_size} tokens, but the model {rows} embeddings "
+                f"({CONFIG_FILE}); {way_out}"
             )
 
     def encode(self, text: str) -> list[int]:

@@ -90,8 +90,15 @@ def style_of(template: str) -> str:
     return {ALPACA: "alpaca", PLAIN: "plain"}.get(with_bos, "template")
 
 
-def trained_template(method: dict, tokenizer: Tokenizer) -> str:
-    """The template that a method.json was trained with; that of a base if it is empty."""
+def describe_template(template: str) -> dict:
+    """The part of method.json that ``trained_template`` reads."""
+    return {"prompt_style": style_of(template), "chat_template": template}
+
+
+def trained_template(method: dict, tokenizer: Tokenizer, prompt_style: str | None = None) -> str:
+    """The template of ``prompt_style``, or else of a method.json's training; that of a base if it is empty."""
+    if prompt_style:
+        return choose_template(prompt_style, tokenizer)
     style = method.get("prompt_style")
     if template := method.get("chat_template") or {"chatml": CHATML}.get(style or ""):
         end_of_answer(template, tokenizer)
@@ -334,7 +341,8 @@ def encode_pieces(
     places = [[*zip(row, preceding(row, template), strict=True)] for row in map(list, rows)]
     ids_of: dict[tuple[str, str], list[int]] = {}
     for after in ("nothing", "control", "text"):
-        texts = list(dict.fromkeys(piece.text for row in places for piece, place in row if place == after))
+        found = (piece.text for row in places for piece, place in row if place == after and not piece.ids)
+        texts = list(dict.fromkeys(found))
         ids_of |= {(after, text): ids for text, ids in zip(texts, tokenizer.encode_batch(texts, after), strict=True)}
     encoded = []
     for row in places:
@@ -366,13 +374,15 @@ def encode_prompt(messages: list[Message], template: str, tokenizer: Tokenizer) 
 
 
 @lru_cache(maxsize=64)
+def control_pieces(template: str, tokenizer: Tokenizer) -> list[Piece]:
+    """The control tokens around a question and its answer. Raises UserError if the template does not fit."""
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    return [piece for piece in pieces(talk, template, tokenizer) if isinstance(piece.text, Control)]
+
+
 def end_of_answer(template: str, tokenizer: Tokenizer) -> int:
     """The id of the control token that ends an answer. Raises UserError if there is none."""
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ends = [
-        piece.text for piece in pieces(talk, template, tokenizer) if piece.trains and isinstance(piece.text, Control)
-    ]
-    return tokenizer.controls[ends[0]]
+    return next(tokenizer.controls[piece.text] for piece in control_pieces(template, tokenizer) if piece.trains)
 
 
 def stop_ids(template: str, tokenizer: Tokenizer) -> set[int]:

@@ -246,7 +246,8 @@ def to_sample(row: Any, where: str, number: int = 0, columns: dict[str, str] | N
         if all(key in row for key in keys):
             unread = tuple(key for key in row if key not in keys + optional)
             return Sample(where, row=number, unread=unread, **read(row, where))
-    example = json.dumps(dict(zip(("instruction", "output"), [*map(str, row), "...", "..."], strict=False)))
+    question, answer = [*map(str, row), "...", "..."][:2]
+    example = json.dumps({"instruction": question, "output": answer})
     raise UserError(
         f"{where}: no format of data/README.md has the columns {', '.join(map(repr, row)) or '(none)'}; name those to "
         f"read: --columns '{example}'"

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
-import math
 from array import array
-from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from operator import attrgetter, itemgetter
 from pathlib import Path
 
 from lit_llama.checkpoint import load_config, weight_files
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import open_tensors, tensor_headers
 from lit_llama.data.batches import IGNORE, TokenizedSample
-from lit_llama.data.prompts import Control, Piece, choose_template, encode_pieces, end_of_answer, pieces, style_of
+from lit_llama.data.prompts import (
+    Control,
+    Piece,
+    choose_template,
+    control_pieces,
+    encode_pieces,
+    end_of_answer,
+    pieces,
+    style_of,
+)
 from lit_llama.data.samples import SUFFIXES, Reading, Sample, Samples, read_samples
 from lit_llama.tokenizer import Tokenizer
 
@@ -84,15 +93,23 @@ def split_by_hash(source: Path | list[dict], where: str, reading: Reading) -> tu
     new rows do not move old ones across the split. Equal samples stay together. ``where`` names the data in errors.
     """
     check_range("--val_fraction", reading.val_fraction, 1e-6, 1 - 1e-6)
-    hashes = array("d", (hash_fraction(sample.key()) for sample in Samples(source, reading)))
-    ordered = sorted(hashes)
-    wanted = bisect(ordered, reading.val_fraction)
-    wanted = min(max(wanted, min(MIN_VALIDATION, len(ordered) // 2)), MAX_VALIDATION)
-    limit = ordered[wanted] if wanted < len(ordered) else math.inf
-    validation = [sample for sample in Samples(source, reading) if hash_fraction(sample.key()) < limit]
-    if len(validation) in (0, len(ordered)):
+    n_rows, small = 0, []
+    for sample in Samples(source, reading):
+        n_rows += 1
+        fraction = hash_fraction(sample.key())
+        if fraction < reading.val_fraction:
+            small.append((fraction, sample))
+    least, limit = min(MIN_VALIDATION, n_rows // 2), 1.0
+    if len(small) < least:  # read them again, to find the smallest of all
+        rated = ((hash_fraction(sample.key()), sample) for sample in Samples(source, reading))
+        small = heapq.nsmallest(least + 1, rated, key=itemgetter(0))
+        limit = small[-1][0]
+    elif len(small) > MAX_VALIDATION:
+        limit = sorted(fraction for fraction, _ in small)[MAX_VALIDATION]
+    validation = sorted((sample for fraction, sample in small if fraction < limit), key=attrgetter("row"))
+    if len(validation) in (0, n_rows):
         raise UserError(
-            f"{where}: {len(ordered)} rows are too few, or too much alike, to split off some for validation; give "
+            f"{where}: {n_rows} rows are too few, or too much alike, to split off some for validation; give "
             "more, or a folder with train.* and validation.*"
         )
     return Samples(source, reading, without=frozenset(sample.row for sample in validation)), validation
@@ -126,9 +143,9 @@ def tokenize_samples(
     for sample, ids, trains in encode_in_batches(samples, pieces_of, template, tokenizer, skip_bad_rows):
         if sample.messages:
             end = end_of_answer(template, tokenizer)
-            tokenized.append(conversation(ids, trains, max_seq_length, end, sample.where))
+            tokenized.append(cut_conversation(ids, trains, max_seq_length, end, sample.where))
         else:
-            tokenized.append(windows(ids, trains, max_seq_length, sample.where))
+            tokenized.append(cut_text(ids, trains, max_seq_length, sample.where))
     if not any(tokenized):
         raise UserError(
             f"none of {len(tokenized)} samples has an answer that begins within max_seq_length {max_seq_length}; "
@@ -137,7 +154,7 @@ def tokenize_samples(
     return tokenized
 
 
-def conversation(
+def cut_conversation(
     ids: list[int], trains: list[bool], max_seq_length: int, end: int, where: str
 ) -> list[TokenizedSample]:
     """A conversation that is too long loses its end, but a cut answer still ends with the id ``end``.
@@ -157,7 +174,7 @@ def conversation(
     return [sample] if sample.n_targets > 1 else []  # one target is an end without an answer
 
 
-def windows(ids: list[int], trains: list[bool], max_seq_length: int, where: str) -> list[TokenizedSample]:
+def cut_text(ids: list[int], trains: list[bool], max_seq_length: int, where: str) -> list[TokenizedSample]:
     """A text in pieces of at most ``max_seq_length`` ids. Each begins with the last id of the one before it."""
     starts = range(0, len(ids) - 1, max_seq_length - 1)
     spans = [slice(start, start + max_seq_length) for start in starts]
@@ -342,9 +359,8 @@ def warnings_of(
             f"plain texts spell control tokens such as {spelled[0]}, which stay text there; give conversations as rows "
             'of "messages"'
         )
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    controls = {piece.text for piece in pieces(talk, template, tokenizer) if isinstance(piece.text, Control)}
-    if unlearned := untrained_rows(checkpoint_dir, [tokenizer.controls[name] for name in controls]):
+    controls = {tokenizer.controls[piece.text] for piece in control_pieces(template, tokenizer)}
+    if unlearned := untrained_rows(checkpoint_dir, sorted(controls)):
         names = ", ".join(sorted(tokenizer.token(i) for i in unlearned))
         found.append(
             f"the base has not learned {names}, as their embeddings are zero or alike, but prompts use them; "
@@ -367,8 +383,8 @@ def untrained_rows(checkpoint_dir: Path | str, ids: list[int]) -> set[int]:
 
 
 def marked(sample: TokenizedSample, tokenizer: Tokenizer) -> str:
-    """A sample's tokens, those that are trained on in brackets."""
-    tokens = [tokenizer.decode([i]) for i in [*sample.ids, sample.targets[-1]] if i != IGNORE]
+    """A sample's tokens, those that are trained on in brackets. The last token always is."""
+    tokens = [tokenizer.decode([i]) for i in [*sample.ids, sample.targets[-1]]]
     trained = [False, *(target != IGNORE for target in sample.targets)]
-    shown = (f"[{token}]" if train else token for token, train in zip(tokens, trained, strict=False))
+    shown = (f"[{token}]" if train else token for token, train in zip(tokens, trained, strict=True))
     return f"the first sample, its trained tokens in brackets:\n{'|'.join(shown)}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_llama.checkpoint import CONFIG_FILE, MODEL_FILE, check_headers, load_config, weight_files, write_shards
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import open_tensors, read_json, whole_folder, write_json
-from lit_llama.data.prompts import choose_template, stop_ids, trained_template, write_chat_template
+from lit_llama.data.prompts import stop_ids, trained_template, write_chat_template
 from lit_llama.formats.convert import DTYPES
 from lit_llama.formats.gguf_tokenizer import write_tokenizer
 from lit_llama.formats.gguf_vocabulary import sentencepiece_fields
@@ -83,7 +83,7 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None, pro
     The chat template is that of ``prompt_style``, of training (full), or else the tokenizer's own.
     """
     config, tokenizer, dtypes = whole_model(checkpoint_dir), Tokenizer(checkpoint_dir), set()
-    template = exported_template(checkpoint_dir, prompt_style)
+    template = exported_template(checkpoint_dir, tokenizer, prompt_style)
 
     def cast() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in exported_tensors(checkpoint_dir, config, "hf", interleaved=False):
@@ -99,12 +99,10 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None, pro
         write_json(folder / CONFIG_FILE, {**llama_config(config), **special, "torch_dtype": stored, "dtype": stored})
 
 
-def exported_template(checkpoint_dir: Path, prompt_style: str | None) -> str | None:
+def exported_template(checkpoint_dir: Path, tokenizer: Tokenizer, prompt_style: str | None) -> str | None:
     """The chat template of a style, or of a whole model's training; None for that of its tokenizer."""
-    tokenizer, method = Tokenizer(checkpoint_dir), base_method(checkpoint_dir)
-    if prompt_style:
-        return choose_template(prompt_style, tokenizer)
-    return trained_template(method, tokenizer) if method else None
+    method = base_method(checkpoint_dir)
+    return trained_template(method, tokenizer, prompt_style) if prompt_style or method else None
 
 
 def llama_config(config: LLaMAConfig) -> dict:

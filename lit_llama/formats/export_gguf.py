@@ -21,6 +21,7 @@ from lit_llama.formats.export import exported_template, exported_tensors, whole_
 from lit_llama.formats.gguf_vocabulary import vocabulary_fields
 from lit_llama.formats.layouts import CONFIG_NAMES
 from lit_llama.model import LLaMAConfig, rope_frequencies
+from lit_llama.tokenizer import Tokenizer
 
 TYPES = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -38,7 +39,7 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, type: str = "f16", prompt_
     config, (quantization, file_type) = whole_model(checkpoint_dir), TYPES[type]
     writer = GGUFWriter(None, "llama")
     add_config(writer, config, file_type)
-    template = exported_template(checkpoint_dir, prompt_style)
+    template = exported_template(checkpoint_dir, Tokenizer(checkpoint_dir), prompt_style)
     add_fields(writer, vocabulary_fields(checkpoint_dir, config.vocab_size, template))
     # The file begins with a table of its tensors. They are read twice, so that only one is in memory at a time.
     for name, tensor in gguf_tensors(checkpoint_dir, config):

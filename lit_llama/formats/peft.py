@@ -22,7 +22,7 @@ from lit_llama import __version__
 from lit_llama.checkpoint import check_tensors, load_config
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import read_json, read_tensors, save_tensors, whole_folder, write_json
-from lit_llama.data.prompts import choose_template, end_of_answer, style_of, trained_template
+from lit_llama.data.prompts import choose_template, describe_template, end_of_answer, trained_template
 from lit_llama.formats.convert import load_pth
 from lit_llama.formats.export import complete_tokenizer
 from lit_llama.formats.layouts import layer_names
@@ -108,8 +108,7 @@ def import_peft(
         "arguments": arguments,
         "trained_parameters": sum(tensor.numel() for tensor in tensors.values()),
         "base": describe_base(checkpoint_dir),
-        "prompt_style": style_of(template),
-        "chat_template": template,
+        **describe_template(template),
         "train": {"max_seq_length": max_seq_length},
         "version": __version__,
     }

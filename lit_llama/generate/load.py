@@ -10,7 +10,7 @@ import torch
 
 from lit_llama.checkpoint import MODEL_FILE, load_model
 from lit_llama.common.errors import UserError
-from lit_llama.data.prompts import choose_template, trained_template
+from lit_llama.data.prompts import trained_template
 from lit_llama.devices.blocks import shard
 from lit_llama.devices.launch import base_dtype, default_device, log_rank0
 from lit_llama.devices.prepack import prepare_for_inference
@@ -76,7 +76,7 @@ def load_for_generation(
         tokenizer, model = Tokenizer(folder), load_model(folder, *load_as[:2]).requires_grad_(False)
         quantize_base(model, load_as[2] or "none")
         name = model.config.name
-    template = choose_template(prompt_style, tokenizer) if prompt_style else trained_template(method, tokenizer)
+    template = trained_template(method, tokenizer, prompt_style)
     if fabric:
         shard(fabric, model, dtype)
     prepare_for_inference(model, compile)

@@ -44,7 +44,7 @@ from lit_llama.common.files import (
     write_json,
 )
 from lit_llama.common.progress import Bar
-from lit_llama.data.prompts import style_of, write_chat_template
+from lit_llama.data.prompts import describe_template, write_chat_template
 from lit_llama.data.samples import read_text
 from lit_llama.data.task import Task
 from lit_llama.devices.launch import barrier, log_rank0, peak_memory, print_rank0
@@ -377,8 +377,7 @@ def describe_run(
         "base": describe_base(checkpoint_dir),
         "base_dtype": str(dtype).removeprefix("torch."),
         "quantize": quantize,
-        "prompt_style": style_of(task.chat_template),
-        "chat_template": task.chat_template,
+        **describe_template(task.chat_template),
         "data": task.data,
         "data_fingerprint": task.fingerprint,
         "train": asdict(train),
