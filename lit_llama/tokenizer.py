@@ -159,6 +159,7 @@ class JSONBackend:
             bos = next(iter(in_front), None)
         wanted = settings.get("add_bos_token")
         self.bos_id: int | None = bos if (in_front == [bos] if wanted is None else wanted) else None
+        self.controls |= {self.token(i): i for i in (self.bos_id, self.eos_id) if i is not None}  # special or not
 
     def encode_batch(self, texts: list[str], after: str) -> list[list[int]]:
         return [encoding.ids for encoding in self.after[after].encode_batch_fast(texts, add_special_tokens=False)]

@@ -136,6 +136,18 @@ def test_a_token_that_the_template_writes_is_a_control_token(tmp_path):
     assert not {ours.controls["<|turn|>"], ours.eos_id} & set(ours.encode("<|turn|></s>"))
 
 
+def test_an_end_that_only_generation_config_names_ends_an_answer(tmp_path):
+    write_tokenizer(tmp_path, "byte-level", "<s>", "</s>", [])
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "</s>"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    eos_id = content["model"]["vocab"]["</s>"]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_id}))
+    ours = Tokenizer(tmp_path)
+    assert stop_ids(choose_template(None, ours), ours) == {eos_id}
+
+
 def chatml_with(content: str, answer: str = "{{ message['content'] }}<|im_end|>") -> str:
     return (
         "{% for message in messages %}{% if message['role'] == 'assistant' %}<|im_start|>assistant "
