@@ -15,7 +15,7 @@ from lit_llama import cli
 from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import check_range
-from lit_llama.data.batches import collate, step_indices
+from lit_llama.data.batches import step_indices
 from lit_llama.data.samples import Reading
 from lit_llama.data.task import check_data, load_task
 from lit_llama.devices.blocks import check_together, shard, unwrap_blocks, wrap_blocks
@@ -132,7 +132,7 @@ def main(
 
         loss = torch.zeros((), device=fabric.device)
         for micro_batch in split_by_tokens(batch, train.micro_batch_tokens, fabric, model):
-            micro_loss = target_loss(model, *collate(micro_batch, fabric.device)) / n_targets
+            micro_loss = target_loss(model, micro_batch) / n_targets
             fabric.backward(micro_loss)
             loss += micro_loss.detach()
         loss = sum_over_ranks(fabric, model, loss)  # and the gradients
@@ -140,11 +140,11 @@ def main(
         lr = train.learning_rate_at(step, total_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        grad_norm = clip_gradient(model, train.clip, step, batch)
+        mean_loss, grad_norm = clip_gradient(model, train.clip, loss, step, batch)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        run.log(step, loss=loss.item(), lr=lr, grad_norm=grad_norm, tokens=sum(len(sample.ids) for sample in batch))
+        run.log(step, loss=mean_loss, lr=lr, grad_norm=grad_norm, tokens=sum(len(sample.ids) for sample in batch))
         if (step + 1) % train.eval_every == 0 or step + 1 == total_steps:
             run.keep_best(model, validate(fabric, model, task.validation, train.micro_batch_tokens))
             if train.patience and step + 1 - run.best_step >= train.patience * train.eval_every:

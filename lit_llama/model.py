@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_llama.attention import Texts, attention
 from lit_llama.configs import CONFIGS, LLAMA_31_SCALING
 
 
@@ -66,7 +67,7 @@ def unfreeze(module: nn.Module) -> None:
 
 
 class RMSNorm(nn.Module):
-    """y = weight * x / sqrt(mean(x^2) + eps), computed in float32 (https://arxiv.org/abs/1910.07467)."""
+    """y = weight * x / sqrt(mean(x^2) + eps), with statistics in float32 (https://arxiv.org/abs/1910.07467)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -74,9 +75,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
-        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (x32 * self.weight).type_as(x)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def rope_frequencies(config: LLaMAConfig, device: torch.device | None = None) -> Tensor:
@@ -102,10 +101,10 @@ def rope_frequencies(config: LLaMAConfig, device: torch.device | None = None) ->
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (x[i], x[i + hs/2]) by its angle: the half-split layout of Hugging Face checkpoints.
 
-    x (B, heads, T, hs); cos and sin (T, hs/2) or (B, 1, T, hs/2) in float32 (https://arxiv.org/abs/2104.09864).
+    x (B, heads, T, hs); cos and sin (T, hs/2) or (B, 1, T, hs/2) (https://arxiv.org/abs/2104.09864).
     """
-    x1, x2 = x.chunk(2, dim=-1)  # cos and sin promote the products to float32
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
 class KVCache:
@@ -127,29 +126,6 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(hs)) v: over all of k, where ``mask`` is True, or causally.
-
-    q (B, nh, T, hs), k and v (B, nkv, S, hs) -> (B, nh, T, hs).
-    """
-    # The fused bfloat16 kernel for CPUs is slow below 512 x 512 scores per head. On one AVX512-BF16 core with nine
-    # heads, one token over 1,000 keys takes 950 us fused and 250 us as plain products.
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.size(2) * k.size(2) <= 512 * 512:
-        return plain_attention(q, k, v, mask, is_causal)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=q.size(1) != k.size(1))
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-    """``attention`` in two batched products. Query heads that share a key head are stacked along T."""
-    (B, nh, T, hs), (nkv, S) = q.shape, k.shape[1:3]
-    q, k, v = q.reshape(B * nkv, -1, hs), k.reshape(B * nkv, S, hs), v.reshape(B * nkv, S, hs)
-    if is_causal:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
-    hidden = q.new_zeros(()) if mask is None else q.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    scores = torch.add(hidden, (q @ k.transpose(1, 2)).view(B, nh, T, S), alpha=hs**-0.5)
-    return (scores.softmax(-1).view(B * nkv, -1, S) @ v).view(B, nh, T, hs)
 
 
 class CausalSelfAttention(nn.Module):
@@ -176,19 +152,17 @@ class CausalSelfAttention(nn.Module):
         return q, k, v
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor | None = None, mask: Tensor | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor | None = None, mask: Tensor | Texts | None = None
     ) -> Tensor:
         """-> (B, nh, T, hs). Causal over k and v, or over the cache where ``mask`` (B or 1, 1, T, S) is True."""
         if input_pos is not None:
             k, v = self.kv_cache.update(k, v, input_pos, end=mask.size(-1))
         return attention(q, k, v, mask, is_causal=mask is None)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, input_pos=None, mask=None, packing: Any = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, input_pos=None, mask=None) -> Tensor:
         q, k, v = self.qkv(x)
-        if packing is not None:
-            q, k, v = map(packing.pad, (q, k, v))  # (1, heads, N, hs) -> (B, heads, T, hs)
-        y = self.attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, input_pos, mask).transpose(1, 2).flatten(2)
-        return self.c_proj(y if packing is None else packing.unpad(y))  # y (B, T, nh * hs)
+        y = self.attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, input_pos, mask)
+        return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, nh * hs)
 
 
 class MLP(nn.Module):
@@ -212,8 +186,8 @@ class Block(nn.Module):
         self.rms_2 = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, input_pos=None, mask=None, packing: Any = None) -> Tensor:
-        x = x + self.attn(self.rms_1(x), cos, sin, input_pos, mask, packing)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, input_pos=None, mask=None) -> Tensor:
+        x = x + self.attn(self.rms_1(x), cos, sin, input_pos, mask)
         return x + self.mlp(self.rms_2(x))
 
 
@@ -258,10 +232,9 @@ class LLaMA(nn.Module):
         return self
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of the angles at ``positions`` in float32, (*positions.shape, hs/2).
+        """cos and sin of the angles at ``positions``, (*positions.shape, hs/2) in the dtype of activations.
 
-        The tables are neither buffers nor parameters, because ``.to(torch.bfloat16)`` would round them, with errors up
-        to 1.0 at position 256.
+        The angles are float32. In bfloat16 they would have errors up to 1.0 at position 256.
         """
         length = max(positions.size(-1), self.cache_size) + self.first_position
         if self._rope is None or self._rope[0].size(0) < length or self._rope[0].device != positions.device:
@@ -269,29 +242,31 @@ class LLaMA(nn.Module):
                 steps = torch.arange(length, device=positions.device, dtype=torch.float32)
                 angles = torch.outer(steps, rope_frequencies(self.config, positions.device))
                 self._rope = angles.cos(), angles.sin()
-        cos, sin = (table[positions + self.first_position] for table in self._rope)
+        cos, sin = (table[positions + self.first_position].to(self.dtype) for table in self._rope)
         return cos, sin
 
     def hidden_states(
-        self, idx: Tensor, input_pos: Tensor | None = None, pad: Tensor | None = None, packing: Any = None
+        self, idx: Tensor, input_pos: Tensor | None = None, pad: Tensor | None = None, texts: Texts | None = None
     ) -> Tensor:
         """idx (B, T) -> the vectors after the final norm (B, T, C).
 
-        Without ``input_pos``: causal over idx, no cache and no mask tensor. Right padding is harmless; a ``packing``
-        (data/batches.py) leaves it out and returns (1, N, C).
+        Without ``input_pos``: causal over idx, no cache and no mask tensor. Right padding is harmless. A packed row
+        (1, N) comes with its ``texts`` (data/batches.py); a text sees itself alone.
         With ``input_pos`` (T,): the tokens go into these slots of the KV cache, and each sees the slots up to its own.
         ``pad`` (B,) is the number of padding slots at the left of each row, which no token sees.
         """
-        self.check_length(idx.size(1), input_pos)
+        self.check_length(idx.size(1) if texts is None else max(texts.lengths), input_pos)
         positions, mask = torch.arange(idx.size(1), device=idx.device), None
-        if input_pos is not None:
+        if texts is not None:
+            positions, mask = texts.positions, texts
+        elif input_pos is not None:
             positions, mask = input_pos, self.decode_mask(input_pos, pad)
         if pad is not None:  # (B, 1, T): positions count from the row's first real token
             positions = (input_pos - pad[:, None, None]).clamp(min=0)
         cos, sin = self.rope(positions)
-        x = self.transformer.wte(idx if packing is None else packing.unpad(idx)).to(self.dtype)  # (B, T, C)
+        x = self.transformer.wte(idx).to(self.dtype)  # (B, T, C)
         for block in self.transformer.h:
-            x = block(x, cos, sin, input_pos, mask, packing)
+            x = block(x, cos, sin, input_pos, mask)
         return self.transformer.ln_f(x)
 
     def forward(self, idx: Tensor, input_pos: Tensor | None = None, pad: Tensor | None = None) -> Tensor:

@@ -25,7 +25,7 @@ from lit_llama.base import ensure_base
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import check_writable, write_json
 from lit_llama.common.progress import Bar
-from lit_llama.data.batches import IGNORE, TokenizedSample, collate, micro_batches
+from lit_llama.data.batches import IGNORE, TokenizedSample, micro_batches
 from lit_llama.data.prompts import encode_prompt, trained_template
 from lit_llama.data.samples import Reading, Sample, read_samples
 from lit_llama.data.task import can_be_asked, encode_samples, split_file, tokenize_labels
@@ -159,16 +159,16 @@ def count_last_answers(
 
 
 @torch.inference_mode()
-def sample_losses(model: LLaMA, encoded: list[TokenizedSample], device: torch.device) -> list[float]:
+def sample_losses(model: LLaMA, encoded: list[TokenizedSample]) -> list[float]:
     """The cross-entropy of each sample, summed over its target tokens."""
     model.eval()
     losses: dict[int, float] = {}
     with Bar(len(encoded), "loss", disable=rank() > 0) as bar:
         for batch in micro_batches(encoded, max_tokens=1024):
-            vectors, targets, where = target_vectors(model, *collate(batch, device))
+            vectors, targets = target_vectors(model, batch)
             of_tokens = F.cross_entropy(model.lm_head(vectors).float(), targets, reduction="none")  # (n,)
-            of_rows = torch.zeros(len(batch), device=device).index_add_(0, where.nonzero()[:, 0], of_tokens)
-            losses |= zip(map(id, batch), of_rows.tolist(), strict=True)
+            of_samples = of_tokens.cpu().split([sample.n_targets for sample in batch])
+            losses |= {id(sample): own.sum().item() for sample, own in zip(batch, of_samples, strict=True)}
             bar.update(len(batch))
     return [losses[id(ids)] for ids in encoded]
 
@@ -187,7 +187,7 @@ def evaluate_answers(
     kept, encoded = encode_samples(samples, template, tokenizer, length)
     if only_last:
         kept, encoded = count_last_answers(kept, encoded, template, tokenizer)
-    losses = map_over_ranks(fabric, model, encoded, lambda own: sample_losses(model, own, fabric.device))
+    losses = map_over_ranks(fabric, model, encoded, lambda own: sample_losses(model, own))
     loss = sum(losses) / sum(ids.n_targets for ids in encoded)
     print_rank0(f"{len(kept)} samples")
     print_rank0(f"loss {loss:.4f}, perplexity {math.exp(loss):.3f}")

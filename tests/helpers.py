@@ -13,6 +13,7 @@ import subprocess
 import sys
 import traceback
 import unicodedata
+from array import array
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from lit_llama.checkpoint import load_model, save_checkpoint
 from lit_llama.cli import parser_of
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import save_tensors, write_json
+from lit_llama.data.batches import TokenizedSample
 from lit_llama.data.prompts import CHATML
 from lit_llama.methods.lora import TARGETS
 from lit_llama.methods.table import METHODS
@@ -200,6 +202,12 @@ def tokens(batch=2, length=11) -> torch.Tensor:
     return torch.randint(0, TINY["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(3))
 
 
+def to_samples(ids: torch.Tensor, targets: torch.Tensor, lengths: list[int] | None = None) -> list[TokenizedSample]:
+    """The rows of ids and targets (B, T), cut to their ``lengths``."""
+    rows = zip(ids.tolist(), targets.tolist(), lengths or [ids.size(1)] * len(ids), strict=True)
+    return [TokenizedSample(array("i", row[:n]), array("i", target[:n])) for row, target, n in rows]
+
+
 def logits_of(model: LLaMA, ids: torch.Tensor) -> torch.Tensor:
     """With what the method puts in front of the text, and without the logits there."""
     virtual = torch.tensor([model.virtual_ids], dtype=torch.long).expand(len(ids), -1)
@@ -210,7 +218,7 @@ def train_steps(model: LLaMA, steps: int) -> list[float]:
     optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=0.01)
     losses = []
     for _ in range(steps):
-        loss = target_loss(model, tokens(), tokens().roll(-1, 1))
+        loss = target_loss(model, to_samples(tokens(), tokens().roll(-1, 1)))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -11,7 +11,6 @@ import torch
 
 from lit_llama.checkpoint import load_model
 from lit_llama.common.files import save_tensors, write_json
-from lit_llama.data.batches import collate
 from lit_llama.data.task import load_task
 from lit_llama.devices.blocks import is_shard, shard
 from lit_llama.devices.launch import PRECISIONS, launch
@@ -51,7 +50,7 @@ def save_gradients(fabric, base: str, data: str, folder: Path, strategy: str, me
     for name, samples in (("even", task.train[:7]), ("uneven", task.train[7:9])):
         loss, n_targets = torch.zeros(()), sum(sample.n_targets for sample in samples)
         for batch in split_by_tokens(samples, ARGS["micro_batch_tokens"], fabric, model):
-            part = target_loss(model, *collate(batch)) / n_targets
+            part = target_loss(model, batch) / n_targets
             fabric.backward(part)
             loss += part.detach()
         loss = sum_over_ranks(fabric, model, loss)

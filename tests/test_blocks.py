@@ -7,13 +7,15 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import to_samples
 
+from lit_llama.attention import attention, plain_attention
 from lit_llama.data.batches import IGNORE
 from lit_llama.devices.blocks import first_trained, unwrap_blocks, wrap_blocks
 from lit_llama.generate.decode import generate, generate_batch
 from lit_llama.methods.table import METHODS
-from lit_llama.model import LLaMA, LLaMAConfig, attention, plain_attention
-from lit_llama.train.loss import padded_width, target_loss
+from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.train.loss import target_loss
 from lit_llama.trained import trained_tensors
 
 TINY = dict(
@@ -38,7 +40,7 @@ def gradients(model: LLaMA, lengths: tuple[int, ...] = (11,)) -> list[torch.Tens
         ids = torch.arange(3 * length).view(3, length) % 89
         targets = ids.roll(-1, 1)
         targets[-1, length // 2 :] = IGNORE
-        losses.append(target_loss(model, ids, targets, [length, length, length // 2]))
+        losses.append(target_loss(model, to_samples(ids, targets, [length, length, length // 2])))
         losses[-1].backward()
     found = [p.grad for p in trained_tensors(model).values()]
     model.zero_grad()
@@ -65,7 +67,7 @@ def test_every_variant_of_a_block_is_compiled(monkeypatch):
                 for filled in (7, 4):
                     targets = ids.clone()
                     targets[-1, filled:] = IGNORE
-                    target_loss(model, ids, targets, [7] * (rows - 1) + [filled])
+                    target_loss(model, to_samples(ids, targets, [7] * (rows - 1) + [filled]))
         assert len(list(generate(model, [1, 2, 3], 4, stop=set()))) == 4
         assert len(generate_batch(model, [[1, 2, 3], [4, 5]], 4, stop=set())) == 2
 
@@ -150,7 +152,7 @@ def test_checkpointing_saves_memory_only_where_a_graph_is_built():
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             ids = torch.arange(60).view(2, 30)
-            target_loss(model, ids, ids.roll(-1, 1))
+            target_loss(model, to_samples(ids, ids.roll(-1, 1)))
         return count
 
     model = trained_model("adapter")
@@ -174,20 +176,18 @@ def test_compiled_blocks_have_the_same_gradients_for_all_lengths():
             torch.testing.assert_close(one, other)
 
 
-def test_bfloat16_batches_are_widened_to_few_shapes_and_mean_the_same():
-    model = trained_model("adapter", torch.bfloat16)
-    widths = {padded_width(model, torch.zeros(2, T, dtype=torch.long)) for T in range(1, 65)}
-    assert widths == set(range(8, 65, 8))
-    assert padded_width(trained_model("soft_prompt", torch.bfloat16, prompt_length=3), torch.zeros(2, 60)) == 61
-    assert padded_width(model.float(), torch.zeros(2, 13)) == 13
-    model = trained_model("adapter", torch.bfloat16)
-    ids = torch.arange(33).view(3, 11)
-    padded = F.pad(ids, (0, 5)), F.pad(ids.roll(-1, 1), (0, 5), value=-100)
-    assert torch.equal(target_loss(model, ids, ids.roll(-1, 1)), target_loss(model, *padded))
-    seen: list[int] = []
+def test_bfloat16_texts_are_padded_to_few_lengths_on_a_cpu_and_mean_the_same():
+    model, seen = trained_model("adapter", torch.bfloat16), []
     model.transformer.h[0].mlp.c_proj.register_forward_hook(lambda _, x, __: seen.append(x[0][..., 0].numel()))
     for lengths in ([11, 4, 7], [11, 8, 5], [64, 3, 2]):
-        ids = torch.zeros(3, max(lengths), dtype=torch.long)
-        real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-        target_loss(model, ids, ids.masked_fill(~real, IGNORE), lengths)
-    assert seen == [24, 24, 72]
+        ids = torch.arange(192).view(3, 64) % 89
+        target_loss(model, to_samples(ids, ids.roll(-1, 1), lengths))
+    assert seen == [32, 32, 80]
+    ids = torch.arange(33).view(3, 11)
+    padded = F.pad(ids, (0, 5)), F.pad(ids.roll(-1, 1), (0, 5), value=IGNORE)
+    loss = target_loss(model, to_samples(ids, ids.roll(-1, 1)))
+    assert torch.equal(loss, target_loss(model, to_samples(*padded)))
+    model, seen = trained_model("soft_prompt", torch.bfloat16, prompt_length=3), []
+    model.transformer.h[0].mlp.c_proj.register_forward_hook(lambda _, x, __: seen.append(x[0][..., 0].numel()))
+    target_loss(model, to_samples(*2 * [torch.zeros(1, 60, dtype=torch.long)]))
+    assert seen == [64]

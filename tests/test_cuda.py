@@ -1,9 +1,12 @@
 """What runs otherwise on a CUDA device: graphs in decoding, attention in bfloat16, nf4. Skipped without one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from lit_llama.data.batches import TokenizedSample, collate
+from lit_llama.attention import attention_by_text, has_varlen, varlen_attention
+from lit_llama.data.batches import TokenizedSample, pack
 from lit_llama.devices.blocks import unwrap_blocks, wrap_blocks
 from lit_llama.devices.cuda_graphs import NextLogits
 from lit_llama.devices.quantize import QuantizedLinear, count_parameters, quantize_base
@@ -34,8 +37,7 @@ def adapted(method: str = "adapter", dtype: torch.dtype = torch.float32, quantiz
 
 
 def losses_and_gradients(model) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    ids, targets, lengths = collate(SAMPLES, model.transformer.wte.weight.device)
-    loss = target_loss(model, ids, targets, lengths)
+    loss = target_loss(model, SAMPLES)
     loss.backward()
     return loss.detach().cpu(), {name: p.grad.cpu() for name, p in trained_tensors(model).items()}
 
@@ -101,6 +103,38 @@ def test_a_step_is_the_cpus(method):
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, others[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(("n_kv_head", "prefix"), [(4, 0), (4, 5), (2, 0), (2, 5)])
+def test_texts_in_one_kernel_are_those_taken_one_by_one(n_kv_head, prefix):
+    torch.manual_seed(1)
+    packed = pack(SAMPLES, torch.device("cuda"), row_multiple=64)
+    texts = replace(packed.texts, prefix=prefix)
+    N, S = packed.ids.numel(), packed.ids.numel() + prefix * len(texts.lengths)
+    sizes = ((4, N), (n_kv_head, S), (n_kv_head, S))
+    q, k, v = (torch.randn(1, heads, n, 32, device="cuda", dtype=torch.bfloat16) for heads, n in sizes)
+    if not has_varlen(q, k):
+        pytest.skip("this PyTorch has no varlen_attn for these heads")
+    found = []
+    for body in (varlen_attention, attention_by_text):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        y = body(*inputs, texts)
+        found.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=0.05, rtol=0.05)
+
+
+def test_blocks_compile_whole():
+    model = adapted(dtype=torch.bfloat16)
+    packed = pack(SAMPLES, torch.device("cuda"), row_multiple=64)
+    if not has_varlen(torch.empty(1, 4, 1, 32, device="cuda", dtype=torch.bfloat16), torch.empty(1, 2, 1, 32)):
+        pytest.skip("this PyTorch has no varlen_attn for grouped queries")
+    for block in model.transformer.h:
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+    compiled = model.hidden_states(packed.ids, texts=packed.texts)
+    unwrap_blocks(model)
+    plain = model.hidden_states(packed.ids, texts=packed.texts)
+    torch.testing.assert_close(compiled, plain, atol=0.1, rtol=0.05)
 
 
 def test_bfloat16_is_near_float32():

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lit_llama.checkpoint import load_config, save_checkpoint
 from lit_llama.common.errors import UserError
-from lit_llama.data.batches import IGNORE, Packing, TokenizedSample, collate, epoch_order, micro_batches, step_indices
+from lit_llama.data.batches import IGNORE, TokenizedSample, epoch_order, micro_batches, pack, step_indices
 from lit_llama.data.prompts import STYLES, choose_template, encode_prompt, style_of
 from lit_llama.data.samples import NOT_SERVED, Reading, Sample, read_samples, to_sample
 from lit_llama.data.task import hash_fraction, load_splits, load_task, tokenize_samples
@@ -367,39 +367,29 @@ def test_the_order_of_an_epoch_is_drawn_once():
     assert sum(steps, []) == order
 
 
-def test_micro_batches_hold_every_sample_once_within_the_limit():
+@pytest.mark.parametrize("max_tokens", [1, 150, 1024])
+def test_micro_batches_hold_every_sample_once_within_the_limit(max_tokens):
     rng = random.Random(0)
-    samples = [TokenizedSample([1] * rng.randint(5, 200), [2] * 5) for _ in range(64)]
-    batches = micro_batches(samples, 1024)
+    samples = [TokenizedSample([1] * rng.randint(5, 200), [2] * 5) for _ in range(300)]
+    batches = micro_batches(samples, max_tokens)
     assert sorted(map(id, sum(batches, []))) == sorted(map(id, samples))
-    assert all(len(batch) * len(batch[0].ids) <= 1024 for batch in batches)
-    cells, real = sum(len(b) * len(b[0].ids) for b in batches), sum(len(s.ids) for s in samples)
-    assert 1 - real / cells < 0.08
-    assert [len(batch) for batch in micro_batches(samples, 1)] == [1] * 64
+    tokens = [sum(len(sample.ids) for sample in batch) for batch in batches]
+    assert all(n <= max_tokens or len(batch) == 1 for n, batch in zip(tokens, batches, strict=True))
+    if max_tokens == 1024:
+        assert len(batches) == -(-sum(tokens) // 1024), "no number of batches is smaller"
 
 
-def test_collate_pads_at_the_right():
-    ids, targets, lengths = collate([TokenizedSample([1, 2, 3], [IGNORE, 5, 6]), TokenizedSample([4], [7])])
-    assert ids.tolist() == [[1, 2, 3], [4, 0, 0]]
-    assert targets.tolist() == [[IGNORE, 5, 6], [7, IGNORE, IGNORE]]
-    assert lengths == [3, 1]
+def test_packed_samples_lie_one_after_the_other():
+    samples = [TokenizedSample([1, 2, 3], [IGNORE, 5, 6]), TokenizedSample([4], [7])]
+    packed = pack(samples, torch.device("cpu"))
+    assert packed.ids.tolist() == [[1, 2, 3, 4]] and packed.texts.lengths == [3, 1]
+    assert packed.texts.positions.tolist() == [0, 1, 2, 0]
+    assert packed.targets.tolist() == [5, 6, 7] and packed.places.tolist() == [1, 2, 3]
+    starts = packed.texts.starts
+    assert starts[:3].tolist() == [0, 3, 4] and set(starts[3:].tolist()) == {4} and starts.dtype == torch.int32
 
-
-def test_packing_leaves_out_the_padding_and_puts_tokens_back_in_their_places():
-    packing, x = Packing([3, 1], 4), torch.randn(2, 4, 3, requires_grad=True)
-    packed = packing.unpad(x)
-    assert torch.equal(packed[0], torch.stack((*x[0, :3], x[1, 0])))
-    heads = packing.pad(torch.stack((packed, -packed), 1))  # (1, 2, N, 3) -> (2, 2, 4, 3)
-    assert heads.shape == (2, 2, 4, 3) and torch.equal(heads[:, 0], -heads[:, 1])
-    assert torch.equal(heads[0, 0, :3], x[0, :3]) and torch.equal(heads[1, 0, 0], x[1, 0])
-    assert Packing([3, 1], 4, multiple=3).places.tolist() == [0, 1, 2, 4, 3, 5]
-    assert len(Packing([3, 1], 4, multiple=7).places) == 7
-    assert len(Packing([4, 4], 4, multiple=5).places) == 8, "no padding is left to fill up with"
-
-    dy = torch.randn(1, 4, 3)
-    packed.backward(dy)
-    assert torch.equal(x.grad[0, :3], dy[0, :3]) and torch.equal(x.grad[1, 0], dy[0, 3])
-    assert not x.grad[0, 3:].any() and not x.grad[1, 1:].any(), "padding was not taken"
-    packed, dy = torch.randn(1, 2, 4, 3, requires_grad=True), torch.randn(2, 2, 4, 3)  # (B, heads, T, hs)
-    packing.pad(packed).backward(dy)
-    assert torch.equal(packed.grad[0, :, :3], dy[0, :, :3]) and torch.equal(packed.grad[0, :, 3], dy[1, :, 0])
+    packed = pack(samples, torch.device("cpu"), [91, 92], text_multiple=4, row_multiple=16, context=6)
+    assert packed.texts.lengths == [6, 4, 6], "8 tokens exceed the context"
+    assert packed.ids.tolist() == [[91, 92, 1, 2, 3, 0, 91, 92, 4, 0] + [0] * 6]
+    assert packed.texts.positions.tolist() == [*range(6), *range(4), *range(6)]
+    assert packed.targets.tolist() == [5, 6, 7] and packed.places.tolist() == [3, 4, 8]

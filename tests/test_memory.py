@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import TINY, every_case, make_base, refuse, run, succeed, sums, tuned, write_rows
+from helpers import TINY, every_case, make_base, refuse, run, succeed, sums, to_samples, tuned, write_rows
 
 from lit_llama.devices import launch
 from lit_llama.devices.memory import StepMemory, step_memory
@@ -54,7 +54,7 @@ def test_activations_are_those_that_a_real_model_saves(method):
 
     ids = torch.randint(0, TINY["vocab_size"], (4, 32))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = target_loss(model.train(), ids, ids)
+        loss = target_loss(model.train(), to_samples(ids, ids))
     assert loss.requires_grad and estimate(method).activations == pytest.approx(sum(saved.values()), rel=0.2)
 
 

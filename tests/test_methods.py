@@ -16,6 +16,7 @@ from helpers import (
     logits_of,
     shake,
     tiny_model,
+    to_samples,
     tokens,
     train_steps,
     transformers_model,
@@ -105,7 +106,7 @@ def test_what_trains_of_the_base():
 def test_gradients_by_finite_differences(case):
     model = tuned(case).double().eval()
     ids, targets = tokens(1, 5), tokens(1, 5).roll(-1, 1)
-    target_loss(model, ids, targets).backward()
+    target_loss(model, to_samples(ids, targets)).backward()
     generator = torch.Generator().manual_seed(5)
     for name, tensor in trained_tensors(model).items():
         direction = torch.randn(tensor.shape, generator=generator, dtype=torch.double)
@@ -113,7 +114,7 @@ def test_gradients_by_finite_differences(case):
         with torch.no_grad():
             for step in (1e-6, -2e-6):
                 tensor += step * direction
-                losses.append(target_loss(model, ids, targets).item())
+                losses.append(target_loss(model, to_samples(ids, targets)).item())
             tensor += 1e-6 * direction
         slope = (losses[0] - losses[1]) / 2e-6
         assert slope == pytest.approx((tensor.grad * direction).sum().item(), rel=1e-4, abs=1e-6), name
@@ -121,7 +122,7 @@ def test_gradients_by_finite_differences(case):
 
 @every_case
 def test_padding_is_not_computed_and_changes_nothing(case):
-    """Rows of 11, 4 and 7 tokens: the same loss and gradients as padded, and 22 tokens in the MLP instead of 33."""
+    """Texts of 11, 4 and 7 tokens in one row: the same loss and gradients as padded, 22 tokens in the MLP, not 33."""
     model, lengths, found, seen = tuned(case).double(), [11, 4, 7], [], []
     model.transformer.h[0].mlp.c_proj.register_forward_hook(lambda _, x, __: seen.append(x[0][..., 0].numel()))
     ids = tokens(3)
@@ -129,7 +130,7 @@ def test_padding_is_not_computed_and_changes_nothing(case):
     for row, length in enumerate(lengths):
         targets[row, length:] = IGNORE
     for told in (None, lengths):
-        loss = target_loss(model, ids, targets, told)
+        loss = target_loss(model, to_samples(ids, targets, told))
         found.append([loss, *torch.autograd.grad(loss, list(trained_tensors(model).values()))])
     for padded, packed in zip(*found, strict=True):
         torch.testing.assert_close(packed, padded)
@@ -156,7 +157,8 @@ def test_answers_are_the_argmax_of_the_full_forward_before_and_after_training(ca
             expected.append(ids[len(prompt) :])
         assert [list(generate(model, prompt, 5, stop=set())) for prompt in prompts] == expected
         assert generate_batch(model, prompts, 5, stop=set()) == expected
-        target_loss(model, tokens(), tokens().roll(-1, 1)).backward()  # generation leaves no inference tensors
+        loss = target_loss(model, to_samples(tokens(), tokens().roll(-1, 1)))
+        loss.backward()  # generation leaves no inference tensors
         assert all(tensor.grad.abs().sum() > 0 for tensor in trained_tensors(model).values())
         shake(model)
 
@@ -306,7 +308,7 @@ def test_adapter_is_the_papers_formula(changes, arguments):
 
 def test_only_gates_move_on_the_first_step_of_an_adapter():
     model = tuned("adapter", on=False)
-    target_loss(model, tokens(), tokens().roll(-1, 1)).backward()
+    target_loss(model, to_samples(tokens(), tokens().roll(-1, 1))).backward()
     for block in model.transformer.h[1:]:
         assert block.attn.adapter_wte.weight.grad.abs().max() == 0
         assert block.attn.gating_factor.grad.abs().min() > 0
@@ -413,7 +415,7 @@ def test_soft_prompt_is_the_papers_formula():
         expected = plain.lm_head(plain.transformer.ln_f(x))[:, 4:]
         close(logits_of(model, tokens()), expected)
         loss = F.cross_entropy(expected.flatten(0, 1), tokens().roll(-1, 1).flatten(), reduction="sum")
-        torch.testing.assert_close(target_loss(model, tokens(), tokens().roll(-1, 1)), loss)
+        torch.testing.assert_close(target_loss(model, to_samples(tokens(), tokens().roll(-1, 1))), loss)
 
 
 def test_soft_prompt_starts_from_a_text_or_from_the_vocabulary():
@@ -437,7 +439,7 @@ def test_a_classifiers_head_learns_labels_from_the_last_token(method):
     targets[:, -1] = torch.tensor([2, 0])
     optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=0.01)
     for _ in range(20):
-        target_loss(model, tokens(), targets).backward()
+        target_loss(model, to_samples(tokens(), targets)).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert label_probabilities(model, tokens().tolist()).argmax(-1).tolist() == [2, 0]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import random
 from array import array
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lit_llama.model import Texts
 
 IGNORE = -100  # the target of a position that is not trained on
 
@@ -48,52 +51,67 @@ def epoch_order(seed: int, epoch: int, n_samples: int) -> array[int]:
 
 
 def micro_batches(samples: list[TokenizedSample], max_tokens: int) -> list[list[TokenizedSample]]:
-    """Split samples, longest first, into batches of at most ``max_tokens`` tokens including padding.
+    """Split samples into batches of at most ``max_tokens`` tokens; a longer sample gets a batch of its own.
 
-    A sample shorter than half of its batch's longest starts a new batch. Only attention computes the padding, so a
-    sample with less padding costs less than another pass.
+    Best fit: each sample, longest first, goes to the fullest batch that has room for it.
     """
     batches: list[list[TokenizedSample]] = []
+    free: list[tuple[int, int]] = []  # sorted: the tokens that still fit, and the batch's index
     for sample in sorted(samples, key=lambda sample: len(sample.ids), reverse=True):
-        width = len(batches[-1][0].ids) if batches else 0
-        if batches and (len(batches[-1]) + 1) * width <= max_tokens and 2 * len(sample.ids) >= width:
-            batches[-1].append(sample)
-        else:
-            batches.append([sample])
+        fitting = bisect_left(free, (len(sample.ids), 0))
+        room, i = free.pop(fitting) if fitting < len(free) else (max_tokens, len(batches))
+        if i == len(batches):
+            batches.append([])
+        batches[i].append(sample)
+        insort(free, (room - len(sample.ids), i))
     return batches
 
 
-def collate(samples: list[TokenizedSample], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, list[int]]:
-    """ids (B, T), targets (B, T) and the rows' lengths. Padding is at the right, where causal attention never looks."""
-    lengths = [len(sample.ids) for sample in samples]
-    ids = np.zeros((len(samples), max(lengths)), dtype=np.int64)
-    targets = np.full_like(ids, IGNORE)
-    for row, sample in enumerate(samples):
-        ids[row, : lengths[row]] = sample.ids
-        targets[row, : lengths[row]] = sample.targets
-    return torch.from_numpy(ids).to(device), torch.from_numpy(targets).to(device), lengths
+@dataclass
+class Packed:
+    """A micro-batch on the device: its texts one after the other in a row of N tokens, of which n have a target."""
+
+    ids: Tensor  # (1, N)
+    texts: Texts
+    targets: Tensor  # (n,), sample by sample
+    places: Tensor  # (n,): where in the row they are
 
 
-class Packing:
-    """Removes the padding of a batch (B, T): N tokens in one row, and back.
+def pack(
+    samples: list[TokenizedSample],
+    device: torch.device,
+    virtual_ids: list[int] | None = None,
+    text_multiple: int = 1,
+    row_multiple: int = 1,
+    context: int = 2**31,
+) -> Packed:
+    """Put the samples into one row, each after the ``virtual_ids``, and copy it to ``device``.
 
-    Only attention needs the (B, T) form. Everything else works on single tokens and skips the padding.
+    Each text is padded to a ``text_multiple``, if it fits the ``context``, and the row to a ``row_multiple``, so that
+    few shapes occur. All indices are computed here on the host, and copied at once, without waiting for the device.
     """
+    before = virtual_ids or []
+    real = [len(before) + len(sample.ids) for sample in samples]
+    lengths = [max(n, min(round_up(n, text_multiple), context)) for n in real]
+    if padding := -sum(lengths) % row_multiple:
+        lengths.append(padding)  # a text of its own
+    ends = np.cumsum(lengths)
+    ids, targets = np.zeros(ends[-1], dtype=np.int64), np.full(ends[-1], IGNORE)
+    for sample, start, n in zip(samples, ends - lengths, real, strict=False):
+        ids[start : start + n] = [*before, *sample.ids]
+        targets[start + len(before) : start + n] = sample.targets
+    places = np.flatnonzero(targets != IGNORE)
+    positions = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
+    starts = np.full(round_up(len(ends) + 1, 32), ends[-1])  # the last texts may be empty: their number is a shape too
+    starts[0], starts[1 : len(ends) + 1] = 0, ends
+    parts = [ids, positions, targets[places], places, starts]
+    table = torch.from_numpy(np.concatenate(parts))
+    if device.type == "cuda":
+        table = table.pin_memory()
+    ids, positions, targets, places, starts = table.to(device, non_blocking=True).split([len(part) for part in parts])
+    longest = 1 << (max(lengths) - 1).bit_length()  # a power of two: kernels are compiled for few values of it
+    return Packed(ids[None], Texts(lengths, longest, positions, starts.int()), targets, places)
 
-    def __init__(self, lengths: list[int], T: int, device: torch.device | str = "cpu", multiple: int = 1) -> None:
-        """Keep the first ``lengths`` tokens of each row, and enough padding to make N a ``multiple``."""
-        places = [row * T + t for row, length in enumerate(lengths) for t in range(length)]
-        padding = [row * T + t for row, length in enumerate(lengths) for t in range(length, T)]
-        places += padding[: -len(places) % multiple]
-        self.shape = torch.Size((len(lengths), T))
-        self.places = torch.tensor(places, device=device)  # (N,) within B * T
 
-    def unpad(self, x: Tensor) -> Tensor:
-        """(B, T, ...) -> (1, N, ...)."""
-        return x.flatten(0, 1).index_select(0, self.places)[None]
-
-    def pad(self, x: Tensor) -> Tensor:
-        """(1, heads, N, hs) -> (B, heads, T, hs), with zeros as padding, at which causal attention never looks."""
-        rows = x[0].transpose(0, 1)  # (N, heads, hs)
-        padded = rows.new_zeros(self.shape.numel(), *rows.shape[1:]).index_copy(0, self.places, rows)
-        return padded.unflatten(0, self.shape).transpose(1, 2)
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

@@ -32,21 +32,23 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 
-def wrap_blocks(model: LLaMA, compile: bool = False, checkpointing: bool = False) -> None:
+def wrap_blocks(model: LLaMA, compile: bool = False, checkpointing: bool = False, packed: bool = True) -> None:
     """Replace every block's forward; ``unwrap_blocks`` restores it.
 
-    ``compile`` runs torch.compile on each block for all lengths. It takes a minute or more, then runs fewer and larger
-    kernels. ``checkpointing`` keeps only a block's input and recomputes the rest in the backward pass
+    ``compile`` runs torch.compile on each block. It takes a minute or more, then runs fewer and larger kernels: on CUDA
+    one set for each size of a ``packed`` row, of which there are few (train/loss.py), else one set for all sizes.
+    ``checkpointing`` keeps only a block's input and recomputes the rest in the backward pass
     (https://arxiv.org/abs/1604.06174); blocks below the first trainable one need no backward pass.
     """
     first = first_trained(model)
+    static = packed and model.transformer.wte.weight.device.type == "cuda"
     if compile:
         torch._dynamo.config.skip_nnmodule_hook_guards = False  # blocks that differ only in hooks (LoRA) are different
         torch._dynamo.config.cache_size_limit = 64  # variants: with a method, a gradient, padding, in validation, ...
     for i, block in enumerate(model.transformer.h):
         forward = block.forward
         if compile:
-            forward = torch.compile(forward, dynamic=True)
+            forward = torch.compile(forward, dynamic=not static)
         if checkpointing and i >= first:
             forward = partial(checkpoint, forward, use_reentrant=False)
         block.forward = forward

@@ -11,7 +11,7 @@ from lit_llama.model import Linear, LLaMA
 def prepare_for_inference(model: LLaMA, compile: bool = False) -> None:
     """Prepack the model, or compile its blocks and prepack only the head: prepacked weights cannot be compiled."""
     prepack(model, blocks=not compile)
-    wrap_blocks(model, compile=compile)
+    wrap_blocks(model, compile=compile, packed=False)
 
 
 class PrepackedLinear(AdoptedLinear):

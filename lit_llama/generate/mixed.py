@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lit_llama.attention import attention
 from lit_llama.common.errors import UserError
 from lit_llama.devices.quantize import quantization
 from lit_llama.generate.load import load_trained_folder
@@ -25,7 +26,7 @@ from lit_llama.methods.adapter import AdapterAttention
 from lit_llama.methods.lora import LowRank, places
 from lit_llama.methods.prefix import PrefixAttention
 from lit_llama.methods.soft_prompt import SoftPromptEmbedding
-from lit_llama.model import CausalSelfAttention, LLaMA, attention
+from lit_llama.model import CausalSelfAttention, LLaMA
 
 MIXABLE = ("adapter", "prefix", "soft_prompt", "lora")
 

@@ -19,12 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError
 from lit_llama.common.progress import Bar
-from lit_llama.data.batches import TokenizedSample, collate
+from lit_llama.data.batches import TokenizedSample
 from lit_llama.devices.launch import PRECISIONS, default_device, synchronize
 from lit_llama.measure.cases import BenchmarkCase, serve
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.train.loss import target_loss
+from lit_llama.train.loss import target_loss, target_vectors
 
 # ---------------------------------------------------------------------------------------------- the machine's limits
 
@@ -81,14 +81,13 @@ def limit_of(kind: str, case: BenchmarkCase, limit: dict[str, float], samples: l
 
 def flops_per_token(model: LLaMA, samples: list[TokenizedSample]) -> float:
     """Floating-point operations of matrix products, forward and backward, for each token of these samples."""
-    ids, targets, _ = collate(samples, model.transformer.wte.weight.device)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused kernels are not counted
         if any(tensor.requires_grad for tensor in model.parameters()):
-            target_loss(model.train(), ids, targets).backward()
+            target_loss(model.train(), samples).backward()
         else:
             with torch.no_grad():
-                model.hidden_states(ids)
-    return counter.get_total_flops() / ids.numel()
+                target_vectors(model, samples)
+    return counter.get_total_flops() / sum(len(sample.ids) for sample in samples)
 
 
 # ---------------------------------------------------------------------------------------------- measuring

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lit_llama.checkpoint import load_config
 from lit_llama.common.errors import UserError
 from lit_llama.configs import CONFIGS
-from lit_llama.data.batches import IGNORE, TokenizedSample, collate, micro_batches
+from lit_llama.data.batches import IGNORE, TokenizedSample, micro_batches
 from lit_llama.devices.blocks import wrap_blocks
 from lit_llama.devices.cuda_graphs import NextLogits
 from lit_llama.devices.launch import PRECISIONS, default_device, peak_memory, synchronize
@@ -114,9 +115,8 @@ def build_ours(case: BenchmarkCase, kind: str, device: torch.device) -> Step | D
     def step(samples: list[TokenizedSample]) -> int:
         computed, n_targets = 0, sum(sample.n_targets for sample in samples)
         for batch in micro_batches(samples, case.micro_batch_tokens):
-            ids, targets, lengths = collate(batch, device)
-            computed += sum(lengths)  # but for attention, and for what rounding adds
-            (target_loss(model, ids, targets, lengths) / n_targets).backward()
+            computed += sum(len(sample.ids) for sample in batch)  # apart from what rounding adds
+            (target_loss(model, batch) / n_targets).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return computed
@@ -145,7 +145,7 @@ def padded_steps(
         computed = 0
         batches = [samples[i : i + size] for i in range(0, len(samples), size)]
         for batch in batches:
-            ids, targets, _ = collate(batch, device)
+            ids, targets = collate(batch, device)
             computed += ids.numel()
             (loss_of(ids, targets) / len(batches)).backward()
         optimizer.step()
@@ -153,6 +153,15 @@ def padded_steps(
         return computed
 
     return step
+
+
+def collate(samples: list[TokenizedSample], device: torch.device) -> tuple[Tensor, Tensor]:
+    """ids and targets (B, T), padded at the right."""
+
+    def padded(rows: list[Any], fill: int) -> Tensor:
+        return pad_sequence([torch.tensor(row) for row in rows], True, fill).to(device, torch.long)
+
+    return padded([sample.ids for sample in samples], 0), padded([sample.targets for sample in samples], IGNORE)
 
 
 def build_litgpt(case: BenchmarkCase, kind: str, device: torch.device) -> Step | Decode:

@@ -22,8 +22,9 @@ Trains L*K*C + L*nh parameters: 1,229,760 for LLaMA-7B with L=30, K=10.
 import torch
 import torch.nn as nn
 
+from lit_llama.attention import attention
 from lit_llama.common.errors import UserError, check_range
-from lit_llama.model import CausalSelfAttention, LLaMA, attention
+from lit_llama.model import CausalSelfAttention, LLaMA
 
 ACTIVATIONS = {"none": nn.Identity, "tanh": nn.Tanh}
 

@@ -14,6 +14,7 @@ directly, so in training an MLP can compute them from rows E (K, C); it is dropp
 Keeps 2*N*K*nkv*hs parameters: 2,621,440 for LLaMA-7B with K=10. With an MLP of 512, 136,618,496 train.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_llama.attention import Texts, attention, insert_prefix
 from lit_llama.common.errors import check_range
-from lit_llama.model import CausalSelfAttention, LLaMA, attention
+from lit_llama.model import CausalSelfAttention, LLaMA
 
 
 class PrefixAttention(CausalSelfAttention):
@@ -33,10 +35,13 @@ class PrefixAttention(CausalSelfAttention):
     def attend(self, q, k, v, input_pos=None, mask=None):
         pk, pv = (t.to(q.dtype).expand(q.size(0), -1, -1, -1) for t in self.prefix)
         K = pk.size(2)
-        if input_pos is None:  # is_causal needs as many queries as keys: add K, and drop them
-            return attention(F.pad(q, (0, 0, K, 0)), torch.cat((pk, k), 2), torch.cat((pv, v), 2), None, True)[:, :, K:]
-        k, v = self.kv_cache.update(k, v, input_pos, end=mask.size(-1))
-        return attention(q, torch.cat((pk, k), 2), torch.cat((pv, v), 2), F.pad(mask, (K, 0), value=True))
+        if isinstance(mask, Texts):  # each text of a packed row gets the prefix
+            k, v = insert_prefix(pk, k, mask), insert_prefix(pv, v, mask)
+            return attention(q, k, v, replace(mask, prefix=K))
+        if input_pos is not None:
+            k, v = self.kv_cache.update(k, v, input_pos, end=mask.size(-1))
+            mask = F.pad(mask, (K, 0), value=True)
+        return attention(q, torch.cat((pk, k), 2), torch.cat((pv, v), 2), mask, is_causal=mask is None)
 
 
 class PrefixMLP(nn.Module):

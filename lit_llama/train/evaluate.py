@@ -13,7 +13,7 @@ import torch
 
 from lit_llama.common.errors import UserError
 from lit_llama.common.progress import Bar
-from lit_llama.data.batches import TokenizedSample, collate, micro_batches
+from lit_llama.data.batches import TokenizedSample, micro_batches
 from lit_llama.data.prompts import encode_prompt, stop_ids, user_text
 from lit_llama.data.samples import Sample
 from lit_llama.data.task import Task
@@ -93,7 +93,7 @@ def validate(fabric: Fabric, model: LLaMA, data: list[TokenizedSample], micro_ba
     batches = micro_batches(split_evenly(data, fabric.world_size)[fabric.global_rank], micro_batch_tokens)
     with keep_in_step(fabric, model), Bar(len(batches), "validation", leave=False, disable=rank() > 0) as bar:
         for batch in batches:
-            loss += target_loss(model, *collate(batch, fabric.device))
+            loss += target_loss(model, batch)
             bar.update()
     model.train(training)
     summed: Any = fabric.all_reduce(loss, reduce_op="sum")

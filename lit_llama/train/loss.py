@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lit_llama.common.errors import UserError
-from lit_llama.data.batches import IGNORE, Packing, TokenizedSample, micro_batches
+from lit_llama.data.batches import IGNORE, TokenizedSample, micro_batches, pack
 from lit_llama.devices.blocks import is_sharded
-from lit_llama.model import LLaMA
+from lit_llama.model import Linear, LLaMA
 from lit_llama.settings import HEAD_CHUNK
 from lit_llama.trained import trained_tensors
 
@@ -29,55 +29,39 @@ if TYPE_CHECKING:
 LOWER_THE_RATE = "start again with a lower --train.learning_rate or --train.clip (--overwrite), or look at the samples"
 
 
-def target_loss(
-    model: LLaMA, ids: Tensor, targets: Tensor, lengths: list[int] | None = None, chunk_size: int = HEAD_CHUNK
-) -> Tensor:
-    """Cross-entropy summed over the target tokens, a float32 scalar. ids and targets (B, T).
+def target_loss(model: LLaMA, samples: list[TokenizedSample], chunk_size: int = HEAD_CHUNK) -> Tensor:
+    """Cross-entropy summed over the samples' target tokens, a float32 scalar, in one pass through the model.
 
-    With the rows' ``lengths``, only attention computes padding. Only positions with a target reach the head, in chunks
-    of ``chunk_size`` that the backward pass recomputes: the float32 logits of a whole batch, by far the largest tensor,
-    never exist.
+    Only positions with a target reach the head, in chunks of ``chunk_size``: the float32 logits of a whole batch, by
+    far the largest tensor, never exist.
     """
-    hidden, targets, _ = target_vectors(model, ids, targets, lengths)
+    hidden, targets = target_vectors(model, samples)
+    head = model.lm_head
+    if hidden.requires_grad and is_plain(head):
+        return FrozenHeadLoss.apply(hidden, head.weight, head.bias, targets, chunk_size)
     if len(targets) <= chunk_size:
-        return head_loss(model.lm_head, hidden, targets)
+        return head_loss(head, hidden, targets)
     chunks = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
-    losses = [checkpoint(head_loss, model.lm_head, *chunk, use_reentrant=False) for chunk in chunks]
-    return torch.stack(losses).sum()
+    return torch.stack([checkpoint(head_loss, head, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
 
-def target_vectors(
-    model: LLaMA, ids: Tensor, targets: Tensor, lengths: list[int] | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The n positions of ids (B, T) that have a target: vectors (n, C), targets (n,), and a mask of them (B, T')."""
-    more = padded_width(model, ids) - ids.size(1)
-    ids, targets = F.pad(ids, (0, more)), F.pad(targets, (0, more), value=IGNORE)
-    if model.virtual_ids:
-        virtual = torch.tensor([model.virtual_ids], device=ids.device).expand(len(ids), -1)
-        ids, targets = torch.cat((virtual, ids), 1), F.pad(targets, (virtual.size(1), 0), value=IGNORE)
-    where = targets != IGNORE
-    if lengths is None or min(lengths) == ids.size(1) - len(model.virtual_ids):  # nothing is padded
-        return model.hidden_states(ids)[where], targets[where], where
-    packing = Packing(
-        [n + len(model.virtual_ids) for n in lengths], ids.size(1), ids.device, shape_multiple(model, ids)
-    )
-    hidden = model.hidden_states(ids, packing=packing)[packing.unpad(where)]
-    return hidden, targets[where], where
+def target_vectors(model: LLaMA, samples: list[TokenizedSample]) -> tuple[Tensor, Tensor]:
+    """The vectors (n, C) at the n positions that have a target, sample by sample, and the targets (n,)."""
+    device = model.transformer.wte.weight.device
+    batch = pack(samples, device, model.virtual_ids, *shape_multiples(model, device), model.context)
+    hidden = model.hidden_states(batch.ids, texts=batch.texts)
+    return hidden[0].index_select(0, batch.places), batch.targets
 
 
-def shape_multiple(model: LLaMA, ids: Tensor) -> int:
-    """A batch's width and number of tokens are rounded up to a multiple of this: 8 in bfloat16 on a CPU, else 1.
+def shape_multiples(model: LLaMA, device: torch.device) -> tuple[int, int]:
+    """Lengths of texts and of packed rows are rounded up to these.
 
-    oneDNN compiles a kernel for every new shape and keeps a thousand of them: 375 steps on bookings, each of another
-    length, took 2.5 GB more memory.
+    In bfloat16 on a CPU, oneDNN compiles a kernel for every new shape and keeps a thousand of them: 375 steps on
+    bookings, each of another length, took 2.5 GB more memory. On CUDA, tensors of a few sizes are reused.
     """
-    return 8 if ids.device.type == "cpu" and model.dtype == torch.bfloat16 else 1
-
-
-def padded_width(model: LLaMA, ids: Tensor) -> int:
-    """Width of a batch of ids (B, T) after padding: the next multiple of ``shape_multiple`` that fits the context."""
-    T, multiple = ids.size(1), shape_multiple(model, ids)
-    return max(T, min(-(-T // multiple) * multiple, model.max_text_tokens))
+    if device.type == "cuda":
+        return 1, 256
+    return (8, 8) if model.dtype == torch.bfloat16 else (1, 1)
 
 
 def head_loss(lm_head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -85,10 +69,48 @@ def head_loss(lm_head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tens
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
 
 
+class FrozenHeadLoss(torch.autograd.Function):
+    """``head_loss`` of a frozen head, z = W h. The forward pass also computes the gradient of h, chunk by chunk:
+
+        loss = sum of logsumexp(z) - z[target]        d loss / d h = W^T (softmax(z) - onehot(target))
+
+    Both need the logits, which are then dropped. A backward pass would have to compute them again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk_size: int
+    ) -> Tensor:
+        gradient = torch.empty_like(hidden)
+        losses = []
+        for h, target, dh in zip(*(t.split(chunk_size) for t in (hidden, targets, gradient)), strict=True):
+            z = F.linear(h, weight, bias)
+            z = z.to(torch.promote_types(z.dtype, torch.float32))
+            z -= z.amax(-1, keepdim=True)
+            z_target = z.gather(1, target[:, None])
+            total = z.exp_().sum(-1, keepdim=True)  # in place: z is the largest tensor of all
+            losses.append((total.log() - z_target).sum())
+            dz = z.div_(total).scatter_add_(1, target[:, None], -torch.ones_like(total))
+            torch.mm(dz.to(h.dtype), weight, out=dh)
+        ctx.save_for_backward(gradient)
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * dloss.to(gradient.dtype), None, None, None, None
+
+
+def is_plain(lm_head: torch.nn.Module) -> bool:
+    """Whether a head is frozen and nothing but a product with its weight."""
+    hooks = lm_head._forward_hooks or lm_head._forward_pre_hooks
+    return type(lm_head) is Linear and not hooks and not any(p.requires_grad for p in lm_head.parameters())
+
+
 def split_by_tokens(
     samples: list[TokenizedSample], micro_batch_tokens: int, fabric: Fabric, model: LLaMA
 ) -> list[list[TokenizedSample]]:
-    """This rank's micro-batches of a step. Each sample, longest first, goes to the rank with the fewest tokens so far.
+    """This rank's micro-batches of a step: its part of the samples, in batches of at most ``micro_batch_tokens``.
 
     All ranks must run a sharded model equally often, so a rank with fewer micro-batches gets more, without targets.
     """
@@ -101,7 +123,7 @@ def split_by_tokens(
 
 
 def split_evenly(samples: list[TokenizedSample], world_size: int) -> list[list[TokenizedSample]]:
-    """The samples of each rank. Their token counts differ by at most the longest sample."""
+    """The samples of each rank. Each, longest first, goes to the rank with the fewest tokens so far."""
     tokens = [0] * world_size
     parts: list[list[TokenizedSample]] = [[] for _ in range(world_size)]
     for sample in sorted(samples, key=lambda sample: len(sample.ids), reverse=True):
@@ -143,15 +165,18 @@ def broadcast_trained(fabric: Fabric, model: LLaMA) -> None:
             torch.distributed.broadcast(tensor.detach(), src=0)
 
 
-def clip_gradient(model: LLaMA, max_norm: float, step: int, batch: list[TokenizedSample]) -> float:
-    """Clip the gradient's norm to ``max_norm`` (0: no limit) and return the norm before clipping.
+def clip_gradient(
+    model: LLaMA, max_norm: float, loss: Tensor, step: int, batch: list[TokenizedSample]
+) -> tuple[float, float]:
+    """Clip the gradient's norm to ``max_norm`` (0: no limit). Returns the loss and the norm before clipping.
 
-    Raises UserError with the step (counted from 1) and its samples if it is not finite; the weights are unchanged.
+    This is where a step waits for the device, once. Raises UserError with the step (counted from 1) and its samples if
+    the norm is not finite; the weights are unchanged.
     """
     params = [p for p in trained_tensors(model).values() if p.grad is not None]
-    try:
-        norm = torch.nn.utils.clip_grad_norm_(params, max_norm or math.inf, error_if_nonfinite=True)
-    except RuntimeError:
+    norm = torch.nn.utils.clip_grad_norm_(params, max_norm or math.inf)
+    figures: list[float] = torch.stack((loss.float(), norm.float())).tolist()
+    if not math.isfinite(figures[1]):
         where = ", ".join(sample.where for sample in batch)
-        raise UserError(f"step {step + 1}: the gradient is not finite; {LOWER_THE_RATE}. Samples: {where}") from None
-    return norm.item()
+        raise UserError(f"step {step + 1}: the gradient is not finite; {LOWER_THE_RATE}. Samples: {where}")
+    return figures[0], figures[1]

@@ -1,12 +1,13 @@
 """The folder of a training run: what it holds, and how a stopped run continues.
 
-    trained.safetensors  method.json    the best validated step
-    metrics.csv                         one row per step
-    config.yaml                         the command line, for --config
-    costs.json                          seconds of training, peak memory
-    state/                              the last saved step, for --resume
+    trained.safetensors    the best validated step (finetune/full.py writes a checkpoint folder's files instead)
+    method.json            what generation and a resumed run need to know
+    metrics.csv            one row per step
+    config.yaml            the command line, for --config
+    costs.json             seconds of training, peak memory
+    state/                 the last saved step, for --resume
 
-It counts the steps and writes the files. The loop itself is in the scripts.
+Run counts the steps and writes the files. The loop itself is in the scripts.
 """
 
 from __future__ import annotations
@@ -174,23 +175,21 @@ class Run:
                         self.save_state(model, optimizer)
                     if stopping:
                         raise Interrupted(f"stopped and saved at step {self.step} of {total_steps}; --resume continues")
-                    if self.step == 40 + total_steps // 5:
-                        self.warn_if_stuck()
         finally:
             for logger in self.fabric.loggers:
                 logger.finalize("success")
 
     def log(self, step: int, **figures: float) -> None:
-        """Add figures of a step (counted from 0) to metrics.csv. A new name becomes a new column.
+        """Add figures to a step's row (steps count from 0), which is written to metrics.csv when the step ends.
 
-        The first call in a step also records the seconds since the step began.
+        A new name becomes a new column. The first call in a step also records the seconds since the step began.
         """
         if not self.row:
             figures["seconds"] = round(time.perf_counter() - self.step_began, 3)
         self.row = {"step": step + 1, **self.row, **figures}
 
     def keep_best(self, model: LLaMA, val_loss: float) -> None:
-        """Write the trained tensors if this is the lowest validation loss so far."""
+        """Log the validation loss. Write the trained tensors if it is the lowest so far."""
         self.row["val_loss"] = val_loss
         if val_loss < self.best_loss:
             self.best_loss, self.best_step = val_loss, self.step + 1
@@ -295,20 +294,6 @@ class Run:
             write_rows(self.out_dir / METRICS_FILE, rows)
         return about["step"]
 
-    def warn_if_stuck(self) -> None:
-        """Warn if the mean loss of the last quarter of steps is not below that of the first quarter."""
-        losses = [float(row["loss"]) for row in read_metrics(self.out_dir) if row.get("loss")]
-        n = len(losses) // 4
-        if not self.fabric.is_global_zero or not n:
-            return
-        before, now = sum(losses[:n]) / n, sum(losses[-n:]) / n
-        if now > 0.99 * before:
-            print(
-                f"warning: the loss has not fallen in {len(losses)} steps (first {before:.4f}, now {now:.4f}). Check "
-                "--train.learning_rate (too low or too high?) and the answers in the data.",
-                file=sys.stderr,
-            )
-
 
 class Interrupt:
     """Whether Ctrl-C, SIGTERM or SIGHUP arrived."""
@@ -365,8 +350,8 @@ def describe_run(
     """The method.json of a run: everything that generation and a resumed run need to know.
 
     ``add(model, **arguments)`` adds the method to a model; ``rates`` are further settings of the optimizer;
-    ``init_from`` is a trained folder to begin with. Raises
-    UserError if the arguments do not fit the base, which is checked without loading weights.
+    ``init_from`` is a trained folder to begin with. Raises UserError if the arguments do not fit the base, which is
+    checked without loading weights.
     """
     with torch.device("meta"):
         model = LLaMA(load_config(checkpoint_dir)).requires_grad_(False)
