@@ -162,6 +162,19 @@ def test_files_of_every_kind(tmp_path):
         assert [sample.messages[0]["content"] for sample in read_samples(path)] == ["a\tb"], path
 
 
+def test_what_a_validation_file_leaves_out_is_noted_too(tmp_path):
+    turns = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
+    write_rows(tmp_path / "train.json", [{"question": str(i), "answer": "a"} for i in range(20)])
+    write_rows(tmp_path / "val.json", [{"messages": turns, "source": "web"}, {"messages": turns[:2]}, {"messages": []}])
+    train, validation = load_splits(tmp_path, Reading(skip_bad_rows=True))
+    assert len(list(train)) == 20 and [len(sample.messages) for sample in validation] == [2, 2]
+    assert train.notes[:2] == [
+        "val.json: columns ignored: source",
+        "val.json: turns after the last answer ignored in 1 rows",
+    ]
+    assert train.notes[2].startswith("val.json: 1 bad rows left out; the first: ") and len(train.notes) == 3
+
+
 def test_columns_are_renamed_and_what_is_not_read_is_noted(tmp_path):
     rows = [{"query": f"q{i}", "reply": "r", "id": i} for i in range(30)] + [{"query": 5, "reply": "r", "id": 0}]
     path = write_rows(tmp_path / "a.json", rows)

@@ -32,6 +32,7 @@ class Sample:
     label: str | None = None
     row: int = 0  # number in the file
     unread: tuple[str, ...] = ()  # columns that its format does not have
+    unread_turns: int = 0  # after the last answer
 
     @property
     def prompt(self) -> list[Message]:
@@ -63,13 +64,18 @@ class Reading:
 class Samples:
     """The samples of a file, folder or list of rows. Each loop reads them again, so texts do not stay in memory.
 
-    ``notes`` says what the last whole loop left out. A loop raises UserError if the file or a row is invalid.
+    ``without`` are numbers of rows to leave out. ``notes`` says what the last whole loop ignored, after ``noted``, the
+    notes on other files. A loop raises UserError if the file or a row is invalid.
     """
 
     def __init__(
-        self, source: Path | list[dict], reading: Reading = Reading(), without: frozenset[int] = frozenset()
+        self,
+        source: Path | list[dict],
+        reading: Reading = Reading(),
+        without: frozenset[int] = frozenset(),
+        noted: tuple[str, ...] = (),
     ) -> None:
-        self.source, self.reading, self.without = source, reading, without  # the numbers of rows to leave out
+        self.source, self.reading, self.without, self.noted = source, reading, without, noted
         self.notes: list[str] = []
 
     def __iter__(self) -> Iterator[Sample]:
@@ -79,7 +85,7 @@ class Samples:
             rows = file_rows(self.source)
         bad: list[UserError] = []
         ignored: dict[str, None] = {}  # a set that keeps its order
-        n_rows = 0
+        n_rows, n_longer = 0, 0
         for i, (where, row) in enumerate(rows):
             n_rows = i + 1
             if i in self.without:
@@ -92,11 +98,13 @@ class Samples:
                 bad.append(error)
                 continue
             ignored |= dict.fromkeys(sample.unread)
+            n_longer += sample.unread_turns > 0
             yield sample
         if bad and len(bad) == n_rows:
             raise UserError(f"none of {n_rows} rows can be read; the first: {bad[0]}")
         name = "the rows" if isinstance(self.source, list) else self.source.name
-        self.notes = [f"{name}: columns ignored: {', '.join(ignored)}"] if ignored else []
+        self.notes = [*self.noted, *([f"{name}: columns ignored: {', '.join(ignored)}"] if ignored else [])]
+        self.notes += [f"{name}: turns after the last answer ignored in {n_longer} rows"] if n_longer else []
         self.notes += [f"{name}: {len(bad)} bad rows left out; the first: {bad[0]}"] if bad else []
 
 
@@ -340,7 +348,7 @@ def label_of(row: dict, where: str) -> str:
 
 
 def conversation(turns: Any, row: dict, where: str) -> dict:
-    """The messages up to the last answer; nothing after it is trained on. Raises UserError if they are invalid."""
+    """The messages up to the last answer, and the number of turns after it. Raises UserError if they are invalid."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise UserError(f"{where}: messages must be a list of objects with role and content")
     if row.get("system"):
@@ -349,7 +357,8 @@ def conversation(turns: Any, row: dict, where: str) -> dict:
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise UserError(f"{where}: messages hold no assistant turn to learn")
-    return {"messages": messages[: answers[-1] + 1]}
+    end = answers[-1] + 1
+    return {"messages": messages[:end], "unread_turns": len(messages) - end}
 
 
 def to_message(turn: dict, where: str) -> Message:

@@ -26,7 +26,7 @@ from lit_llama.data.prompts import (
     pieces,
     style_of,
 )
-from lit_llama.data.samples import SUFFIXES, Reading, Sample, Samples, read_samples
+from lit_llama.data.samples import SUFFIXES, Reading, Sample, Samples
 from lit_llama.tokenizer import Tokenizer
 
 MIN_VALIDATION = 10  # samples split off
@@ -61,7 +61,9 @@ def load_splits(data: Path | str | list[dict], reading: Reading = Reading()) -> 
         return split_by_hash(path, str(path), reading)
     if val_file is None:
         return split_by_hash(train_file, str(path), reading)
-    return Samples(train_file, reading), read_samples(val_file, reading)
+    held_out = Samples(val_file, reading)
+    validation = list(held_out)
+    return Samples(train_file, reading, noted=tuple(held_out.notes)), validation
 
 
 SPLITS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev", "eval"), "test": ("test",)}

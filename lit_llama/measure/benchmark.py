@@ -94,7 +94,10 @@ def flops_per_token(model: LLaMA, samples: list[TokenizedSample]) -> float:
 
 
 def measure(kind: str, cases: list[BenchmarkCase], work: list[list[tuple]], limit: dict[str, float]) -> list[dict]:
-    """All cases in turn, round by round; the first round does not count. A row for each."""
+    """All cases in turn, round by round. A row for each.
+
+    The first round does not count. Before it, a compiled case does the work of all rounds: every new size may compile.
+    """
     spawn = multiprocessing.get_context("spawn")
     ends, processes = [], []
     for case in cases:
@@ -111,7 +114,8 @@ def measure(kind: str, cases: list[BenchmarkCase], work: list[list[tuple]], limi
         for number, jobs in enumerate(work):
             for case, end, found in zip(cases, ends, seen, strict=True):
                 answers = []
-                for job in jobs:
+                warm_up = [job for later in work for job in later] if "compile" in case.options and not number else []
+                for job in [*warm_up, *jobs]:
                     end.send(job)
                     answers.append(hear(end))
                     if isinstance(answers[-1], str):
