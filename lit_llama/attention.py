@@ -17,9 +17,11 @@ try:
     from torch.nn.attention import varlen  # from PyTorch 2.10 on
 
     varlen_attn: Any = varlen.varlen_attn
-    VARLEN_OPTIONS: Any = inspect.signature(varlen_attn).parameters
+    VARLEN_OPTIONS = set(inspect.signature(varlen_attn).parameters)
 except ImportError:
-    VARLEN_OPTIONS = ()
+    VARLEN_OPTIONS = set()
+VARLEN_GROUPED = "enable_gqa" in VARLEN_OPTIONS  # from 2.12 on
+VARLEN_CAUSAL: Any = {"is_causal": True} if "is_causal" in VARLEN_OPTIONS else {"window_size": (-1, 0)}  # 2.10, later
 
 
 @dataclass
@@ -82,10 +84,15 @@ def has_varlen(q: Tensor, k: Tensor) -> bool:
 
     So do meta tensors, for scripts/count_kernels.py.
     """
-    on_gpu = q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) >= (8, 0)
-    if q.dtype not in (torch.bfloat16, torch.float16) or not (on_gpu or q.is_meta):
+    if q.dtype not in (torch.bfloat16, torch.float16) or not (VARLEN_GROUPED or q.size(1) == k.size(1)):
         return False
-    return "window_size" in VARLEN_OPTIONS and (q.size(1) == k.size(1) or "enable_gqa" in VARLEN_OPTIONS)
+    return bool(VARLEN_OPTIONS) and (q.device.type == "meta" or q.device.type == "cuda" and has_flash(q.device.index))
+
+
+@torch.compiler.assume_constant_result
+def has_flash(cuda_index: int) -> bool:
+    """FlashAttention needs an Ampere GPU or a newer one."""
+    return torch.cuda.get_device_capability(cuda_index) >= (8, 0)
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, texts: Texts) -> Tensor:
@@ -97,4 +104,4 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, texts: Texts) -> Tensor:
     grouped = {"enable_gqa": True} if q.size(1) != k.size(1) else {}
     rows = [t[0].transpose(0, 1) for t in (q, k, v)]  # (N, heads, hs)
     longest = (texts.longest, texts.longest + texts.prefix)
-    return varlen_attn(*rows, starts, seen, *longest, window_size=(-1, 0), **grouped).transpose(0, 1)[None]
+    return varlen_attn(*rows, starts, seen, *longest, **VARLEN_CAUSAL, **grouped).transpose(0, 1)[None]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers import to_samples
 
-from lit_llama.attention import attention, plain_attention
+from lit_llama.attention import Texts, attention, plain_attention
 from lit_llama.data.batches import IGNORE
 from lit_llama.devices.blocks import first_trained, unwrap_blocks, wrap_blocks
 from lit_llama.generate.decode import generate, generate_batch
@@ -161,6 +161,25 @@ def test_checkpointing_saves_memory_only_where_a_graph_is_built():
     with wrapped(model, checkpointing=True):
         assert sum("checkpoint" in repr(block.forward) for block in model.transformer.h) == 2
         assert kept_bytes(model) < plain / 2
+
+
+@pytest.mark.parametrize("method", ["adapter", "lora"])
+def test_blocks_with_varlen_attention_compile_whole_and_once_for_all_texts(method):
+    """On the meta device, which takes the same way as CUDA."""
+    compiled = []
+    with torch.device("meta"):
+        model = LLaMA(LLaMAConfig(**TINY)).bfloat16().requires_grad_(False)
+        METHODS[method](model)
+        x = torch.zeros(1, 16, 48, dtype=torch.bfloat16, requires_grad=True)
+        positions, starts = torch.zeros(16, dtype=torch.long), torch.zeros(32, dtype=torch.int32)
+    cos, sin = model.rope(positions)
+    torch._dynamo.reset()
+    block = torch.compile(
+        model.transformer.h[-1].forward, backend=lambda graph, _: compiled.append(graph) or graph, fullgraph=True
+    )
+    for lengths in ([10, 6], [9, 7], [4, 8, 4]):
+        block(x, cos, sin, None, Texts(lengths, 16, positions, starts)).sum().backward()
+    assert len(compiled) == 1
 
 
 @pytest.mark.slow

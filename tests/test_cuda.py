@@ -127,7 +127,8 @@ def test_texts_in_one_kernel_are_those_taken_one_by_one(n_kv_head, prefix):
 def test_blocks_compile_whole():
     model = adapted(dtype=torch.bfloat16)
     packed = pack(SAMPLES, torch.device("cuda"), row_multiple=64)
-    if not has_varlen(torch.empty(1, 4, 1, 32, device="cuda", dtype=torch.bfloat16), torch.empty(1, 2, 1, 32)):
+    q, k = (torch.empty(1, heads, 1, 32, device="cuda", dtype=torch.bfloat16) for heads in (4, 2))
+    if not has_varlen(q, k):
         pytest.skip("this PyTorch has no varlen_attn for grouped queries")
     for block in model.transformer.h:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)

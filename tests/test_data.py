@@ -401,8 +401,9 @@ def test_packed_samples_lie_one_after_the_other():
     starts = packed.texts.starts
     assert starts[:3].tolist() == [0, 3, 4] and set(starts[3:].tolist()) == {4} and starts.dtype == torch.int32
 
-    packed = pack(samples, torch.device("cpu"), [91, 92], text_multiple=4, row_multiple=16, context=6)
-    assert packed.texts.lengths == [6, 4, 6], "8 tokens exceed the context"
-    assert packed.ids.tolist() == [[91, 92, 1, 2, 3, 0, 91, 92, 4, 0] + [0] * 6]
-    assert packed.texts.positions.tolist() == [*range(6), *range(4), *range(6)]
+    packed = pack(samples, torch.device("cpu"), [91, 92], text_multiple=4, row_multiple=20, context=6)
+    assert packed.texts.lengths == [6, 4, 6, 4], "8 tokens exceed the context; 10 of padding are two texts"
+    assert packed.ids.tolist() == [[91, 92, 1, 2, 3, 0, 91, 92, 4, 0] + [0] * 10]
+    assert packed.texts.positions.tolist() == [*range(6), *range(4), *range(6), *range(4)]
+    assert packed.texts.longest == 8
     assert packed.targets.tolist() == [5, 6, 7] and packed.places.tolist() == [3, 4, 8]

@@ -93,8 +93,8 @@ def pack(
     before = virtual_ids or []
     real = [len(before) + len(sample.ids) for sample in samples]
     lengths = [max(n, min(round_up(n, text_multiple), context)) for n in real]
-    if padding := -sum(lengths) % row_multiple:
-        lengths.append(padding)  # a text of its own
+    longest, padding = max(lengths), -sum(lengths) % row_multiple
+    lengths += [min(longest, padding - i) for i in range(0, padding, longest)]  # padding is texts of its own
     ends = np.cumsum(lengths)
     ids, targets = np.zeros(ends[-1], dtype=np.int64), np.full(ends[-1], IGNORE)
     for sample, start, n in zip(samples, ends - lengths, real, strict=False):
@@ -109,7 +109,7 @@ def pack(
     if device.type == "cuda":
         table = table.pin_memory()
     ids, positions, targets, places, starts = table.to(device, non_blocking=True).split([len(part) for part in parts])
-    longest = 1 << (max(lengths) - 1).bit_length()  # a power of two: kernels are compiled for few values of it
+    longest = 1 << (longest - 1).bit_length()  # a power of two: kernels are compiled for few values of it
     return Packed(ids[None], Texts(lengths, longest, positions, starts.int()), targets, places)
 
 
