@@ -80,11 +80,11 @@ def block_bytes(block: nn.Module, model: LLaMA, size: int, tokens: int, seq_leng
     """Bytes that autograd saves in one block, whose activations have ``size`` bytes."""
     c = model.config
     q, kv = c.n_head * c.head_size, c.n_kv_head * c.head_size
-    norms = 2 * 4 * c.n_embd  # their inputs, in float32
+    norms = 2 * (size if device_type == "cuda" else 4) * c.n_embd  # their inputs; a CPU computes them in float32
     if device_type == "cpu" and size == 2:  # plain products (model.py): q, k, v, the scores and the output
         attention = (2 * q + 2 * kv + c.n_head * seq_length) * size
-    else:  # the fused projection, of which v is a part, the rotated q and k, and the output
-        attention = (3 * q + 3 * kv) * size
+    else:  # q and k after rotation, v, and the output
+        attention = (2 * q + 2 * kv) * size
     mlp = 3 * c.intermediate_size * size
     trained = [p for name, p in block.named_parameters() if p.requires_grad and not name.endswith("bias")]
     inputs = sum(p.size(-1) for p in trained) * size  # what a trainable matrix or scale is multiplied by
