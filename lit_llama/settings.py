@@ -79,7 +79,7 @@ class TrainArgs:
         epochs: Passes over the training samples.
         max_steps: Number of optimizer steps, instead of epochs.
         batch_size: Samples per optimizer step, over all devices.
-        micro_batch_tokens: Tokens per forward and backward pass, with padding; fewer take less memory.
+        micro_batch_tokens: Tokens per forward and backward pass; fewer take less memory.
         max_seq_length: Longer samples are cut to this many tokens.
         learning_rate: Peak learning rate, reached at the end of the warm-up.
         warmup_steps: Steps of linear warm-up, then a cosine decay to 0. Default: a tenth of all steps.
