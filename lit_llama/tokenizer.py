@@ -35,9 +35,9 @@ class Tokenizer:
     U+2581, so it reads U+2581 as a space. A byte-level vocabulary may lack bytes (SmolLM2's lacks those of U+0004,
     U+0006, U+0013, U+0014, U+0016, U+001D and the unassigned planes 4 to 11); ``encode`` drops them with a warning.
 
-    Attributes: ``vocab_size``; ``bos_id``, the id in front of every sequence or None; ``eos_id``,
-    and ``eos_ids``, all that end a text; ``chat_template``,
-    the tokenizer's Jinja template or None. Raises UserError if the tokenizer is missing, damaged or another model's.
+    Attributes: ``vocab_size``; ``bos_id``, the id in front of every sequence or None; ``eos_id``, and ``eos_ids``, all
+    that end a text; ``chat_template``, the Jinja template or None; ``strips``, the tokens that take the whitespace at
+    their left ("lstrip") or right with them. Raises UserError if the tokenizer is missing, damaged or another model's.
     """
 
     def __init__(self, checkpoint_dir: Path | str):
@@ -57,7 +57,7 @@ class Tokenizer:
             raise UserError(f"{folder} does not say which token ends a text; name it in {SETTINGS_FILE} as eos_token")
         self.vocab_size, self.bos_id, self.eos_id = self.backend.vocab_size, self.backend.bos_id, self.backend.eos_id
         self.eos_ids = {self.eos_id, *generation_eos(folder)}
-        self.controls = self.backend.controls
+        self.controls, self.strips = self.backend.controls, self.backend.strips
         spelled = sorted(filter(None, self.controls), key=len, reverse=True)  # the longest match wins
         self.control_pattern = re.compile(f"({'|'.join(map(re.escape, spelled))})")
         rows = read_json(folder / CONFIG_FILE).get("vocab_size") if (folder / CONFIG_FILE).exists() else None
@@ -146,6 +146,7 @@ class JSONBackend:
         added = self.tokenizer.get_added_tokens_decoder()
         self.controls = {token.content: i for i, token in added.items() if token.special}
         self.controls |= {name: vocab[name] for name in named if name in vocab}
+        self.strips = {side: {t.content for t in added.values() if getattr(t, side)} for side in ("lstrip", "rstrip")}
         # A normalizer that prepends a space does so after each added token too; the Metaspace pre-tokenizer does not.
         self.standalone = {i: t.content for i, t in added.items() if t.special or self.tokenizer.normalizer is not None}
         self.vocab_size = max(vocab.values()) + 1
@@ -190,6 +191,8 @@ class SentencePieceBackend:
         is_control = [self.processor.is_control(i) or self.processor.is_unknown(i) for i in range(self.vocab_size)]
         self.standalone = {i: self.processor.id_to_piece(i) for i in range(self.vocab_size) if is_control[i]}
         self.standalone |= added_tokens(folder, settings)
+        entries = [entry for entry in (settings.get("added_tokens_decoder") or {}).values() if isinstance(entry, dict)]
+        self.strips = {side: {token_text(it) for it in entries if it.get(side)} for side in ("lstrip", "rstrip")}
         self.vocab_size = max([self.vocab_size - 1, *self.standalone]) + 1
         self.controls = {piece: i for i, piece in self.standalone.items()}
         self.eos_id = self.controls.get(token_text(settings.get("eos_token")) or "", self.eos_id)

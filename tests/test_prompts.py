@@ -90,6 +90,22 @@ def test_ids_are_those_of_transformers(tmp_path, name, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", ["lstrip", "rstrip"])
+@pytest.mark.parametrize("name", ["zephyr", "smollm2", "llama3"])
+def test_control_tokens_that_take_whitespace_with_them(tmp_path, name, side, kind):
+    both(tmp_path, name, kind)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token[side] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    ours, theirs = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for talk in (TALK[:1], TALK[:2], TALK[:3], TALK[:4], TALK):
+        opens = talk[-1]["role"] == "user"
+        expected = theirs.apply_chat_template(talk, add_generation_prompt=opens, return_dict=False)
+        assert encode_prompt(talk, ours.chat_template, ours) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_answers_train_with_their_end_and_prompts_are_those_of_training(tmp_path, name, kind):
     ours, _, talks = both(tmp_path, name, kind)

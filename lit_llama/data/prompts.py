@@ -338,7 +338,8 @@ def encode_pieces(
 
     A text is encoded as transformers does behind what precedes it: nothing, a control token, or more text.
     """
-    places = [[*zip(row, preceding(row, template), strict=True)] for row in map(list, rows)]
+    stripped = (without_stripped(list(row), tokenizer) for row in rows)
+    places = [[*zip(row, preceding(row, template), strict=True)] for row in stripped]
     ids_of: dict[tuple[str, str], list[int]] = {}
     for after in ("nothing", "control", "text"):
         found = (piece.text for row in places for piece, place in row if place == after and not piece.ids)
@@ -354,6 +355,22 @@ def encode_pieces(
             trains += [piece.trains] * len(new)
         encoded.append((ids, trains))
     return encoded
+
+
+def without_stripped(row: list[Piece], tokenizer: Tokenizer) -> list[Piece]:
+    """The pieces without the whitespace that a control token next to them takes with it."""
+    if not any(tokenizer.strips.values()):
+        return row
+    kept = []
+    around = zip(["", *(piece.text for piece in row)], row, [*(piece.text for piece in row[1:]), ""], strict=False)
+    for before, piece, following in around:
+        text: str = piece.text
+        if not isinstance(text, Control) and not piece.ids:
+            text = text.lstrip() if isinstance(before, Control) and before in tokenizer.strips["rstrip"] else text
+            text = text.rstrip() if isinstance(following, Control) and following in tokenizer.strips["lstrip"] else text
+        if text:
+            kept.append(piece._replace(text=text))
+    return kept
 
 
 def preceding(row: list[Piece], template: str) -> Iterator[str]:
