@@ -2,6 +2,7 @@
 
 import json
 import re
+from datetime import datetime
 
 import pytest
 from chat_templates import TEMPLATES
@@ -14,6 +15,7 @@ from lit_llama.common.errors import UserError
 from lit_llama.data.prompts import (
     CHATML,
     choose_template,
+    describe_template,
     encode_pieces,
     encode_prompt,
     pieces,
@@ -87,6 +89,13 @@ def test_ids_are_those_of_transformers(tmp_path, name, kind):
         opens = talk[-1]["role"] == "user"
         expected = theirs.apply_chat_template(talk, add_generation_prompt=opens, return_dict=False)
         assert encode_prompt(talk, template, ours) == expected
+
+
+def test_a_template_that_writes_the_date_is_described_with_it(monkeypatch):
+    """On another day the ids are others: --resume then names the two dates."""
+    monkeypatch.setattr("lit_llama.data.prompts.STARTED", datetime(2026, 3, 5, 12))
+    assert describe_template("{{ strftime_now('%d %b %Y') }}")["prompt_date"] == "2026-03-05"
+    assert "prompt_date" not in describe_template("{{ messages }}")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -91,8 +91,9 @@ def style_of(template: str) -> str:
 
 
 def describe_template(template: str) -> dict:
-    """The part of method.json that ``trained_template`` reads."""
-    return {"prompt_style": style_of(template), "chat_template": template}
+    """The part of method.json that ``trained_template`` reads, and the date, if the template writes it."""
+    dated = {"prompt_date": STARTED.date().isoformat()} if "strftime_now" in template else {}
+    return {"prompt_style": style_of(template), "chat_template": template, **dated}
 
 
 def trained_template(method: dict, tokenizer: Tokenizer, prompt_style: str | None = None) -> str:
