@@ -8,6 +8,7 @@ Weights are random, and samples have random ids and about the lengths of Alpaca'
 
 import random
 import time
+from pathlib import Path
 
 import torch
 from torch.autograd import DeviceType
@@ -35,15 +36,16 @@ def main(
     """Print what a step spends its time on.
 
     Args:
-        model: A name in lit_llama/configs.py.
+        model: A name in lit_llama/configs.py, or a folder with a base.
         method: The finetuning method.
         batch_size: Samples of the step.
         micro_batch_tokens: Tokens of a forward and backward pass.
         warm_up: Steps before the one that is profiled.
     """
-    for flag, name, known in (("--model", model, CONFIGS), ("--method", method, METHODS)):
-        if name not in known:
-            raise UserError(f"{flag} {name} is none of {', '.join(known)}")
+    if model not in CONFIGS and not (Path(model) / "config.json").exists():
+        raise UserError(f"--model {model} is neither a folder with a base nor one of {', '.join(CONFIGS)}")
+    if method not in METHODS:
+        raise UserError(f"--method {method} is none of {', '.join(METHODS)}")
     check_range("--batch_size", batch_size, 1, MOST_SAMPLES)
     check_range("--warm_up", warm_up, 1, 1000)
     device = default_device()

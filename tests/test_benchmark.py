@@ -2,10 +2,11 @@
 
 import json
 import multiprocessing
+import re
 
 import pytest
 import torch
-from helpers import make_base, refuse, run, sums, write_rows
+from helpers import make_base, refuse, run, succeed, sums, write_rows
 
 from lit_llama.data.batches import TokenizedSample
 from lit_llama.measure import cases
@@ -91,6 +92,13 @@ def test_the_ratio_is_taken_round_by_round():
         {**row, "name": "other", "tokens_per_s": 1.0, "rounds": [0.5, 1.0, 2.0]},
     ]
     assert "| train | other | 1 (1 to 4) | 0.50 | 50 % | 10 % | 1 |" in table(rows)
+
+
+def test_a_step_is_profiled(folder):
+    flags = ["--model", folder / "base", "--batch_size", 3, "--warm_up", 1, "--precision", "32-true"]
+    printed = succeed("scripts/profile_step.py", *flags)
+    assert re.match(r"ours adapter 32-true: \d+ tokens in ", printed) and "aten::mm" in printed
+    refuse("scripts/profile_step.py", "--method", "adapters", message="--method adapters is none of")
 
 
 def test_kernels_of_a_block_are_few():

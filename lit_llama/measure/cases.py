@@ -69,8 +69,7 @@ class BenchmarkCase:
             torch.set_default_dtype(torch.float32)
 
 
-# A step takes samples and returns the tokens it computed, padding included, but not where attention alone computes it;
-# decode takes a prompt and a count.
+# A step takes samples and returns the tokens it computed, padding included; decode takes a prompt and a count.
 Step = Callable[[list[TokenizedSample]], int]
 Decode = Callable[[list[int], int], int]
 
