@@ -6,6 +6,8 @@
 Paper: https://arxiv.org/abs/2101.00190. What it adds to the model: lit_llama/methods/prefix.py.
 """
 
+from typing import Literal
+
 import torch
 
 from lit_llama import cli
@@ -18,7 +20,7 @@ from lit_llama.devices.blocks import check_together, shard, unwrap_blocks, wrap_
 from lit_llama.devices.launch import base_dtype, launch, print_rank0
 from lit_llama.devices.memory import check_memory
 from lit_llama.devices.quantize import quantize_base
-from lit_llama.methods.prefix import add_prefix
+from lit_llama.methods.prefix import add_prefix, start_from_text
 from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
 from lit_llama.train.evaluate import BeforeAfter, validate
 from lit_llama.train.loss import broadcast_trained, clip_gradient, split_by_tokens, sum_over_ranks, target_loss
@@ -29,6 +31,7 @@ from lit_llama.trained import count_trainable, load_initial, trained_tensors
 def main(
     prompt_length: int = 10,
     mlp_size: int = 0,
+    prompt_init: Literal["text", "normal"] = "normal",
     train: TrainArgs = TrainArgs(epochs=1, batch_size=4, learning_rate=3e-2, eval_every=150),
     data: Data = "data/bookings",
     columns: dict[str, str] | None = None,
@@ -58,6 +61,7 @@ def main(
     Args:
         prompt_length: Number of learned keys and values in each block (K).
         mlp_size: Size of the MLP that computes them in training; 0 trains them directly.
+        prompt_init: Start from N(0, 0.02^2) with "normal", or as the first tokens of a training "text".
     """
     check_together(strategy, compile, quantize)
     out_dir = out_dir or default_out_dir("prefix", data)
@@ -89,6 +93,8 @@ def main(
     if strategy == "fsdp":
         shard(fabric, model, dtype)
     print_rank0(count_trainable(model))
+    if prompt_init == "text" and not (init_from or resume):
+        start_from_text(model, task.train[0].ids.tolist())
     broadcast_trained(fabric, model)
     check_memory(fabric, model, train, task.longest, checkpointing)
     wrap_blocks(model, compile, checkpointing)

@@ -28,6 +28,7 @@ from lit_llama.common.errors import UserError
 from lit_llama.common.files import save_tensors
 from lit_llama.data.batches import IGNORE
 from lit_llama.generate.decode import generate, generate_batch, label_probabilities, text_vectors
+from lit_llama.methods import prefix
 from lit_llama.methods.adapter import AdapterAttention, start_from_text
 from lit_llama.methods.lora import TARGETS, places
 from lit_llama.methods.table import METHODS
@@ -262,6 +263,19 @@ def test_a_prompt_as_long_as_the_context_starts_from_a_text_in_bfloat16():
     for block in model.transformer.h[1:]:
         prompt = block.attn.adapter_wte.weight
         assert prompt.dtype == torch.float32 and torch.equal(prompt, prompt.bfloat16().float())
+
+
+def test_a_prefix_that_starts_from_a_text_is_that_text():
+    base, model, K = tiny_model(), tuned("prefix", on=False), 4
+    for n_tokens in (7, 3):
+        ids = tokens(1, n_tokens)
+        prefix.start_from_text(model, ids[0].tolist())
+        read = torch.cat((ids, ids), 1)[:, :K].expand(2, -1)
+        torch.testing.assert_close(model(tokens()), base(torch.cat((read, tokens()), 1))[:, K:])
+    check_cached_decoding(model.double())
+    assert all(block.attn.prefix.requires_grad for block in model.transformer.h)
+    with pytest.raises(UserError, match="pass --mlp_size 0, or --prompt_init normal"):
+        prefix.start_from_text(tuned("prefix by an MLP", on=False), [1, 2, 3])
 
 
 def causal_attention(q, k, v, before: int = 0) -> torch.Tensor:

@@ -15,6 +15,7 @@ Keeps 2*N*K*nkv*hs parameters: 2,621,440 for LLaMA-7B with K=10. With an MLP of 
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_llama.attention import Texts, attention, insert_prefix
-from lit_llama.common.errors import check_range
+from lit_llama.common.errors import UserError, check_range
 from lit_llama.model import CausalSelfAttention, LLaMA
 
 
@@ -91,6 +92,29 @@ def add_prefix(model: LLaMA, prompt_length: int = 10, mlp_size: int = 0) -> None
                 block.attn.prefix = prefix
 
         mlp.handle = model.transformer.wte.register_forward_pre_hook(hand_out)
+
+
+@torch.no_grad()
+def start_from_text(model: LLaMA, ids: list[int]) -> None:
+    """Start the prefixes as the keys and values of the text's first K tokens, so that the model begins as if it had
+    read them before every text (https://arxiv.org/abs/2506.06266). A text of fewer tokens is repeated.
+
+    Raises UserError if an MLP computes the prefixes.
+    """
+    if model.reparametrization is not None:
+        raise UserError("an MLP computes the prefixes: pass --mlp_size 0, or --prompt_init normal")
+    attns, K = [block.attn for block in model.transformer.h], model.first_position
+    text = torch.tensor([(ids * K)[:K]], device=model.transformer.wte.weight.device)
+    model.first_position = 0
+    for attn in attns:
+        attn.attend = partial(CausalSelfAttention.attend, attn)  # without a prefix
+    model.set_kv_cache(1, K)
+    model.hidden_states(text, torch.arange(K, device=text.device))
+    for attn in attns:
+        attn.prefix.copy_(torch.cat((attn.kv_cache.k, attn.kv_cache.v)))
+        del attn.attend
+    model.clear_kv_cache()
+    model.first_position = K
 
 
 INIT_STD = 0.02
