@@ -358,6 +358,7 @@ def test_the_base_answers_sensibly(smollm2_dir):
 @pytest.mark.weights
 def test_a_few_steps_on_the_real_model_already_lower_the_loss(smollm2_dir, tmp_path):
     flags = ["--checkpoint_dir", smollm2_dir, "--train.max_steps", 8, "--train.warmup_steps", 2, "--eval_samples", 0]
+    flags += ["--train.learning_rate", 2e-2]
     rows = json.loads((ROOT / "data/bookings/train.json").read_text(encoding="utf-8"))
     write_rows(tmp_path / "data/train.json", rows[:40])
     write_rows(tmp_path / "data/validation.json", rows[40:48])
