@@ -88,7 +88,6 @@ def main(
     ensure_base(checkpoint_dir, yes)
     task = load_task(data, checkpoint_dir, None, min(512, load_config(checkpoint_dir).block_size))
     precision = ours[0].precision
-    samples = [within_vocabulary(sample, ours[0].config.vocab_size) for sample in task.train]
     limit = limits({case.precision for case in ours}, ours[0].config, micro_batch_tokens)
     rates = [f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in limit.items() if name != "read"]
     print(f"{torch.get_num_threads()} threads, {', '.join(rates)}, {limit['read'] / 1e9:,.1f} GB/s")
@@ -99,8 +98,9 @@ def main(
             continue
         cases = ours + others
         if kind == "train":
-            batches = [step_indices(i, batch_size, len(samples), seed=1) for i in range(steps * (rounds + 1))]
-            jobs = [[samples[i] for i in batch] for batch in batches]
+            batches = [step_indices(i, batch_size, len(task.train), seed=1) for i in range(steps * (rounds + 1))]
+            vocab_size = ours[0].config.vocab_size
+            jobs = [[within_vocabulary(task.train[i], vocab_size) for i in batch] for batch in batches]
             work = [[(step,) for step in jobs[i * steps : (i + 1) * steps]] for i in range(rounds + 1)]
         else:
             cases = [c for c in cases if "checkpointing" not in c.options]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_llama.model import Texts
+from lit_llama.attention import Texts
 
 IGNORE = -100  # the target of a position that is not trained on
 
@@ -96,12 +96,13 @@ def pack(
     longest, padding = max(lengths), -sum(lengths) % row_multiple
     lengths += [min(longest, padding - i) for i in range(0, padding, longest)]  # padding is texts of its own
     ends = np.cumsum(lengths)
+    begins = ends - lengths
     ids, targets = np.zeros(ends[-1], dtype=np.int64), np.full(ends[-1], IGNORE)
-    for sample, start, n in zip(samples, ends - lengths, real, strict=False):
+    for sample, start, n in zip(samples, begins[: len(samples)], real, strict=True):
         ids[start : start + n] = [*before, *sample.ids]
         targets[start + len(before) : start + n] = sample.targets
     places = np.flatnonzero(targets != IGNORE)
-    positions = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
+    positions = np.arange(len(ids)) - np.repeat(begins, lengths)
     starts = np.full(round_up(len(ends) + 1, 32), ends[-1])  # the last texts may be empty: their number is a shape too
     starts[0], starts[1 : len(ends) + 1] = 0, ends
     parts = [ids, positions, targets[places], places, starts]

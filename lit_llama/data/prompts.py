@@ -363,8 +363,8 @@ def without_stripped(row: list[Piece], tokenizer: Tokenizer) -> list[Piece]:
     if not any(tokenizer.strips.values()):
         return row
     kept = []
-    around = zip(["", *(piece.text for piece in row)], row, [*(piece.text for piece in row[1:]), ""], strict=False)
-    for before, piece, following in around:
+    texts = [piece.text for piece in row]
+    for before, piece, following in zip(["", *texts[:-1]], row, [*texts[1:], ""], strict=True):
         text: str = piece.text
         if not isinstance(text, Control) and not piece.ids:
             text = text.lstrip() if isinstance(before, Control) and before in tokenizer.strips["rstrip"] else text

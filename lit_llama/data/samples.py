@@ -103,7 +103,8 @@ class Samples:
         if bad and len(bad) == n_rows:
             raise UserError(f"none of {n_rows} rows can be read; the first: {bad[0]}")
         name = "the rows" if isinstance(self.source, list) else self.source.name
-        self.notes = [*self.noted, *([f"{name}: columns ignored: {', '.join(ignored)}"] if ignored else [])]
+        self.notes = list(self.noted)
+        self.notes += [f"{name}: columns ignored: {', '.join(ignored)}"] if ignored else []
         self.notes += [f"{name}: turns after the last answer ignored in {n_longer} rows"] if n_longer else []
         self.notes += [f"{name}: {len(bad)} bad rows left out; the first: {bad[0]}"] if bad else []
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -114,8 +115,8 @@ def measure(kind: str, cases: list[BenchmarkCase], work: list[list[tuple]], limi
         for number, jobs in enumerate(work):
             for case, end, found in zip(cases, ends, seen, strict=True):
                 answers = []
-                warm_up = [job for later in work for job in later] if "compile" in case.options and not number else []
-                for job in [*warm_up, *jobs]:
+                warms_up = number == 0 and "compile" in case.options
+                for job in chain(*work) if warms_up else jobs:
                     end.send(job)
                     answers.append(hear(end))
                     if isinstance(answers[-1], str):
