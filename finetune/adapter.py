@@ -14,7 +14,7 @@ import torch
 from lit_llama import cli
 from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_model
-from lit_llama.common.errors import check_range
+from lit_llama.common.errors import UserError, check_range
 from lit_llama.data.batches import step_indices
 from lit_llama.data.samples import Reading
 from lit_llama.data.task import check_data, load_task
@@ -74,6 +74,8 @@ def main(
         gate_lr_scale: Learning rate of the gates, relative to --train.learning_rate.
     """
     check_range("--gate_lr_scale", gate_lr_scale, 0, 100)
+    if prompt_init == "text" and gate_init:
+        raise UserError("prompts start from a text only where gates start at zero: pass --prompt_init normal")
     check_together(strategy, compile, quantize)
     out_dir = out_dir or default_out_dir("adapter", data)
     check_data(data)

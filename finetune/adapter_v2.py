@@ -6,6 +6,8 @@
 Paper: https://arxiv.org/abs/2304.15010. What it adds to the model: lit_llama/methods/adapter_v2.py.
 """
 
+from typing import Literal
+
 import torch
 
 from lit_llama import cli
@@ -19,6 +21,7 @@ from lit_llama.devices.blocks import check_together, shard, unwrap_blocks, wrap_
 from lit_llama.devices.launch import base_dtype, launch, print_rank0
 from lit_llama.devices.memory import check_memory
 from lit_llama.devices.quantize import quantize_base
+from lit_llama.methods.adapter import start_from_text
 from lit_llama.methods.adapter_v2 import add_adapter_v2
 from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
 from lit_llama.train.evaluate import BeforeAfter, validate
@@ -30,6 +33,7 @@ from lit_llama.trained import count_trainable, load_initial, trained_tensors
 def main(
     prompt_length: int = 10,
     start_layer: int = 2,
+    prompt_init: Literal["text", "normal"] = "normal",
     scale_head: bool = True,
     # Prompts learn at the full rate, all that starts at the base's own values at a tenth of it.
     other_lr_scale: float = 0.1,
@@ -62,6 +66,7 @@ def main(
     Args:
         prompt_length: Length of the learned prompt in each block (K).
         start_layer: The first block that gets a prompt.
+        prompt_init: Start the prompts from a training "text", or from N(0, 1) with "normal".
         scale_head: Give the language head a scale and a bias, too.
         other_lr_scale: Learning rate of all but the prompts, relative to --train.learning_rate.
     """
@@ -99,6 +104,8 @@ def main(
     if strategy == "fsdp":
         shard(fabric, model, dtype)
     print_rank0(count_trainable(model))
+    if prompt_init == "text" and not (init_from or resume):
+        start_from_text(model, task.train[0].ids.tolist())
     broadcast_trained(fabric, model)
     check_memory(fabric, model, train, task.longest, checkpointing)
     wrap_blocks(model, compile, checkpointing)

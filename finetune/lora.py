@@ -32,6 +32,7 @@ def main(
     dropout: float = 0.05,
     targets: tuple[str, ...] = ("q", "v"),
     start_layer: int = 0,
+    rslora: bool = False,
     # A small model trained for a few hundred steps takes ten times the 3e-4 that is common for 7B.
     train: TrainArgs = TrainArgs(epochs=1, batch_size=4, learning_rate=3e-3, eval_every=150),
     data: Data = "data/bookings",
@@ -61,10 +62,11 @@ def main(
 
     Args:
         r: Rank of the update B A: rows of A, columns of B.
-        alpha: The update is scaled by alpha / r.
+        alpha: The update is scaled by alpha / r, with --rslora by alpha / sqrt(r).
         dropout: Dropout on the input of A in training.
         targets: Matrices to update: some of q, k, v, proj, fc1, fc2, mlp_proj.
         start_layer: The first block that is updated; the blocks below do not change.
+        rslora: Rank-stabilized LoRA, for high ranks.
     """
     check_together(strategy, compile, quantize)
     out_dir = out_dir or default_out_dir("lora", data)
@@ -79,7 +81,8 @@ def main(
     print_rank0(f"{task.summary}\n{train.summary(len(task.train), fabric.world_size)}")
 
     # Run: the folder that everything is written to
-    arguments = dict(r=r, alpha=alpha, dropout=dropout, targets=list(targets), start_layer=start_layer)
+    arguments = dict(r=r, alpha=alpha, dropout=dropout, targets=list(targets))
+    arguments |= dict(start_layer=start_layer, rslora=rslora)
     dtype = base_dtype(precision, fabric.device)
     settings = describe_run("lora", add_lora, arguments, checkpoint_dir, task, train, dtype, quantize, init_from)
     run = Run(fabric, out_dir, settings, resume, overwrite, allow_changes)

@@ -13,6 +13,7 @@ import torch
 from lit_llama import cli
 from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_model
+from lit_llama.common.errors import UserError
 from lit_llama.data.batches import step_indices
 from lit_llama.data.samples import Reading
 from lit_llama.data.task import check_data, load_task
@@ -63,6 +64,8 @@ def main(
         mlp_size: Size of the MLP that computes them in training; 0 trains them directly.
         prompt_init: Start from N(0, 0.02^2) with "normal", or as the first tokens of a training "text".
     """
+    if prompt_init == "text" and mlp_size:
+        raise UserError("--prompt_init text starts prefixes that no MLP computes: pass --mlp_size 0")
     check_together(strategy, compile, quantize)
     out_dir = out_dir or default_out_dir("prefix", data)
     check_data(data)

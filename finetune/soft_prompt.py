@@ -1,16 +1,19 @@
 """Finetune with soft prompts: learned vectors in front of the text's own embeddings.
 
     python finetune/soft_prompt.py
-    python finetune/soft_prompt.py --init_text "Turn the message into JSON."
+    python finetune/soft_prompt.py --prompt_init text --init_text "Turn the message into JSON."
 
 Paper: https://arxiv.org/abs/2104.08691. What it adds to the model: lit_llama/methods/soft_prompt.py.
 """
+
+from typing import Literal
 
 import torch
 
 from lit_llama import cli
 from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_model
+from lit_llama.common.errors import UserError
 from lit_llama.data.batches import step_indices
 from lit_llama.data.samples import Reading
 from lit_llama.data.task import check_data, load_task
@@ -18,7 +21,7 @@ from lit_llama.devices.blocks import check_together, shard, unwrap_blocks, wrap_
 from lit_llama.devices.launch import base_dtype, launch, print_rank0
 from lit_llama.devices.memory import check_memory
 from lit_llama.devices.quantize import quantize_base
-from lit_llama.methods.soft_prompt import add_soft_prompt
+from lit_llama.methods.soft_prompt import add_soft_prompt, start_from_text, start_normal
 from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
 from lit_llama.train.evaluate import BeforeAfter, validate
 from lit_llama.train.loss import broadcast_trained, clip_gradient, split_by_tokens, sum_over_ranks, target_loss
@@ -28,7 +31,8 @@ from lit_llama.trained import count_trainable, load_initial, trained_tensors
 
 def main(
     prompt_length: int = 20,
-    init_text: str = "",
+    prompt_init: Literal["text", "vocabulary", "normal"] = "vocabulary",
+    init_text: str | None = None,
     train: TrainArgs = TrainArgs(epochs=1, batch_size=4, learning_rate=1e-2, eval_every=150),
     data: Data = "data/bookings",
     columns: dict[str, str] | None = None,
@@ -57,8 +61,11 @@ def main(
 
     Args:
         prompt_length: Number of learned vectors (K).
-        init_text: Start the vectors from this text's embeddings, repeated or cut to fit. Default: common tokens.
+        prompt_init: Start from a "text", from random common tokens of the "vocabulary" (the paper), or "normal".
+        init_text: The text of --prompt_init text. Default: the first training sample.
     """
+    if init_text and prompt_init != "text":
+        raise UserError("--init_text is for --prompt_init text: give both or neither")
     check_together(strategy, compile, quantize)
     out_dir = out_dir or default_out_dir("soft_prompt", data)
     check_data(data)
@@ -85,12 +92,16 @@ def main(
     answers = BeforeAfter(fabric, task, eval_samples)
     answers.ask("before", model)
     torch.manual_seed(train.seed)
-    add_soft_prompt(model, **arguments, init_ids=task.tokenizer.encode(init_text))
+    add_soft_prompt(model, **arguments)
     if init_from and not resume:
         load_initial(model, init_from)
     if strategy == "fsdp":
         shard(fabric, model, dtype)
     print_rank0(count_trainable(model))
+    if prompt_init == "text" and not (init_from or resume):
+        start_from_text(model, task.tokenizer.encode(init_text) if init_text else task.train[0].ids.tolist())
+    elif prompt_init == "normal" and not (init_from or resume):
+        start_normal(model)
     broadcast_trained(fabric, model)
     check_memory(fabric, model, train, task.longest, checkpointing)
     wrap_blocks(model, compile, checkpointing)

@@ -1,11 +1,12 @@
-"""What each method costs and gives on one data set: results.json, results.md and two plots.
+"""Compare what the methods cost and how well they work on one data set: results.json, results.md and plots.
 
     python scripts/compare_methods.py --data data/bookings
-    python scripts/compare_methods.py --data data/reviews --n_samples 4000 --pilot       # learning rates chosen first
+    python scripts/compare_methods.py --data data/reviews --n_samples 4000 --pilot       # choose learning rates first
+    python scripts/compare_methods.py --data data/bookings --seeds 3 --other_data data/alpaca/validation.json
     python scripts/compare_methods.py --data data/bookings --ablations                   # parts of LLaMA-Adapter
 
-Every method runs in a process of its own, through its own finetune script, and sees the same number of samples. The
-same command goes on where it was stopped: what is finished is not run again. ``pip install -e ".[plot]"`` for plots.
+Every method runs in its own process, by its own finetune script, on the same number of samples. If a comparison was
+stopped, the same command continues it: runs that have finished are kept. ``pip install -e ".[plot]"`` for plots.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 from lit_llama import cli
 from lit_llama.base import ensure_base
@@ -31,21 +34,24 @@ from lit_llama.generate.load import load_trained_folder
 from lit_llama.measure.benchmark import flops_per_token
 from lit_llama.measure.compare import (
     NAMES,
+    OTHER_FILE,
     ScriptRun,
     ablation_jobs,
+    forgetting,
     learning_rate,
     lowest_loss,
     markdown,
     pilot_jobs,
     quality,
     variant_jobs,
+    with_seeds,
 )
 from lit_llama.measure.plots import plot_ablations, plot_comparison
-from lit_llama.settings import DEFAULT_BASE, MOST, MOST_SAMPLES, MOST_SEED
+from lit_llama.settings import DEFAULT_BASE, MOST, MOST_SAMPLES, MOST_SEED, ROOT
 from lit_llama.train.run import COSTS_FILE, STATE_FILE, differences, read_metrics
 from lit_llama.trained import read_method
 
-ROOT = Path(__file__).parent.parent
+OTHER_SAMPLES = 500
 
 
 def main(
@@ -57,6 +63,8 @@ def main(
     out_dir: str | None = None,
     variants: dict[str, str] | None = None,
     shots: tuple[int, ...] = (0, 4),
+    seeds: int = 1,
+    other_data: str | None = None,
     pilot: bool = False,
     pilot_samples: int = 400,
     ablations: bool = False,
@@ -70,20 +78,22 @@ def main(
     """Compare methods on one data set.
 
     Args:
-        data: A folder with train and validation files; where it holds a test file, too, quality is measured on that.
-        methods: Which ones; features needs rows with a label.
-        n_samples: Training samples that each method sees, once the data is through again from the start.
-        batch_size: Samples of one optimizer step; the scripts' own learning rates are for two or four, see --pilot.
-        checkpoint_dir: Folder of the base; the default one is offered for download when it is missing.
-        out_dir: Where everything goes; by default out/compare/ and the data's name.
+        data: A folder with train and validation files. Quality is measured on its test file, if it has one.
+        methods: The methods to compare; features needs rows with a label.
+        n_samples: Training samples that each method sees, in as many epochs as that takes.
+        batch_size: Samples per optimizer step. The scripts' own learning rates are for two or four, see --pilot.
+        checkpoint_dir: Folder of the base. The default one is offered for download if it is missing.
+        out_dir: Folder for the results. Default: out/compare/ and the name of the data.
         variants: More runs by name, each a method and its script's flags: '{"lora r=4": "lora --r 4"}'.
-        shots: The base itself is measured with so many examples in its prompt.
-        pilot: First try three learning rates for each method, and keep the one of the lowest validation loss.
+        shots: Also measure the base, with so many examples in its prompt.
+        seeds: Runs of each method, with seeds from --seed on. Intervals then cover seeds and test samples.
+        other_data: A file of other data, to measure by how much the loss on its first 500 samples rises.
+        pilot: First try three learning rates for each method, and keep the one with the lowest validation loss.
         pilot_samples: Training samples of such a trial.
-        ablations: Vary LLaMA-Adapter instead: its gate's start, its number of layers, its prompt's length.
+        ablations: Vary LLaMA-Adapter instead: its gates' initial value, its number of layers, its prompt's length.
         ablation_steps: Steps of the comparison of gates.
-        max_test_samples: Measure quality on the first ones only.
-        devices: Processes of each run, one for each device; memory is that of the first, and features has one only.
+        max_test_samples: Measure quality on only the first samples.
+        devices: Processes of each run, one per device. Memory is that of the first. Features uses one device.
         strategy: Strategy on several devices: ddp, fsdp (full uses ddp, as it trains every block), or auto.
         seed: Random seed for data order, initialization and dropout.
         yes: Do not ask before a download.
@@ -93,9 +103,12 @@ def main(
         check_range(f"--{name}", value, 1, MOST)
     check_range("--batch_size", batch_size, 1, MOST_SAMPLES)
     check_range("--max_test_samples", max_test_samples, 1, MOST)
-    check_range("--seed", seed, 0, MOST_SEED)
+    check_range("--seeds", seeds, 1, 100)
+    check_range("--seed", seed, 0, MOST_SEED - seeds)
     for count in shots:
         check_range("--shots", count, 0, MOST)
+    if other_data is not None and not Path(other_data).is_file():
+        raise UserError(f"--other_data {other_data} must be a file")
 
     check_launcher(devices, num_nodes=1)
     if strategy not in STRATEGIES:
@@ -109,35 +122,42 @@ def main(
     split = "test" if split_file(Path(data), "test") else "validation"
     settings = dict(data=data, split=split, n_samples=n_samples, batch_size=batch_size, seed=seed, pilot=pilot)
     settings |= dict(checkpoint_dir=checkpoint_dir, max_test_samples=max_test_samples, pilot_samples=pilot_samples)
-    settings |= dict(devices=devices, strategy=strategy)
+    settings |= dict(devices=devices, strategy=strategy, other_data=other_data)
     steps, trials, bases = max(1, n_samples // batch_size), [], {}
     if ablations:
         jobs = ablation_jobs(folder, load_config(checkpoint_dir).n_layer, steps, ablation_steps)
+        jobs = with_seeds(jobs, [seed])
     else:
         jobs = [ScriptRun(name, name, folder / name, 0 if name == "features" else steps) for name in methods]
         jobs += variant_jobs(folder, variants or {}, steps)
         tried = dict.fromkeys(job.method for job in jobs) if pilot else ()
-        trials = pilot_jobs(folder, tried, max(1, pilot_samples // batch_size))
-        bases = {f"base, {count} examples": (count, folder / f"base-{count}-{split}.json") for count in shots}
+        trials = with_seeds(pilot_jobs(folder, tried, max(1, pilot_samples // batch_size)), [seed])
+        jobs = with_seeds(jobs, range(seed, seed + seeds))
+        bases = {f"base, {count} examples": count for count in shots}
     keep_settings(folder / "settings.json", settings)
     save_settings(folder)
-    failed: dict[str, str] = {}
+
+    comparison = Comparison(folder, settings, failed={})
     with Bar(sum(job.steps for job in trials + jobs), "steps") as bar:
-        run_jobs(trials, jobs, settings, failed, bar)
-        for name, (count, file) in bases.items():
-            bar.set_description(name)
-            flags = ["--checkpoint_dir", checkpoint_dir, "--shots", str(count), *several_devices(settings)]
-            evaluate(name, file, settings, flags, failed)
-    report(folder, "ablations" if ablations else "results", jobs, bases, settings, failed)
-    if failed:
+        for name, count in bases.items():
+            comparison.evaluate_base(name, count, bar)
+        comparison.run(trials, jobs, bar)
+    results = comparison.figures(jobs) | comparison.base_figures(bases)
+    comparison.write("ablations" if ablations else "results", results)
+    if ablations:
+        gates = [job for job in jobs if job.name.startswith("gate") and job.name in results]
+        plot_ablations(folder, {job.name: losses_of(job) for job in gates})
+    else:
+        plot_comparison(folder, results)
+    if failed := comparison.failed:
         lines = "; ".join(f"{name}: {why}" for name, why in failed.items())
-        raise UserError(f"{len(failed)} of the runs failed, the same command tries them again: {lines}")
+        raise UserError(f"{len(failed)} of the runs failed; the same command tries them again: {lines}")
 
 
 def possible_runs(
     methods: tuple[str, ...], shots: tuple[int, ...], data: Path
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Methods without features where the rows have no labels, and no examples in the prompt where they ask nothing.
+    """Leave out features if rows have no labels, and examples in the prompt if rows have no prompt.
 
     Raises UserError if a method is unknown.
     """
@@ -151,52 +171,115 @@ def possible_runs(
         print(f"features is left out: the rows of {data} have no labels")
         methods = tuple(name for name in methods if name != "features")
     if any(shots) and not any(sample.messages for sample in samples):
-        print(f"examples in the prompt are left out: the rows of {data} ask nothing")
+        print(f"examples in the prompt are left out: the rows of {data} have no prompt")
         shots = tuple(count for count in shots if not count)
     return methods, shots
 
 
 def keep_settings(path: Path, settings: dict) -> None:
-    """Refuse to mix runs of other settings with those that are finished."""
-    earlier = {"devices": 1, "strategy": "auto"}  # defaults of comparisons by older versions
-    if path.exists() and (changes := differences({**earlier, **read_json(path)}, settings).values()):
+    """Write the settings. Raises UserError if the folder's finished runs had others."""
+    if path.exists() and (changes := differences(read_json(path), settings).values()):
         raise UserError(
             f"{path.parent} holds a comparison with other settings: {'; '.join(changes)}; pass another --out_dir"
         )
     write_json(path, settings)
 
 
-# ---------------------------------------------------------------------------------------------- running
+@dataclass
+class Comparison:
+    """Runs what has not run yet, and reads the figures. ``failed`` maps names to the last line of their output."""
 
+    folder: Path
+    settings: dict
+    failed: dict[str, str]
 
-def run_jobs(trials: list[ScriptRun], jobs: list[ScriptRun], settings: dict, failed: dict[str, str], bar: Bar) -> None:
-    """Train the trials, then each job at the learning rate of its method's best trial, and evaluate it."""
-    shared = ["--data", settings["data"], "--checkpoint_dir", settings["checkpoint_dir"]]
-    common = [*shared, "--eval_samples", "0", "--train.batch_size", str(settings["batch_size"])]
-    common += ["--train.seed", str(settings["seed"])]
-    unfit: dict[str, str] = {}  # trials that failed: too high a rate may well
-    for job in trials:
-        train(job, [*common, *several_devices(settings, job.method)], unfit, bar)
-    for job in jobs:
-        if tried := [trial for trial in trials if trial.method == job.method and trial.name not in unfit]:
-            best = min(tried, key=lambda trial: lowest_loss(trial.out_dir))
-            job.flags = ["--train.learning_rate", str(learning_rate(best.out_dir)), *job.flags]
-        several = several_devices(settings, job.method)
-        flags = [*common, *several]
-        if job.method == "features":
-            flags = [*shared, "--seed", str(settings["seed"]), "--max_samples", str(settings["n_samples"])]
-        if train(job, flags, failed, bar) and job.evaluated:
-            bar.set_description(f"{job.name}: answers")
-            file = job.out_dir / f"{settings['split']}.json"
-            evaluate(job.name, file, settings, ["--trained_dir", str(job.out_dir), *several], failed)
+    def run(self, trials: list[ScriptRun], jobs: list[ScriptRun], bar: Bar) -> None:
+        """Train the trials, then each job at the learning rate of its method's best trial, and evaluate it."""
+        settings = self.settings
+        shared = ["--data", settings["data"], "--checkpoint_dir", settings["checkpoint_dir"]]
+        common = [*shared, "--eval_samples", "0", "--train.batch_size", str(settings["batch_size"])]
+        unfit: dict[str, str] = {}  # trials that failed, perhaps because the rate is too high
+        for job in trials:
+            flags = [*common, "--train.seed", str(job.seed), *self.devices(job.method)]
+            train(job, [*flags, *job.flags], unfit, bar)
+        for job in jobs:
+            if tried := [trial for trial in trials if trial.method == job.method and trial.name not in unfit]:
+                best = min(tried, key=lambda trial: lowest_loss(trial.out_dir))
+                job.flags = ["--train.learning_rate", str(learning_rate(best.out_dir)), *job.flags]
+            flags = [*common, "--train.seed", str(job.seed), *self.devices(job.method)]
+            if job.method == "features":
+                flags = [*shared, "--seed", str(job.seed), "--max_samples", str(settings["n_samples"])]
+            if train(job, [*flags, *job.flags], self.failed, bar) and job.evaluated:
+                bar.set_description(f"{job.name}: answers")
+                flags = ["--trained_dir", str(job.out_dir), *self.devices(job.method)]
+                self.evaluate(job.name, job.out_dir / f"{settings['split']}.json", flags)
+                if settings["other_data"] and job.method != "features":
+                    self.evaluate(job.name, job.out_dir / OTHER_FILE, flags, other=True)
 
+    def evaluate_base(self, name: str, shots: int, bar: Bar) -> None:
+        bar.set_description(name)
+        flags = ["--checkpoint_dir", self.settings["checkpoint_dir"], *self.devices()]
+        self.evaluate(name, self.base_file(shots), [*flags, "--shots", str(shots)])
+        if self.settings["other_data"]:
+            self.evaluate(name, self.folder / f"base-{OTHER_FILE}", flags, other=True)
 
-def several_devices(settings: dict, method: str = "") -> list[str]:
-    """Features runs on one device; full is never sharded and takes no --strategy."""
-    if method == "features":
-        return []
-    devices = ["--devices", str(settings["devices"])]
-    return devices if method == "full" else [*devices, "--strategy", settings["strategy"]]
+    def base_file(self, shots: int) -> Path:
+        return self.folder / f"base-{shots}-{self.settings['split']}.json"
+
+    def devices(self, method: str = "") -> list[str]:
+        """Features runs on one device; full is never sharded and takes no --strategy."""
+        if method == "features":
+            return []
+        devices = ["--devices", str(self.settings["devices"])]
+        return devices if method == "full" else [*devices, "--strategy", self.settings["strategy"]]
+
+    def evaluate(self, name: str, file: Path, flags: list[str], other: bool = False) -> None:
+        """Run scripts/evaluate.py, unless ``file`` has its results."""
+        if file.exists():
+            return
+        command = [sys.executable, str(ROOT / "scripts/evaluate.py"), *flags, "--results", str(file)]
+        limit = OTHER_SAMPLES if other else self.settings["max_test_samples"]
+        if other:
+            command += ["--data", self.settings["other_data"], "--only_loss"]
+        else:
+            command += ["--data", self.settings["data"], "--split", self.settings["split"]]
+        if limit is not None:
+            command += ["--max_samples", str(limit)]
+        if (error := run_process(command, file.with_suffix(".log"))) is not None:
+            self.failed[name] = error
+
+    def figures(self, jobs: list[ScriptRun]) -> dict[str, dict]:
+        """The figures of the runs that did not fail, by name, over all seeds."""
+        settings = self.settings
+        sample = load_task(settings["data"], settings["checkpoint_dir"], None, 512).train[: settings["batch_size"]]
+        by_name: dict[str, list[ScriptRun]] = {}
+        for job in jobs:
+            if job.name not in self.failed:
+                by_name.setdefault(job.name, []).append(job)
+        results = {}
+        for name, runs in by_name.items():
+            results[name] = costs(runs, sample)
+            if runs[0].evaluated:
+                results[name] |= quality([run.out_dir / f"{settings['split']}.json" for run in runs])
+            other = [run.out_dir / OTHER_FILE for run in runs]
+            base = self.folder / f"base-{OTHER_FILE}"
+            if base.exists() and all(file.exists() for file in other):
+                results[name] |= forgetting(other, base)
+        return results
+
+    def base_figures(self, bases: dict[str, int]) -> dict[str, dict]:
+        return {name: quality([self.base_file(n)]) for name, n in bases.items() if name not in self.failed}
+
+    def write(self, name: str, results: dict[str, dict]) -> None:
+        """Write a .json file and a table, and print the table."""
+        content = {"settings": self.settings, "results": results, "failed": self.failed}
+        write_json(self.folder / f"{name}.json", content)
+        text = markdown(results)
+        if rates := [f"{name} {row['learning_rate']:g}" for name, row in results.items() if "learning_rate" in row]:
+            text += f"\nLearning rates: {', '.join(rates)}.\n"
+        with atomic_write(self.folder / f"{name}.md") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        print(f"\n{text}\nwrote {self.folder / name}.json and .md")
 
 
 def train(job: ScriptRun, flags: list[str], failed: dict[str, str], bar: Bar) -> bool:
@@ -204,7 +287,7 @@ def train(job: ScriptRun, flags: list[str], failed: dict[str, str], bar: Bar) ->
     bar.set_description(job.name)
     before = bar.n
     if not job.trained:
-        command = [sys.executable, str(ROOT / "finetune" / f"{job.method}.py"), *flags, *job.flags]
+        command = [sys.executable, str(ROOT / "finetune" / f"{job.method}.py"), *flags]
         command += ["--out_dir", str(job.out_dir), "--yes"]
         if job.method != "features":
             eval_every = -(-job.steps // job.validations)
@@ -215,29 +298,18 @@ def train(job: ScriptRun, flags: list[str], failed: dict[str, str], bar: Bar) ->
         def follow() -> None:
             bar.update(before + len(read_metrics(job.out_dir)) - bar.n)
 
-        log = run_process(command, job.out_dir / "train.log", follow)
-        if log is None:
-            shutil.rmtree((job.out_dir / STATE_FILE).parent, ignore_errors=True)  # three times the model, of "full"
+        error = run_process(command, job.out_dir / "train.log", follow)
+        if error is None:
+            shutil.rmtree((job.out_dir / STATE_FILE).parent, ignore_errors=True)  # for full, three times the model
         else:
-            failed[job.name] = log
-        bar.write(f"{job.name}: {'trained' if log is None else log}", file=sys.stderr)
+            failed[job.name] = error
+        bar.write(f"{job.name}, seed {job.seed}: {'trained' if error is None else error}", file=sys.stderr)
     bar.update(before + job.steps - bar.n)
     return job.name not in failed
 
 
-def evaluate(name: str, file: Path, settings: dict, flags: list[str], failed: dict[str, str]) -> None:
-    if not file.exists():
-        command = [sys.executable, str(ROOT / "scripts/evaluate.py"), *flags, "--results", str(file)]
-        command += ["--data", settings["data"], "--split", settings["split"]]
-        if settings["max_test_samples"] is not None:
-            command += ["--max_samples", str(settings["max_test_samples"])]
-        log = run_process(command, file.with_suffix(".log"), lambda: None)
-        if log is not None:
-            failed[name] = log
-
-
-def run_process(command: list[str], log_file: Path, tick: Callable[[], object]) -> str | None:
-    """None when it went well, else the last line of what it said; all of that is kept in ``log_file``."""
+def run_process(command: list[str], log_file: Path, tick: Callable[[], object] = lambda: None) -> str | None:
+    """Run a command and write its output to ``log_file``. Returns None on success, else its last line."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with open(log_file, "w+", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
@@ -246,67 +318,46 @@ def run_process(command: list[str], log_file: Path, tick: Callable[[], object]) 
                 time.sleep(0.5)
                 tick()
         except KeyboardInterrupt:
-            process.wait()  # Ctrl-C reaches it, too: it saves and ends
+            process.wait()  # it gets Ctrl-C too: it saves and stops
             raise
         log.seek(0)
         lines = log.read().strip().splitlines()
-    return None if process.returncode == 0 else (lines or ["it said nothing"])[-1]
+    return None if process.returncode == 0 else (lines or ["no output"])[-1]
 
 
-# ---------------------------------------------------------------------------------------------- measuring
-
-
-def report(
-    folder: Path,
-    name: str,
-    jobs: list[ScriptRun],
-    bases: dict[str, tuple[int, Path]],
-    settings: dict,
-    failed: dict[str, str],
-) -> None:
-    """Measure what did not fail, and write it as a .json file, as a table, and as plots."""
-    done = [job for job in jobs if job.name not in failed]
-    sample = load_task(settings["data"], settings["checkpoint_dir"], None, 512).train[: settings["batch_size"]]
-    results = {job.name: measure(job, sample, job.out_dir / f"{settings['split']}.json") for job in done}
-    results |= {base: quality(file) for base, (_, file) in bases.items() if base not in failed}
-    write_json(folder / f"{name}.json", {"settings": settings, "results": results, "failed": failed})
-    table = markdown(results)
-    with atomic_write(folder / f"{name}.md") as temporary:
-        temporary.write_text(table, encoding="utf-8")
-    print(f"\n{table}\nwrote {folder / name}.json and .md")
-    if name == "ablations":
-        curves = {job.name: [float(row["loss"]) for row in read_metrics(job.out_dir)] for job in done}
-        plot_ablations(folder, {name: losses for name, losses in curves.items() if name.startswith("gate")})
-    else:
-        plot_comparison(folder, results)
-
-
-def measure(job: ScriptRun, samples: list, file: Path) -> dict:
-    """All figures of one finished run."""
-    method = read_method(job.out_dir)
+def costs(runs: list[ScriptRun], sample: list) -> dict:
+    """What a method trains and costs, averaged over its runs; of the memory, the most."""
+    first = runs[0].out_dir
+    method = read_method(first)
     if method["method"] == "full":
-        model = load_model(job.out_dir).requires_grad_(True)
+        model = load_model(first).requires_grad_(True)
     elif method["method"] == "features":
         model = load_model(method["base"]["checkpoint_dir"]).requires_grad_(False)
     else:
-        model, _ = load_trained_folder(job.out_dir)
-    rows = read_metrics(job.out_dir)
-    weights = [path for path in job.out_dir.glob("*.safetensors")]
+        model, _ = load_trained_folder(first)
+    spent = [read_json(run.out_dir / COSTS_FILE) for run in runs]
+    peaks = [one["peak_memory"] for one in spent]
     figures = {
         "trained_parameters": method["trained_parameters"],
         "trained_share": method["trained_parameters"] / sum(tensor.numel() for tensor in model.parameters()),
-        "gflop_per_token": flops_per_token(model, samples) / 1e9,
-        **read_json(job.out_dir / COSTS_FILE),  # seconds, peak_memory
-        "kept_bytes": sum(path.stat().st_size for path in weights),
+        "gflop_per_token": flops_per_token(model, sample) / 1e9,
+        "seconds": mean(one["seconds"] for one in spent),
+        "peak_memory": None if None in peaks else max(peaks),
+        "kept_bytes": sum(path.stat().st_size for path in first.glob("*.safetensors")),
     }
-    if rows:
-        last = [float(row["loss"]) for row in rows[-max(1, len(rows) // 10) :]]
+    curves = [losses_of(run) for run in runs]
+    if curves[0]:
         figures |= {
-            "learning_rate": learning_rate(job.out_dir),
-            "train_loss": sum(last) / len(last),
-            "val_loss": lowest_loss(job.out_dir),
+            "learning_rate": learning_rate(first),
+            "train_loss": mean(mean(losses[-max(1, len(losses) // 10) :]) for losses in curves),
+            "val_loss": mean(lowest_loss(run.out_dir) for run in runs),
         }
-    return figures | (quality(file) if job.evaluated else {})
+    return figures
+
+
+def losses_of(run: ScriptRun) -> list[float]:
+    """The training loss of each step."""
+    return [float(row["loss"]) for row in read_metrics(run.out_dir)]
 
 
 if __name__ == "__main__":

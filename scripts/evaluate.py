@@ -53,6 +53,7 @@ def main(
     max_samples: int | None = None,
     max_seq_length: int | None = None,
     batch_size: int = 32,
+    only_loss: bool = False,
     shots: int = 0,
     shots_seed: int = 1337,
     devices: int = 1,
@@ -74,6 +75,7 @@ def main(
         max_samples: Evaluate only the first samples.
         max_seq_length: For the loss, longer samples are cut. Default: as in training, or 512 tokens.
         batch_size: Prompts answered together. Fewer need less memory.
+        only_loss: Do not generate answers.
         shots: Examples from the folder's train file before every prompt (in-context learning).
         shots_seed: Random seed of their choice.
         devices: GPUs per node. Each evaluates its part of the samples.
@@ -89,10 +91,10 @@ def main(
     check_range("--shots", shots, 0, MOST)
 
     sharded, labels = strategy == "fsdp", bool(trained_dir) and is_classifier(read_method(trained_dir))
-    if labels and (shots or prompt_style or max_seq_length or quantize or compile or sharded):
+    if labels and (only_loss or shots or prompt_style or max_seq_length or quantize or compile or sharded):
         raise UserError(
-            f"{trained_dir} answers with labels: --shots, --prompt_style, --max_seq_length, --quantize, --compile and "
-            "fsdp do not apply"
+            f"{trained_dir} answers with labels: --only_loss, --shots, --prompt_style, --max_seq_length, --quantize, "
+            "--compile and fsdp do not apply"
         )
     if sharded and (compile or (quantize or "none") != "none"):
         raise UserError("--strategy fsdp works with neither --quantize nor --compile; pass ddp")
@@ -124,7 +126,7 @@ def main(
         model, tokenizer, template = loaded.model, loaded.tokenizer, loaded.chat_template
         length = max_seq_length or loaded.max_seq_length or (model.max_text_tokens if shots else 512)
         length = min(length, model.max_text_tokens)
-        rows = evaluate_answers(fabric, asked, model, tokenizer, template, length, batch_size, shots > 0)
+        rows = evaluate_answers(fabric, asked, model, tokenizer, template, length, batch_size, shots > 0, only_loss)
         if dropped := len(samples) - len({row for row, *_ in rows}):
             print_rank0(f"{dropped} samples dropped: no answer within {length} tokens")
     if results is not None and fabric.is_global_zero:
@@ -182,8 +184,12 @@ def evaluate_answers(
     length: int,
     batch_size: int,
     only_last: bool,
+    only_loss: bool,
 ) -> list[tuple]:
-    """Print loss, perplexity and exact match. Every rank evaluates its part and returns all results."""
+    """Print loss, perplexity and, unless ``only_loss``, exact match. Each rank evaluates its part, and returns all.
+
+    With ``only_last`` the targets are the last answers, not those of the few-shot examples.
+    """
     kept, encoded = encode_samples(samples, template, tokenizer, length)
     if only_last:
         kept, encoded = count_last_answers(kept, encoded, template, tokenizer)
@@ -191,7 +197,8 @@ def evaluate_answers(
     loss = sum(losses) / sum(ids.n_targets for ids in encoded)
     print_rank0(f"{len(kept)} samples")
     print_rank0(f"loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
-    questions = [i for i, (sample, ids) in enumerate(zip(kept, encoded, strict=True)) if can_be_asked(sample, ids)]
+    pairs = [] if only_loss else list(zip(kept, encoded, strict=True))
+    questions = [i for i, pair in enumerate(pairs) if can_be_asked(*pair)]
     longest = longest_answer(tokenizer, [kept[i] for i in questions])
 
     def answer(own: list[int]) -> list[str]:

@@ -3,7 +3,7 @@
     python scripts/merge_lora.py --trained_dir out/lora/bookings --out_dir checkpoints/bookings
     python generate/base.py --checkpoint_dir checkpoints/bookings --prompt "..."
 
-LoRA merges completely: W + alpha/r * B A. LLaMA-Adapter V2 merges its scales, biases and norms: diag(s) W and s * b.
+LoRA merges completely: W + s B A. LLaMA-Adapter V2 merges its scales, biases and norms: diag(s) W and s * b.
 Its prompts remain, as a LLaMA-Adapter over the merged base.
 
     python scripts/merge_lora.py --trained_dir out/adapter_v2/bookings --out_dir checkpoints/bookings
@@ -73,7 +73,7 @@ def base_weights(model: LLaMA) -> dict[str, Tensor]:
 
 
 def merge_lora(model: LLaMA) -> tuple[LLaMAConfig, dict[str, Tensor]]:
-    """W + alpha/r * B A for each matrix with a pair: config and weights of the plain model."""
+    """W + s B A for each matrix with a pair: config and weights of the plain model."""
     merged = base_weights(model)
     if model.config.tie_embeddings:
         del merged["lm_head.weight"]

@@ -197,6 +197,8 @@ FLAGS = [  # the command, further flags, message; test_cli.py and test_methods.p
     (FINETUNE, ["--prompt_style", "vicuna"], "'vicuna' is none of alpaca, plain, template"),
     (FINETUNE, ["--gate_lr_scale", "1e300"], "--gate_lr_scale 1e.300 must lie within 0 and 100"),
     (FINETUNE, ["--gate_init", 1], "gates start at zero: pass --prompt_init normal"),
+    (("finetune/prefix.py",), ["--mlp_size", 8, "--prompt_init", "text"], "that no MLP computes: pass --mlp_size 0"),
+    (("finetune/soft_prompt.py",), ["--init_text", "a"], "--init_text is for --prompt_init text"),
     (FINETUNE, ["--checkpoint_dir", "none"], "none is missing; fetch a base"),
     (FINETUNE, ["--checkpoint_dir", "out"], "out holds what adapter learned over base, not a base"),
     (FINETUNE, ["--data", "none"], "--data none is missing"),

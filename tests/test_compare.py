@@ -1,24 +1,18 @@
 """scripts/compare_methods.py on a tiny base: what it measures, what it leaves alone, what it says of a failure."""
 
 import json
-import math
 import subprocess
+from statistics import NormalDist
 
+import numpy as np
 import pytest
 import torch
 from helpers import TINY, make_base, metrics, refuse, run, succeed, tiny_model
 
 from lit_llama.data.batches import TokenizedSample
 from lit_llama.measure.benchmark import flops_per_token
-from lit_llama.measure.compare import (
-    loss_interval,
-    markdown,
-    paired_difference,
-    pilot_jobs,
-    proportion_interval,
-    quality,
-    variant_jobs,
-)
+from lit_llama.measure.compare import forgetting, markdown, pilot_jobs, quality, variant_jobs, versus_full
+from lit_llama.measure.intervals import difference_interval, mean_interval, per_token, proportion_interval
 from lit_llama.methods.table import METHODS
 
 COMPARE = "scripts/compare_methods.py"
@@ -60,13 +54,12 @@ def compared(folder, here):
     out = folder / "compared"
     flags = ["--checkpoint_dir", folder / "base", "--data", folder / "words", "--n_samples", 12, "--batch_size", 3]
     flags += ["--methods", "[features, full, lora]", "--variants", '{"lora r=2": "lora --r 2"}']
-    flags += ["--shots", "[0, 1]", "--out_dir", out]
-    succeed(COMPARE, *flags)
-    return out, flags
+    flags += ["--shots", "[0, 1]", "--seeds", 2, "--other_data", folder / "sums/validation.json", "--out_dir", out]
+    return out, flags, succeed(COMPARE, *flags)
 
 
 def test_every_figure_is_there(compared):
-    out, _ = compared
+    out, _, printed = compared
     content = json.loads((out / "results.json").read_text())
     results = content["results"]
     assert list(results) == ["features", "full", "lora", "lora r=2", "base, 0 examples", "base, 1 examples"]
@@ -74,25 +67,33 @@ def test_every_figure_is_there(compared):
     for name, row in results.items():
         low, high = row["right_interval"]
         assert row["n_test"] == 15 and low <= row["right"] <= high
+        assert row["seeds"] == (1 if name.startswith("base") else 2) == len(row["answers"]["0"])
         assert row["loss_interval"][0] < row["loss"] < row["loss_interval"][1]
         if name.startswith("base"):
             continue
         assert row["seconds"] > 0 and row["peak_memory"] > 50e6 and row["gflop_per_token"] > 0
         weights = "model.safetensors" if name == "full" else "trained.safetensors"
         place = "variants/lora---r-2" if name == "lora r=2" else name
-        assert row["kept_bytes"] == (out / place / weights).stat().st_size
+        assert row["kept_bytes"] == (out / place / "seed-1337" / weights).stat().st_size
+        curves = [metrics(out / place / f"seed-{seed}") for seed in (1337, 1338)] if name != "features" else []
+        assert not curves or curves[0] != curves[1]
     assert results["lora"]["trained_parameters"] < results["full"]["trained_parameters"]
     assert results["full"]["trained_share"] == 1
     assert results["lora r=2"]["trained_parameters"] * 4 == results["lora"]["trained_parameters"]
     assert results["lora"]["gflop_per_token"] < results["full"]["gflop_per_token"]
-    table = (out / "results.md").read_text().splitlines()
-    assert len(table) == 2 + 6 and len({line.count("|") for line in table}) == 1
-    for plot in ("quality_by_trained_parameters.png", "quality_by_peak_memory.png"):
+    other = results["lora"]["forgetting"]
+    assert "forgetting" not in results["features"] and other != results["full"]["forgetting"]
+    assert results["lora"]["forgetting_interval"][0] < other < results["lora"]["forgetting_interval"][1]
+    *table, empty, rates = (out / "results.md").read_text().splitlines()
+    assert len(table) == 2 + 6 and len({line.count("|") for line in table}) == 1 and not empty
+    assert rates == "Learning rates: full 3e-05, lora 0.003, lora r=2 0.003." and rates in printed
+    for plot in ("trained_parameters", "peak_memory", "forgetting"):
+        plot = f"quality_by_{plot}.png"
         assert (out / plot).read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_finished_is_not_run_again(compared, here):
-    out, flags = compared
+    out, flags, _ = compared
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".csv", ".log")}
     assert times
     succeed(COMPARE, *flags)
@@ -109,7 +110,7 @@ def test_a_pilot_keeps_the_rate_of_the_lowest_loss(folder, here, tmp_path):
     losses = {}
     for trial in (tmp_path / "pilot").iterdir():
         rate = float(trial.name.split("-", 1)[1])
-        losses[rate] = min(float(row["val_loss"]) for row in metrics(trial) if row["val_loss"])
+        losses[rate] = min(float(row["val_loss"]) for row in metrics(trial / "seed-1337") if row["val_loss"])
     assert len(losses) == 3 and row["learning_rate"] == min(losses, key=losses.get)
 
 
@@ -121,9 +122,9 @@ def test_ablations_vary_one_thing(folder, here, tmp_path):
     sizes = {name: row["trained_parameters"] for name, row in results.items()}
     assert sizes["gate 0"] == sizes["gate 1"] == sizes["L 1 K 10"] == 324
     assert sizes["L 2 K 10"] == 648 and sizes["L 1 K 50"] == 50 * 32 + 4
-    for config in (tmp_path / "ablations").glob("*/config.yaml"):
+    for config in (tmp_path / "ablations").glob("*/seed-1337/config.yaml"):
         assert "prompt_init: normal" in config.read_text()
-    prompts = [tmp_path / "ablations" / f"gate-{start}" / "metrics.csv" for start in (0, 1)]
+    prompts = [tmp_path / "ablations" / f"gate-{start}" / "seed-1337/metrics.csv" for start in (0, 1)]
     first = [float(path.read_text().splitlines()[1].split(",")[1]) for path in prompts]
     assert first[0] != first[1]
     assert {row["learning_rate"] for row in results.values() if "learning_rate" in row} == {2e-2}
@@ -133,9 +134,13 @@ def test_ablations_vary_one_thing(folder, here, tmp_path):
 def test_plain_texts_have_a_loss_and_nothing_to_be_right_about(tmp_path):
     rows = [{"row": i, "loss": 2.0, "n_targets": 4, "right": None} for i in range(5)]
     (tmp_path / "validation.json").write_text(json.dumps({"samples": rows}))
-    found = quality(tmp_path / "validation.json")
+    found = quality([tmp_path / "validation.json"])
     assert found["loss"] == 0.5 and found["n_test"] == 5 and "right" not in found
-    assert markdown({"lora": found}).splitlines()[2].split(" | ")[3:6] == ["", "", "0.5000 (0.5000 to 0.5000)"]
+    assert markdown({"lora": found}).splitlines()[2] == "| lora | 0 | 0.000 % | 0.5000 (0.5000 to 0.5000) |"
+    worse = [row | {"loss": 2.2} for row in rows[1:]]  # a row that was dropped counts nowhere
+    (tmp_path / "after.json").write_text(json.dumps({"samples": worse}))
+    change = forgetting([tmp_path / "after.json"], tmp_path / "validation.json")
+    assert change["forgetting"] == pytest.approx(0.05) and change["forgetting_interval"][0] == pytest.approx(0.05)
 
 
 def test_mistakes_are_answered_in_one_line(folder, tmp_path):
@@ -151,6 +156,7 @@ def test_mistakes_are_answered_in_one_line(folder, tmp_path):
     refuse(COMPARE, *data, "--strategy", "fsdp", message="pass --devices 2 or more")
     refuse(COMPARE, *data, "--strategy", "foo", message="is none of auto, ddp, fsdp")
     assert not (tmp_path / "out").exists()
+    refuse(COMPARE, *data, "--other_data", folder / "sums", message="must be a file")
     refuse(COMPARE, *data, "--n_samples", 0, message="n_samples 0 must lie within 1 and")
     refuse(COMPARE, "--data", folder / "sums/train.json", message="must be a folder")
 
@@ -168,18 +174,51 @@ def test_flops_are_those_of_the_matrices():
     assert flops_per_token(model.requires_grad_(True), [sample]) == pytest.approx(6 * weights + 3 * attention)
 
 
-def test_intervals():
-    low, high = proportion_interval(8, 10)
+def test_intervals_of_one_run():
+    right = np.array([[1.0] * 8 + [0.0] * 2])
+    low, high = proportion_interval(right)
     assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))  # Wilson's, by hand
-    assert proportion_interval(0, 10)[0] == 0 and proportion_interval(10, 10)[1] == 1
-    losses, counts = [1.0, 2.0, 3.0, 4.0] * 50, [1, 2, 1, 2] * 50
-    low, high = loss_interval(losses, counts)
-    assert low < sum(losses) / sum(counts) < high and high - low < 0.4
-    ours, theirs = [True] * 60 + [False] * 40, [True] * 50 + [False] * 50
-    mean, low, high = paired_difference(ours, theirs)
-    spread = math.sqrt(0.1 * 0.9 * 100 / 99) / 10
-    assert mean == pytest.approx(0.1) and high - mean == pytest.approx(1.984 * spread, abs=1e-4) and low < high
-    assert paired_difference(ours, ours) == (0, 0, 0)
+    never, always = np.zeros((1, 10)), np.ones((1, 10))
+    assert proportion_interval(never)[0] == 0 and proportion_interval(always)[1] == 1
+    low, high = difference_interval(never, never)
+    assert -0.3 < low < 0 < high < 0.3  # 0 of 10 twice does not prove that both are equal
+    assert difference_interval(always, never)[0] > 0.5 and difference_interval(always, never)[1] == 1
+    # Newcombe 1998, table II, case (36, 12, 2, 0): method 10 gives 0.0569 to 0.3404.
+    ours = np.array([[1.0] * 36 + [1.0] * 12 + [0.0] * 2])
+    theirs = np.array([[1.0] * 36 + [0.0] * 12 + [1.0] * 2])
+    assert difference_interval(ours, theirs) == (pytest.approx(0.0569, abs=1e-3), pytest.approx(0.3404, abs=1e-3))
+    rows = [{"answers": {str(i): [y] for i, y in enumerate(one[0])}} for one in (ours, theirs)]
+    assert versus_full(*rows) == (pytest.approx(0.2), difference_interval(ours, theirs))
+    losses, counts = np.array([[1.0, 2.0, 3.0, 4.0] * 50]), np.array([1.0, 2.0, 1.0, 2.0] * 50)
+    loss, (low, high) = per_token(losses, counts)
+    assert loss == losses.sum() / counts.sum() and low < loss < high and high - low < 0.4
+    values = np.array([[1.0, 2.0, 4.0, 9.0]])
+    low, high = mean_interval(values)
+    assert high - 4 == pytest.approx(3.1824 * values.std(ddof=1) / 2, abs=1e-3)  # Student's, 3 degrees of freedom
+
+
+@pytest.mark.parametrize(
+    ("p", "q", "samples", "seeds", "seed_effect"),
+    [(0.5, 0.5, 10, 1, 0), (0.98, 0.9, 40, 1, 0), (0.9, 0.85, 200, 3, 0), (0.9, 0.85, 200, 3, 0.3)],
+)
+def test_intervals_cover_seeds_and_samples(p, q, samples, seeds, seed_effect):
+    """Two methods answer samples that are hard or easy for both; a seed makes a method better or worse on all."""
+    rng, rounds = np.random.default_rng(0), 1500
+    covered = np.zeros(3)
+    for _ in range(rounds):
+        hardness = rng.normal(size=samples) * 0.7
+        of_seeds, rest = rng.normal(size=(2, seeds, 1)), rng.normal(size=(2, seeds, samples))
+        ours, theirs = of_seeds * seed_effect + rest * (0.51 - seed_effect**2) ** 0.5
+        answers = [
+            (hardness + own < NormalDist().inv_cdf(share)).astype(float) for own, share in ((ours, p), (theirs, q))
+        ]
+        found = [
+            (proportion_interval(answers[0]), p),
+            (difference_interval(*answers), p - q),
+            (mean_interval(hardness + ours), 0),
+        ]
+        covered += [low <= truth <= high for (low, high), truth in found]
+    assert (covered / rounds > 0.93).all()
 
 
 def test_a_new_method_needs_no_second_list(monkeypatch, tmp_path):

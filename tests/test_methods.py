@@ -28,7 +28,7 @@ from lit_llama.common.errors import UserError
 from lit_llama.common.files import save_tensors
 from lit_llama.data.batches import IGNORE
 from lit_llama.generate.decode import generate, generate_batch, label_probabilities, text_vectors
-from lit_llama.methods import prefix
+from lit_llama.methods import prefix, soft_prompt
 from lit_llama.methods.adapter import AdapterAttention, start_from_text
 from lit_llama.methods.lora import TARGETS, places
 from lit_llama.methods.table import METHODS
@@ -274,8 +274,6 @@ def test_a_prefix_that_starts_from_a_text_is_that_text():
         torch.testing.assert_close(model(tokens()), base(torch.cat((read, tokens()), 1))[:, K:])
     check_cached_decoding(model.double())
     assert all(block.attn.prefix.requires_grad for block in model.transformer.h)
-    with pytest.raises(UserError, match="pass --mlp_size 0, or --prompt_init normal"):
-        prefix.start_from_text(tuned("prefix by an MLP", on=False), [1, 2, 3])
 
 
 def causal_attention(q, k, v, before: int = 0) -> torch.Tensor:
@@ -433,14 +431,14 @@ def test_soft_prompt_is_the_papers_formula():
 
 
 def test_soft_prompt_starts_from_a_text_or_from_the_vocabulary():
-    starts = []
-    for init_ids in ([7, 9], None):
-        model = tiny_model()
-        METHODS["soft_prompt"](model, prompt_length=5, init_ids=init_ids)
-        starts.append(model.transformer.wte.soft_prompt)
-    weight = tiny_model().transformer.wte.weight
-    assert torch.equal(starts[0], weight[[7, 9, 7, 9, 7]])
-    assert all((weight == row).all(1).any() for row in starts[1])
+    model = tiny_model().bfloat16()
+    METHODS["soft_prompt"](model, prompt_length=5)
+    prompt, weight = model.transformer.wte.soft_prompt, model.transformer.wte.weight
+    assert all((weight == row).all(1).any() for row in prompt) and prompt.dtype == torch.float32
+    soft_prompt.start_from_text(model, [7, 9])
+    assert torch.equal(prompt, weight[[7, 9, 7, 9, 7]].float())
+    soft_prompt.start_normal(model)
+    assert 0.7 < prompt.std() / weight.float().std() < 1.4 and prompt.requires_grad
 
 
 @pytest.mark.parametrize("method", ["full", "output_layers"])

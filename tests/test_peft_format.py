@@ -36,6 +36,7 @@ OURS = {
     "lora": ("lora", dict(r=3, alpha=16, dropout=0.1, targets=["q", "v"])),
     "lora on all": ("lora", dict(r=3, alpha=5.0, dropout=0.0, targets=list(TARGETS))),
     "lora on top": ("lora", dict(r=3, alpha=16, dropout=0.0, targets=["q"], start_layer=1)),
+    "lora, rank-stabilized": ("lora", dict(r=3, alpha=4, dropout=0.0, targets=["k", "fc1"], rslora=True)),
 }
 CAUSAL = dict(task_type="CAUSAL_LM")
 THEIRS = {

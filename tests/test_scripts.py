@@ -52,7 +52,7 @@ SCRIPTS = {
     "lora": ["--targets", "[q, v, fc1]"],
     "output_layers": ["--n_blocks", 1],
     "prefix": ["--prompt_length", 4, "--mlp_size", 8],
-    "soft_prompt": ["--prompt_length", 4, "--init_text", "add"],
+    "soft_prompt": ["--prompt_length", 4, "--prompt_init", "text", "--init_text", "add"],
 }
 STEPS = ["--train.max_steps", 4, "--train.eval_every", 2, "--train.save_every", 2]
 ASK = ["--prompt", "add 1 and 1", "--max_new_tokens", 6]

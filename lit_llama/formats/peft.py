@@ -12,7 +12,6 @@ training. These four methods compute the same in both projects:
 Settings that the other project lacks are refused. All tensors are float32.
 """
 
-import math
 from pathlib import Path
 
 import torch
@@ -260,6 +259,7 @@ def lora_to_peft(config: LLaMAConfig, arguments: dict, tensors: Tensors) -> tupl
         "r": arguments["r"],
         "lora_alpha": arguments["alpha"],
         "lora_dropout": arguments["dropout"],
+        "use_rslora": arguments.get("rslora", False),
         "target_modules": sorted({name.split(".")[-3] for name in names.values()}),
         "bias": "none",
     }
@@ -269,10 +269,8 @@ def lora_to_peft(config: LLaMAConfig, arguments: dict, tensors: Tensors) -> tupl
 
 
 def lora_from_peft(config: LLaMAConfig, settings: dict, tensors: Tensors) -> tuple[str, dict, Tensors]:
-    r, alpha = settings["r"], settings["lora_alpha"]
-    if settings.get("use_rslora"):
-        alpha *= math.sqrt(r)  # its scale is alpha / sqrt(r)
-    arguments = dict(r=r, alpha=alpha, dropout=settings.get("lora_dropout", 0.0), targets=list(TARGETS))
+    arguments = dict(r=settings["r"], alpha=settings["lora_alpha"], dropout=settings.get("lora_dropout", 0.0))
+    arguments |= dict(targets=list(TARGETS), rslora=bool(settings.get("use_rslora")))
     if (layers := settings.get("layers_to_transform")) not in (None, []):
         layers = [layers] if isinstance(layers, int) else sorted(layers)
         arguments["start_layer"] = config.n_layer - len(layers)

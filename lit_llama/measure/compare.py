@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import binomtest, ttest_rel
 
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import read_json
+from lit_llama.measure.intervals import difference_interval, per_token, proportion_interval
 from lit_llama.methods.table import METHODS
 from lit_llama.train.run import COSTS_FILE, read_metrics
 from lit_llama.trained import read_method
@@ -30,9 +30,10 @@ PILOT_RATES = {
 }
 OTHER_RATES = (1e-3, 3e-3, 1e-2)
 NAMES = ("features", *METHODS)
-# What all runs of a comparison have in common; a classifier's answers are no text to compare.
+# Flags that all runs of a comparison share. A classifier's answers cannot be compared with texts.
 COMMON_FLAGS = {"--data", "--checkpoint_dir", "--out_dir", "--head"}
-COMMON_FLAGS |= {"--train.max_steps", "--train.epochs", "--train.batch_size"}
+COMMON_FLAGS |= {"--train.max_steps", "--train.epochs", "--train.batch_size", "--train.seed"}
+OTHER_FILE = "other.json"  # the losses on --other_data
 
 
 @dataclass
@@ -44,14 +45,20 @@ class ScriptRun:
     out_dir: Path
     steps: int
     flags: list[str] = field(default_factory=list)
-    evaluated: bool = True  # on the held-out split; a pilot and a curve need none
+    evaluated: bool = True  # on the test split
     validations: int = 4
+    seed: int = 0
 
     @property
     def trained(self) -> bool:
         if self.method == "features":
             return (self.out_dir / COSTS_FILE).exists()
         return len(read_metrics(self.out_dir)) == self.steps and (self.out_dir / COSTS_FILE).exists()
+
+
+def with_seeds(jobs: list[ScriptRun], seeds: Iterable[int]) -> list[ScriptRun]:
+    """Each job with each seed, in folders of their own; all jobs with the first seed come first."""
+    return [replace(job, out_dir=job.out_dir / f"seed-{seed}", seed=seed) for seed in seeds for job in jobs]
 
 
 def pilot_jobs(folder: Path, methods: Iterable[str], steps: int) -> list[ScriptRun]:
@@ -84,11 +91,11 @@ def variant_jobs(folder: Path, variants: dict[str, str], steps: int) -> list[Scr
     return list(jobs.values())
 
 
-ABLATION_RATE = 2e-2  # LLaMA-Adapter's with prompts at random and four samples a step, whatever its script's default
+ABLATION_RATE = 2e-2  # for prompts from N(0, 1) and four samples per step
 
 
 def ablation_jobs(folder: Path, n_layer: int, steps: int, gate_steps: int) -> list[ScriptRun]:
-    """The paper's: the gate's start (the same seed, so the same prompts), the number of blocks, the prompt's length."""
+    """The paper's ablations: the gates' initial value, the number of blocks, the length of the prompt."""
 
     def job(name: str, flags: list, steps: int = steps, evaluated: bool = True) -> ScriptRun:
         flags = ["--train.learning_rate", ABLATION_RATE, "--prompt_init", "normal", *flags]
@@ -102,25 +109,6 @@ def ablation_jobs(folder: Path, n_layer: int, steps: int, gate_steps: int) -> li
     return gates + [job(f"L {L} K {K}", ["--start_layer", n_layer - L, "--prompt_length", K]) for L, K in shapes]
 
 
-def quality(file: Path) -> dict:
-    """Exact match and loss per token, with intervals, of a file that scripts/evaluate.py wrote.
-
-    Plain texts have only a loss.
-    """
-    rows = read_json(file)["samples"]
-    losses, counts = [row["loss"] for row in rows], [row["n_targets"] for row in rows]
-    asked = [row for row in rows if row["right"] is not None]
-    right = sum(row["right"] for row in asked)
-    figures = {"loss": sum(losses) / sum(counts), "loss_interval": loss_interval(losses, counts), "n_test": len(rows)}
-    if asked:
-        figures |= {
-            "right": right / len(asked),
-            "right_interval": proportion_interval(right, len(asked)),
-            "answers": {str(row["row"]): row["right"] for row in asked},
-        }
-    return figures
-
-
 def lowest_loss(out_dir: Path) -> float:
     """The lowest validation loss of a run."""
     return min(float(row["val_loss"]) for row in read_metrics(out_dir) if row["val_loss"])
@@ -131,67 +119,79 @@ def learning_rate(out_dir: Path) -> float:
     return read_method(out_dir)["train"]["learning_rate"]
 
 
+def read_samples_of(files: list[Path]) -> list[dict[int, dict]]:
+    """The samples in files that scripts/evaluate.py wrote, by row, without rows that are not in all files."""
+    read = [{row["row"]: row for row in read_json(file)["samples"]} for file in files]
+    rows = sorted(set.intersection(*map(set, read)))
+    return [{row: samples[row] for row in rows} for samples in read]
+
+
+def table_of(samples: list[dict[int, dict]], key: str) -> np.ndarray:
+    """A figure of all samples, (files, samples)."""
+    return np.array([[row[key] for row in one.values()] for one in samples], dtype=float)
+
+
+def quality(files: list[Path]) -> dict:
+    """Exact match and loss per token, with intervals. There is a file for each seed, written by scripts/evaluate.py.
+
+    Plain texts have only a loss.
+    """
+    samples = read_samples_of(files)
+    counts = table_of(samples, "n_targets")[0]
+    loss, interval = per_token(table_of(samples, "loss"), counts)
+    figures = {"loss": loss, "loss_interval": interval, "n_test": len(counts), "seeds": len(files)}
+    asked = [{row: sample for row, sample in one.items() if sample["right"] is not None} for one in samples]
+    if asked[0]:
+        right = table_of(asked, "right")
+        figures |= {"right": float(right.mean()), "right_interval": proportion_interval(right)}
+        figures["answers"] = {str(row): right[:, i].tolist() for i, row in enumerate(asked[0])}
+    return figures
+
+
+def forgetting(files: list[Path], base: Path) -> dict:
+    """By how much the loss per token on other data rose against the base's, with an interval; a file for each seed."""
+    *after, before = read_samples_of([*files, base])
+    counts = table_of([before], "n_targets")[0]
+    change, interval = per_token(table_of(after, "loss") - table_of([before], "loss"), counts)
+    return {"forgetting": change, "forgetting_interval": interval}
+
+
+def versus_full(row: dict, full: dict) -> tuple[float, tuple[float, float]]:
+    """The difference to full finetuning's exact match, on the samples that both answered, and its interval."""
+    both = [sample for sample in row["answers"] if sample in full["answers"]]
+    ours, theirs = (np.array([one["answers"][sample] for sample in both]).T for one in (row, full))
+    return float(ours.mean() - theirs.mean()), difference_interval(ours, theirs)
+
+
 def markdown(results: dict[str, dict]) -> str:
-    """The table. It also compares each method's exact match with full finetuning's on the same samples."""
-    header = ["", "trained", "of all", "right, 95 %", "minus full", "loss, 95 %", "training loss", "GFLOP/token"]
-    header += ["minutes", "peak MB", "kept MB"]
-    rows = [header, ["---"] * len(header)]
-    full = results.get("full")
+    """The table, with each method's exact match compared with full finetuning's on the same samples."""
+    header = ["", "trained", "of all", "right, 95 %", "minus full", "loss, 95 %", "loss on other data"]
+    header += ["training loss", "GFLOP/token", "minutes", "peak MB", "kept MB"]
+    rows, full = [], results.get("full")
     for name, row in results.items():
-        cells = [name]
-        if "trained_parameters" in row:
-            cells += [f"{row['trained_parameters']:,}", f"{row['trained_share']:.3%}"]
+        cells = [name, f"{row.get('trained_parameters', 0):,}", f"{row.get('trained_share', 0):.3%}"]
+        cells.append(spread(row["right"], row["right_interval"], ".1%") if "right" in row else "")
+        if full and row is not full and "right" in row:
+            difference, interval = versus_full(row, full)
+            cells.append(spread(100 * difference, [100 * end for end in interval], "+.1f"))
         else:
-            cells += ["0", "0 %"]
-        if "right" in row:
-            cells += [f"{row['right']:.1%} ({spread(row['right_interval'], '.1%')})"]
-            cells += [paired(row, full) if full and row is not full else ""]
-        else:
-            cells += [""] * 2
-        cells += [f"{row['loss']:.4f} ({spread(row['loss_interval'], '.4f')})" if "loss" in row else ""]
-        cells += [f"{row['train_loss']:.4f}" if "train_loss" in row else ""]
+            cells.append("")
+        cells.append(spread(row["loss"], row["loss_interval"], ".4f") if "loss" in row else "")
+        forgot = "forgetting" in row
+        cells.append(spread(row["forgetting"], row["forgetting_interval"], "+.4f") if forgot else "")
+        cells.append(f"{row['train_loss']:.4f}" if "train_loss" in row else "")
         if "seconds" in row:
             cells += [f"{row['gflop_per_token']:.2f}", f"{row['seconds'] / 60:.1f}"]
             cells += ["" if row["peak_memory"] is None else f"{row['peak_memory'] / 1e6:,.0f}"]  # unknown on Windows
             cells += [f"{row['kept_bytes'] / 1e6:,.2f}"]
         else:
             cells += [""] * 4
-        rows.append([cell.replace("%", " %").replace("  %", " %") for cell in cells])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
+        rows.append([cell.replace("%", " %") for cell in cells])
+    used = [i for i, name in enumerate(header) if not i or any(row[i] for row in rows)]  # a column without figures goes
+    lines = [[row[i] for i in used] for row in (header, ["---"] * len(header), *rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
-def spread(interval: tuple[float, float], form: str) -> str:
-    return f"{interval[0]:{form}} to {interval[1]:{form}}"
-
-
-def paired(row: dict, full: dict) -> str:
-    """The difference to full finetuning in points, on the samples that both answered."""
-    both = [number for number in row["answers"] if number in full["answers"]]
-    mean, low, high = paired_difference(*([one["answers"][number] for number in both] for one in (row, full)))
-    return f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-
-
-def proportion_interval(right: int, total: int) -> tuple[float, float]:
-    """Wilson's interval for a proportion. It is also valid at 0 % and 100 %."""
-    interval = binomtest(right, total).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-def loss_interval(losses: list[float], counts: list[int], seed: int = 0) -> tuple[float, float]:
-    """Bootstrap interval (2,000 resamples) for the loss per token, sum(losses) / sum(counts)."""
-    rows = np.random.default_rng(seed).integers(len(losses), size=(2000, len(losses)))
-    drawn = np.asarray(losses)[rows].sum(1) / np.asarray(counts)[rows].sum(1)
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return float(low), float(high)
-
-
-def paired_difference(ours: list[bool], theirs: list[bool]) -> tuple[float, float, float]:
-    """The difference of two exact matches on the same samples in the same order, and its interval (paired t-test).
-
-    It is more precise than either exact match: samples that both get right, or both wrong, add no noise.
-    """
-    mean = float(np.mean(ours) - np.mean(theirs))
-    if list(ours) == list(theirs):  # no variance
-        return 0.0, 0.0, 0.0
-    interval = ttest_rel(np.asarray(ours, float), np.asarray(theirs, float)).confidence_interval(0.95)
-    return mean, float(interval.low), float(interval.high)
+def spread(value: float, interval: Iterable[float], form: str) -> str:
+    low, high = interval
+    return f"{value:{form}} ({low:{form}} to {high:{form}})"

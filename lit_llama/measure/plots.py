@@ -1,7 +1,8 @@
-"""The plots of runs and of comparisons, drawn with matplotlib where it is installed (``pip install -e ".[plot]"``)."""
+"""Plots of runs and comparisons, by matplotlib (``pip install -e ".[plot]"``)."""
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from lit_llama.common.files import atomic_write
 
 
 def pyplot():
-    """matplotlib, drawing into files; None, with a line that says so, where it is missing."""
+    """matplotlib, drawing into files. If it is missing, print a line and return None."""
     try:
         import matplotlib
     except ImportError:
@@ -24,7 +25,7 @@ def pyplot():
 
 
 def plot_runs(path: Path, runs: dict[str, list[dict]]) -> None:
-    """Loss, validation loss, learning rate and tokens/s by step, a line for each run; rows as read_metrics gives them.
+    """Loss, validation loss, learning rate and tokens/s by step, a line per run. ``read_metrics`` returns such rows.
 
     Raises UserError if matplotlib is missing.
     """
@@ -61,70 +62,79 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def running_mean(values: list[float]) -> list[float]:
-    """Each value's mean with those before it, over a twentieth of them all: single steps are noisy."""
+    """The mean of each value and those before it, over a twentieth of all: single steps are noisy."""
     width = max(1, len(values) // 20)
     windows = (values[max(0, i + 1 - width) : i + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
 
 
-def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
-    """Quality by trainable parameters and by peak memory, with the base's own quality as horizontal lines.
+# A color and a marker for each method, the same in all plots. Variants take their method's color.
+STYLES = {
+    "features": ("tab:gray", "X"),
+    "output_layers": ("tab:brown", "s"),
+    "full": ("black", "D"),
+    "soft_prompt": ("tab:olive", "v"),
+    "prefix": ("tab:green", "^"),
+    "houlsby": ("tab:orange", "P"),
+    "adapter": ("tab:blue", "o"),
+    "adapter_v2": ("tab:cyan", "p"),
+    "lora": ("tab:red", "*"),
+}
 
-    The axis is that of the methods: a base below or above it has no line and is named in a corner. What no method has
-    gets no plot: Windows does not tell the memory.
-    """
+
+def style_of(name: str) -> tuple[str, str]:
+    """Color and marker of a method, or of a variant whose name begins with that of its method."""
+    known = [method for method in STYLES if re.match(rf"{method}\b", name)]
+    return STYLES[known[0]] if known else ("tab:purple", "h")
+
+
+AXES = {  # key: label, unit, scale
+    "trained_parameters": ("trainable parameters", 1, "log"),
+    "peak_memory": ("peak memory in training (GB)", 1e9, "linear"),
+    "forgetting": ("rise of the loss on other data", 1, "linear"),
+}
+
+
+def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
+    """Quality by trainable parameters, by peak memory and by forgetting, with the base's quality as lines."""
     plt = pyplot()
     if plt is None:
         return
-    points = {name: row for name, row in results.items() if "trained_parameters" in row and "right" in row}
-    levels = {name: row for name, row in results.items() if "trained_parameters" not in row}
-    axes = {
-        "trained_parameters": ("trainable parameters", 1, "log"),
-        "peak_memory": ("peak memory in training (GB)", 1e9, "linear"),
-    }
-    for key, (label, unit, scale) in axes.items():
-        known = [(name, row) for name, row in points.items() if row[key] is not None]
-        if not known:
+    bases = {name: 100 * row["right"] for name, row in results.items() if name.startswith("base,") and "right" in row}
+    for key, (label, unit, scale) in AXES.items():
+        points = {name: row for name, row in results.items() if row.get(key) is not None and "right" in row}
+        if not points:
             continue
-        figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
-        for i, (name, row) in enumerate(sorted(known, key=lambda point: point[1][key])):
-            low, high = row["right_interval"]
-            error = [[100 * (row["right"] - low)], [100 * (high - row["right"])]]
-            marker = "os^Dv<>"[i % 7]  # 70 different points, with matplotlib's 10 colours
-            ax.errorbar(row[key] / unit, 100 * row["right"], yerror(error), fmt=marker, capsize=3, label=name)
+        figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+        for name, row in points.items():
+            color, marker = style_of(name)
+            low, high = (100 * end for end in row["right_interval"])
+            x, y = row[key] / unit, 100 * row["right"]
+            ax.vlines(x, low, high, color=color, alpha=0.5)
+            ax.plot(x, y, color=color, marker=marker, markersize=8)
+            ax.annotate(name, (x, y), xytext=(7, 4), textcoords="offset points", color=color)
         ax.set(xscale=scale, xlabel=label, ylabel="right answers (%), with 95 % intervals")
         ax.margins(0.15)
         bottom, top = ax.get_ylim()
-        beyond = []
-        for name, row in levels.items():
-            level = 100 * row["right"]
-            text = f"{name}: {level:.1f} %"
-            if bottom <= level <= top:
-                ax.axhline(level, color="grey", linewidth=0.8, linestyle="--")
-                ax.annotate(text, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-            else:
-                beyond.append(text)
-        ax.annotate("\n".join(beyond), (0.99, 0.02), xycoords="axes fraction", ha="right", va="bottom")
+        for name, level in bases.items():  # one far below the methods would squeeze them: it stands at the edge
+            near = min(max(level, bottom), top)
+            ax.axhline(near, color="black", linewidth=0.8, linestyle="--" if near == level else ":")
+            ax.annotate(f"{name}: {level:.1f} %", (0.01, near), xycoords=("axes fraction", "data"), va="bottom")
         ax.set_ylim(bottom, top)
-        figure.legend(loc="outside right upper", title="from left to right")
+        ax.grid(alpha=0.3)
         save_figure(figure, folder / f"quality_by_{key}.png")
         plt.close(figure)
 
 
-def yerror(error: list[list[float]]) -> list[list[float]]:
-    """Lengths below and above; rounding may leave them a hair below zero at 0 % and 100 %."""
-    return [[max(0.0, value) for value in side] for side in error]
-
-
 def plot_ablations(folder: Path, curves: dict[str, list[float]]) -> None:
-    """Training loss by step of runs that differ in their gates' start."""
+    """Training loss by step, on a log scale, of runs that differ in the initial value of their gates."""
     plt = pyplot()
     if plt is None or not curves:
         return
     figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     for name, losses in curves.items():
         ax.plot(range(1, len(losses) + 1), losses, label=name)
-    ax.set(xlabel="step", ylabel="training loss per token")
+    ax.set(xlabel="step", ylabel="training loss per token", yscale="log")
     ax.legend()
     save_figure(figure, folder / "gate.png")
     plt.close(figure)

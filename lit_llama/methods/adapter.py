@@ -90,11 +90,9 @@ def start_from_text(model: LLaMA, ids: list[int]) -> None:
     The block's attention then knows their keys and values. Those of N(0, 1) mean nothing to it, and in SmolLM2-135M
     they are about three times (keys) and up to eight times (values) as large. Prefix tuning gains from real words, too
     (Li & Liang 2021, section 7.4, https://arxiv.org/abs/2101.00190). A text shorter than K + 1 tokens is repeated.
-    Raises UserError unless the gates are zero: otherwise the prompts below would change what a block reads.
+    The gates must be zero, or the prompts below would change what a block reads.
     """
     adapted = [block.attn for block in model.transformer.h if isinstance(block.attn, AdapterAttention)]
-    if any(attn.gating_factor.any() for attn in adapted):
-        raise UserError("prompts start from a text only where gates start at zero: pass --prompt_init normal")
     K, device = adapted[0].adapter_wte.num_embeddings, adapted[0].adapter_wte.weight.device
     length = min(max(len(ids), K + 1), model.context)
     text = torch.tensor([(ids * (K + 1))[:length]], device=device)

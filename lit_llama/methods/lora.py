@@ -4,10 +4,11 @@ Paper: "LoRA: Low-Rank Adaptation of Large Language Models", Hu et al. 2021, htt
 
         x (.., in) ----------- W ------------ + ---- y (.., out)
             |                                 |
-            +- dropout -- A (r, in) -- B (out, r) -- * alpha / r
+            +- dropout -- A (r, in) -- B (out, r) -- * s          s = alpha / r, or alpha / sqrt(r) with rslora
 
-B starts at zero, so the model begins as the base, exactly. W + alpha/r * B A has W's shape, so the update can be merged
-(scripts/merge_lora.py). In the fused projection, q, k and v each have their own pair (A, B).
+B starts at zero, so the model begins as the base, exactly. W + s B A has W's shape, so the update can be merged
+(scripts/merge_lora.py). In the fused projection, q, k and v each have their own pair (A, B). At high ranks, alpha / r
+makes gradients small; alpha / sqrt(r) does not (rank-stabilized LoRA, https://arxiv.org/abs/2312.03732).
 
 Trains r*(in + out) parameters per matrix: 4,194,304 for LLaMA-7B with q and v at r=8, 19,988,480 with all seven.
 """
@@ -27,15 +28,15 @@ TARGETS = ("q", "k", "v", "proj", "fc1", "fc2", "mlp_proj")
 
 
 class LowRank(nn.Module):
-    """alpha / r * B A dropout(x), for the rows ``rows`` of a layer's output."""
+    """s B A dropout(x), for the rows ``rows`` of a layer's output."""
 
-    def __init__(self, layer: nn.Linear, rows: slice, r: int, alpha: float, dropout: float) -> None:
+    def __init__(self, layer: nn.Linear, rows: slice, r: int, scale: float, dropout: float) -> None:
         super().__init__()
         float32: Any = dict(device=layer.weight.device, dtype=torch.float32)
         self.A = nn.Parameter(torch.empty(r, layer.in_features, **float32))
         self.B = nn.Parameter(torch.zeros(len(range(layer.out_features)[rows]), r, **float32))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        self.rows, self.scale, self.dropout = rows, alpha / r, dropout
+        self.rows, self.scale, self.dropout = rows, scale, dropout
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.dropout(x, self.dropout, self.training)
@@ -67,6 +68,7 @@ def add_lora(
     dropout: float = 0.05,
     targets: tuple[str, ...] = ("q", "v"),
     start_layer: int = 0,
+    rslora: bool = False,
 ) -> None:
     """Add a pair (A, B) of rank ``r`` to each of the matrices ``targets``, in the blocks from ``start_layer`` on."""
     check_range("r", r, 1, model.config.n_embd)
@@ -75,10 +77,11 @@ def add_lora(
     check_range("start_layer", start_layer, 0, model.config.n_layer - 1)
     if not targets or set(targets) - set(TARGETS):
         raise UserError(f"targets {list(targets)} must be some of {TARGETS}")
+    scale = alpha / (math.sqrt(r) if rslora else r)
     for block in model.transformer.h[start_layer:]:
         for name in targets:
             layer, rows = places(block)[name]
             if not hasattr(layer, "lora"):
                 layer.lora = nn.ModuleDict()
                 layer.register_forward_hook(add_low_ranks)
-            layer.lora[name] = LowRank(layer, rows, r, alpha, dropout)
+            layer.lora[name] = LowRank(layer, rows, r, scale, dropout)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_llama.attention import Texts, attention, insert_prefix
-from lit_llama.common.errors import UserError, check_range
+from lit_llama.common.errors import check_range
 from lit_llama.model import CausalSelfAttention, LLaMA
 
 
@@ -97,12 +97,9 @@ def add_prefix(model: LLaMA, prompt_length: int = 10, mlp_size: int = 0) -> None
 @torch.no_grad()
 def start_from_text(model: LLaMA, ids: list[int]) -> None:
     """Start the prefixes as the keys and values of the text's first K tokens, so that the model begins as if it had
-    read them before every text (https://arxiv.org/abs/2506.06266). A text of fewer tokens is repeated.
-
-    Raises UserError if an MLP computes the prefixes.
+    read them before every text (https://arxiv.org/abs/2506.06266). A text of fewer tokens is repeated. No MLP may
+    compute the prefixes.
     """
-    if model.reparametrization is not None:
-        raise UserError("an MLP computes the prefixes: pass --mlp_size 0, or --prompt_init normal")
     attns, K = [block.attn for block in model.transformer.h], model.first_position
     text = torch.tensor([(ids * K)[:K]], device=model.transformer.wte.weight.device)
     model.first_position = 0
