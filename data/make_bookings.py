@@ -232,7 +232,7 @@ def write_guests(rng: random.Random, guests: int) -> dict[str, str]:
 
 
 def draw_name(rng: random.Random, split: str) -> str:
-    """A name of the list; in training as often one put together, so that copying pays and knowing does not."""
+    """A name from the list. In training, half of the names are made up, so that the model learns to copy names."""
     if split == "validation":
         return rng.choice(NAMES[split])
     parts = WORDS["more_names"]
@@ -242,7 +242,7 @@ def draw_name(rng: random.Random, split: str) -> str:
 
 
 def draw_place(rng: random.Random, split: str) -> str:
-    """A place of the list; in training as often one put together."""
+    """A place from the list. In training, more than half of the places are made up."""
     if split == "validation" or rng.random() < 0.4:
         return rng.choice(PLACES[split])
     parts = WORDS["more_places"]
@@ -252,7 +252,7 @@ def draw_place(rng: random.Random, split: str) -> str:
 
 
 def mix_phrasings(rng: random.Random, count: int) -> list[str]:
-    """More ways to ask, put together from a sentence for each part of a booking, in any order."""
+    """More ways to ask: a sentence for each part of a booking, in any order."""
     phrasings = {}  # a dict keeps its order
     while len(phrasings) < count:
         sentences = [rng.choice(part) for part in MIXED]
@@ -262,7 +262,7 @@ def mix_phrasings(rng: random.Random, count: int) -> list[str]:
 
 
 def draw_booking(rng: random.Random, phrasing: str, split: str) -> tuple[dict, dict[str, str]]:
-    """The booking as the JSON holds it, and the text of each slot."""
+    """The booking as in the JSON, and the text of each slot."""
     first, last = (17, 22) if "dinner" in phrasing.lower() else (12, 14) if "lunch" in phrasing.lower() else (11, 22)
     hour, minute = rng.choice([step for step in TIMES if first <= step[0] <= last])
     guests = choose(rng, GUEST_WEIGHTS)
@@ -279,7 +279,7 @@ def draw_booking(rng: random.Random, phrasing: str, split: str) -> tuple[dict, d
 
 
 def surround(rng: random.Random, phrasing: str, split: str) -> str:
-    """Add a greeting, an aside and thanks; nothing may follow a signature, so there the aside goes in front."""
+    """Add a greeting, an aside and thanks. Nothing may follow a signature, so there the aside comes first."""
     closed = phrasing.endswith((".", "?", "!"))
     if rng.random() < NOISE["aside"]:
         aside = rng.choice(ASIDES[split])
@@ -290,7 +290,7 @@ def surround(rng: random.Random, phrasing: str, split: str) -> str:
 
 
 def misspell(rng: random.Random, text: str) -> str:
-    """Swap two letters of one word or drop one; slots, short words, numbers and capitalised words stay."""
+    """Swap two letters of one word, or drop one. Slots, short words, numbers and capitalized words stay."""
     words = [m for m in re.finditer(r"(?<![{\w'])[a-z]{4,}(?![}\w'])", text) if m.group() not in NUMBERS]
     if not words:
         return text

@@ -27,7 +27,7 @@ from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
 from lit_llama.train.evaluate import BeforeAfter, validate
 from lit_llama.train.loss import broadcast_trained, clip_gradient, split_by_tokens, sum_over_ranks, target_loss
 from lit_llama.train.run import Run, default_out_dir, describe_run
-from lit_llama.trained import count_trainable, load_initial, trained_tensors
+from lit_llama.trained import count_trainable, load_initial, trainable_parameters
 
 
 def main(
@@ -112,7 +112,7 @@ def main(
 
     # Optimizer: weight decay on the prompts alone; all else learns more slowly
     prompts = [block.attn.adapter_wte.weight for block in model.transformer.h[start_layer:]]
-    others = [tensor for tensor in trained_tensors(model).values() if not any(tensor is p for p in prompts)]
+    others = [tensor for tensor in trainable_parameters(model).values() if not any(tensor is p for p in prompts)]
     optimizer = torch.optim.AdamW(
         [
             {"params": prompts, "weight_decay": train.weight_decay},

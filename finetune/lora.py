@@ -23,7 +23,7 @@ from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
 from lit_llama.train.evaluate import BeforeAfter, validate
 from lit_llama.train.loss import broadcast_trained, clip_gradient, split_by_tokens, sum_over_ranks, target_loss
 from lit_llama.train.run import Run, default_out_dir, describe_run
-from lit_llama.trained import count_trainable, load_initial, trained_tensors
+from lit_llama.trained import count_trainable, load_initial, trainable_parameters
 
 
 def main(
@@ -105,7 +105,7 @@ def main(
 
     # Optimizer
     optimizer = torch.optim.AdamW(
-        trained_tensors(model).values(), lr=train.learning_rate, weight_decay=train.weight_decay
+        trainable_parameters(model).values(), lr=train.learning_rate, weight_decay=train.weight_decay
     )
 
     # Loop: a resumed run starts where it stopped; Ctrl-C finishes the step, saves, and stops

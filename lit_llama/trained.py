@@ -25,20 +25,20 @@ DTYPES = {torch.float32: "F32", torch.float64: "F64"}  # trainable parameters ar
 HEADER_KEYS = ("method", "arguments", "prompt_style")  # parts of method.json that the tensors' header repeats
 
 
-def trained_tensors(model: LLaMA) -> dict[str, Tensor]:
+def trainable_parameters(model: LLaMA) -> dict[str, Tensor]:
     """The trainable parameters by name. Freeze the base, then add a method: only its parameters are left."""
     return {name: param for name, param in model.named_parameters() if param.requires_grad}
 
 
 def count_trainable(model: LLaMA) -> str:
     """The number of trainable parameters, as a line for the user."""
-    trainable, total = sum(tensor.numel() for tensor in trained_tensors(model).values()), count_parameters(model)
+    trainable, total = sum(tensor.numel() for tensor in trainable_parameters(model).values()), count_parameters(model)
     return f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)"
 
 
 def kept_tensors(model: LLaMA) -> dict[str, Tensor]:
     """The tensors of a trained folder by name: what trains, or what is computed from it (methods/prefix.py)."""
-    return trained_tensors(model) if model.reparametrization is None else model.reparametrization.kept_tensors()
+    return trainable_parameters(model) if model.reparametrization is None else model.reparametrization.kept_tensors()
 
 
 def describe_base(checkpoint_dir: Path | str) -> dict:
@@ -53,12 +53,12 @@ def describe_base(checkpoint_dir: Path | str) -> dict:
     }
 
 
-def load_trained(model: LLaMA, path: Path, prefix: str = "") -> dict:
+def load_parameters(model: LLaMA, path: Path, prefix: str = "") -> dict:
     """Copy the tensors of a safetensors file whose names begin with ``prefix`` into the trainable ones of ``model``.
 
     Returns the ``about`` of ``save_tensors``. Raises UserError, and copies nothing, if names, shapes or dtypes differ.
     """
-    tensors = trained_tensors(model)
+    tensors = trainable_parameters(model)
     check_trained(tensors, path, prefix)
     loaded, about = read_tensors(path)
     with torch.no_grad():
@@ -69,7 +69,7 @@ def load_trained(model: LLaMA, path: Path, prefix: str = "") -> dict:
 
 def load_initial(model: LLaMA, trained_dir: Path | str) -> None:
     """Begin with what a trained folder holds. ``check_initial`` has checked that it fits the run."""
-    load_trained(model, Path(trained_dir) / TRAINED_FILE)
+    load_parameters(model, Path(trained_dir) / TRAINED_FILE)
 
 
 def check_initial(trained_dir: Path | str, settings: dict, reparametrized: bool) -> None:
@@ -79,7 +79,7 @@ def check_initial(trained_dir: Path | str, settings: dict, reparametrized: bool)
     """
     path, method = Path(trained_dir) / METHOD_FILE, read_method(trained_dir)
     ours = {"method": settings["method"], **settings["arguments"]}
-    theirs = {"method": method["method"], **method["arguments"]}
+    theirs = {"method": method["method"], "rslora": False, **method["arguments"]}  # older folders lack rslora
     for key in ours:
         if key in theirs and key != "dropout" and ours[key] != theirs[key]:
             raise UserError(f"--init_from {trained_dir}: its {key} is {theirs[key]}, here {ours[key]}; pass the same")

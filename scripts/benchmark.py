@@ -1,12 +1,11 @@
-"""How fast this project trains and decodes here, in how much memory, and how far from the machine's limit.
+"""Measure how fast this project trains and decodes, in how much memory, and how close to the machine's limit.
 
     python scripts/benchmark.py                                               # LLaMA-Adapter and LoRA, ours alone
     python scripts/benchmark.py --against '[litgpt, peft]' --data alpaca.json     # next to others, if installed
     python scripts/benchmark.py --variants '[auto, auto+compile, auto+int8]'
 
-Each line of the table is a process of its own. All do the same work in turn, round by round, so that a machine whose
-speed drifts slows all of them; figures are medians over the rounds with the least and the most. A token counts where it
-belongs to a sample: padding is work, but no token. One JSON object per line goes to ``--results``.
+Each line of the table is a process of its own. All do the same work in turn, round by round; figures are medians over
+the rounds, with the least and the most. Padding does not count as tokens. ``--results`` gets a JSON object per line.
 """
 
 import json
@@ -57,14 +56,14 @@ def main(
     """Measure training, decoding and loading.
 
     Args:
-        kinds: What to measure, of train, decode and load.
-        methods: Finetuning methods; litgpt and peft have adapter and lora.
-        variants: A precision each, bf16-true, 32-true or auto (the faster one), with options behind: auto+compile+int8.
-        against: Other projects, litgpt and peft, at the first variant's precision; pip install those named.
-        model: The shapes to measure with: a name in lit_llama/configs.py or a folder with a base; weights are random.
-        checkpoint_dir: A base, for its tokenizer and for the time to load it; the default one is offered for download.
+        kinds: What to measure: train, decode, load.
+        methods: Finetuning methods. LitGPT and PEFT have adapter and lora.
+        variants: Precisions, bf16-true, 32-true or auto (the faster one), each with options: auto+compile+int8.
+        against: Other projects, litgpt and peft, which must be installed. They use the first variant's precision.
+        model: The model's shapes: a name in lit_llama/configs.py, or a folder with a base. Weights are random.
+        checkpoint_dir: A base, for its tokenizer and the time to load it. The default one is offered for download.
         data: The samples to train on.
-        rounds: How often everything is measured, after one round that does not count; with compile, after all of them.
+        rounds: How often everything is measured, after one round that does not count.
         steps: Optimizer steps of a round.
         batch_size: Samples of a step.
         micro_batch_tokens: Tokens of our micro-batches. A GPU needs more than a CPU.
@@ -82,7 +81,7 @@ def main(
         raise UserError(f"--against {', '.join(missing)}: not installed; pip install it, or leave it out")
     ours, others = choose(kinds, methods, variants, against, model, sizes)
     for _ in load_splits(data)[0]:
-        pass  # refuses what it cannot read before anything is fetched
+        pass  # check the data before anything is downloaded
     if results is not None:
         check_writable(results)
     ensure_base(checkpoint_dir, yes)
@@ -114,7 +113,7 @@ def main(
 
 
 def within_vocabulary(sample: TokenizedSample, vocab_size: int) -> TokenizedSample:
-    """The sample with ids that a model has, whatever tokenizer made them: speed depends on lengths alone."""
+    """The sample with ids that fit the model's vocabulary. Speed depends only on lengths."""
     targets = [target if target == IGNORE else target % vocab_size for target in sample.targets]
     return replace(sample, ids=array("i", [i % vocab_size for i in sample.ids]), targets=array("i", targets))
 

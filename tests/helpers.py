@@ -37,7 +37,7 @@ from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.settings import TrainArgs
 from lit_llama.train.loss import target_loss
-from lit_llama.trained import describe_base, kept_tensors, trained_tensors
+from lit_llama.trained import describe_base, kept_tensors, trainable_parameters
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [path for name in ("finetune", "generate", "scripts", "data") for path in sorted((ROOT / name).glob("*.py"))]
@@ -194,7 +194,7 @@ def tuned(case: str, on: bool = True, **changes) -> LLaMA:
 def shake(model: LLaMA) -> None:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for tensor in trained_tensors(model).values():
+        for tensor in trainable_parameters(model).values():
             tensor += 0.2 * torch.randn(tensor.shape, generator=generator)
 
 
@@ -215,7 +215,7 @@ def logits_of(model: LLaMA, ids: torch.Tensor) -> torch.Tensor:
 
 
 def train_steps(model: LLaMA, steps: int) -> list[float]:
-    optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=0.01)
+    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=0.01)
     losses = []
     for _ in range(steps):
         loss = target_loss(model, to_samples(tokens(), tokens().roll(-1, 1)))

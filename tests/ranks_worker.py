@@ -18,7 +18,7 @@ from lit_llama.methods.table import METHODS
 from lit_llama.settings import TrainArgs
 from lit_llama.train.evaluate import BeforeAfter
 from lit_llama.train.loss import split_by_tokens, sum_over_ranks, target_loss
-from lit_llama.trained import trained_tensors
+from lit_llama.trained import trainable_parameters
 
 ARGUMENTS = {"adapter": dict(prompt_length=4, start_layer=1), "lora": dict(r=3, dropout=0.0), "full": {}}
 # Each sample is a micro-batch of its own: 7 of them in a step and 2 in the last one, too few for three ranks. So every
@@ -32,7 +32,7 @@ def switch_on(model, method: str, arguments: dict) -> None:
     METHODS[method](model, **arguments)
     torch.manual_seed(5)
     with torch.no_grad():
-        for tensor in trained_tensors(model).values():
+        for tensor in trainable_parameters(model).values():
             tensor += 0.05 * torch.randn(tensor.shape)
 
 
@@ -54,7 +54,7 @@ def save_gradients(fabric, base: str, data: str, folder: Path, strategy: str, me
             fabric.backward(part)
             loss += part.detach()
         loss = sum_over_ranks(fabric, model, loss)
-        found = {name: tensor.grad for name, tensor in trained_tensors(model).items()}
+        found = {name: tensor.grad for name, tensor in trainable_parameters(model).items()}
         save_tensors(folder / f"{name}-{precision}-{fabric.global_rank}.safetensors", {"loss": loss, **found})
         model.zero_grad()
 
@@ -67,7 +67,7 @@ def run_script(fabric, base: str, data: str, folder: Path, devices: int, strateg
         switch_on(model, method, arguments)
         model.to(torch.float64)
         with torch.no_grad():
-            for tensor in trained_tensors(model).values():
+            for tensor in trainable_parameters(model).values():
                 tensor += fabric.global_rank  # as if another machine had computed it
 
     setattr(script, f"add_{method}", add)

@@ -10,7 +10,7 @@ from helpers import make_base, refuse, run, succeed, sums, write_rows
 
 from lit_llama.data.batches import TokenizedSample
 from lit_llama.measure import cases
-from lit_llama.measure.benchmark import hear, limit_of, limits, table
+from lit_llama.measure.benchmark import limit_of, limits, receive, table
 from lit_llama.measure.cases import BenchmarkCase
 from lit_llama.train.loss import target_loss
 from scripts import count_kernels
@@ -82,7 +82,7 @@ def test_micro_batches_have_the_size_that_was_asked_for(folder, tokens, passes, 
 def test_a_case_that_is_killed_is_reported():
     end, other = multiprocessing.Pipe()
     other.close()
-    assert "ended without an error" in hear(end)
+    assert "ended without an error" in receive(end)
 
 
 def test_the_ratio_is_taken_round_by_round():

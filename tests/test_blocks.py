@@ -16,7 +16,7 @@ from lit_llama.generate.decode import generate, generate_batch
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.train.loss import target_loss
-from lit_llama.trained import trained_tensors
+from lit_llama.trained import trainable_parameters
 
 TINY = dict(
     block_size=64, vocab_size=97, n_layer=4, n_head=6, n_kv_head=2, n_embd=48, head_size=8, intermediate_size=80
@@ -28,7 +28,7 @@ def trained_model(method: str, dtype: torch.dtype = torch.float32, **arguments) 
     torch.manual_seed(3)
     model = LLaMA(LLaMAConfig(**TINY)).init_weights(0.2).to(dtype).requires_grad_(False)
     METHODS[method](model, **arguments)
-    for param in trained_tensors(model).values():
+    for param in trainable_parameters(model).values():
         torch.nn.init.normal_(param, std=0.3)
     return model
 
@@ -42,7 +42,7 @@ def gradients(model: LLaMA, lengths: tuple[int, ...] = (11,)) -> list[torch.Tens
         targets[-1, length // 2 :] = IGNORE
         losses.append(target_loss(model, to_samples(ids, targets, [length, length, length // 2])))
         losses[-1].backward()
-    found = [p.grad for p in trained_tensors(model).values()]
+    found = [p.grad for p in trainable_parameters(model).values()]
     model.zero_grad()
     return [torch.stack(losses).detach(), *found]
 

@@ -16,7 +16,7 @@ from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.settings import Sampling
 from lit_llama.train.loss import target_loss
-from lit_llama.trained import trained_tensors
+from lit_llama.trained import trainable_parameters
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -39,7 +39,7 @@ def adapted(method: str = "adapter", dtype: torch.dtype = torch.float32, quantiz
 def losses_and_gradients(model) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     loss = target_loss(model, SAMPLES)
     loss.backward()
-    return loss.detach().cpu(), {name: p.grad.cpu() for name, p in trained_tensors(model).items()}
+    return loss.detach().cpu(), {name: p.grad.cpu() for name, p in trainable_parameters(model).items()}
 
 
 METHODS_THAT_ANSWER = ["adapter", "lora", "prefix", "soft_prompt", "houlsby", "adapter_v2"]

@@ -38,7 +38,7 @@ from lit_llama.generate.load import load_trained_folder
 from lit_llama.methods.table import METHODS
 from lit_llama.settings import DEFAULT_BASE
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.trained import trained_tensors
+from lit_llama.trained import trainable_parameters
 
 READMES = [ROOT / "README.md", ROOT / "finetune/README.md", ROOT / "data/README.md"]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -126,7 +126,7 @@ def add_ia3(monkeypatch):
 def test_ia3_begins_as_the_base_and_trains_its_vectors_alone(add_ia3):
     base, model = tiny_model(), tuned("ia3", on=False)
     assert torch.equal(model(tokens()), base(tokens()))
-    config, trained = model.config, trained_tensors(model)
+    config, trained = model.config, trainable_parameters(model)
     count = config.n_layer * (2 * config.n_kv_head * config.head_size + config.intermediate_size)
     assert sum(tensor.numel() for tensor in trained.values()) == count
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -21,7 +21,7 @@ from lit_llama.data.samples import SUFFIXES, Sample, read_samples, to_sample
 from lit_llama.data.task import tokenize_samples
 from lit_llama.generate.load import load_trained_folder
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.trained import trained_tensors
+from lit_llama.trained import trainable_parameters
 
 fuzz = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 text = st.text(st.characters(codec="utf-8"), max_size=30)
@@ -149,7 +149,7 @@ def loaders(base, tmp_path_factory):
         return dict(load_model(base).named_parameters())
 
     def trained() -> dict:
-        return trained_tensors(load_trained_folder(out)[0])
+        return trainable_parameters(load_trained_folder(out)[0])
 
     loads = {base / "model.safetensors": parameters, base / "config.json": parameters}
     loads |= {out / "trained.safetensors": trained, out / "method.json": trained}

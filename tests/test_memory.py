@@ -11,7 +11,7 @@ from lit_llama.devices.memory import StepMemory, step_memory
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.train.loss import target_loss
-from lit_llama.trained import trained_tensors
+from lit_llama.trained import trainable_parameters
 
 # Wide enough that matrices, not norms and gates, decide.
 CONFIG = {**TINY, "n_embd": 192, "n_head": 4, "n_kv_head": 4, "head_size": 48, "intermediate_size": 512, "n_layer": 4}
@@ -27,7 +27,7 @@ def estimate(method: str, dtype=torch.float32, tokens=128, device_type="cpu", ar
 @every_case
 def test_weights_and_optimizer_are_counted(case):
     model = tuned(case)
-    params = list(trained_tensors(model).values())
+    params = list(trainable_parameters(model).values())
     memory = step_memory(model, torch.float32, tokens=64, seq_length=32)
     assert memory.frozen == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     optimizer = torch.optim.AdamW(params)

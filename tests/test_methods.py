@@ -34,7 +34,7 @@ from lit_llama.methods.lora import TARGETS, places
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig, apply_rope
 from lit_llama.train.loss import target_loss
-from lit_llama.trained import kept_tensors, load_trained, trained_tensors
+from lit_llama.trained import kept_tensors, load_parameters, trainable_parameters
 
 EQUAL_AT_FIRST = [name for name in CASES if not name.startswith(("soft", "prefix"))]
 SHAPES = [dict(), dict(n_kv_head=6, bias=True), dict(tie_embeddings=True, rope_scaling=SCALING)]
@@ -68,7 +68,7 @@ def test_number_of_trainable_parameters(name, method, arguments, expected):
     with torch.device("meta"):
         model = LLaMA(LLaMAConfig.from_name(name)).requires_grad_(False)
         METHODS[method](model, **arguments)
-    assert sum(tensor.numel() for tensor in trained_tensors(model).values()) == expected
+    assert sum(tensor.numel() for tensor in trainable_parameters(model).values()) == expected
 
 
 @pytest.mark.parametrize("changes", SHAPES)
@@ -83,7 +83,7 @@ def test_three_steps_change_every_trained_tensor_and_nothing_of_the_frozen_base(
     base, model = tiny_model(tie_embeddings=True), tuned(case, on=False, tie_embeddings=True)
     before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     assert base.state_dict().keys() <= before.keys()
-    trained = set(trained_tensors(model)) | ({"lm_head.weight"} if case == "full" else set())  # the embedding's
+    trained = set(trainable_parameters(model)) | ({"lm_head.weight"} if case == "full" else set())  # the embedding's
     losses = train_steps(model, steps=3)
     assert losses[-1] < losses[0]
     for name, tensor in model.state_dict().items():
@@ -92,7 +92,7 @@ def test_three_steps_change_every_trained_tensor_and_nothing_of_the_frozen_base(
 
 def test_what_trains_of_the_base():
     def of_the_base(case):
-        return {name for name in trained_tensors(tuned(case, tie_embeddings=True)) if name in base}
+        return {name for name in trainable_parameters(tuned(case, tie_embeddings=True)) if name in base}
 
     base = tiny_model().state_dict()
     norms = {name for name in base if "rms_" in name or "ln_f" in name}
@@ -109,7 +109,7 @@ def test_gradients_by_finite_differences(case):
     ids, targets = tokens(1, 5), tokens(1, 5).roll(-1, 1)
     target_loss(model, to_samples(ids, targets)).backward()
     generator = torch.Generator().manual_seed(5)
-    for name, tensor in trained_tensors(model).items():
+    for name, tensor in trainable_parameters(model).items():
         direction = torch.randn(tensor.shape, generator=generator, dtype=torch.double)
         losses = []
         with torch.no_grad():
@@ -132,7 +132,7 @@ def test_padding_is_not_computed_and_changes_nothing(case):
         targets[row, length:] = IGNORE
     for told in (None, lengths):
         loss = target_loss(model, to_samples(ids, targets, told))
-        found.append([loss, *torch.autograd.grad(loss, list(trained_tensors(model).values()))])
+        found.append([loss, *torch.autograd.grad(loss, list(trainable_parameters(model).values()))])
     for padded, packed in zip(*found, strict=True):
         torch.testing.assert_close(packed, padded)
     virtual = 3 * len(model.virtual_ids)
@@ -160,7 +160,7 @@ def test_answers_are_the_argmax_of_the_full_forward_before_and_after_training(ca
         assert generate_batch(model, prompts, 5, stop=set()) == expected
         loss = target_loss(model, to_samples(tokens(), tokens().roll(-1, 1)))
         loss.backward()  # generation leaves no inference tensors
-        assert all(tensor.grad.abs().sum() > 0 for tensor in trained_tensors(model).values())
+        assert all(tensor.grad.abs().sum() > 0 for tensor in trainable_parameters(model).values())
         shake(model)
 
 
@@ -171,7 +171,7 @@ def test_save_and_load_give_equal_logits(case, tmp_path):
     loaded = tuned(case, on=False)
     if loaded.reparametrization is not None:
         loaded.reparametrization.flatten(loaded)
-    load_trained(loaded, tmp_path / "trained.safetensors")
+    load_parameters(loaded, tmp_path / "trained.safetensors")
     with torch.no_grad():
         assert torch.equal(logits_of(loaded.eval(), tokens()), logits_of(trained.eval(), tokens()))
 
@@ -181,7 +181,7 @@ def test_trained_tensors_are_float32_over_a_bfloat16_base(case):
     method, arguments = CASES[case]
     model = tiny_model().to(torch.bfloat16).requires_grad_(False)
     METHODS[method](model, **arguments)
-    assert all(tensor.dtype == torch.float32 for tensor in trained_tensors(model).values())
+    assert all(tensor.dtype == torch.float32 for tensor in trainable_parameters(model).values())
     shake(model)
     assert logits_of(model, tokens()).dtype == torch.bfloat16
     assert len(list(generate(model, [1, 2, 3], 4, stop=set()))) == 4
@@ -449,7 +449,7 @@ def test_a_classifiers_head_learns_labels_from_the_last_token(method):
     embedding = model.transformer.wte.weight.clone()
     targets = torch.full((2, 11), IGNORE)
     targets[:, -1] = torch.tensor([2, 0])
-    optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=0.01)
+    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=0.01)
     for _ in range(20):
         target_loss(model, to_samples(tokens(), targets)).backward()
         optimizer.step()

@@ -30,7 +30,7 @@ from lit_llama.generate.decode import generate, generate_batch
 from lit_llama.generate.load import load_for_generation, load_trained_folder
 from lit_llama.methods.table import METHODS
 from lit_llama.model import Linear
-from lit_llama.trained import trained_tensors
+from lit_llama.trained import trainable_parameters
 
 OVER_INT8 = [case for case in CASES if case != "full"]  # full keeps nothing of the base
 every_case = pytest.mark.parametrize("case", OVER_INT8)
@@ -160,7 +160,7 @@ def test_kinds_that_cannot_be_are_refused():
 def test_every_method_trains_over_int8_and_leaves_the_base_alone(case):
     model = over_int8(case, on=False)
     before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    trained = set(trained_tensors(model))
+    trained = set(trainable_parameters(model))
     losses = train_steps(model, steps=3)
     assert losses[-1] < losses[0]
     for name, tensor in model.state_dict().items():
@@ -173,8 +173,8 @@ def test_what_trains_is_what_trains_over_a_wide_base(case):
     plain = tiny_model().requires_grad_(False)
     METHODS[method](plain, **arguments)
     quantized = over_int8(case, on=False)
-    shapes = [{name: t.shape for name, t in trained_tensors(model).items()} for model in (plain, quantized)]
-    assert shapes[0] == shapes[1] and all(t.dtype == torch.float32 for t in trained_tensors(quantized).values())
+    shapes = [{name: t.shape for name, t in trainable_parameters(model).items()} for model in (plain, quantized)]
+    assert shapes[0] == shapes[1] and all(t.dtype == torch.float32 for t in trainable_parameters(quantized).values())
 
 
 @every_case

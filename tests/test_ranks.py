@@ -15,7 +15,7 @@ from lit_llama.common.errors import UserError
 from lit_llama.common.files import read_json
 from lit_llama.devices.blocks import shard
 from lit_llama.methods.lora import add_lora
-from lit_llama.trained import load_trained, read_method
+from lit_llama.trained import load_parameters, read_method
 
 pytestmark = pytest.mark.processes
 WORKER = ROOT / "tests" / "ranks_worker.py"
@@ -87,7 +87,7 @@ def test_what_a_sharded_run_writes_is_one_file_like_any_other(places):
     for folder in (one, sharded):  # float64, as it was trained
         model = load_model(places / "base").requires_grad_(False)
         add_lora(model, **read_method(folder)["arguments"])
-        load_trained(model.double(), folder / "trained.safetensors")
+        load_parameters(model.double(), folder / "trained.safetensors")
         logits.append(model(ids))
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
 

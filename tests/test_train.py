@@ -27,7 +27,7 @@ from lit_llama.settings import TrainArgs
 from lit_llama.train.evaluate import validate
 from lit_llama.train.loss import FrozenHeadLoss, head_loss, is_plain, split_by_tokens, split_evenly, target_loss
 from lit_llama.train.run import STATE_FILE, Run, read_metrics
-from lit_llama.trained import trained_tensors
+from lit_llama.trained import trainable_parameters
 
 LOOPS = [path for path in SCRIPTS if path.parent.name == "finetune" and path.stem != "features"]
 
@@ -128,7 +128,7 @@ def test_the_gradient_of_a_step_does_not_depend_on_micro_batch_tokens(fabric, mo
             part = target_loss(model, batch) / n_targets
             part.backward()
             loss = loss + part.detach()
-        found.append([loss.double(), *(tensor.grad.clone() for tensor in trained_tensors(model).values())])
+        found.append([loss.double(), *(tensor.grad.clone() for tensor in trainable_parameters(model).values())])
         model.zero_grad()
         assert (len(micro_batches(samples, limit)) > 1) == (limit < 10_000)
     for other in found[1:]:

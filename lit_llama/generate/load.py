@@ -26,10 +26,10 @@ from lit_llama.trained import (
     check_base,
     check_header,
     check_trained,
-    load_trained,
+    load_parameters,
     read_method,
     tokenizer_dir,
-    trained_tensors,
+    trainable_parameters,
 )
 
 if TYPE_CHECKING:
@@ -124,10 +124,10 @@ def add_trained(model: LLaMA, trained_dir: Path | str, method: dict) -> None:
         return model
 
     with torch.device("meta"):  # no memory for arguments that do not match the tensors
-        check_trained(trained_tensors(add_method(LLaMA(model.config))), tensors_path)
-    for tensor in trained_tensors(add_method(model)).values():
+        check_trained(trainable_parameters(add_method(LLaMA(model.config))), tensors_path)
+    for tensor in trainable_parameters(add_method(model)).values():
         tensor.data = tensor.data.clone()  # it may be shared with a model that stays in use (chat.py)
-    check_header(method, load_trained(model, tensors_path), path)
+    check_header(method, load_parameters(model, tensors_path), path)
     before, now = method["quantize"], quantization(model)
     if now != before:
         why = "has not seen its errors" if before == "none" else "has learned to make up for the other's errors"

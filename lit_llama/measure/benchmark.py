@@ -1,7 +1,7 @@
-"""The measuring of scripts/benchmark.py: the machine's limits, and cases that take turns.
+"""Measurements for scripts/benchmark.py: the machine's limits, and cases that take turns.
 
-Every case (cases.py) lives in a process of its own and waits for its turn, round by round, so that a machine
-whose speed drifts slows all of them, and each has a peak memory of its own.
+Each case (cases.py) has its own process, and so its own peak memory. Cases take turns, round by round: if the machine's
+speed drifts, all of them slow down.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def best_seconds(work, repeats: int = 7) -> float:
 
 
 def limits(precisions: set[str], config: LLaMAConfig, tokens: int = 1024) -> dict[str, float]:
-    """What this machine can do: for each precision floating-point operations a second, in products of the model's own
-    shapes with so many ``tokens``; and as "read" the bytes a second that it reads from memory."""
+    """What this machine can do: for each precision the floating-point operations per second, in products of ``tokens``
+    rows with the model's shapes; and as "read" the bytes per second that it reads from memory."""
     device = default_device()
     large = torch.zeros(2**28, device=device)  # 1 GiB, more than any cache holds
 
@@ -59,7 +59,7 @@ def limits(precisions: set[str], config: LLaMAConfig, tokens: int = 1024) -> dic
 
 
 def limit_of(kind: str, case: BenchmarkCase, limit: dict[str, float], samples: list[TokenizedSample]) -> float:
-    """Tokens a second if nothing but the products, or in decoding nothing but reading the weights, took time."""
+    """Tokens per second if only matrix products took time; in decoding, if only reading the weights did."""
     config = case.config
     if kind == "decode":
         with torch.device("meta"):
@@ -75,7 +75,7 @@ def limit_of(kind: str, case: BenchmarkCase, limit: dict[str, float], samples: l
         METHODS[case.method](model)
         return flops_per_token(model, samples[:16])  # it keeps every score of attention
 
-    few = min(4, config.n_layer)  # a 7B whole in float32 takes 27 GB, and every block beyond the fourth adds the same
+    few = min(4, config.n_layer)  # a whole 7B in float32 takes 27 GB; every further block adds the same
     further = flops(few + 1) - flops(few) if config.n_layer > few else 0.0
     return limit[case.precision] / (flops(few) + (config.n_layer - few) * further)
 
@@ -95,9 +95,9 @@ def flops_per_token(model: LLaMA, samples: list[TokenizedSample]) -> float:
 
 
 def measure(kind: str, cases: list[BenchmarkCase], work: list[list[tuple]], limit: dict[str, float]) -> list[dict]:
-    """All cases in turn, round by round. A row for each.
+    """Measure the cases in turn, round by round. Returns a row for each.
 
-    The first round does not count. Before it, a compiled case does the work of all rounds: every new size may compile.
+    The first round does not count. In it, a compiled case does the work of all rounds: every new size may compile.
     """
     spawn = multiprocessing.get_context("spawn")
     ends, processes = [], []
@@ -105,10 +105,10 @@ def measure(kind: str, cases: list[BenchmarkCase], work: list[list[tuple]], limi
         end, other = spawn.Pipe()
         process = spawn.Process(target=serve, args=(case, kind, other, torch.get_num_threads()), daemon=True)
         process.start()
-        other.close()  # so that the end of the process is heard
+        other.close()  # or recv would wait forever after the process has ended
         ends.append(end)
         processes.append(process)
-        if error := hear(end):  # one after the other: building several at once would need the memory of all
+        if error := receive(end):  # one after the other: building several at once would need more memory
             raise UserError(f"{case.name} cannot be measured: {error}")
     seen: list[list[tuple]] = [[] for _ in cases]
     with Bar(len(work) * len(cases), kind) as bar:
@@ -118,7 +118,7 @@ def measure(kind: str, cases: list[BenchmarkCase], work: list[list[tuple]], limi
                 warms_up = number == 0 and "compile" in case.options
                 for job in chain(*work) if warms_up else jobs:
                     end.send(job)
-                    answers.append(hear(end))
+                    answers.append(receive(end))
                     if isinstance(answers[-1], str):
                         raise UserError(f"{case.name} failed: {answers[-1]}")
                 bar.update()
@@ -132,8 +132,8 @@ def measure(kind: str, cases: list[BenchmarkCase], work: list[list[tuple]], limi
     return [to_row(kind, *pair, work, limit) for pair in zip(cases, seen, strict=True)]
 
 
-def hear(end: Any) -> Any:
-    """What a case says; what to say of one that ended without an error."""
+def receive(end: Any) -> Any:
+    """What a case sends: None when it is built, figures, or an error as text."""
     try:
         return end.recv()
     except EOFError:
@@ -163,13 +163,13 @@ def measure_load(checkpoint_dir: str, precision: str, rounds: int) -> dict:
         started = time.perf_counter()
         model = load_model(checkpoint_dir, PRECISIONS[precision], device)
         for param in model.parameters():
-            param.detach().sum()  # of a mapped file nothing is read before it is used
+            param.detach().sum()  # a mapped file is read only when it is used
         seconds.append(time.perf_counter() - started)
     return {"kind": "load", "name": f"ours {precision}", "seconds": statistics.median(seconds), "rounds": seconds}
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown; ``x`` is the ratio to the first line of its kind."""
+    """A Markdown table. ``x`` is the ratio to the first line of its kind."""
     lines = [
         "| | | tokens/s (least to most) | x | of the limit | padding | peak MiB |",
         "|---|---|---|---|---|---|---|",

@@ -1,7 +1,7 @@
-"""What scripts/benchmark.py measures: this project, LitGPT and PEFT doing the same work, each in a process of its own.
+"""What scripts/benchmark.py measures: this project, LitGPT and PEFT doing the same work, each in its own process.
 
-A case trains on lists of token ids with a method, or decodes one token after the other. Weights are random: speed
-does not depend on them, and every case has the same shapes.
+A case takes training steps on given samples, or decodes token by token. Weights are random, as speed does not depend on
+them. All cases have the same shapes.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from lit_llama.generate.decode import generate
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.train.loss import target_loss
-from lit_llama.trained import trained_tensors
+from lit_llama.trained import trainable_parameters
 
 
 @dataclass
 class BenchmarkCase:
-    """One line of the benchmark: ``project`` is "ours", "litgpt" or "peft"; ``options`` e.g. ("compile", "int8").
+    """One line of the benchmark. ``project`` is "ours", "litgpt" or "peft"; ``options`` may be ("compile", "int8").
 
-    A micro-batch holds ``micro_batch_tokens`` of ours, and ``micro_batch_samples`` padded to the longest of the others.
+    Our micro-batches hold ``micro_batch_tokens``, the others' ``micro_batch_samples`` padded to the longest.
     """
 
     project: str
@@ -60,7 +60,7 @@ class BenchmarkCase:
 
     @contextmanager
     def tensors(self, device: torch.device) -> Iterator[None]:
-        """Make all tensors in the base's precision on the device: a 7B would first take 27 GB of main memory."""
+        """Make all tensors in the base's precision on the device. A 7B in float32 would not fit in many."""
         torch.set_default_dtype(PRECISIONS[self.precision])
         try:
             with device:
@@ -75,7 +75,7 @@ Decode = Callable[[list[int], int], int]
 
 
 def serve(case: BenchmarkCase, kind: str, connection, threads: int) -> None:
-    """Build a case, then measure what comes through ``connection`` until None comes. Runs in its own process."""
+    """Build a case, then do and measure the work that ``connection`` sends, until it sends None."""
     torch.set_num_threads(threads)
     torch.manual_seed(1)
     device = default_device()
@@ -88,7 +88,7 @@ def serve(case: BenchmarkCase, kind: str, connection, threads: int) -> None:
             computed = work(*job)
             synchronize(device)
             connection.send((time.perf_counter() - started, computed, peak_memory(device)))
-    except EOFError:  # the benchmark has ended: nobody listens
+    except EOFError:  # the benchmark has ended
         pass
     except Exception as error:
         connection.send(f"{type(error).__name__}: {error}")
@@ -109,7 +109,7 @@ def build_ours(case: BenchmarkCase, kind: str, device: torch.device) -> Step | D
         prepare_for_inference(model, compile="compile" in options)
         return lambda prompt, n: sum(1 for _ in generate(model, prompt, n, set(), next_logits=NextLogits(model)))
     wrap_blocks(model, compile="compile" in options, checkpointing="checkpointing" in options)
-    optimizer = torch.optim.AdamW(trained_tensors(model).values(), lr=1e-3)
+    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-3)
 
     def step(samples: list[TokenizedSample]) -> int:
         computed, n_targets = 0, sum(sample.n_targets for sample in samples)
@@ -136,7 +136,7 @@ def open_gates(model: torch.nn.Module) -> None:
 def padded_steps(
     case: BenchmarkCase, params: list[Tensor], device: torch.device, loss_of: Callable[[Tensor, Tensor], Tensor]
 ) -> Step:
-    """Micro-batches of samples in the order they come, each a mean over its tokens: as the others train."""
+    """Steps as the other projects take them: samples in order, and each micro-batch's loss the mean of its tokens."""
     size = case.micro_batch_samples
     optimizer = torch.optim.AdamW(params, lr=1e-3)
 

@@ -21,7 +21,7 @@ from lit_llama.data.batches import IGNORE, TokenizedSample, micro_batches, pack
 from lit_llama.devices.blocks import is_sharded
 from lit_llama.model import Linear, LLaMA
 from lit_llama.settings import HEAD_CHUNK
-from lit_llama.trained import trained_tensors
+from lit_llama.trained import trainable_parameters
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -144,7 +144,7 @@ def sum_over_ranks(fabric: Fabric, model: LLaMA, loss: Tensor) -> Tensor:
     if fabric.world_size == 1:
         return loss
     buckets: list[list[Tensor]] = [[]]
-    for p in trained_tensors(model).values():
+    for p in trainable_parameters(model).values():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if buckets[-1] and sum(g.numel() for g in buckets[-1]) + p.numel() > BUCKET_PARAMETERS:
             buckets.append([])
@@ -161,7 +161,7 @@ def sum_over_ranks(fabric: Fabric, model: LLaMA, loss: Tensor) -> Tensor:
 def broadcast_trained(fabric: Fabric, model: LLaMA) -> None:
     """Copy rank 0's trainable parameters to all ranks: their initialization may round differently on other machines."""
     if fabric.world_size > 1:
-        for tensor in trained_tensors(model).values():
+        for tensor in trainable_parameters(model).values():
             torch.distributed.broadcast(tensor.detach(), src=0)
 
 
@@ -173,7 +173,7 @@ def clip_gradient(
     This is where a step waits for the device, once. Raises UserError with the step (counted from 1) and its samples if
     the norm is not finite; the weights are unchanged.
     """
-    params = [p for p in trained_tensors(model).values() if p.grad is not None]
+    params = [p for p in trainable_parameters(model).values() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(params, max_norm or math.inf)
     figures: list[float] = torch.stack((loss.float(), norm.float())).tolist()
     if not math.isfinite(figures[1]):

@@ -59,8 +59,8 @@ from lit_llama.trained import (
     check_initial,
     describe_base,
     kept_tensors,
-    load_trained,
-    trained_tensors,
+    load_parameters,
+    trainable_parameters,
 )
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class Run:
         if self.resume and (taken := read_tensors(self.out_dir / STATE_FILE)[1]["step"]) >= total_steps:
             print_rank0(f"{self.out_dir} has taken all of its {taken} steps; nothing is changed")
             return
-        self.start(sum(tensor.numel() for tensor in trained_tensors(model).values()))
+        self.start(sum(tensor.numel() for tensor in trainable_parameters(model).values()))
         self.step = self.load_state(model, optimizer) if self.resume else 0
         if self.step == 0:  # a run stopped before its first regular save can be resumed
             self.save_state(model, optimizer)
@@ -201,7 +201,7 @@ class Run:
         barrier(self.fabric, "finish the last step")
         if model.reparametrization is not None:
             model.reparametrization.flatten(model)
-        load_trained(model, self.out_dir / self.trained_file)
+        load_parameters(model, self.out_dir / self.trained_file)
 
     # files
 
@@ -262,7 +262,7 @@ class Run:
     def save_state(self, model: LLaMA, optimizer: torch.optim.Optimizer) -> None:
         """Save trained tensors, optimizer, step and best loss in one file, so that they belong to the same step."""
         if self.fabric.is_global_zero:
-            tensors = {f"trained.{name}": tensor for name, tensor in trained_tensors(model).items()}
+            tensors = {f"trained.{name}": tensor for name, tensor in trainable_parameters(model).items()}
             for i, values in optimizer.state_dict()["state"].items():
                 tensors.update({f"optimizer.{i}.{key}": value for key, value in values.items()})
             about = {"step": self.step, "best_loss": self.best_loss, "best_step": self.best_step, "goal": self.goal}
@@ -277,7 +277,7 @@ class Run:
     def load_state(self, model: LLaMA, optimizer: torch.optim.Optimizer) -> int:
         """Load the last saved state, drop later rows of metrics.csv, and return the number of steps taken."""
         path = self.out_dir / STATE_FILE
-        load_trained(model, path, prefix="trained.")
+        load_parameters(model, path, prefix="trained.")
         tensors, about = read_tensors(path)
         state: dict[int, dict] = {}
         for name in tensors:
