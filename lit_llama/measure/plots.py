@@ -111,15 +111,18 @@ def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
             low, high = (100 * end for end in row["right_interval"])
             x, y = row[key] / unit, 100 * row["right"]
             ax.vlines(x, low, high, color=color, alpha=0.5)
+            if f"{key}_interval" in row:
+                ax.hlines(y, *row[f"{key}_interval"], color=color, alpha=0.5)
             ax.plot(x, y, color=color, marker=marker, markersize=8)
             ax.annotate(name, (x, y), xytext=(7, 4), textcoords="offset points", color=color)
         ax.set(xscale=scale, xlabel=label, ylabel="right answers (%), with 95 % intervals")
         ax.margins(0.15)
         bottom, top = ax.get_ylim()
-        for name, level in bases.items():  # one far below the methods would squeeze them: it stands at the edge
-            near = min(max(level, bottom), top)
-            ax.axhline(near, color="black", linewidth=0.8, linestyle="--" if near == level else ":")
-            ax.annotate(f"{name}: {level:.1f} %", (0.01, near), xycoords=("axes fraction", "data"), va="bottom")
+        texts = {name: f"{name}: {level:.1f} %" for name, level in bases.items()}
+        for name in [name for name, level in bases.items() if bottom <= level <= top]:
+            ax.axhline(bases[name], color="black", linewidth=0.8, linestyle="--")
+            ax.annotate(texts.pop(name), (0.01, bases[name]), xycoords=("axes fraction", "data"), va="bottom")
+        ax.annotate("\n".join(texts.values()), (0.01, 0.01), xycoords="axes fraction", va="bottom")  # beyond the axis
         ax.set_ylim(bottom, top)
         ax.grid(alpha=0.3)
         save_figure(figure, folder / f"quality_by_{key}.png")
