@@ -25,9 +25,9 @@ from lit_llama.devices.quantize import quantize_base
 from lit_llama.methods.adapter import add_adapter, start_from_text
 from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
 from lit_llama.train.evaluate import BeforeAfter, validate
-from lit_llama.train.loss import broadcast_trained, clip_gradient, split_by_tokens, sum_over_ranks, target_loss
+from lit_llama.train.loss import broadcast_trained, clip_gradient, split_by_tokens, sum_gradients, target_loss
 from lit_llama.train.run import Run, default_out_dir, describe_run
-from lit_llama.trained import count_trainable, load_initial
+from lit_llama.trained import count_trainable, load_initial, trainable_parameters
 
 
 def main(
@@ -74,8 +74,8 @@ def main(
         gate_lr_scale: Learning rate of the gates, relative to --train.learning_rate.
     """
     check_range("--gate_lr_scale", gate_lr_scale, 0, 100)
-    if prompt_init == "text" and gate_init:
-        raise UserError("prompts start from a text only where gates start at zero: pass --prompt_init normal")
+    if prompt_init == "text" and gate_init and not (init_from or resume):
+        raise UserError("--prompt_init text needs --gate_init 0; pass --prompt_init normal")
     check_together(strategy, compile, quantize)
     out_dir = out_dir or default_out_dir("adapter", data)
     check_data(data)
@@ -91,10 +91,8 @@ def main(
     # Run: the folder that everything is written to
     arguments = dict(prompt_length=prompt_length, start_layer=start_layer, gate=gate, gate_init=gate_init)
     dtype = base_dtype(precision, fabric.device)
-    rates = dict(lr_scale=gate_lr_scale)
-    settings = describe_run(
-        "adapter", add_adapter, arguments, checkpoint_dir, task, train, dtype, quantize, init_from, **rates
-    )
+    settings = describe_run("adapter", add_adapter, arguments, checkpoint_dir, task, train, dtype, quantize, init_from)
+    settings["lr_scale"] = gate_lr_scale
     run = Run(fabric, out_dir, settings, resume, overwrite, allow_changes)
 
     # Model: freeze the base, then add the method; what requires a gradient afterwards is trained
@@ -116,11 +114,13 @@ def main(
     wrap_blocks(model, compile, checkpointing)
 
     # Optimizer: no weight decay on the gates, and a lower learning rate
-    adapted = [block.attn for block in model.transformer.h[start_layer:]]
+    trainable = trainable_parameters(model)
+    gates = [param for name, param in trainable.items() if name.endswith("gating_factor")]
+    prompts = [param for name, param in trainable.items() if not name.endswith("gating_factor")]
     optimizer = torch.optim.AdamW(
         [
-            {"params": [attn.adapter_wte.weight for attn in adapted], "weight_decay": train.weight_decay},
-            {"params": [attn.gating_factor for attn in adapted], "weight_decay": 0.0, "lr_scale": gate_lr_scale},
+            {"params": prompts, "weight_decay": train.weight_decay},
+            {"params": gates, "weight_decay": 0.0, "lr_scale": gate_lr_scale},
         ],
         lr=train.learning_rate,
         betas=(0.9, 0.95),
@@ -137,7 +137,8 @@ def main(
             micro_loss = target_loss(model, micro_batch) / n_targets
             fabric.backward(micro_loss)
             loss += micro_loss.detach()
-        loss = sum_over_ranks(fabric, model, loss)  # and the gradients
+        sum_gradients(fabric, model)
+        loss = fabric.all_reduce(loss, reduce_op="sum")
 
         lr = train.learning_rate_at(step, total_steps)
         for group in optimizer.param_groups:

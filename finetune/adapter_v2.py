@@ -25,7 +25,7 @@ from lit_llama.methods.adapter import start_from_text
 from lit_llama.methods.adapter_v2 import add_adapter_v2
 from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
 from lit_llama.train.evaluate import BeforeAfter, validate
-from lit_llama.train.loss import broadcast_trained, clip_gradient, split_by_tokens, sum_over_ranks, target_loss
+from lit_llama.train.loss import broadcast_trained, clip_gradient, split_by_tokens, sum_gradients, target_loss
 from lit_llama.train.run import Run, default_out_dir, describe_run
 from lit_llama.trained import count_trainable, load_initial, trainable_parameters
 
@@ -86,10 +86,10 @@ def main(
     # Run: the folder that everything is written to
     arguments = dict(prompt_length=prompt_length, start_layer=start_layer, scale_head=scale_head)
     dtype = base_dtype(precision, fabric.device)
-    rates = dict(lr_scale=other_lr_scale)
     settings = describe_run(
-        "adapter_v2", add_adapter_v2, arguments, checkpoint_dir, task, train, dtype, quantize, init_from, **rates
+        "adapter_v2", add_adapter_v2, arguments, checkpoint_dir, task, train, dtype, quantize, init_from
     )
+    settings["lr_scale"] = other_lr_scale
     run = Run(fabric, out_dir, settings, resume, overwrite, allow_changes)
 
     # Model: freeze the base, then add the method; what requires a gradient afterwards is trained
@@ -111,8 +111,9 @@ def main(
     wrap_blocks(model, compile, checkpointing)
 
     # Optimizer: weight decay on the prompts alone; all else learns more slowly
-    prompts = [block.attn.adapter_wte.weight for block in model.transformer.h[start_layer:]]
-    others = [tensor for tensor in trainable_parameters(model).values() if not any(tensor is p for p in prompts)]
+    trainable = trainable_parameters(model)
+    prompts = [param for name, param in trainable.items() if name.endswith("adapter_wte.weight")]
+    others = [param for name, param in trainable.items() if not name.endswith("adapter_wte.weight")]
     optimizer = torch.optim.AdamW(
         [
             {"params": prompts, "weight_decay": train.weight_decay},
@@ -133,7 +134,8 @@ def main(
             micro_loss = target_loss(model, micro_batch) / n_targets
             fabric.backward(micro_loss)
             loss += micro_loss.detach()
-        loss = sum_over_ranks(fabric, model, loss)  # and the gradients
+        sum_gradients(fabric, model)
+        loss = fabric.all_reduce(loss, reduce_op="sum")
 
         lr = train.learning_rate_at(step, total_steps)
         for group in optimizer.param_groups:

@@ -21,7 +21,7 @@ from lit_llama.devices.quantize import quantize_base
 from lit_llama.methods.lora import add_lora
 from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
 from lit_llama.train.evaluate import BeforeAfter, validate
-from lit_llama.train.loss import broadcast_trained, clip_gradient, split_by_tokens, sum_over_ranks, target_loss
+from lit_llama.train.loss import broadcast_trained, clip_gradient, split_by_tokens, sum_gradients, target_loss
 from lit_llama.train.run import Run, default_out_dir, describe_run
 from lit_llama.trained import count_trainable, load_initial, trainable_parameters
 
@@ -120,7 +120,8 @@ def main(
             micro_loss = target_loss(model, micro_batch) / n_targets
             fabric.backward(micro_loss)
             loss += micro_loss.detach()
-        loss = sum_over_ranks(fabric, model, loss)  # and the gradients
+        sum_gradients(fabric, model)
+        loss = fabric.all_reduce(loss, reduce_op="sum")
 
         lr = train.learning_rate_at(step, total_steps)
         for group in optimizer.param_groups:

@@ -24,7 +24,7 @@ from lit_llama.devices.quantize import quantize_base
 from lit_llama.methods.prefix import add_prefix, start_from_text
 from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
 from lit_llama.train.evaluate import BeforeAfter, validate
-from lit_llama.train.loss import broadcast_trained, clip_gradient, split_by_tokens, sum_over_ranks, target_loss
+from lit_llama.train.loss import broadcast_trained, clip_gradient, split_by_tokens, sum_gradients, target_loss
 from lit_llama.train.run import Run, default_out_dir, describe_run
 from lit_llama.trained import count_trainable, load_initial, trainable_parameters
 
@@ -65,7 +65,7 @@ def main(
         prompt_init: Start from N(0, 0.02^2) with "normal", or as the first tokens of a training "text".
     """
     if prompt_init == "text" and mlp_size:
-        raise UserError("--prompt_init text starts prefixes that no MLP computes: pass --mlp_size 0")
+        raise UserError("--prompt_init text does not work with an MLP: pass --mlp_size 0")
     check_together(strategy, compile, quantize)
     out_dir = out_dir or default_out_dir("prefix", data)
     check_data(data)
@@ -118,7 +118,8 @@ def main(
             micro_loss = target_loss(model, micro_batch) / n_targets
             fabric.backward(micro_loss)
             loss += micro_loss.detach()
-        loss = sum_over_ranks(fabric, model, loss)  # and the gradients
+        sum_gradients(fabric, model)
+        loss = fabric.all_reduce(loss, reduce_op="sum")
 
         lr = train.learning_rate_at(step, total_steps)
         for group in optimizer.param_groups:

@@ -24,7 +24,7 @@ from lit_llama.devices.quantize import quantize_base
 from lit_llama.methods.soft_prompt import add_soft_prompt, start_from_text, start_normal
 from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
 from lit_llama.train.evaluate import BeforeAfter, validate
-from lit_llama.train.loss import broadcast_trained, clip_gradient, split_by_tokens, sum_over_ranks, target_loss
+from lit_llama.train.loss import broadcast_trained, clip_gradient, split_by_tokens, sum_gradients, target_loss
 from lit_llama.train.run import Run, default_out_dir, describe_run
 from lit_llama.trained import count_trainable, load_initial, trainable_parameters
 
@@ -64,8 +64,8 @@ def main(
         prompt_init: Start from a "text", from random common tokens of the "vocabulary" (the paper), or "normal".
         init_text: The text of --prompt_init text. Default: the first training sample.
     """
-    if init_text and prompt_init != "text":
-        raise UserError("--init_text is for --prompt_init text: give both or neither")
+    if init_text and prompt_init != "text" and not (init_from or resume):
+        raise UserError("--init_text needs --prompt_init text")
     check_together(strategy, compile, quantize)
     out_dir = out_dir or default_out_dir("soft_prompt", data)
     check_data(data)
@@ -122,7 +122,8 @@ def main(
             micro_loss = target_loss(model, micro_batch) / n_targets
             fabric.backward(micro_loss)
             loss += micro_loss.detach()
-        loss = sum_over_ranks(fabric, model, loss)  # and the gradients
+        sum_gradients(fabric, model)
+        loss = fabric.all_reduce(loss, reduce_op="sum")
 
         lr = train.learning_rate_at(step, total_steps)
         for group in optimizer.param_groups:

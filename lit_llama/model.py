@@ -41,7 +41,8 @@ class LLaMAConfig:
 
     def __post_init__(self):
         sizes = "block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_size", "intermediate_size"
-        for field, value in ((field, getattr(self, field)) for field in sizes):
+        for field in sizes:
+            value = getattr(self, field)
             if type(value) is not int or not 1 <= value <= (4096 if field == "n_layer" else 2**24):
                 raise ValueError(f"{field} must be a positive integer of a plausible size, got {value!r}")
         if self.head_size % 2:
@@ -57,13 +58,6 @@ class LLaMAConfig:
         if name not in CONFIGS:
             raise ValueError(f"unknown model {name!r}; known: {', '.join(CONFIGS)}")
         return cls(**{"name": name, **CONFIGS[name], **changes})
-
-
-def unfreeze(module: nn.Module) -> None:
-    """Make a module trainable, in float32: in bfloat16, 0.5 + 1e-3 rounds back to 0.5."""
-    for layer in [layer for layer in module.modules() if hasattr(layer, "dequantize")]:  # devices/quantize.py
-        layer.dequantize()
-    module.float().requires_grad_(True)
 
 
 class RMSNorm(nn.Module):
@@ -154,7 +148,10 @@ class CausalSelfAttention(nn.Module):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor | None = None, mask: Tensor | Texts | None = None
     ) -> Tensor:
-        """-> (B, nh, T, hs). Causal over k and v, or over the cache where ``mask`` (B or 1, 1, T, S) is True."""
+        """-> (B, nh, T, hs). Causal over k and v, or over the cache where ``mask`` (B or 1, 1, T, S) is True.
+
+        ``Texts`` make it causal within each text.
+        """
         if input_pos is not None:
             k, v = self.kv_cache.update(k, v, input_pos, end=mask.size(-1))
         return attention(q, k, v, mask, is_causal=mask is None)
@@ -192,7 +189,10 @@ class Block(nn.Module):
 
 
 class LLaMA(nn.Module):
-    """Token ids in, logits out. Training passes ``idx`` alone. Decoding passes ``input_pos`` and uses the KV cache."""
+    """Token ids in, logits out.
+
+    Training calls ``hidden_states`` with a packed row (train/loss.py). Decoding passes ``input_pos``, for the KV cache.
+    """
 
     def __init__(self, config: LLaMAConfig) -> None:
         super().__init__()
@@ -214,11 +214,6 @@ class LLaMA(nn.Module):
         """Let the head use the embedding's weight if the config says so. Loading weights needs it again."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
-
-    def replace_head(self, n_labels: int) -> None:
-        """Replace the language head by a new one, C -> labels. At first all labels are equally likely."""
-        self.lm_head = Linear(self.config.n_embd, n_labels, bias=False).to(self.transformer.wte.weight.device)
-        nn.init.zeros_(self.lm_head.weight)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -256,13 +251,15 @@ class LLaMA(nn.Module):
         ``pad`` (B,) is the number of padding slots at the left of each row, which no token sees.
         """
         self.check_length(idx.size(1) if texts is None else max(texts.lengths), input_pos)
-        positions, mask = torch.arange(idx.size(1), device=idx.device), None
-        if texts is not None:
+        mask: Any = None
+        if texts is not None:  # training
             positions, mask = texts.positions, texts
-        elif input_pos is not None:
+        elif input_pos is None:
+            positions = torch.arange(idx.size(1), device=idx.device)
+        else:  # decoding
             positions, mask = input_pos, self.decode_mask(input_pos, pad)
-        if pad is not None:  # (B, 1, T): positions count from the row's first real token
-            positions = (input_pos - pad[:, None, None]).clamp(min=0)
+            if pad is not None:  # (B, 1, T): positions count from the row's first real token
+                positions = (input_pos - pad[:, None, None]).clamp(min=0)
         cos, sin = self.rope(positions)
         x = self.transformer.wte(idx).to(self.dtype)  # (B, T, C)
         for block in self.transformer.h:

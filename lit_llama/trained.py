@@ -79,7 +79,7 @@ def check_initial(trained_dir: Path | str, settings: dict, reparametrized: bool)
     """
     path, method = Path(trained_dir) / METHOD_FILE, read_method(trained_dir)
     ours = {"method": settings["method"], **settings["arguments"]}
-    theirs = {"method": method["method"], "rslora": False, **method["arguments"]}  # older folders lack rslora
+    theirs = {"method": method["method"], **method["arguments"]}
     for key in ours:
         if key in theirs and key != "dropout" and ours[key] != theirs[key]:
             raise UserError(f"--init_from {trained_dir}: its {key} is {theirs[key]}, here {ours[key]}; pass the same")
@@ -96,8 +96,15 @@ def check_trained(tensors: dict[str, Tensor], path: Path, prefix: str = "") -> N
     check_dtypes(headers, tuple({DTYPES[tensor.dtype] for tensor in tensors.values()}), path)
 
 
+def with_defaults(method: dict) -> dict:
+    """A method.json or a header, with the arguments that older versions did not write."""
+    defaults = {"rslora": False} if method.get("method") == "lora" else {}
+    return {**method, "arguments": {**defaults, **method["arguments"]}} if "arguments" in method else method
+
+
 def check_header(method: dict, about: dict, path: Path) -> None:
     """Raises UserError unless method.json (``path``) agrees with the tensors' header (``about``)."""
+    about = with_defaults(about)
     for key in HEADER_KEYS:
         if about.get(key, method[key]) != method[key]:
             raise UserError(f"{path}: {key} is {method[key]}, but {TRAINED_FILE} was trained with {about[key]}")
@@ -116,6 +123,7 @@ def read_method(trained_dir: Path | str) -> dict:
         raise UserError(f"{path} is missing, so no finetune script wrote {trained_dir}; run one, or pass its --out_dir")
     method = read_json(path)
     check_fields(method, {"method": str, "arguments": dict, "base": dict, "prompt_style": str}, path)
+    method = with_defaults(method)
     check_fields(method["base"], {"checkpoint_dir": str, "name": str, "fingerprint": str}, path)
     if not Path(method["base"]["checkpoint_dir"]).exists():  # a relative path may be one from the clone
         method["base"]["checkpoint_dir"] = str(ROOT / method["base"]["checkpoint_dir"])

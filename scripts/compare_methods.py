@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
@@ -27,6 +27,7 @@ from lit_llama.cli import save_settings
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import atomic_write, check_writable, read_json, write_json
 from lit_llama.common.progress import Bar
+from lit_llama.data.samples import read_samples
 from lit_llama.data.task import load_splits, load_task, split_file
 from lit_llama.devices.blocks import check_sharding
 from lit_llama.devices.launch import STRATEGIES, check_launcher
@@ -34,7 +35,6 @@ from lit_llama.generate.load import load_trained_folder
 from lit_llama.measure.benchmark import flops_per_token
 from lit_llama.measure.compare import (
     NAMES,
-    OTHER_FILE,
     ScriptRun,
     ablation_jobs,
     forgetting,
@@ -48,8 +48,9 @@ from lit_llama.measure.compare import (
 )
 from lit_llama.measure.plots import plot_ablations, plot_comparison
 from lit_llama.settings import DEFAULT_BASE, MOST, MOST_SAMPLES, MOST_SEED, ROOT
+from lit_llama.tokenizer import Tokenizer
 from lit_llama.train.run import COSTS_FILE, STATE_FILE, differences, read_metrics
-from lit_llama.trained import read_method
+from lit_llama.trained import METHOD_FILE, read_method
 
 OTHER_SAMPLES = 500
 
@@ -86,11 +87,11 @@ def main(
         out_dir: Folder for the results. Default: out/compare/ and the name of the data.
         variants: More runs by name, each a method and its script's flags: '{"lora r=4": "lora --r 4"}'.
         shots: Also measure the base, with so many examples in its prompt.
-        seeds: Runs of each method, with seeds from --seed on. Intervals then cover seeds and test samples.
+        seeds: Runs per method, with seeds --seed, --seed + 1 and so on. Intervals then cover seeds and samples.
         other_data: A file of other data, to measure by how much the loss on its first 500 samples rises.
         pilot: First try three learning rates for each method, and keep the one with the lowest validation loss.
         pilot_samples: Training samples of such a trial.
-        ablations: Vary LLaMA-Adapter instead: its gates' initial value, its number of layers, its prompt's length.
+        ablations: Vary LLaMA-Adapter instead, with one seed: its gates' initial value, number of layers, prompt length.
         ablation_steps: Steps of the comparison of gates.
         max_test_samples: Measure quality on only the first samples.
         devices: Processes of each run, one per device. Memory is that of the first. Features uses one device.
@@ -104,11 +105,13 @@ def main(
     check_range("--batch_size", batch_size, 1, MOST_SAMPLES)
     check_range("--max_test_samples", max_test_samples, 1, MOST)
     check_range("--seeds", seeds, 1, 100)
-    check_range("--seed", seed, 0, MOST_SEED - seeds)
+    check_range("--seed", seed, 0, MOST_SEED - seeds + 1)
     for count in shots:
         check_range("--shots", count, 0, MOST)
-    if other_data is not None and not Path(other_data).is_file():
-        raise UserError(f"--other_data {other_data} must be a file")
+    if ablations and (seeds > 1 or other_data or pilot or variants):
+        raise UserError("--ablations takes none of --seeds, --other_data, --pilot and --variants")
+    if other_data is not None:
+        read_samples(other_data)
 
     check_launcher(devices, num_nodes=1)
     if strategy not in STRATEGIES:
@@ -122,11 +125,10 @@ def main(
     split = "test" if split_file(Path(data), "test") else "validation"
     settings = dict(data=data, split=split, n_samples=n_samples, batch_size=batch_size, seed=seed, pilot=pilot)
     settings |= dict(checkpoint_dir=checkpoint_dir, max_test_samples=max_test_samples, pilot_samples=pilot_samples)
-    settings |= dict(devices=devices, strategy=strategy, other_data=other_data)
+    settings |= dict(devices=devices, strategy=strategy)
     steps, trials, bases = max(1, n_samples // batch_size), [], {}
     if ablations:
-        jobs = ablation_jobs(folder, load_config(checkpoint_dir).n_layer, steps, ablation_steps)
-        jobs = with_seeds(jobs, [seed])
+        jobs = with_seeds(ablation_jobs(folder, load_config(checkpoint_dir).n_layer, steps, ablation_steps), [seed])
     else:
         jobs = [ScriptRun(name, name, folder / name, 0 if name == "features" else steps) for name in methods]
         jobs += variant_jobs(folder, variants or {}, steps)
@@ -137,10 +139,9 @@ def main(
     keep_settings(folder / "settings.json", settings)
     save_settings(folder)
 
-    comparison = Comparison(folder, settings, failed={})
+    comparison = Comparison(folder, settings, other_data)
     with Bar(sum(job.steps for job in trials + jobs), "steps") as bar:
-        for name, count in bases.items():
-            comparison.evaluate_base(name, count, bar)
+        comparison.evaluate_base(bases, bar)
         comparison.run(trials, jobs, bar)
     results = comparison.figures(jobs) | comparison.base_figures(bases)
     comparison.write("ablations" if ablations else "results", results)
@@ -149,9 +150,9 @@ def main(
         plot_ablations(folder, {job.name: losses_of(job) for job in gates})
     else:
         plot_comparison(folder, results)
-    if failed := comparison.failed:
-        lines = "; ".join(f"{name}: {why}" for name, why in failed.items())
-        raise UserError(f"{len(failed)} of the runs failed; the same command tries them again: {lines}")
+    if comparison.failed:
+        lines = "; ".join(f"{name}: {why}" for name, why in comparison.failed.items())
+        raise UserError(f"{len(comparison.failed)} runs failed; the same command tries them again: {lines}")
 
 
 def possible_runs(
@@ -187,44 +188,80 @@ def keep_settings(path: Path, settings: dict) -> None:
 
 @dataclass
 class Comparison:
-    """Runs what has not run yet, and reads the figures. ``failed`` maps names to the last line of their output."""
+    """Runs what has not run yet, and reads the figures. ``failed`` holds the last line that a failed run printed."""
 
     folder: Path
     settings: dict
-    failed: dict[str, str]
+    other_data: str | None
+    failed: dict[str, str] = field(default_factory=dict)
 
     def run(self, trials: list[ScriptRun], jobs: list[ScriptRun], bar: Bar) -> None:
         """Train the trials, then each job at the learning rate of its method's best trial, and evaluate it."""
-        settings = self.settings
-        shared = ["--data", settings["data"], "--checkpoint_dir", settings["checkpoint_dir"]]
-        common = [*shared, "--eval_samples", "0", "--train.batch_size", str(settings["batch_size"])]
         unfit: dict[str, str] = {}  # trials that failed, perhaps because the rate is too high
         for job in trials:
-            flags = [*common, "--train.seed", str(job.seed), *self.devices(job.method)]
-            train(job, [*flags, *job.flags], unfit, bar)
+            train(job, self.flags_of(job), unfit, bar)
         for job in jobs:
-            if tried := [trial for trial in trials if trial.method == job.method and trial.name not in unfit]:
-                best = min(tried, key=lambda trial: lowest_loss(trial.out_dir))
-                job.flags = ["--train.learning_rate", str(learning_rate(best.out_dir)), *job.flags]
-            flags = [*common, "--train.seed", str(job.seed), *self.devices(job.method)]
-            if job.method == "features":
-                flags = [*shared, "--seed", str(job.seed), "--max_samples", str(settings["n_samples"])]
-            if train(job, [*flags, *job.flags], self.failed, bar) and job.evaluated:
-                bar.set_description(f"{job.name}: answers")
-                flags = ["--trained_dir", str(job.out_dir), *self.devices(job.method)]
-                self.evaluate(job.name, job.out_dir / f"{settings['split']}.json", flags)
-                if settings["other_data"] and job.method != "features":
-                    self.evaluate(job.name, job.out_dir / OTHER_FILE, flags, other=True)
+            flags = self.flags_of(job)
+            if tried := [trial for trial in trials if trial.method == job.method and trial.label not in unfit]:
+                best = min(tried, key=lambda trial: lowest_loss(trial.out_dir)).out_dir
+                begun = job.out_dir if (job.out_dir / METHOD_FILE).exists() else best  # it goes on at its own rate
+                flags = ["--train.learning_rate", str(learning_rate(begun)), *flags]
+            if train(job, flags, self.failed, bar) and job.evaluated:
+                bar.set_description(f"{job.label}: answers")
+                trained = ["--trained_dir", str(job.out_dir), *self.devices(job.method)]
+                self.evaluate(job.label, self.test_file(job.out_dir), [*trained, *self.test_flags])
+                if self.other_data and job.method != "features":
+                    self.evaluate(
+                        f"{job.label}, other data", self.other_file(job.out_dir), [*trained, *self.other_flags]
+                    )
 
-    def evaluate_base(self, name: str, shots: int, bar: Bar) -> None:
-        bar.set_description(name)
-        flags = ["--checkpoint_dir", self.settings["checkpoint_dir"], *self.devices()]
-        self.evaluate(name, self.base_file(shots), [*flags, "--shots", str(shots)])
-        if self.settings["other_data"]:
-            self.evaluate(name, self.folder / f"base-{OTHER_FILE}", flags, other=True)
+    def evaluate_base(self, bases: dict[str, int], bar: Bar) -> None:
+        """Evaluate the base with each number of examples in its prompt, and on the other data."""
+        bar.set_description("base")
+        base = ["--checkpoint_dir", self.settings["checkpoint_dir"], *self.devices()]
+        for name, shots in bases.items():
+            self.evaluate(name, self.base_file(shots), [*base, "--shots", str(shots), *self.test_flags])
+        if self.other_data:
+            self.evaluate("base, other data", self.other_file(self.folder), [*base, *self.other_flags])
+
+    def evaluate(self, name: str, file: Path, flags: list[str]) -> None:
+        """Run scripts/evaluate.py, unless ``file`` has its results."""
+        command = [sys.executable, str(ROOT / "scripts/evaluate.py"), *flags, "--results", str(file)]
+        if not file.exists() and (error := run_process(command, file.with_suffix(".log"))) is not None:
+            self.failed[name] = error
+
+    # files and flags
+
+    def test_file(self, out_dir: Path) -> Path:
+        return out_dir / f"{self.settings['split']}.json"
 
     def base_file(self, shots: int) -> Path:
         return self.folder / f"base-{shots}-{self.settings['split']}.json"
+
+    def other_file(self, out_dir: Path) -> Path:
+        return out_dir / f"other-{Path(self.other_data or '').stem}.json"
+
+    @property
+    def test_flags(self) -> list[str]:
+        flags = ["--data", self.settings["data"], "--split", self.settings["split"]]
+        limit = self.settings["max_test_samples"]
+        return flags if limit is None else [*flags, "--max_samples", str(limit)]
+
+    @property
+    def other_flags(self) -> list[str]:
+        """The same tokens for all: in the base's prompt style, cut at the same length."""
+        style = "template" if Tokenizer(self.settings["checkpoint_dir"]).chat_template else "alpaca"
+        flags = ["--data", str(self.other_data), "--max_samples", str(OTHER_SAMPLES), "--only_loss"]
+        return [*flags, "--prompt_style", style, "--max_seq_length", "512"]
+
+    def flags_of(self, job: ScriptRun) -> list[str]:
+        """The flags of a job's finetune script."""
+        flags = ["--data", self.settings["data"], "--checkpoint_dir", self.settings["checkpoint_dir"]]
+        if job.method == "features":
+            return [*flags, "--seed", str(job.seed), "--max_samples", str(self.settings["n_samples"]), *job.flags]
+        flags += ["--eval_samples", "0", "--train.batch_size", str(self.settings["batch_size"])]
+        flags += ["--train.max_steps", str(job.steps), "--train.eval_every", str(-(-job.steps // job.validations))]
+        return [*flags, "--train.seed", str(job.seed), *self.devices(job.method), *job.flags]
 
     def devices(self, method: str = "") -> list[str]:
         """Features runs on one device; full is never sharded and takes no --strategy."""
@@ -233,38 +270,22 @@ class Comparison:
         devices = ["--devices", str(self.settings["devices"])]
         return devices if method == "full" else [*devices, "--strategy", self.settings["strategy"]]
 
-    def evaluate(self, name: str, file: Path, flags: list[str], other: bool = False) -> None:
-        """Run scripts/evaluate.py, unless ``file`` has its results."""
-        if file.exists():
-            return
-        command = [sys.executable, str(ROOT / "scripts/evaluate.py"), *flags, "--results", str(file)]
-        limit = OTHER_SAMPLES if other else self.settings["max_test_samples"]
-        if other:
-            command += ["--data", self.settings["other_data"], "--only_loss"]
-        else:
-            command += ["--data", self.settings["data"], "--split", self.settings["split"]]
-        if limit is not None:
-            command += ["--max_samples", str(limit)]
-        if (error := run_process(command, file.with_suffix(".log"))) is not None:
-            self.failed[name] = error
+    # results
 
     def figures(self, jobs: list[ScriptRun]) -> dict[str, dict]:
-        """The figures of the runs that did not fail, by name, over all seeds."""
-        settings = self.settings
-        sample = load_task(settings["data"], settings["checkpoint_dir"], None, 512).train[: settings["batch_size"]]
-        by_name: dict[str, list[ScriptRun]] = {}
-        for job in jobs:
-            if job.name not in self.failed:
-                by_name.setdefault(job.name, []).append(job)
-        results = {}
-        for name, runs in by_name.items():
-            results[name] = costs(runs, sample)
+        """The figures by name, over the seeds whose run did not fail."""
+        sample = load_task(self.settings["data"], self.settings["checkpoint_dir"], None, 512).train
+        results: dict[str, dict] = {}
+        for name in dict.fromkeys(job.name for job in jobs):
+            runs = [job for job in jobs if job.name == name and job.label not in self.failed]
+            if not runs:
+                continue
+            results[name] = costs(runs, sample[: self.settings["batch_size"]])
             if runs[0].evaluated:
-                results[name] |= quality([run.out_dir / f"{settings['split']}.json" for run in runs])
-            other = [run.out_dir / OTHER_FILE for run in runs]
-            base = self.folder / f"base-{OTHER_FILE}"
-            if base.exists() and all(file.exists() for file in other):
-                results[name] |= forgetting(other, base)
+                results[name] |= quality([self.test_file(run.out_dir) for run in runs])
+            after = [self.other_file(run.out_dir) for run in runs]
+            if all(file.exists() for file in [*after, self.other_file(self.folder)]):
+                results[name] |= forgetting(after, self.other_file(self.folder))
         return results
 
     def base_figures(self, bases: dict[str, int]) -> dict[str, dict]:
@@ -275,7 +296,7 @@ class Comparison:
         content = {"settings": self.settings, "results": results, "failed": self.failed}
         write_json(self.folder / f"{name}.json", content)
         text = markdown(results)
-        if rates := [f"{name} {row['learning_rate']:g}" for name, row in results.items() if "learning_rate" in row]:
+        if rates := [f"{run} {row['learning_rate']:g}" for run, row in results.items() if "learning_rate" in row]:
             text += f"\nLearning rates: {', '.join(rates)}.\n"
         with atomic_write(self.folder / f"{name}.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -283,17 +304,13 @@ class Comparison:
 
 
 def train(job: ScriptRun, flags: list[str], failed: dict[str, str], bar: Bar) -> bool:
-    """Run a finetune script unless it has run; the bar follows its metrics.csv. Whether there is a trained folder."""
-    bar.set_description(job.name)
+    """Run a finetune script unless it has run; the bar follows its metrics.csv. Returns whether it succeeded."""
+    bar.set_description(job.label)
     before = bar.n
     if not job.trained:
-        command = [sys.executable, str(ROOT / "finetune" / f"{job.method}.py"), *flags]
-        command += ["--out_dir", str(job.out_dir), "--yes"]
-        if job.method != "features":
-            eval_every = -(-job.steps // job.validations)
-            command += ["--train.max_steps", str(job.steps), "--train.eval_every", str(eval_every)]
         resumable = (job.out_dir / STATE_FILE).exists()
-        command += ["--resume"] if resumable else ["--overwrite"]
+        command = [sys.executable, str(ROOT / "finetune" / f"{job.method}.py"), *flags, "--out_dir", str(job.out_dir)]
+        command += ["--yes", "--resume" if resumable else "--overwrite"]
 
         def follow() -> None:
             bar.update(before + len(read_metrics(job.out_dir)) - bar.n)
@@ -302,10 +319,10 @@ def train(job: ScriptRun, flags: list[str], failed: dict[str, str], bar: Bar) ->
         if error is None:
             shutil.rmtree((job.out_dir / STATE_FILE).parent, ignore_errors=True)  # for full, three times the model
         else:
-            failed[job.name] = error
-        bar.write(f"{job.name}, seed {job.seed}: {'trained' if error is None else error}", file=sys.stderr)
+            failed[job.label] = error
+        bar.write(f"{job.label}: {'trained' if error is None else error}", file=sys.stderr)
     bar.update(before + job.steps - bar.n)
-    return job.name not in failed
+    return job.label not in failed
 
 
 def run_process(command: list[str], log_file: Path, tick: Callable[[], object] = lambda: None) -> str | None:
@@ -326,7 +343,7 @@ def run_process(command: list[str], log_file: Path, tick: Callable[[], object] =
 
 
 def costs(runs: list[ScriptRun], sample: list) -> dict:
-    """What a method trains and costs, averaged over its runs; of the memory, the most."""
+    """Size and costs of a method: means over its runs, and the highest peak memory."""
     first = runs[0].out_dir
     method = read_method(first)
     if method["method"] == "full":
@@ -338,6 +355,7 @@ def costs(runs: list[ScriptRun], sample: list) -> dict:
     spent = [read_json(run.out_dir / COSTS_FILE) for run in runs]
     peaks = [one["peak_memory"] for one in spent]
     figures = {
+        "method": method["method"],
         "trained_parameters": method["trained_parameters"],
         "trained_share": method["trained_parameters"] / sum(tensor.numel() for tensor in model.parameters()),
         "gflop_per_token": flops_per_token(model, sample) / 1e9,

@@ -17,7 +17,7 @@ from lit_llama.devices.launch import PRECISIONS, launch
 from lit_llama.methods.table import METHODS
 from lit_llama.settings import TrainArgs
 from lit_llama.train.evaluate import BeforeAfter
-from lit_llama.train.loss import split_by_tokens, sum_over_ranks, target_loss
+from lit_llama.train.loss import split_by_tokens, sum_gradients, target_loss
 from lit_llama.trained import trainable_parameters
 
 ARGUMENTS = {"adapter": dict(prompt_length=4, start_layer=1), "lora": dict(r=3, dropout=0.0), "full": {}}
@@ -53,7 +53,8 @@ def save_gradients(fabric, base: str, data: str, folder: Path, strategy: str, me
             part = target_loss(model, batch) / n_targets
             fabric.backward(part)
             loss += part.detach()
-        loss = sum_over_ranks(fabric, model, loss)
+        sum_gradients(fabric, model)
+        loss = fabric.all_reduce(loss, reduce_op="sum")
         found = {name: tensor.grad for name, tensor in trainable_parameters(model).items()}
         save_tensors(folder / f"{name}-{precision}-{fabric.global_rank}.safetensors", {"loss": loss, **found})
         model.zero_grad()

@@ -1,6 +1,7 @@
 """scripts/compare_methods.py on a tiny base: what it measures, what it leaves alone, what it says of a failure."""
 
 import json
+import math
 import subprocess
 from statistics import NormalDist
 
@@ -27,7 +28,7 @@ def test_a_failed_method_is_reported_and_the_others_go_on(folder, tmp_path):
     result = run(COMPARE, *flags)
     assert result.returncode == 2 and "start_layer 2 must lie within 0 and 1" in result.stderr.splitlines()[-1]
     content = json.loads((tmp_path / "out/results.json").read_text())
-    assert list(content["results"]) == ["lora"] and "start_layer" in content["failed"]["adapter"]
+    assert list(content["results"]) == ["lora"] and "start_layer" in content["failed"]["adapter, seed 1337"]
 
 
 class Here:
@@ -74,8 +75,8 @@ def test_every_figure_is_there(compared):
         assert row["seconds"] > 0 and row["peak_memory"] > 50e6 and row["gflop_per_token"] > 0
         weights = "model.safetensors" if name == "full" else "trained.safetensors"
         place = "variants/lora---r-2" if name == "lora r=2" else name
-        assert row["kept_bytes"] == (out / place / "seed-1337" / weights).stat().st_size
-        curves = [metrics(out / place / f"seed-{seed}") for seed in (1337, 1338)] if name != "features" else []
+        assert row["kept_bytes"] == (out / place / weights).stat().st_size
+        curves = [metrics(out / place / again) for again in (".", "seed-1338")] if name != "features" else []
         assert not curves or curves[0] != curves[1]
     assert results["lora"]["trained_parameters"] < results["full"]["trained_parameters"]
     assert results["full"]["trained_share"] == 1
@@ -110,7 +111,7 @@ def test_a_pilot_keeps_the_rate_of_the_lowest_loss(folder, here, tmp_path):
     losses = {}
     for trial in (tmp_path / "pilot").iterdir():
         rate = float(trial.name.split("-", 1)[1])
-        losses[rate] = min(float(row["val_loss"]) for row in metrics(trial / "seed-1337") if row["val_loss"])
+        losses[rate] = min(float(row["val_loss"]) for row in metrics(trial) if row["val_loss"])
     assert len(losses) == 3 and row["learning_rate"] == min(losses, key=losses.get)
 
 
@@ -122,9 +123,9 @@ def test_ablations_vary_one_thing(folder, here, tmp_path):
     sizes = {name: row["trained_parameters"] for name, row in results.items()}
     assert sizes["gate 0"] == sizes["gate 1"] == sizes["L 1 K 10"] == 324
     assert sizes["L 2 K 10"] == 648 and sizes["L 1 K 50"] == 50 * 32 + 4
-    for config in (tmp_path / "ablations").glob("*/seed-1337/config.yaml"):
+    for config in (tmp_path / "ablations").glob("*/config.yaml"):
         assert "prompt_init: normal" in config.read_text()
-    prompts = [tmp_path / "ablations" / f"gate-{start}" / "seed-1337/metrics.csv" for start in (0, 1)]
+    prompts = [tmp_path / "ablations" / f"gate-{start}" / "metrics.csv" for start in (0, 1)]
     first = [float(path.read_text().splitlines()[1].split(",")[1]) for path in prompts]
     assert first[0] != first[1]
     assert {row["learning_rate"] for row in results.values() if "learning_rate" in row} == {2e-2}
@@ -136,11 +137,15 @@ def test_plain_texts_have_a_loss_and_nothing_to_be_right_about(tmp_path):
     (tmp_path / "validation.json").write_text(json.dumps({"samples": rows}))
     found = quality([tmp_path / "validation.json"])
     assert found["loss"] == 0.5 and found["n_test"] == 5 and "right" not in found
-    assert markdown({"lora": found}).splitlines()[2] == "| lora | 0 | 0.000 % | 0.5000 (0.5000 to 0.5000) |"
-    worse = [row | {"loss": 2.2} for row in rows[1:]]  # a row that was dropped counts nowhere
+    assert markdown({"lora": found}).splitlines()[2] == "| lora | 0.5000 (0.5000 to 0.5000) |"
+    pieces = [{"row": 1, "loss": loss, "n_targets": 2, "right": None} for loss in (1.5, 0.7)]  # of one long text
+    cut = {"row": 4, "loss": 9.0, "n_targets": 3, "right": None}  # neither a cut nor a dropped row (0) is compared
+    worse = [*pieces, *(row | {"loss": 2.2} for row in rows[2:4]), cut]
     (tmp_path / "after.json").write_text(json.dumps({"samples": worse}))
     change = forgetting([tmp_path / "after.json"], tmp_path / "validation.json")
     assert change["forgetting"] == pytest.approx(0.05) and change["forgetting_interval"][0] == pytest.approx(0.05)
+    (tmp_path / "one.json").write_text(json.dumps({"samples": rows[:1]}))
+    assert quality([tmp_path / "one.json"])["loss_interval"] == (-math.inf, math.inf)
 
 
 def test_mistakes_are_answered_in_one_line(folder, tmp_path):
@@ -156,7 +161,8 @@ def test_mistakes_are_answered_in_one_line(folder, tmp_path):
     refuse(COMPARE, *data, "--strategy", "fsdp", message="pass --devices 2 or more")
     refuse(COMPARE, *data, "--strategy", "foo", message="is none of auto, ddp, fsdp")
     assert not (tmp_path / "out").exists()
-    refuse(COMPARE, *data, "--other_data", folder / "sums", message="must be a file")
+    refuse(COMPARE, *data, "--other_data", folder / "base/config.json", message="must hold an array of rows")
+    refuse(COMPARE, *data, "--ablations", "--seeds", 2, message="--ablations takes none of --seeds")
     refuse(COMPARE, *data, "--n_samples", 0, message="n_samples 0 must lie within 1 and")
     refuse(COMPARE, "--data", folder / "sums/train.json", message="must be a folder")
 

@@ -66,7 +66,9 @@ def test_macos_counts_memory_in_bytes(monkeypatch):
 
 def test_a_comparison_does_without_the_memory(tmp_path):
     pytest.importorskip("matplotlib")
-    row = dict(trained_parameters=3, trained_share=0.1, gflop_per_token=1.0, seconds=60, peak_memory=None)
+    row = dict(
+        method="lora", trained_parameters=3, trained_share=0.1, gflop_per_token=1.0, seconds=60, peak_memory=None
+    )
     row |= dict(kept_bytes=12, right=0.5, right_interval=(0.4, 0.6), loss=1.0, loss_interval=(0.9, 1.1))
     row |= dict(n_test=10, answers={})
     assert "| 1.0 | 0.00 |" in markdown({"lora": row}) and "peak" not in markdown({"lora": row})

@@ -25,7 +25,7 @@ from lit_llama.generate.load import load_trained_folder
 from lit_llama.methods.adapter import add_adapter
 from lit_llama.settings import TrainArgs
 from lit_llama.train.evaluate import validate
-from lit_llama.train.loss import FrozenHeadLoss, head_loss, is_plain, split_by_tokens, split_evenly, target_loss
+from lit_llama.train.loss import FrozenHeadLoss, head_loss, is_frozen_linear, split_by_tokens, split_evenly, target_loss
 from lit_llama.train.run import STATE_FILE, Run, read_metrics
 from lit_llama.trained import trainable_parameters
 
@@ -111,12 +111,12 @@ def test_the_gradient_of_a_frozen_head_is_autograds(dtype, chunk_size):
 
 
 def test_only_a_frozen_head_without_hooks_skips_autograd(model):
-    assert is_plain(model.lm_head)
+    assert is_frozen_linear(model.lm_head)
     handle = model.lm_head.register_forward_hook(lambda *_: None)
-    assert not is_plain(model.lm_head)
+    assert not is_frozen_linear(model.lm_head)
     handle.remove()
     model.lm_head.weight.requires_grad_(True)
-    assert not is_plain(model.lm_head)
+    assert not is_frozen_linear(model.lm_head)
 
 
 def test_the_gradient_of_a_step_does_not_depend_on_micro_batch_tokens(fabric, model, task):
@@ -405,6 +405,19 @@ def test_a_folder_of_an_earlier_version_resumes(folder, tmp_path, hook):
     assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")
     assert [bool(row["grad_norm"]) for row in metrics(tmp_path / "parts")].count(False) == len(rows)
     assert load_trained_folder(tmp_path / "parts")[1]["trained_parameters"] == 264
+
+
+def test_a_lora_run_from_before_rslora_goes_on_without_it(folder, tmp_path, hook):
+    hook(stop_at(3), "lora")
+    with pytest.raises(Interrupted):
+        finetune(folder, tmp_path, "lora")
+    method = read_json(tmp_path / "method.json")
+    del method["arguments"]["rslora"]
+    write_json(tmp_path / "method.json", method)
+    with pytest.raises(UserError, match="arguments.rslora was False, now True"):
+        finetune(folder, tmp_path, "lora", resume=True, rslora=True)
+    finetune(folder, tmp_path, "lora", resume=True)
+    assert load_trained_folder(tmp_path)[1]["arguments"]["rslora"] is False
 
 
 # Ending, going on

@@ -60,7 +60,7 @@ class BenchmarkCase:
 
     @contextmanager
     def tensors(self, device: torch.device) -> Iterator[None]:
-        """Make all tensors in the base's precision on the device. A 7B in float32 would not fit in many."""
+        """Make all tensors in the base's precision on the device. A 7B in float32 does not fit on many."""
         torch.set_default_dtype(PRECISIONS[self.precision])
         try:
             with device:

@@ -32,8 +32,7 @@ OTHER_RATES = (1e-3, 3e-3, 1e-2)
 NAMES = ("features", *METHODS)
 # Flags that all runs of a comparison share. A classifier's answers cannot be compared with texts.
 COMMON_FLAGS = {"--data", "--checkpoint_dir", "--out_dir", "--head"}
-COMMON_FLAGS |= {"--train.max_steps", "--train.epochs", "--train.batch_size", "--train.seed"}
-OTHER_FILE = "other.json"  # the losses on --other_data
+COMMON_FLAGS |= {f"--train.{name}" for name in ("max_steps", "epochs", "batch_size", "seed", "eval_every", "patience")}
 
 
 @dataclass
@@ -50,6 +49,10 @@ class ScriptRun:
     seed: int = 0
 
     @property
+    def label(self) -> str:
+        return f"{self.name}, seed {self.seed}"
+
+    @property
     def trained(self) -> bool:
         if self.method == "features":
             return (self.out_dir / COSTS_FILE).exists()
@@ -57,8 +60,10 @@ class ScriptRun:
 
 
 def with_seeds(jobs: list[ScriptRun], seeds: Iterable[int]) -> list[ScriptRun]:
-    """Each job with each seed, in folders of their own; all jobs with the first seed come first."""
-    return [replace(job, out_dir=job.out_dir / f"seed-{seed}", seed=seed) for seed in seeds for job in jobs]
+    """All jobs with the first seed, then with the next one, in folders inside the first ones, and so on."""
+    first, *others = seeds
+    again = [replace(job, out_dir=job.out_dir / f"seed-{seed}", seed=seed) for seed in others for job in jobs]
+    return [replace(job, seed=first) for job in jobs] + again
 
 
 def pilot_jobs(folder: Path, methods: Iterable[str], steps: int) -> list[ScriptRun]:
@@ -119,40 +124,49 @@ def learning_rate(out_dir: Path) -> float:
     return read_method(out_dir)["train"]["learning_rate"]
 
 
-def read_samples_of(files: list[Path]) -> list[dict[int, dict]]:
-    """The samples in files that scripts/evaluate.py wrote, by row, without rows that are not in all files."""
-    read = [{row["row"]: row for row in read_json(file)["samples"]} for file in files]
-    rows = sorted(set.intersection(*map(set, read)))
-    return [{row: samples[row] for row in rows} for samples in read]
+def read_results(files: list[Path]) -> list[dict[int, dict]]:
+    """The samples in files that scripts/evaluate.py wrote, by row: those with as many targets in all files.
+
+    The pieces of a long text are added up.
+    """
+    read: list[dict[int, dict]] = []
+    for file in files:
+        read.append({})
+        for piece in read_json(file)["samples"]:
+            row = read[-1].setdefault(piece["row"], {**piece, "loss": 0.0, "n_targets": 0})
+            row["loss"] += piece["loss"]
+            row["n_targets"] += piece["n_targets"]
+    common = [row for row in read[0] if len({one[row]["n_targets"] if row in one else 0 for one in read}) == 1]
+    return [{row: samples[row] for row in common} for samples in read]
 
 
-def table_of(samples: list[dict[int, dict]], key: str) -> np.ndarray:
-    """A figure of all samples, (files, samples)."""
+def figures_of(samples: list[dict[int, dict]], key: str) -> np.ndarray:
+    """One figure of all samples, (files, samples)."""
     return np.array([[row[key] for row in one.values()] for one in samples], dtype=float)
 
 
 def quality(files: list[Path]) -> dict:
-    """Exact match and loss per token, with intervals. There is a file for each seed, written by scripts/evaluate.py.
+    """Exact match and loss per token, with intervals. scripts/evaluate.py wrote a file for each seed.
 
     Plain texts have only a loss.
     """
-    samples = read_samples_of(files)
-    counts = table_of(samples, "n_targets")[0]
-    loss, interval = per_token(table_of(samples, "loss"), counts)
+    samples = read_results(files)
+    counts = figures_of(samples, "n_targets")[0]
+    loss, interval = per_token(figures_of(samples, "loss"), counts)
     figures = {"loss": loss, "loss_interval": interval, "n_test": len(counts), "seeds": len(files)}
     asked = [{row: sample for row, sample in one.items() if sample["right"] is not None} for one in samples]
     if asked[0]:
-        right = table_of(asked, "right")
+        right = figures_of(asked, "right")
         figures |= {"right": float(right.mean()), "right_interval": proportion_interval(right)}
-        figures["answers"] = {str(row): right[:, i].tolist() for i, row in enumerate(asked[0])}
+        figures["answers"] = dict(zip(map(str, asked[0]), right.T.tolist(), strict=True))
     return figures
 
 
 def forgetting(files: list[Path], base: Path) -> dict:
-    """By how much the loss per token on other data rose against the base's, with an interval; a file for each seed."""
-    *after, before = read_samples_of([*files, base])
-    counts = table_of([before], "n_targets")[0]
-    change, interval = per_token(table_of(after, "loss") - table_of([before], "loss"), counts)
+    """The rise of the loss per token on other data over the base's, with an interval. There is a file for each seed."""
+    *after, before = read_results([*files, base])
+    counts = figures_of([before], "n_targets")[0]
+    change, interval = per_token(figures_of(after, "loss") - figures_of([before], "loss"), counts)
     return {"forgetting": change, "forgetting_interval": interval}
 
 
@@ -165,11 +179,12 @@ def versus_full(row: dict, full: dict) -> tuple[float, tuple[float, float]]:
 
 def markdown(results: dict[str, dict]) -> str:
     """The table, with each method's exact match compared with full finetuning's on the same samples."""
-    header = ["", "trained", "of all", "right, 95 %", "minus full", "loss, 95 %", "loss on other data"]
+    header = ["", "trained", "of all", "right, 95 %", "minus full", "loss, 95 %", "rise on other data"]
     header += ["training loss", "GFLOP/token", "minutes", "peak MB", "kept MB"]
     rows, full = [], results.get("full")
     for name, row in results.items():
-        cells = [name, f"{row.get('trained_parameters', 0):,}", f"{row.get('trained_share', 0):.3%}"]
+        trains = "trained_parameters" in row
+        cells = [name, *((f"{row['trained_parameters']:,}", f"{row['trained_share']:.3%}") if trains else ("", ""))]
         cells.append(spread(row["right"], row["right_interval"], ".1%") if "right" in row else "")
         if full and row is not full and "right" in row:
             difference, interval = versus_full(row, full)
@@ -187,7 +202,7 @@ def markdown(results: dict[str, dict]) -> str:
         else:
             cells += [""] * 4
         rows.append([cell.replace("%", " %") for cell in cells])
-    used = [i for i, name in enumerate(header) if not i or any(row[i] for row in rows)]  # a column without figures goes
+    used = [i for i, name in enumerate(header) if not i or any(row[i] for row in rows)]  # drop empty columns
     lines = [[row[i] for i in used] for row in (header, ["---"] * len(header), *rows)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 

@@ -2,11 +2,11 @@
 
 A result is an array y (S seeds, n samples). Other seeds would change its mean, and so would other samples; both count:
 
-    Var(mean) = (MS_seeds + MS_samples) / (S n)        with one seed: MS_samples / n
+    Var(mean) = var(means of seeds) / S + var(means of samples) / n        with one seed, only the second term
 
-These are the mean squares of a two-way layout with random rows and columns (Scheffe 1959, The Analysis of Variance,
-section 7.4). The exact formula also subtracts MS_rest; without that, intervals from three seeds are a little too wide
-instead of too narrow. Degrees of freedom are Satterthwaite's (1946). tests/test_compare.py simulates the coverage.
+This is a two-way layout with random rows and columns (Scheffe 1959, The Analysis of Variance, section 7.4). The exact
+formula subtracts what both terms count twice; without that, intervals from three seeds are a little too wide instead of
+too narrow. Degrees of freedom are Satterthwaite's (1946). tests/test_compare.py simulates the coverage.
 """
 
 import math
@@ -20,43 +20,41 @@ Array = NDArray[np.float64]
 
 def variance_of_mean(y: Array) -> tuple[float, float]:
     """The variance of y's mean from the choice of seeds, and from the choice of samples."""
-    (S, n), mean = y.shape, y.mean()
-    of_samples, of_seeds = y.mean(0), y.mean(1)
-    ms_samples = S * ((of_samples - mean) ** 2).sum() / max(1, n - 1)
-    if S == 1:
-        return 0.0, ms_samples / n
-    ms_seeds = n * ((of_seeds - mean) ** 2).sum() / (S - 1)
-    return ms_seeds / (S * n), ms_samples / (S * n)
+    S, n = y.shape
+    of_seeds = y.mean(1).var(ddof=1) / S if S > 1 else 0.0
+    return of_seeds, y.mean(0).var(ddof=1) / n if n > 1 else math.inf
 
 
 def mean_interval(y: Array) -> tuple[float, float]:
     """Student's interval of the mean."""
     (S, n), (seeds, samples) = y.shape, variance_of_mean(y)
-    squares = seeds**2 / max(1, S - 1) + samples**2 / max(1, n - 1)
+    if n == 1:
+        return -math.inf, math.inf
+    squares = seeds**2 / max(1, S - 1) + samples**2 / (n - 1)
     half = t.ppf(0.975, (seeds + samples) ** 2 / squares) * math.sqrt(seeds + samples) if squares else 0.0
     return y.mean() - half, y.mean() + half
 
 
 def proportion_interval(y: Array) -> tuple[float, float]:
-    """Wilson's interval of a proportion, y being 0 or 1. It is valid at 0 % and 100 % too.
+    """Wilson's interval of a proportion, for y of 0 and 1. It is valid at 0 % and 100 % too.
 
     With several seeds, the number of samples is the one that would give a single run the same variance.
     """
     p, n, (seeds, samples) = y.mean(), y.shape[1], variance_of_mean(y)
-    z, m = 1.96, float(n)
-    if seeds + samples:
-        m = p * (1 - p) / (seeds + samples) * n / max(1, n - 1)
+    z, effective_n = 1.96, float(n)
+    if 0 < seeds + samples < math.inf:
+        effective_n = p * (1 - p) / (seeds + samples) * n / (n - 1)
         z = t.ppf(0.975, (1 + samples / seeds) ** 2 * (len(y) - 1)) if seeds else z
-    half = z * math.sqrt(p * (1 - p) / m + z**2 / (4 * m**2))
-    low, high = ((p + z**2 / (2 * m) + side) / (1 + z**2 / m) for side in (-half, half))
+    half = z * math.sqrt(p * (1 - p) / effective_n + z**2 / (4 * effective_n**2))
+    low, high = ((p + z**2 / (2 * effective_n) + side) / (1 + z**2 / effective_n) for side in (-half, half))
     return max(0.0, low), min(1.0, high)
 
 
 def difference_interval(ours: Array, theirs: Array) -> tuple[float, float]:
     """Newcombe's interval (1998, method 10) of the difference between two proportions on the same samples.
 
-    It combines their Wilson intervals and the correlation of the answers to a sample, so it lies within -1 and 1 and
-    has a width where both are always right.
+    It combines their Wilson intervals and the correlation of the answers to a sample. It stays within -1 and 1, and has
+    a width even if both are always right.
     """
     p, q = ours.mean(), theirs.mean()
     variances = sum(variance_of_mean(ours)) * sum(variance_of_mean(theirs))
@@ -64,7 +62,7 @@ def difference_interval(ours: Array, theirs: Array) -> tuple[float, float]:
     covariance = ((ours.mean(0) - p) * (theirs.mean(0) - q)).mean()
     if covariance > 0:
         covariance = max(0.0, covariance - 1 / (2 * n))  # Newcombe's correction for few samples
-    r = covariance / max(1, n - 1) / math.sqrt(variances) if variances else 0.0
+    r = covariance / max(1, n - 1) / math.sqrt(variances) if 0 < variances < math.inf else 0.0
     (p_low, p_high), (q_low, q_high) = proportion_interval(ours), proportion_interval(theirs)
 
     def distance(a: float, b: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,7 @@ def running_mean(values: list[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-# A color and a marker for each method, the same in all plots. Variants take their method's color.
+# A color and a marker for each method and its variants, the same in all plots.
 STYLES = {
     "features": ("tab:gray", "X"),
     "output_layers": ("tab:brown", "s"),
@@ -80,12 +79,7 @@ STYLES = {
     "adapter_v2": ("tab:cyan", "p"),
     "lora": ("tab:red", "*"),
 }
-
-
-def style_of(name: str) -> tuple[str, str]:
-    """Color and marker of a method, or of a variant whose name begins with that of its method."""
-    known = [method for method in STYLES if re.match(rf"{method}\b", name)]
-    return STYLES[known[0]] if known else ("tab:purple", "h")
+OTHER_STYLE = ("tab:purple", "h")
 
 
 AXES = {  # key: label, unit, scale
@@ -100,14 +94,14 @@ def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
     plt = pyplot()
     if plt is None:
         return
-    bases = {name: 100 * row["right"] for name, row in results.items() if name.startswith("base,") and "right" in row}
+    bases = {name: 100 * row["right"] for name, row in results.items() if "method" not in row and "right" in row}
     for key, (label, unit, scale) in AXES.items():
         points = {name: row for name, row in results.items() if row.get(key) is not None and "right" in row}
         if not points:
             continue
         figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
         for name, row in points.items():
-            color, marker = style_of(name)
+            color, marker = STYLES.get(row["method"], OTHER_STYLE)
             low, high = (100 * end for end in row["right_interval"])
             x, y = row[key] / unit, 100 * row["right"]
             ax.vlines(x, low, high, color=color, alpha=0.5)

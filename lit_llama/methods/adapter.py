@@ -48,13 +48,11 @@ class AdapterAttention(CausalSelfAttention):
 
     def attend(self, q, k, v, input_pos=None, mask=None):
         y = super().attend(q, k, v, input_pos, mask)  # (B, nh, T, hs)
-        if input_pos is None:  # training: the prompt has changed since the last step
-            ak, av = self.prompt_kv(q.dtype)
-        else:  # decoding: project it once per cache
-            if self.kv_cache.prompt is None:
-                self.kv_cache.prompt = self.prompt_kv(q.dtype)
-            ak, av = self.kv_cache.prompt
-        ak, av = (t.expand(q.size(0), -1, -1, -1) for t in (ak, av))
+        if input_pos is None:  # training: the prompt changes with every step
+            prompt = self.prompt_kv(q.dtype)
+        else:  # decoding: projected once per cache
+            prompt = self.kv_cache.prompt = self.kv_cache.prompt or self.prompt_kv(q.dtype)
+        ak, av = (t.expand(q.size(0), -1, -1, -1) for t in prompt)
         ya = attention(q, ak, av)
         return y + (self.gate_activation(self.gating_factor) * ya).type_as(y)
 
@@ -98,10 +96,10 @@ def start_from_text(model: LLaMA, ids: list[int]) -> None:
     text = torch.tensor([(ids * (K + 1))[:length]], device=device)
     rows = torch.linspace(1, length - 1, K).long().to(device)  # the first token's vector is unlike all others
 
-    def adopt(attn: AdapterAttention, inputs: tuple) -> None:
+    def copy_inputs(attn: AdapterAttention, inputs: tuple) -> None:
         attn.adapter_wte.weight.copy_(inputs[0][0, rows])  # inputs[0] is x (1, T, C)
 
-    hooks = [attn.register_forward_pre_hook(adopt) for attn in adapted]
+    hooks = [attn.register_forward_pre_hook(copy_inputs) for attn in adapted]
     model.hidden_states(text)
     for hook in hooks:
         hook.remove()

@@ -16,7 +16,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from lit_llama.methods.adapter import add_adapter
-from lit_llama.model import LLaMA, unfreeze
+from lit_llama.methods.full import unfreeze
+from lit_llama.model import LLaMA
 
 
 class ScaleBias(nn.Module):

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_llama.common.errors import check_range
-from lit_llama.model import LLaMA, unfreeze
+from lit_llama.methods.full import unfreeze
+from lit_llama.model import LLaMA
 
 
 class Bottleneck(nn.Module):

@@ -15,7 +15,8 @@ Trains n blocks + C + V*C parameters: 131,072,000 for LLaMA-7B's head, 4,096 for
 import torch.nn as nn
 
 from lit_llama.common.errors import check_range
-from lit_llama.model import LLaMA, unfreeze
+from lit_llama.methods.full import replace_head, unfreeze
+from lit_llama.model import LLaMA
 
 
 def add_output_layers(model: LLaMA, n_blocks: int = 2, labels: list[str] | None = None) -> None:
@@ -24,6 +25,6 @@ def add_output_layers(model: LLaMA, n_blocks: int = 2, labels: list[str] | None 
     if labels is None:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # no longer the embedding's
     else:
-        model.replace_head(len(labels))
+        replace_head(model, len(labels))
     for layer in [*model.transformer.h[model.config.n_layer - n_blocks :], model.transformer.ln_f, model.lm_head]:
         unfreeze(layer)

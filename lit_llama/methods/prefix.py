@@ -97,8 +97,8 @@ def add_prefix(model: LLaMA, prompt_length: int = 10, mlp_size: int = 0) -> None
 @torch.no_grad()
 def start_from_text(model: LLaMA, ids: list[int]) -> None:
     """Start the prefixes as the keys and values of the text's first K tokens, so that the model begins as if it had
-    read them before every text (https://arxiv.org/abs/2506.06266). A text of fewer tokens is repeated. No MLP may
-    compute the prefixes.
+    read them before every text (https://arxiv.org/abs/2506.06266). A text of fewer tokens is repeated. Only
+    without an MLP.
     """
     attns, K = [block.attn for block in model.transformer.h], model.first_position
     text = torch.tensor([(ids * K)[:K]], device=model.transformer.wte.weight.device)

@@ -37,7 +37,7 @@ class SoftPromptEmbedding(nn.Embedding):
 
 
 def add_soft_prompt(model: LLaMA, prompt_length: int = 20) -> None:
-    """Put ``prompt_length`` learned vectors in front of every text: at first, embeddings of random common tokens."""
+    """Put ``prompt_length`` learned vectors in front of every text, at first the embeddings of common tokens."""
     wte = model.transformer.wte
     check_range("prompt_length", prompt_length, 1, model.config.block_size - 1)
     rows = torch.randint(min(COMMON_IDS, wte.num_embeddings), (prompt_length,), device="cpu")

@@ -37,7 +37,7 @@ def target_loss(model: LLaMA, samples: list[TokenizedSample], chunk_size: int = 
     """
     hidden, targets = target_vectors(model, samples)
     head = model.lm_head
-    if hidden.requires_grad and is_plain(head):
+    if hidden.requires_grad and is_frozen_linear(head):
         return FrozenHeadLoss.apply(hidden, head.weight, head.bias, targets, chunk_size)
     if len(targets) <= chunk_size:
         return head_loss(head, hidden, targets)
@@ -48,7 +48,8 @@ def target_loss(model: LLaMA, samples: list[TokenizedSample], chunk_size: int = 
 def target_vectors(model: LLaMA, samples: list[TokenizedSample]) -> tuple[Tensor, Tensor]:
     """The vectors (n, C) at the n positions that have a target, sample by sample, and the targets (n,)."""
     device = model.transformer.wte.weight.device
-    batch = pack(samples, device, model.virtual_ids, *shape_multiples(model, device), model.context)
+    text_multiple, row_multiple = shape_multiples(model, device)
+    batch = pack(samples, device, model.virtual_ids, text_multiple, row_multiple, model.context)
     hidden = model.hidden_states(batch.ids, texts=batch.texts)
     return hidden[0].index_select(0, batch.places), batch.targets
 
@@ -70,7 +71,7 @@ def head_loss(lm_head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tens
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """``head_loss`` of a frozen head, z = W h. The forward pass also computes the gradient of h, chunk by chunk:
+    """``head_loss`` of a frozen head, z = W h + b. The forward pass also computes the gradient of h, chunk by chunk:
 
         loss = sum of logsumexp(z) - z[target]        d loss / d h = W^T (softmax(z) - onehot(target))
 
@@ -101,8 +102,8 @@ class FrozenHeadLoss(torch.autograd.Function):
         return gradient * dloss.to(gradient.dtype), None, None, None, None
 
 
-def is_plain(lm_head: torch.nn.Module) -> bool:
-    """Whether a head is frozen and nothing but a product with its weight."""
+def is_frozen_linear(lm_head: torch.nn.Module) -> bool:
+    """Whether a head is a frozen linear layer without hooks."""
     hooks = lm_head._forward_hooks or lm_head._forward_pre_hooks
     return type(lm_head) is Linear and not hooks and not any(p.requires_grad for p in lm_head.parameters())
 
@@ -136,13 +137,13 @@ def split_evenly(samples: list[TokenizedSample], world_size: int) -> list[list[T
 BUCKET_PARAMETERS = 2**24  # gradients summed by one all-reduce
 
 
-def sum_over_ranks(fabric: Fabric, model: LLaMA, loss: Tensor) -> Tensor:
-    """Sum the gradients over all ranks, in place, and return the sum of their losses.
+def sum_gradients(fabric: Fabric, model: LLaMA) -> None:
+    """Sum the gradients over all ranks, in place.
 
     DistributedDataParallel would average them, and hang if a rank has no micro-batch.
     """
     if fabric.world_size == 1:
-        return loss
+        return
     buckets: list[list[Tensor]] = [[]]
     for p in trainable_parameters(model).values():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -153,8 +154,6 @@ def sum_over_ranks(fabric: Fabric, model: LLaMA, loss: Tensor) -> Tensor:
         flat: Any = fabric.all_reduce(torch.cat([g.flatten() for g in gradients]), reduce_op="sum")
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
-    summed: Any = fabric.all_reduce(loss, reduce_op="sum")
-    return summed
 
 
 @torch.no_grad()

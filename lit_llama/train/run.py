@@ -61,6 +61,7 @@ from lit_llama.trained import (
     kept_tensors,
     load_parameters,
     trainable_parameters,
+    with_defaults,
 )
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class Run:
         if allow_changes and not resume:
             raise UserError("--allow_changes is for --resume: give both or neither")
         self.check_folder(overwrite)
-        self.keep_method_json = resume and not self.check_settings(allow_changes)
+        self.writes_settings = not resume or self.check_settings(allow_changes)
         barrier(fabric, f"look into {out_dir}")  # no rank writes before all have looked
 
     def check_folder(self, overwrite: bool) -> None:
@@ -134,7 +135,7 @@ class Run:
 
     def check_settings(self, allow_changes: bool) -> bool:
         """Whether settings differ from those the run began with. Raises UserError unless that is allowed."""
-        changed = differences(read_json(self.out_dir / METHOD_FILE), self.settings)
+        changed = differences(with_defaults(read_json(self.out_dir / METHOD_FILE)), self.settings)
         changes = [change for key, change in changed.items() if key not in MAY_CHANGE]
         fits = not any(key.split(".")[0] in HEADER_KEYS for key in changed)  # the trained tensors can still be used
         if changes and not (fits and allow_changes):
@@ -208,7 +209,7 @@ class Run:
     def start(self, trained_parameters: int) -> None:
         """Lock the folder, remove an earlier run unless it is resumed, and write what describes this one."""
         self.lock()
-        if self.fabric.is_global_zero and not self.keep_method_json:
+        if self.fabric.is_global_zero and self.writes_settings:
             if not self.resume:
                 self.remove()
             write_json(self.out_dir / METHOD_FILE, {**self.settings, "trained_parameters": trained_parameters})
@@ -345,13 +346,11 @@ def describe_run(
     dtype: torch.dtype,
     quantize: str = "none",
     init_from: str | None = None,
-    **rates: float,
 ) -> dict:
     """The method.json of a run: everything that generation and a resumed run need to know.
 
-    ``add(model, **arguments)`` adds the method to a model; ``rates`` are further settings of the optimizer;
-    ``init_from`` is a trained folder to begin with. Raises UserError if the arguments do not fit the base, which is
-    checked without loading weights.
+    ``add(model, **arguments)`` adds the method to a model; ``init_from`` is a trained folder to begin with. Raises
+    UserError if the arguments do not fit the base, which is checked without loading weights.
     """
     with torch.device("meta"):
         model = LLaMA(load_config(checkpoint_dir)).requires_grad_(False)
@@ -366,7 +365,6 @@ def describe_run(
         "data": task.data,
         "data_fingerprint": task.fingerprint,
         "train": asdict(train),
-        **rates,
         "version": __version__,
     }
     if init_from:
@@ -416,7 +414,7 @@ def read_metrics(out_dir: Path) -> list[dict]:
     rows = []
     try:
         for row in reader:
-            int(row["step"]), [float(value) for value in row.values() if value != ""]  # a column too many is a list
+            int(row["step"]), [float(value) for value in row.values() if value != ""]  # raises if one is no number
             rows.append(row)
     except (csv.Error, KeyError, TypeError, ValueError):
         raise UserError(f"{path}:{reader.line_num}: expected numbers; correct that line") from None
