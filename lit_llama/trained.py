@@ -7,13 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_llama.checkpoint import (
-    MODEL_FILE,
-    check_dtypes,
-    check_tensors,
-    fingerprint,
-    load_config,
-)
+from lit_llama.checkpoint import MODEL_FILE, check_dtypes, check_tensors, fingerprint, load_config
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import read_json, read_tensors, tensor_headers
 from lit_llama.devices.quantize import count_parameters

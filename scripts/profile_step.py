@@ -21,7 +21,7 @@ from lit_llama.data.batches import IGNORE, TokenizedSample
 from lit_llama.devices.launch import default_device, resolve_precision, synchronize
 from lit_llama.measure.cases import BenchmarkCase, build_ours
 from lit_llama.methods.table import METHODS
-from lit_llama.settings import MOST_SAMPLES
+from lit_llama.settings import MOST_SAMPLES, MOST_TOKENS
 
 
 def main(
@@ -47,6 +47,7 @@ def main(
     if method not in METHODS:
         raise UserError(f"--method {method} is none of {', '.join(METHODS)}")
     check_range("--batch_size", batch_size, 1, MOST_SAMPLES)
+    check_range("--micro_batch_tokens", micro_batch_tokens, 1, MOST_TOKENS)
     check_range("--warm_up", warm_up, 1, 1000)
     device = default_device()
     options = ("compile",) if compile else ()

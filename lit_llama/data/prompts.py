@@ -1,8 +1,14 @@
-"""Prompts: how messages become token ids, by the chat template of the base.
+r"""Prompts: how messages become token ids, by the chat template of the base.
 
 A chat template is a Jinja program that writes messages as one text. Rendered with a placeholder for each message's
 content, it shows which parts of the text are its own. Control tokens are read only there, so what users write never
-becomes one. What follows an answer, up to the first control token, ends the answer and is trained with it.
+becomes one. What follows an answer, up to the first control token, ends the answer and is trained with it. An example:
+
+    messages   user: Hi                         assistant: Hello
+    layout     "<|im_start|>user\n" Field "<|im_end|>\n<|im_start|>assistant\n" Field "<|im_end|>\n"
+    plan       Control "user\n" Field Control "\n" Control "assistant\n" Border Field Control "\n"
+    pieces     <|im_start|>, user\nHi, <|im_end|>, \n, <|im_start|>, assistant\n, Hello, <|im_end|>, \n
+    trains                                                                        -----  ----------
 """
 
 from __future__ import annotations
