@@ -108,7 +108,7 @@ def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
             if f"{key}_interval" in row:
                 ax.hlines(y, *row[f"{key}_interval"], color=color, alpha=0.5)
             ax.plot(x, y, color=color, marker=marker, markersize=8)
-            ax.annotate(name, (x, y), xytext=(7, 4), textcoords="offset points", color=color)
+            ax.annotate(name, (x, y), xytext=(6, 4), textcoords="offset points", color=color, fontsize="small")
         ax.set(xscale=scale, xlabel=label, ylabel="right answers (%), with 95 % intervals")
         ax.margins(0.15)
         bottom, top = ax.get_ylim()
