@@ -5,7 +5,7 @@
     activations        what autograd saves for the backward pass, in every block from the first that trains
     temporaries        the largest of: the head's logits, a block's gradients, the optimizer's step
 
-Measured peaks are within 20 % (docs/memory.md). The process adds about 0.5 GB, or 0.7 GB in bfloat16 on a CPU.
+Most measured peaks are within 20 % (docs/memory.md). The process adds about 0.5 GB, or 0.7 GB in bfloat16 on a CPU.
 """
 
 from __future__ import annotations
