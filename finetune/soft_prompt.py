@@ -64,7 +64,8 @@ def main(
         prompt_init: Start from a "text", from random common tokens of the "vocabulary" (the paper), or "normal".
         init_text: The text of --prompt_init text. Default: the first training sample.
     """
-    if init_text and prompt_init != "text" and not (init_from or resume):
+    fresh = not (init_from or resume)
+    if init_text and prompt_init != "text" and fresh:
         raise UserError("--init_text needs --prompt_init text")
     check_together(strategy, compile, quantize)
     out_dir = out_dir or default_out_dir("soft_prompt", data)
@@ -98,9 +99,9 @@ def main(
     if strategy == "fsdp":
         shard(fabric, model, dtype)
     print_rank0(count_trainable(model))
-    if prompt_init == "text" and not (init_from or resume):
+    if prompt_init == "text" and fresh:
         start_from_text(model, task.tokenizer.encode(init_text) if init_text else task.train[0].ids.tolist())
-    elif prompt_init == "normal" and not (init_from or resume):
+    elif prompt_init == "normal" and fresh:
         start_normal(model)
     broadcast_trained(fabric, model)
     check_memory(fabric, model, train, task.longest, checkpointing)

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 
@@ -247,7 +248,7 @@ class Comparison:
         limit = self.settings["max_test_samples"]
         return flags if limit is None else [*flags, "--max_samples", str(limit)]
 
-    @property
+    @cached_property
     def other_flags(self) -> list[str]:
         """The same tokens for all: in the base's prompt style, cut at the same length."""
         style = "template" if Tokenizer(self.settings["checkpoint_dir"]).chat_template else "alpaca"

@@ -126,8 +126,9 @@ def main(
         model, tokenizer, template = loaded.model, loaded.tokenizer, loaded.chat_template
         length = max_seq_length or loaded.max_seq_length or (model.max_text_tokens if shots else 512)
         length = min(length, model.max_text_tokens)
-        only = dict(only_last=shots > 0, only_loss=only_loss)
-        rows = evaluate_answers(fabric, asked, model, tokenizer, template, length, batch_size, **only)
+        rows = evaluate_answers(
+            fabric, asked, model, tokenizer, template, length, batch_size, only_last=shots > 0, only_loss=only_loss
+        )
         if dropped := len(samples) - len({row for row, *_ in rows}):
             print_rank0(f"{dropped} samples dropped: no answer within {length} tokens")
     if results is not None and fabric.is_global_zero:

@@ -68,7 +68,7 @@ def running_mean(values: list[float]) -> list[float]:
 
 
 # A color and a marker for each method and its variants, the same in all plots.
-STYLES = {
+MARKERS = {
     "features": ("tab:gray", "X"),
     "output_layers": ("tab:brown", "s"),
     "full": ("black", "D"),
@@ -79,7 +79,7 @@ STYLES = {
     "adapter_v2": ("tab:cyan", "p"),
     "lora": ("tab:red", "*"),
 }
-OTHER_STYLE = ("tab:purple", "h")
+OTHER_MARKER = ("tab:purple", "h")
 
 
 AXES = {  # key: label, unit, scale
@@ -101,7 +101,7 @@ def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
             continue
         figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
         for name, row in points.items():
-            color, marker = STYLES.get(row["method"], OTHER_STYLE)
+            color, marker = MARKERS.get(row["method"], OTHER_MARKER)
             low, high = (100 * end for end in row["right_interval"])
             x, y = row[key] / unit, 100 * row["right"]
             ax.vlines(x, low, high, color=color, alpha=0.5)
