@@ -26,7 +26,7 @@ SHA256 = {
     "negative": "a35e6bf99f4da4bd5780ca60b061e80d9c1d2076395d4cec79e85f25d62b3f83",
 }
 FILES = {"positive": "rt-polarity.pos", "negative": "rt-polarity.neg"}
-VALIDATION, TEST = 400, 1066  # sentences
+VALIDATION, TEST = 200, 1066  # sentences
 INSTRUCTION = "Is this movie review positive or negative?"
 
 

@@ -6,7 +6,6 @@ becomes one. What follows an answer, up to the first control token, ends the ans
 
     messages   user: Hi                         assistant: Hello
     layout     "<|im_start|>user\n" Field "<|im_end|>\n<|im_start|>assistant\n" Field "<|im_end|>\n"
-    plan       Control "user\n" Field Control "\n" Control "assistant\n" Border Field Control "\n"
     pieces     <|im_start|>, user\nHi, <|im_end|>, \n, <|im_start|>, assistant\n, Hello, <|im_end|>, \n
     trains                                                                        -----  ----------
 """
@@ -19,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -241,7 +240,7 @@ def answer_opening(template: str, shape: Shape, tokenizer: Tokenizer) -> tuple[s
     Raises UserError if a prompt ends otherwise than the text before an answer.
     """
     answered = layout(template, (*shape, ("assistant", False)), tokenizer)
-    place = next(i for i, part in enumerate(answered) if isinstance(part, Field) and part.message == len(shape))
+    place = max(i for i, part in enumerate(answered) if isinstance(part, Field))
     before, prompt = str(answered[place - 1]), str(layout(template, shape, tokenizer)[-1]) if shape else ""
     if not before.startswith(prompt):
         raise UserError(
@@ -269,39 +268,6 @@ class Control(str):
     """A control token, such as <|im_end|>: a single id."""
 
 
-class Border(NamedTuple):
-    """Where a message's answer begins. No token crosses it."""
-
-    message: int
-
-
-@lru_cache(maxsize=1024)
-def plan(template: str, shape: Shape, tokenizer: Tokenizer) -> tuple[str | Field | Border, ...]:
-    """A layout with its control tokens and borders; without an answer at its end, up to where the answer begins."""
-    parts = layout(template, shape, tokenizer)
-    if shape[-1][0] != "assistant":
-        parts = (*parts[:-1], answer_opening(template, shape, tokenizer)[0])
-    steps: list[str | Field | Border] = []
-    answers = False  # within an answer, up to its end
-    for part, following in zip(parts, (*parts[1:], ""), strict=True):
-        if isinstance(part, Field):
-            steps.append(part)
-            continue
-        answer = following.message if isinstance(following, Field) else None
-        opens = answer is not None and shape[answer][0] == "assistant"
-        blank = answer_opening(template, shape[:answer], tokenizer)[1] if opens else ""
-        for token in tokenizer.control_pattern.split(part.removesuffix(blank)):
-            is_control = token in tokenizer.controls
-            steps.append(Control(token) if is_control else token)
-            answers = answers and not is_control
-        if answers:
-            raise UserError(f"the chat template ends no answer with a control token; {WAY_OUT}")
-        if answer is not None and opens:
-            steps += [Border(answer), blank]
-            answers = True
-    return tuple(step for step in steps if step != "")
-
-
 class Piece(NamedTuple):
     """A part of a prompt that is encoded by itself: a Control, a text, or an answer whose ids are known."""
 
@@ -313,29 +279,41 @@ class Piece(NamedTuple):
 def pieces(messages: list[Message], template: str, tokenizer: Tokenizer) -> Iterator[Piece]:
     """The parts of a conversation; without an answer at its end, up to where the answer begins.
 
-    A message with "weight" 0 is not trained on; "ids" are those of its content. Raises UserError if the template
-    refuses the messages or changes a text.
+    No piece holds both prompt and answer. A message with "weight" 0 is not trained on; "ids" are those of its content.
+    Raises UserError if the template refuses the messages or changes a text.
     """
     given = for_template(messages, template)
     shape = shape_of(given)
-    check_rendering(layout(template, shape, tokenizer), given, template, tokenizer)
-    text, ids, trains = "", None, False
-    for step in plan(template, shape, tokenizer):
-        if isinstance(step, Field):
-            text += step.text(given)
-        elif not isinstance(step, Control | Border):
-            text += step
-        else:
+    parts = layout(template, shape, tokenizer)
+    check_rendering(parts, given, template, tokenizer)
+    if shape[-1][0] != "assistant":
+        parts = (*parts[:-1], answer_opening(template, shape, tokenizer)[0])
+    text, trains, ids = "", False, None  # the piece so far
+    for before, part, following in zip(("", *parts), parts, (*parts[1:], ""), strict=False):
+        if isinstance(part, Field):
+            text += part.text(given)
+            continue
+        answer = following.message if is_answer(following, shape) else None  # it begins at the end of this part
+        blank = "" if answer is None else answer_opening(template, shape[:answer], tokenizer)[1]
+        first, *others = tokenizer.control_pattern.split(part.removesuffix(blank))
+        if is_answer(before, shape) and not others:
+            raise UserError(f"the chat template ends no answer with a control token; {WAY_OUT}")
+        text += first
+        for control, text_behind in zip(others[::2], others[1::2], strict=True):
             if text or ids:
                 yield Piece(text, trains, ids)
-            if isinstance(step, Control):
-                yield Piece(step, trains)
-            text, ids, trains = "", None, False
-            if isinstance(step, Border):
-                answer = messages[step.message]
-                ids, trains = answer.get("ids"), answer.get("weight") != 0
+            yield Piece(Control(control), trains)
+            text, trains, ids = text_behind, False, None
+        if answer is not None:
+            if text:
+                yield Piece(text, trains)
+            text, trains, ids = blank, messages[answer].get("weight") != 0, messages[answer].get("ids")
     if text:
         yield Piece(text, trains)
+
+
+def is_answer(part: str | Field, shape: Shape) -> TypeGuard[Field]:
+    return isinstance(part, Field) and shape[part.message][0] == "assistant"
 
 
 def encode_pieces(

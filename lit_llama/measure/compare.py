@@ -45,7 +45,7 @@ class ScriptRun:
     steps: int
     flags: list[str] = field(default_factory=list)
     evaluated: bool = True  # on the test split
-    validations: int = 4
+    validations: int = 2
     seed: int = 0
 
     @property
