@@ -21,13 +21,12 @@ from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_config
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import atomic_write, check_writable
-from lit_llama.configs import CONFIGS
 from lit_llama.data.batches import IGNORE, TokenizedSample, step_indices
 from lit_llama.data.samples import read_text
 from lit_llama.data.task import load_splits, load_task
 from lit_llama.devices.launch import default_device, resolve_precision
 from lit_llama.measure.benchmark import limits, measure, measure_load, table
-from lit_llama.measure.cases import BenchmarkCase
+from lit_llama.measure.cases import BenchmarkCase, config_of
 from lit_llama.methods.table import METHODS
 from lit_llama.settings import DEFAULT_BASE, MOST_SAMPLES
 
@@ -130,8 +129,7 @@ def choose(
     for name, given, known in (("kinds", kinds, KINDS), ("methods", methods, METHODS), ("against", against, OTHERS)):
         if not set(given) <= set(known) or not (given or name == "against"):
             raise UserError(f"--{name} {list(given)}: choose from {', '.join(known)}")
-    if model not in CONFIGS and not (Path(model) / "config.json").exists():
-        raise UserError(f"--model {model} is neither a folder with a base nor one of {', '.join(CONFIGS)}")
+    config_of(model)
     ours = []
     for variant in variants:
         precision, *options = variant.split("+")

@@ -5,19 +5,17 @@ python scripts/estimate_memory.py --model checkpoints/NAME --method lora --argum
 python scripts/estimate_memory.py --model Llama-2-70b --method lora --devices 8 --strategy fsdp
 """
 
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from lit_llama import cli
-from lit_llama.checkpoint import load_config
 from lit_llama.common.errors import UserError, check_range
-from lit_llama.configs import CONFIGS
 from lit_llama.devices.launch import PRECISIONS
 from lit_llama.devices.memory import step_memory
+from lit_llama.measure.cases import check_method, config_of
 from lit_llama.methods.table import METHODS
-from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.model import LLaMA
 from lit_llama.settings import MOST_TOKENS
 
 
@@ -42,36 +40,26 @@ def main(
         arguments: Arguments of the method's function in lit_llama/methods, as YAML.
         precision: Precision of the frozen base's weights.
         devices: Devices on all nodes together.
-        strategy: ddp or auto: the base on every device; fsdp: its blocks sharded across them.
         micro_batch_tokens: Tokens of one forward and backward pass.
         seq_length: Tokens of each sample.
-        checkpointing: Recompute activations in the backward pass.
-        quantize: Data type of the frozen blocks' matrices.
         device: Where it will run.
     """
-    if not (Path(model) / "config.json").exists() and model not in CONFIGS:
-        raise UserError(f"--model {model} is neither a folder of a base nor one of {', '.join(CONFIGS)}")
-    if method not in METHODS:
-        raise UserError(f"--method {method!r} is none of {', '.join(METHODS)}")
+    check_method(method)
     for name, value in dict(devices=devices, micro_batch_tokens=micro_batch_tokens, seq_length=seq_length).items():
         check_range(f"--{name}", value, 1, MOST_TOKENS)
-    config, dtype = LLaMAConfig.from_name(model) if model in CONFIGS else load_config(model), PRECISIONS[precision]
     with torch.device("meta"):
-        llama = LLaMA(config).requires_grad_(False)
+        llama = LLaMA(config_of(model)).requires_grad_(False)
         try:
             METHODS[method](llama, **arguments)
         except TypeError as error:
             raise UserError(f"--arguments {arguments} do not fit {method}: {error}") from None
-    tokens = max(seq_length, micro_batch_tokens)
-    shards = devices if strategy == "fsdp" else 1
-    memory = step_memory(llama, dtype, tokens, seq_length, checkpointing, quantize, shards, device)
+    tokens, shards = max(seq_length, micro_batch_tokens), devices if strategy == "fsdp" else 1
+    memory = step_memory(llama, PRECISIONS[precision], tokens, seq_length, checkpointing, quantize, shards, device)
     process = 0.7 if device == "cpu" and precision == "bf16-true" else 0.5  # oneDNN keeps bfloat16 kernels
-    print(f"{method} on {config.name}, {precision}, micro-batches of {tokens} tokens\n")
-    print(f"frozen weights                       {memory.frozen / 1e9:10.3f} GB")
-    print(f"trainable parameters, with AdamW     {memory.trained / 1e9:10.3f} GB")
-    print(f"activations for the backward pass    {memory.activations / 1e9:10.3f} GB")
-    print(f"temporaries                          {memory.temporaries / 1e9:10.3f} GB")
-    print(f"total on each device                 {memory.total / 1e9:10.3f} GB, and {process} GB for the process")
+    print(f"{method} on {llama.config.name}, {precision}, micro-batches of {tokens} tokens\n")
+    for part, size in {**vars(memory), "total on each device": memory.total}.items():
+        print(f"{part.replace('_', ' '):22} {size / 1e9:10.3f} GB")
+    print(f"The process itself takes another {process} GB.")
 
 
 if __name__ == "__main__":

@@ -8,19 +8,16 @@ Weights are random, and samples have random ids and about the lengths of Alpaca'
 
 import random
 import time
-from pathlib import Path
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from lit_llama import cli
-from lit_llama.common.errors import UserError, check_range
-from lit_llama.configs import CONFIGS
+from lit_llama.common.errors import check_range
 from lit_llama.data.batches import IGNORE, TokenizedSample
 from lit_llama.devices.launch import default_device, resolve_precision, synchronize
-from lit_llama.measure.cases import BenchmarkCase, build_ours
-from lit_llama.methods.table import METHODS
+from lit_llama.measure.cases import BenchmarkCase, build_ours, check_method, config_of
 from lit_llama.settings import MOST_SAMPLES, MOST_TOKENS
 
 
@@ -42,10 +39,7 @@ def main(
         micro_batch_tokens: Tokens of a forward and backward pass.
         warm_up: Steps before the one that is profiled.
     """
-    if model not in CONFIGS and not (Path(model) / "config.json").exists():
-        raise UserError(f"--model {model} is neither a folder with a base nor one of {', '.join(CONFIGS)}")
-    if method not in METHODS:
-        raise UserError(f"--method {method} is none of {', '.join(METHODS)}")
+    config_of(model), check_method(method)
     check_range("--batch_size", batch_size, 1, MOST_SAMPLES)
     check_range("--micro_batch_tokens", micro_batch_tokens, 1, MOST_TOKENS)
     check_range("--warm_up", warm_up, 1, 1000)

@@ -29,13 +29,13 @@ def test_weights_and_optimizer_are_counted(case):
     model = tuned(case)
     params = list(trainable_parameters(model).values())
     memory = step_memory(model, torch.float32, tokens=64, seq_length=32)
-    assert memory.frozen == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    assert memory.frozen_weights == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     optimizer = torch.optim.AdamW(params)
     for p in params:
         p.grad = torch.zeros_like(p)
     optimizer.step()
     moments = sum(state[name].nbytes for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
-    assert memory.trained == 2 * sum(p.nbytes for p in params) + moments
+    assert memory.trainable_parameters == 2 * sum(p.nbytes for p in params) + moments
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,8 @@ def test_blocks_below_the_first_trainable_one_save_nothing():
 
 
 def test_sharding_and_quantization_shrink_the_frozen_blocks():
-    whole, sharded, quantized = (estimate("lora", **c).frozen for c in ({}, {"shards": 4}, {"quantize": "int8"}))
+    changes: list[dict] = [{}, {"shards": 4}, {"quantize": "int8"}]
+    whole, sharded, quantized = (estimate("lora", **changed).frozen_weights for changed in changes)
     ends = (2 * CONFIG["vocab_size"] + 1) * CONFIG["n_embd"] * 4  # the embedding, the head and the last norm
     assert sharded - ends == pytest.approx((whole - ends) * (1 / 4 + 2 / CONFIG["n_layer"]))
     assert quantized - ends == pytest.approx((whole - ends) / 4)
@@ -94,7 +95,7 @@ def test_a_run_says_what_it_needs_before_it_runs_out(tmp_path, monkeypatch):
     for size, code, message in [
         (2 * 10**9, 0, ""),
         (1.1 * 10**9, 0, "warning: a step needs about 0.97 GB and 1.10 GB"),
-        (0.7 * 10**9, 2, "error: a step needs about 0.97 GB and 0.70 GB are free; pass --"),
+        (0.7 * 10**9, 2, "error: a step needs about 0.97 GB and 0.70 GB are free; pass a lower --"),
     ]:
         free.append(int(size))
         result = run("finetune/adapter.py", *flags)
@@ -107,5 +108,5 @@ def test_the_script_prints_a_table(tmp_path):
     printed = succeed("scripts/estimate_memory.py", *flags, "--micro_batch_tokens", 64, "--device", "cpu")
     assert "lora on tiny, bf16-true, micro-batches of 64 tokens" in printed and "total on each device" in printed
     refuse("scripts/estimate_memory.py", *flags, "--arguments", "{rank: 4}", message="do not fit lora")
-    refuse("scripts/estimate_memory.py", "--model", "8B", message="neither a folder of a base nor one of 7B, 13B")
-    refuse("scripts/estimate_memory.py", "--model", "7B", "--method", "ia5", message="--method 'ia5' is none of")
+    refuse("scripts/estimate_memory.py", "--model", "8B", message="neither a folder with a base nor one of 7B, 13B")
+    refuse("scripts/estimate_memory.py", "--model", "7B", "--method", "ia5", message="--method ia5 is none of")

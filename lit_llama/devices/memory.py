@@ -32,14 +32,14 @@ QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5}  # per weight of a block's matrices;
 class StepMemory:
     """Bytes on one device at the peak of a step."""
 
-    frozen: float
-    trained: float
+    frozen_weights: float
+    trainable_parameters: float
     activations: float
     temporaries: float
 
     @property
     def total(self) -> float:
-        return self.frozen + self.trained + self.activations + self.temporaries
+        return sum(vars(self).values())
 
 
 def step_memory(
@@ -59,16 +59,14 @@ def step_memory(
     """
     blocks, size = model.transformer.h, (model.compute_dtype or dtype).itemsize
     tokens += tokens // seq_length * len(model.virtual_ids)
-    per_weight = QUANTIZED_BYTES.get(quantize, dtype.itemsize)
-    in_blocks = [sum(p.numel() for p in block.parameters() if not p.requires_grad) * per_weight for block in blocks]
-    in_all = sum(p.numel() for p in model.parameters() if not p.requires_grad) * dtype.itemsize
-    frozen = in_all - sum(in_blocks) * (dtype.itemsize / per_weight) + sum(in_blocks) / shards
-    frozen += 2 * max(in_blocks) if shards > 1 else 0
+    in_blocks = [sum(p.numel() for p in block.parameters() if not p.requires_grad) for block in blocks]
+    elsewhere = sum(p.numel() for p in model.parameters() if not p.requires_grad) - sum(in_blocks)
+    held = sum(in_blocks) / shards + (2 * max(in_blocks) if shards > 1 else 0)
+    frozen = elsewhere * dtype.itemsize + held * QUANTIZED_BYTES.get(quantize, dtype.itemsize)
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    saved = [
-        block_bytes(block, model, size, tokens, seq_length, device_type) for block in blocks[first_trained(model) :]
-    ]
+    trained_blocks = blocks[first_trained(model) :]
+    saved = [block_bytes(block, model, size, tokens, seq_length, device_type) for block in trained_blocks]
     if checkpointing and saved:  # each block's input, and all of one block
         saved = [tokens * model.config.n_embd * size] * len(saved) + saved[:1]
     logits = min(tokens, HEAD_CHUNK) * model.lm_head.out_features * (2 * size + 8)  # also float32, and the gradients
@@ -79,12 +77,10 @@ def step_memory(
 def block_bytes(block: nn.Module, model: LLaMA, size: int, tokens: int, seq_length: int, device_type: str) -> float:
     """Bytes that autograd saves in one block, whose activations have ``size`` bytes."""
     c = model.config
-    q, kv = c.n_head * c.head_size, c.n_kv_head * c.head_size
     norms = 2 * (size if device_type == "cuda" else 4) * c.n_embd  # their inputs; a CPU computes them in float32
-    if device_type == "cpu" and size == 2:  # plain products (model.py): q, k, v, the scores and the output
-        attention = (2 * q + 2 * kv + c.n_head * seq_length) * size
-    else:  # q and k after rotation, v, and the output
-        attention = (2 * q + 2 * kv) * size
+    attention = 2 * (c.n_head + c.n_kv_head) * c.head_size * size  # q, k, v and the output
+    if device_type == "cpu" and size == 2:  # plain products (attention.py): also the scores
+        attention += c.n_head * seq_length * size
     mlp = 3 * c.intermediate_size * size
     trained = [p for name, p in block.named_parameters() if p.requires_grad and not name.endswith("bias")]
     inputs = sum(p.size(-1) for p in trained) * size  # what a trainable matrix or scale is multiplied by
@@ -102,17 +98,14 @@ def check_memory(fabric: Fabric, model: LLaMA, train: TrainArgs, longest: int, c
         return
     if fabric.device.type == "cpu":
         free_bytes //= fabric.world_size
-    tokens = max(longest, min(train.micro_batch_tokens, train.batch_size * longest))
-    dtype = model.transformer.wte.weight.dtype
-    memory = step_memory(model, dtype, tokens, longest, checkpointing, device_type=fabric.device.type)
-    loaded = memory.frozen + memory.trained / 4  # the weights; gradients and moments come
-    needed = memory.total - loaded
+    tokens, dtype = min(train.micro_batch_tokens, train.batch_size * longest), model.transformer.wte.weight.dtype
+    memory = step_memory(model, dtype, max(longest, tokens), longest, checkpointing, device_type=fabric.device.type)
+    needed = memory.total - memory.frozen_weights - memory.trainable_parameters / 4  # the weights are loaded already
     if needed < 0.8 * free_bytes:
         return
-    fitting = int(tokens * (0.8 * free_bytes - memory.trained * 3 / 4) / (memory.activations + memory.temporaries))
-    less = f"--train.micro_batch_tokens {fitting}" if fitting >= longest else "a lower --train.max_seq_length"
+    less = "--train.micro_batch_tokens" if tokens > longest else "--train.max_seq_length"
     text = (
-        f"a step needs about {needed / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free; pass {less}, "
+        f"a step needs about {needed / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free; pass a lower {less}, "
         "--checkpointing, --precision bf16-true or --quantize int8 (docs/memory.md)"
     )
     if needed > 1.25 * free_bytes:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lit_llama.checkpoint import load_config
+from lit_llama.checkpoint import CONFIG_FILE, load_config
 from lit_llama.common.errors import UserError
 from lit_llama.configs import CONFIGS
 from lit_llama.data.batches import IGNORE, TokenizedSample, micro_batches
@@ -32,6 +33,18 @@ from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.train.loss import target_loss
 from lit_llama.trained import trainable_parameters
+
+
+def config_of(model: str) -> LLaMAConfig:
+    """The config of a released model (lit_llama/configs.py) or of the base in a folder."""
+    if model not in CONFIGS and not (Path(model) / CONFIG_FILE).exists():
+        raise UserError(f"--model {model} is neither a folder with a base nor one of {', '.join(CONFIGS)}")
+    return LLaMAConfig.from_name(model) if model in CONFIGS else load_config(model)
+
+
+def check_method(method: str) -> None:
+    if method not in METHODS:
+        raise UserError(f"--method {method} is none of {', '.join(METHODS)}")
 
 
 @dataclass
@@ -51,8 +64,7 @@ class BenchmarkCase:
 
     @property
     def config(self) -> LLaMAConfig:
-        """The shapes: of a released model (lit_llama/configs.py), or of the base in a folder."""
-        return LLaMAConfig.from_name(self.model) if self.model in CONFIGS else load_config(self.model)
+        return config_of(self.model)
 
     @property
     def name(self) -> str:
