@@ -38,8 +38,8 @@ from lit_llama.measure.compare import (
     NAMES,
     ScriptRun,
     ablation_jobs,
-    forgetting,
     learning_rate,
+    loss_change,
     lowest_loss,
     markdown,
     pilot_jobs,
@@ -47,7 +47,7 @@ from lit_llama.measure.compare import (
     variant_jobs,
     with_seeds,
 )
-from lit_llama.measure.plots import plot_ablations, plot_comparison
+from lit_llama.measure.plots import plot_ablations, plot_comparison, plot_variants
 from lit_llama.settings import DEFAULT_BASE, MOST, MOST_SAMPLES, MOST_SEED, ROOT
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train.run import COSTS_FILE, STATE_FILE, differences, read_metrics
@@ -151,6 +151,7 @@ def main(
         plot_ablations(folder, {job.name: losses_of(job) for job in gates})
     else:
         plot_comparison(folder, results)
+        plot_variants(folder, results)
     if comparison.failed:
         lines = "; ".join(f"{name}: {why}" for name, why in comparison.failed.items())
         raise UserError(f"{len(comparison.failed)} runs failed; the same command tries them again: {lines}")
@@ -284,9 +285,13 @@ class Comparison:
             results[name] = costs(runs, sample[: self.settings["batch_size"]])
             if runs[0].evaluated:
                 results[name] |= quality([self.test_file(run.out_dir) for run in runs])
-            after = [self.other_file(run.out_dir) for run in runs]
-            if all(file.exists() for file in [*after, self.other_file(self.folder)]):
-                results[name] |= forgetting(after, self.other_file(self.folder))
+            after, base = [self.other_file(run.out_dir) for run in runs], self.other_file(self.folder)
+            if all(file.exists() for file in [*after, base]):
+                add_change(results[name], "forgetting", after, [base])
+            plain = [job for job in jobs if job.name == job.method == runs[0].method and job.label not in self.failed]
+            if name != runs[0].method and runs[0].evaluated and len(plain) == len(runs):  # a variant of a method
+                tests = [[self.test_file(run.out_dir) for run in group] for group in (runs, plain)]
+                add_change(results[name], "minus_method", *tests)
         return results
 
     def base_figures(self, bases: dict[str, int]) -> dict[str, dict]:
@@ -302,6 +307,10 @@ class Comparison:
         with atomic_write(self.folder / f"{name}.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
         print(f"\n{text}\nwrote {self.folder / name}.json and .md")
+
+
+def add_change(row: dict, key: str, after: list[Path], before: list[Path]) -> None:
+    row[key], row[f"{key}_interval"] = loss_change(after, before)
 
 
 def train(job: ScriptRun, flags: list[str], failed: dict[str, str], bar: Bar) -> bool:

@@ -12,7 +12,7 @@ from helpers import TINY, make_base, metrics, refuse, run, succeed, tiny_model
 
 from lit_llama.data.batches import TokenizedSample
 from lit_llama.measure.benchmark import flops_per_token
-from lit_llama.measure.compare import forgetting, markdown, pilot_jobs, quality, variant_jobs, versus_full
+from lit_llama.measure.compare import loss_change, markdown, pilot_jobs, quality, variant_jobs, versus_full
 from lit_llama.measure.intervals import difference_interval, mean_interval, per_token, proportion_interval
 from lit_llama.methods.table import METHODS
 
@@ -85,12 +85,13 @@ def test_every_figure_is_there(compared):
     other = results["lora"]["forgetting"]
     assert "forgetting" not in results["features"] and other != results["full"]["forgetting"]
     assert results["lora"]["forgetting_interval"][0] < other < results["lora"]["forgetting_interval"][1]
+    minus_method = {name: row["minus_method"] for name, row in results.items() if "minus_method" in row}
+    assert minus_method == {"lora r=2": pytest.approx(results["lora r=2"]["loss"] - results["lora"]["loss"])}
     *table, empty, rates = (out / "results.md").read_text().splitlines()
     assert len(table) == 2 + 6 and len({line.count("|") for line in table}) == 1 and not empty
     assert rates == "Learning rates: full 3e-05, lora 0.003, lora r=2 0.003." and rates in printed
-    for plot in ("trained_parameters", "peak_memory", "forgetting"):
-        plot = f"quality_by_{plot}.png"
-        assert (out / plot).read_bytes().startswith(b"\x89PNG")
+    for plot in ("quality_by_trained_parameters", "quality_by_peak_memory", "quality_by_forgetting", "variants"):
+        assert (out / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_finished_is_not_run_again(compared, here):
@@ -142,8 +143,8 @@ def test_plain_texts_have_a_loss_and_nothing_to_be_right_about(tmp_path):
     cut = {"row": 4, "loss": 9.0, "n_targets": 3, "right": None}  # neither a cut nor a dropped row (0) is compared
     worse = [*pieces, *(row | {"loss": 2.2} for row in rows[2:4]), cut]
     (tmp_path / "after.json").write_text(json.dumps({"samples": worse}))
-    change = forgetting([tmp_path / "after.json"], tmp_path / "validation.json")
-    assert change["forgetting"] == pytest.approx(0.05) and change["forgetting_interval"][0] == pytest.approx(0.05)
+    change, (low, _) = loss_change([tmp_path / "after.json"], [tmp_path / "validation.json"])
+    assert change == low == pytest.approx(0.05)
     (tmp_path / "one.json").write_text(json.dumps({"samples": rows[:1]}))
     assert quality([tmp_path / "one.json"])["loss_interval"] == (-math.inf, math.inf)
 

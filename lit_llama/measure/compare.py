@@ -162,12 +162,15 @@ def quality(files: list[Path]) -> dict:
     return figures
 
 
-def forgetting(files: list[Path], base: Path) -> dict:
-    """The rise of the loss per token on other data over the base's, with an interval. There is a file for each seed."""
-    *after, before = read_results([*files, base])
-    counts = figures_of([before], "n_targets")[0]
-    change, interval = per_token(figures_of(after, "loss") - figures_of([before], "loss"), counts)
-    return {"forgetting": change, "forgetting_interval": interval}
+def loss_change(after: list[Path], before: list[Path]) -> tuple[float, tuple[float, float]]:
+    """The change of the loss per token on the same samples, and its interval.
+
+    There is a file for each seed. One file before, such as the base's, is compared with all.
+    """
+    samples = read_results([*after, *before])
+    counts = figures_of(samples, "n_targets")[0]
+    losses = figures_of(samples, "loss")
+    return per_token(losses[: len(after)] - losses[len(after) :], counts)
 
 
 def versus_full(row: dict, full: dict) -> tuple[float, tuple[float, float]]:
@@ -179,8 +182,8 @@ def versus_full(row: dict, full: dict) -> tuple[float, tuple[float, float]]:
 
 def markdown(results: dict[str, dict]) -> str:
     """The table, with each method's exact match compared with full finetuning's on the same samples."""
-    header = ["", "trained", "of all", "right, 95 %", "minus full", "loss, 95 %", "rise on other data"]
-    header += ["training loss", "GFLOP/token", "minutes", "peak MB", "kept MB"]
+    header = ["", "trained", "of all", "right, 95 %", "minus full", "loss, 95 %", "minus its method's"]
+    header += ["rise on other data", "training loss", "GFLOP/token", "minutes", "peak MB", "kept MB"]
     rows, full = [], results.get("full")
     for name, row in results.items():
         trains = "trained_parameters" in row
@@ -191,9 +194,8 @@ def markdown(results: dict[str, dict]) -> str:
             cells.append(spread(100 * difference, [100 * end for end in interval], "+.1f"))
         else:
             cells.append("")
-        cells.append(spread(row["loss"], row["loss_interval"], ".4f") if "loss" in row else "")
-        forgot = "forgetting" in row
-        cells.append(spread(row["forgetting"], row["forgetting_interval"], "+.4f") if forgot else "")
+        for key, form in (("loss", ".4f"), ("minus_method", "+.4f"), ("forgetting", "+.4f")):
+            cells.append(spread(row[key], row[f"{key}_interval"], form) if key in row else "")
         cells.append(f"{row['train_loss']:.4f}" if "train_loss" in row else "")
         if "seconds" in row:
             cells += [f"{row['gflop_per_token']:.2f}", f"{row['seconds'] / 60:.1f}"]

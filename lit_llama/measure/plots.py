@@ -123,6 +123,25 @@ def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
         plt.close(figure)
 
 
+def plot_variants(folder: Path, results: dict[str, dict]) -> None:
+    """The loss of each variant of a method minus the method's own."""
+    plt, points = pyplot(), [(name, row) for name, row in results.items() if "minus_method" in row]
+    if plt is None or not points:
+        return
+    figure, ax = plt.subplots(figsize=(8, 1 + 0.4 * len(points)), layout="constrained")
+    for y, (_, row) in enumerate(points):
+        color, marker = MARKERS.get(row["method"], OTHER_MARKER)
+        ax.hlines(y, *row["minus_method_interval"], color=color)
+        ax.plot(row["minus_method"], y, color=color, marker=marker, markersize=8)
+    ax.axvline(0, color="black", linewidth=0.8, linestyle="--")
+    ax.set_yticks(range(len(points)), [f"{name} minus {row['method']}" for name, row in points])
+    ax.invert_yaxis()
+    ax.set(xlabel="difference of the test loss per token, with 95 % intervals: left of the line is better")
+    ax.grid(alpha=0.3)
+    save_figure(figure, folder / "variants.png")
+    plt.close(figure)
+
+
 def plot_ablations(folder: Path, curves: dict[str, list[float]]) -> None:
     """Training loss by step, on a log scale, of runs that differ in the initial value of their gates."""
     plt = pyplot()
