@@ -15,7 +15,7 @@ from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import save_arrays
 from lit_llama.common.progress import Bar
 from lit_llama.data.prompts import describe_template
-from lit_llama.data.samples import Reading
+from lit_llama.data.samples import DataOptions
 from lit_llama.data.task import check_data, load_task
 from lit_llama.devices.launch import base_dtype, launch
 from lit_llama.generate.decode import text_vectors
@@ -59,8 +59,8 @@ def main(
     check_data(data)  # before anything is fetched
     ensure_base(checkpoint_dir, yes)
     fabric = launch()
-    reading = Reading(columns, val_fraction, skip_bad_rows, show_sample)
-    task = load_task(data, checkpoint_dir, prompt_style, max_seq_length, reading, classify=True)
+    options = DataOptions(columns, val_fraction, skip_bad_rows, show_sample)
+    task = load_task(data, checkpoint_dir, prompt_style, max_seq_length, options, classify=True)
     print(task.summary)
     settings = {
         "method": "features",

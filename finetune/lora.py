@@ -12,16 +12,16 @@ from lit_llama import cli
 from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_model
 from lit_llama.data.batches import step_indices
-from lit_llama.data.samples import Reading
+from lit_llama.data.samples import DataOptions
 from lit_llama.data.task import check_data, load_task
-from lit_llama.devices.blocks import check_together, shard, unwrap_blocks, wrap_blocks
+from lit_llama.devices.blocks import check_fsdp_flags, shard, unwrap_blocks, wrap_blocks
 from lit_llama.devices.launch import base_dtype, launch, print_rank0
 from lit_llama.devices.memory import check_memory
 from lit_llama.devices.quantize import quantize_base
 from lit_llama.methods.lora import add_lora
 from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
 from lit_llama.train.evaluate import BeforeAfter, validate
-from lit_llama.train.loss import broadcast_trained, clip_gradient, split_by_tokens, sum_gradients, target_loss
+from lit_llama.train.loss import broadcast_trained, check_finite, split_by_tokens, sum_gradients, target_loss
 from lit_llama.train.run import Run, default_out_dir, describe_run
 from lit_llama.trained import count_trainable, load_initial, trainable_parameters
 
@@ -68,15 +68,15 @@ def main(
         start_layer: The first block that is updated; the blocks below do not change.
         rslora: Rank-stabilized LoRA, for high ranks.
     """
-    check_together(strategy, compile, quantize)
+    check_fsdp_flags(strategy, compile, quantize)
     out_dir = out_dir or default_out_dir("lora", data)
     check_data(data)
     ensure_base(checkpoint_dir, yes)  # before launch, where other processes wait for this one
     fabric = launch(devices, num_nodes, strategy, logger, out_dir)
 
     # Data: token ids, with a target only where the answer is
-    reading = Reading(columns, val_fraction, skip_bad_rows, show_sample)
-    task = load_task(data, checkpoint_dir, prompt_style, train.max_seq_length, reading)
+    options = DataOptions(columns, val_fraction, skip_bad_rows, show_sample)
+    task = load_task(data, checkpoint_dir, prompt_style, train.max_seq_length, options)
     total_steps = train.total_steps(len(task.train))
     print_rank0(f"{task.summary}\n{train.summary(len(task.train), fabric.world_size)}")
 
@@ -108,7 +108,8 @@ def main(
         trainable_parameters(model).values(), lr=train.learning_rate, weight_decay=train.weight_decay
     )
 
-    # Loop: a resumed run starts where it stopped; Ctrl-C finishes the step, saves, and stops
+    # Loop: run.steps loads the saved state with --resume and saves it every save_every steps; on Ctrl-C it finishes
+    # the step, saves and stops
     model.train()
     for step in run.steps(model, optimizer, total_steps, train.save_every):
         batch = [task.train[i] for i in step_indices(step, train.batch_size, len(task.train), train.seed, train.epochs)]
@@ -118,7 +119,7 @@ def main(
         loss = torch.zeros((), device=fabric.device)
         for micro_batch in split_by_tokens(batch, train.micro_batch_tokens, fabric, model):
             micro_loss = target_loss(model, micro_batch) / n_targets
-            fabric.backward(micro_loss)
+            micro_loss.backward()
             loss += micro_loss.detach()
         sum_gradients(fabric, model)
         loss = fabric.all_reduce(loss, reduce_op="sum")
@@ -126,7 +127,8 @@ def main(
         lr = train.learning_rate_at(step, total_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        mean_loss, grad_norm = clip_gradient(model, train.clip, loss, step, batch)
+        norm = torch.nn.utils.clip_grad_norm_(trainable_parameters(model).values(), train.clip or float("inf"))
+        mean_loss, grad_norm = check_finite(loss, norm, step, batch)  # here a step waits for the device
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

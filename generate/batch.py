@@ -16,7 +16,7 @@ from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError
 from lit_llama.data.prompts import encode_prompt, stop_ids, trained_template
-from lit_llama.data.samples import file_rows
+from lit_llama.data.samples import read_rows
 from lit_llama.devices.launch import base_dtype, default_device
 from lit_llama.devices.prepack import prepack
 from lit_llama.devices.quantize import quantize_base
@@ -77,7 +77,7 @@ def main(
 def read_requests(path: Path) -> list[dict]:
     """The requests of a file. Raises UserError if one has no prompt, or a field that is not a string."""
     rows = []
-    for where, row in file_rows(path):
+    for where, row in read_rows(path):
         texts = isinstance(row, dict) and all(isinstance(row.get(key, ""), str) for key in ("input", "trained_dir"))
         if not texts or not isinstance(row.get("prompt"), str):
             raise UserError(f'{where}: a request needs a "prompt", and may have "input" and "trained_dir"')

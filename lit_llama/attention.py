@@ -34,14 +34,14 @@ class Texts:
     lengths: list[int]
     longest: int  # at least the longest of them
     positions: Tensor  # (N,): of each token in its text
-    starts: Tensor  # (texts + 1,) in int32: where each text starts, and where the last one ends
+    bounds: Tensor  # (texts + 1,) in int32: where each text starts, and where the last one ends
     prefix: int = 0
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Texts | None = None, is_causal: bool = False) -> Tensor:
-    """Over all of k, where a ``mask`` (B or 1, 1, T, S) is True, within each of ``Texts``, or causally.
+    """Attention over all of k; only where a ``mask`` (B or 1, 1, T, S) is True; within each of ``Texts``; or causal.
 
-    Causally, the last query sees all keys, the one before it all but one, and so on.
+    If it is causal, the last query sees all keys, the one before it all but one, and so on.
     """
     if isinstance(mask, Texts):
         v = v.contiguous()  # a view would keep the whole fused projection in memory, until the backward pass
@@ -61,8 +61,8 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_cau
     q, k, v = q.reshape(B * nkv, -1, hs), k.reshape(B * nkv, S, hs), v.reshape(B * nkv, S, hs)
     if is_causal:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
-    hidden = q.new_zeros(()) if mask is None else q.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    scores = torch.add(hidden, (q @ k.transpose(1, 2)).view(B, nh, T, S), alpha=hs**-0.5)
+    bias = q.new_zeros(()) if mask is None else q.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    scores = torch.add(bias, (q @ k.transpose(1, 2)).view(B, nh, T, S), alpha=hs**-0.5)
     return (scores.softmax(-1).view(B * nkv, -1, S) @ v).view(B, nh, T, hs)
 
 
@@ -94,11 +94,11 @@ def has_flash(cuda_index: int) -> bool:
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, texts: Texts) -> Tensor:
     """FlashAttention over a packed row (https://docs.pytorch.org/docs/stable/nn.attention.varlen.html)."""
-    seen = starts = texts.starts
+    seen = bounds = texts.bounds
     if texts.prefix:
-        before = texts.prefix * torch.arange(len(starts), device=starts.device, dtype=starts.dtype)
-        seen = (starts + before).clamp(max=k.size(2))  # the last texts may be empty
+        before = texts.prefix * torch.arange(len(bounds), device=bounds.device, dtype=bounds.dtype)
+        seen = (bounds + before).clamp(max=k.size(2))  # the last texts may be empty
     grouped = {"enable_gqa": True} if q.size(1) != k.size(1) else {}
     rows = [t[0].transpose(0, 1) for t in (q, k, v)]  # (N, heads, hs)
     longest = (texts.longest, texts.longest + texts.prefix)
-    return varlen_attn(*rows, starts, seen, *longest, **VARLEN_CAUSAL, **grouped).transpose(0, 1)[None]
+    return varlen_attn(*rows, bounds, seen, *longest, **VARLEN_CAUSAL, **grouped).transpose(0, 1)[None]

@@ -35,7 +35,7 @@ def check_format(folder: Path | str) -> None:
 
 
 def load_config(folder: Path | str) -> LLaMAConfig:
-    """Raises UserError if the folder's config.json is not one of this project."""
+    """The config of a checkpoint folder. Raises UserError if its config.json is not one of this project."""
     check_format(folder)
     path = Path(folder) / CONFIG_FILE
     content = read_json(path)
@@ -125,7 +125,7 @@ def write_shards(
     total_bytes = 0
     for name, tensor in tensors:
         if name in found:
-            raise UserError(f"tensor {name} comes twice")
+            raise UserError(f"tensor {name} appears twice")
         if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
             flush()
         found[name] = tuple(tensor.shape)
@@ -171,10 +171,10 @@ def check_headers(config: LLaMAConfig, files: list[Path], folder: Path) -> None:
     for path in files:
         found = tensor_headers(path)
         if twice := set(found) & set(headers):
-            raise UserError(f"{path}: tensor {min(twice)} comes twice, it is in another file of the folder too")
+            raise UserError(f"{path}: tensor {min(twice)} appears twice, also in another file of the folder")
         headers.update(found)
     if config.n_layer > len(headers):  # before making a model with so many layers
-        raise UserError(f"{folder}: {CONFIG_FILE} has n_layer {config.n_layer}, but the files {len(headers)} tensors")
+        raise UserError(f"{folder}: {CONFIG_FILE} has n_layer {config.n_layer}, the files hold {len(headers)} tensors")
     check_tensors({name: shape for name, (shape, _) in headers.items()}, tensor_shapes(config), folder)
     check_dtypes(headers, ("F32", "BF16", "F16"), folder)
 

@@ -21,14 +21,15 @@ DEFAULT_BASE = str(ROOT / "checkpoints/smollm2-135m-instruct")
 SHARED_FLAGS = {
     "train": "The settings of the training loop.",
     "data": "A file (.json, .jsonl, .csv, .tsv, .txt, .parquet) or a folder with train and validation files.",
-    "columns": 'Our names of columns and the file\'s, as \'{"instruction": "query", "output": "reply"}\'.',
-    "val_fraction": "Share of a single file that is split off for validation: 10 to 2,000 samples.",
+    "columns": 'Maps our names of columns to the file\'s: \'{"instruction": "query", "output": "reply"}\'.',
+    "val_fraction": "Share of a single file that is split off for validation, at least 10 and at most 2,000 samples.",
     "skip_bad_rows": "Leave out, and count, rows that cannot be read.",
     "show_sample": "Print the first sample as tokens, those that are trained on in brackets.",
     "checkpoint_dir": "Folder of the base. The default one is offered for download if it is missing.",
     "out_dir": "Folder for the results. Default: out/, the method and the name of the data.",
     "init_from": "A trained folder of the same method to begin with.",
-    "prompt_style": "alpaca, plain or template: the base's own chat template, the default if it has one; else alpaca.",
+    "prompt_style": "template (the base's chat template), alpaca or plain. Default: plain if all rows are plain texts, "
+    "else template if the base has one, else alpaca.",
     "eval_samples": "Number of held-out samples to answer before and after training; 0 for none.",
     "devices": "Devices per node: GPUs, or processes on a CPU.",
     "num_nodes": "Number of nodes (machines).",
@@ -49,7 +50,7 @@ SHARED_FLAGS = {
 }
 
 
-MOST = 10**9  # steps, samples or tokens: a large value alone allocates nothing
+MOST = 10**9  # steps, samples or tokens, where a large value alone allocates nothing
 MOST_TOKENS = 2**20  # in one forward pass or sample
 MOST_SAMPLES = 2**16  # in one step or batch
 MOST_SEED = 2**32 - 1

@@ -47,10 +47,11 @@ def describe_base(checkpoint_dir: Path | str) -> dict:
     }
 
 
-def load_parameters(model: LLaMA, path: Path, prefix: str = "") -> dict:
+def load_parameters(model: LLaMA, path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict]:
     """Copy the tensors of a safetensors file whose names begin with ``prefix`` into the trainable ones of ``model``.
 
-    Returns the ``about`` of ``save_tensors``. Raises UserError, and copies nothing, if names, shapes or dtypes differ.
+    Returns all tensors of the file, and its ``about``. Raises UserError, before it copies any, if names, shapes or
+    dtypes differ.
     """
     tensors = trainable_parameters(model)
     check_trained(tensors, path, prefix)
@@ -58,18 +59,18 @@ def load_parameters(model: LLaMA, path: Path, prefix: str = "") -> dict:
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(loaded[prefix + name])
-    return about
+    return loaded, about
 
 
 def load_initial(model: LLaMA, trained_dir: Path | str) -> None:
-    """Begin with what a trained folder holds. ``check_initial`` has checked that it fits the run."""
+    """Start from the tensors of a trained folder. ``check_initial`` has checked that it fits the run."""
     load_parameters(model, Path(trained_dir) / TRAINED_FILE)
 
 
 def check_initial(trained_dir: Path | str, settings: dict, reparametrized: bool) -> None:
     """Raises UserError unless a run with these settings can begin with what a trained folder holds.
 
-    It must have the same method, arguments and base. A ``reparametrized`` prefix has its MLP, which no folder keeps.
+    It must have the same method, arguments and base. A ``reparametrized`` prefix cannot: folders do not keep its MLP.
     """
     path, method = Path(trained_dir) / METHOD_FILE, read_method(trained_dir)
     ours = {"method": settings["method"], **settings["arguments"]}
@@ -92,8 +93,9 @@ def check_trained(tensors: dict[str, Tensor], path: Path, prefix: str = "") -> N
 
 def with_defaults(method: dict) -> dict:
     """A method.json or a header, with the arguments that older versions did not write."""
-    defaults = {"rslora": False} if method.get("method") == "lora" else {}
-    return {**method, "arguments": {**defaults, **method["arguments"]}} if "arguments" in method else method
+    if method.get("method") != "lora" or "arguments" not in method:
+        return method
+    return {**method, "arguments": {"rslora": False, **method["arguments"]}}
 
 
 def check_header(method: dict, about: dict, path: Path) -> None:

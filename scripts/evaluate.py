@@ -27,8 +27,9 @@ from lit_llama.common.files import check_writable, write_json
 from lit_llama.common.progress import Bar
 from lit_llama.data.batches import IGNORE, TokenizedSample, micro_batches
 from lit_llama.data.prompts import encode_prompt, trained_template
-from lit_llama.data.samples import Reading, Sample, read_samples
+from lit_llama.data.samples import DataOptions, Sample, read_samples
 from lit_llama.data.task import can_be_asked, encode_samples, split_file, tokenize_labels
+from lit_llama.devices.blocks import check_fsdp_flags
 from lit_llama.devices.launch import base_dtype, launch, print_rank0, rank
 from lit_llama.generate.classify import is_classifier, load_classifier
 from lit_llama.generate.load import load_for_generation
@@ -96,15 +97,14 @@ def main(
             f"{trained_dir} answers with labels: --only_loss, --shots, --prompt_style, --max_seq_length, --quantize, "
             "--compile and fsdp do not apply"
         )
-    if sharded and (compile or (quantize or "none") != "none"):
-        raise UserError("--strategy fsdp works with neither --quantize nor --compile; pass ddp")
+    check_fsdp_flags(strategy, compile, quantize or "none")
     file = split_file(Path(data), split) if Path(data).is_dir() else Path(data)
     if file is None:
         raise UserError(f"{data} holds no {split} file; give the file to evaluate, or another --split")
     if results is not None:
         check_writable(results)
-    samples = read_samples(file, Reading(columns))[:max_samples]
-    asked = add_shots(samples, Path(data), Reading(columns), shots, shots_seed) if shots else samples
+    samples = read_samples(file, DataOptions(columns))[:max_samples]
+    asked = add_shots(samples, Path(data), DataOptions(columns), shots, shots_seed) if shots else samples
     if not trained_dir:
         ensure_base(checkpoint_dir or DEFAULT_BASE)
     fabric = launch(devices, num_nodes, strategy)
@@ -135,12 +135,12 @@ def main(
         write_results(Path(results), rows)
 
 
-def add_shots(samples: list[Sample], folder: Path, reading: Reading, shots: int, seed: int) -> list[Sample]:
+def add_shots(samples: list[Sample], folder: Path, options: DataOptions, shots: int, seed: int) -> list[Sample]:
     """The samples with the same ``shots`` examples in front, drawn from the folder's train file."""
     file = split_file(folder, "train") if folder.is_dir() else None
     if file is None:
         raise UserError(f"--shots takes its examples from a train file: {folder} must be a folder with one")
-    examples = [sample for sample in read_samples(file, reading) if sample.messages]
+    examples = [sample for sample in read_samples(file, options) if sample.messages]
     if len(examples) < shots:
         raise UserError(f"--shots {shots}, but {file} holds {len(examples)} rows with an answer")
     given = [message for sample in random.Random(seed).sample(examples, shots) for message in sample.messages]

@@ -102,7 +102,7 @@ FILES = {  # a file and the command that reads it: its content or a function tha
         (json_with(n_layer=...), "config.json is not a config of this project: missing .'n_layer'"),
         (json_with(hidden_size=3), "unknown .'hidden_size'"),
         (json_with(n_layer=-1), "n_layer must be a positive integer of a plausible size, got -1"),
-        (json_with(n_layer=4000), "config.json has n_layer 4000, but the files 2. tensors"),
+        (json_with(n_layer=4000), "config.json has n_layer 4000, the files hold 2. tensors"),
         (json_with(tie_embeddings=True), "lm_head.weight is not expected"),
         (json_with(**HUGE), "no model has the sizes"),
         (json_with(norm_eps=0), "norm_eps must be a number above 0, got 0"),

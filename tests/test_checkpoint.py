@@ -94,7 +94,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_not_written_silently(tmp_path):
     config = load_config(make_base(tmp_path / "base"))
     with pytest.raises(UserError, match="is missing"):
         save_checkpoint(tmp_path, config, [("transformer.wte.weight", torch.zeros(259, 32))])
-    with pytest.raises(UserError, match="comes twice"):
+    with pytest.raises(UserError, match="appears twice"):
         save_checkpoint(tmp_path, config, [("a", torch.zeros(1))] * 2)
 
 

@@ -17,7 +17,7 @@ from lit_llama.checkpoint import load_config, save_checkpoint
 from lit_llama.common.errors import UserError
 from lit_llama.data.batches import IGNORE, TokenizedSample, epoch_order, micro_batches, pack, step_indices
 from lit_llama.data.prompts import STYLES, choose_template, encode_prompt, style_of
-from lit_llama.data.samples import NOT_SERVED, Reading, Sample, read_samples, to_sample
+from lit_llama.data.samples import UNSUPPORTED, DataOptions, Sample, read_samples, to_sample
 from lit_llama.data.task import hash_fraction, load_splits, load_task, tokenize_samples
 from lit_llama.tokenizer import Tokenizer
 
@@ -92,7 +92,7 @@ BAD = {
     "silent.jsonl": ('{"messages": [{"role": "user", "content": "a"}]}', "silent.jsonl:1: messages hold no assistant"),
     "semicolons.csv": ("instruction;output\na;b\n", "semicolons.csv: the header 'instruction;output' has semicolons"),
     "twice.csv": ("text,text\na,b\n", "twice.csv: the header names a column twice: text, text"),
-    "rated.jsonl": ('{"prompt": "a", "completion": "b", "label": false}', "rated true or false are not served"),
+    "rated.jsonl": ('{"prompt": "a", "completion": "b", "label": false}', "rated completions are not supported"),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}')[:-9], "cut.jsonl.gz is not a complete .gz file"),
     "a.parquet": ("PAR1", "a.parquet is not a parquet file"),
     "weight.jsonl": (
@@ -141,14 +141,14 @@ def test_rows_as_the_field_writes_them(row, messages):
     assert sample_of(row).messages == messages and sample_of(row).unread == ()
     more = {**row, "id": 7, "images": [], "tools": None}
     assert sample_of(more).messages == messages and sample_of(more).unread == ("id", "images", "tools")
-    for key in NOT_SERVED:
-        with pytest.raises(UserError, match=f"test:1: {key} is not served"):
+    for key in UNSUPPORTED:
+        with pytest.raises(UserError, match=f"test:1: {key} is not supported"):
             sample_of({**row, key: ["something"]})
 
 
 @pytest.mark.parametrize("turn", [{"role": "tool", "content": "x"}, {**ANSWER, "tool_calls": [1]}, {"role": "user"}])
-def test_a_turn_that_is_not_served_is_refused(turn):
-    with pytest.raises(UserError, match="test:1: (a message needs a role|tool_calls is not served)"):
+def test_a_turn_that_is_not_supported_is_refused(turn):
+    with pytest.raises(UserError, match="test:1: (a message needs a role|tool_calls is not supported)"):
         sample_of({"messages": [USER, turn, ANSWER]})
 
 
@@ -166,7 +166,7 @@ def test_what_a_validation_file_leaves_out_is_noted_too(tmp_path):
     turns = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
     write_rows(tmp_path / "train.json", [{"question": str(i), "answer": "a"} for i in range(20)])
     write_rows(tmp_path / "val.json", [{"messages": turns, "source": "web"}, {"messages": turns[:2]}, {"messages": []}])
-    train, validation = load_splits(tmp_path, Reading(skip_bad_rows=True))
+    train, validation = load_splits(tmp_path, DataOptions(skip_bad_rows=True))
     assert len(list(train)) == 20 and [len(sample.messages) for sample in validation] == [2, 2]
     assert train.notes[:2] == [
         "val.json: columns ignored: source",
@@ -180,15 +180,15 @@ def test_columns_are_renamed_and_what_is_not_read_is_noted(tmp_path):
     path = write_rows(tmp_path / "a.json", rows)
     columns = {"instruction": "query", "output": "reply"}
     with pytest.raises(UserError, match="row 31: instruction must be a string, got 5"):
-        load_splits(path, Reading(columns))
-    train, validation = load_splits(path, Reading(columns, skip_bad_rows=True))
+        load_splits(path, DataOptions(columns))
+    train, validation = load_splits(path, DataOptions(columns, skip_bad_rows=True))
     assert len(list(train)) + len(validation) == 30 and len(validation) == 10
     assert train.notes[0] == "a.json: columns ignored: id"
     assert train.notes[1].startswith(f"a.json: 1 bad rows left out; the first: {path}, row 31: instruction must")
     with pytest.raises(UserError, match="none of 31 rows can be read; the first: .*, row 1: no format"):
-        load_splits(path, Reading(skip_bad_rows=True))
+        load_splits(path, DataOptions(skip_bad_rows=True))
     with pytest.raises(UserError, match="row 1: --columns names ask; the row has query, reply, id"):
-        load_splits(path, Reading({"instruction": "ask"}))
+        load_splits(path, DataOptions({"instruction": "ask"}))
 
 
 def test_a_folder_is_read_by_the_usual_names(tmp_path, base):
@@ -229,7 +229,7 @@ def test_what_is_probably_not_meant_is_warned_of(tmp_path):
 
 
 def test_the_first_sample_is_shown_with_its_trained_tokens(base):
-    summary = load_task(sums(30), base, "plain", 100, Reading(show_sample=True)).summary
+    summary = load_task(sums(30), base, "plain", 100, DataOptions(show_sample=True)).summary
     assert "in brackets:\na|d|d|" in summary and summary.endswith("[<|im_end|>]")
 
 
@@ -237,11 +237,11 @@ def test_the_first_sample_is_shown_with_its_trained_tokens(base):
 
 
 def test_split_by_hash_is_disjoint_stable_and_about_the_fraction(tmp_path):
-    train, validation = load_splits(write_rows(tmp_path / "a.json", sums(1000)), Reading(val_fraction=0.2))
+    train, validation = load_splits(write_rows(tmp_path / "a.json", sums(1000)), DataOptions(val_fraction=0.2))
     assert len(list(train)) + len(validation) == 1000 and 150 < len(validation) < 250
     kept = {sample.key() for sample in validation}
     assert not kept & {sample.key() for sample in train}
-    _, more = load_splits(sums(1300)[::-1], Reading(val_fraction=0.2))
+    _, more = load_splits(sums(1300)[::-1], DataOptions(val_fraction=0.2))
     assert kept <= {sample.key() for sample in more}
 
 
@@ -311,7 +311,7 @@ def test_rows_that_the_template_refuses_can_be_left_out(tmp_path):
     write_rows(tmp_path / "validation.json", rows[:3])
     with pytest.raises(UserError, match="train.json, row 31: the chat template refuses this: .* roles"):
         load_task(tmp_path, base, None, 100)
-    summary = load_task(tmp_path, base, None, 100, Reading(skip_bad_rows=True)).summary
+    summary = load_task(tmp_path, base, None, 100, DataOptions(skip_bad_rows=True)).summary
     assert "30 training samples" in summary and "1 dropped: " in summary
 
 
@@ -398,7 +398,7 @@ def test_packed_samples_lie_one_after_the_other():
     assert packed.ids.tolist() == [[1, 2, 3, 4]] and packed.texts.lengths == [3, 1]
     assert packed.texts.positions.tolist() == [0, 1, 2, 0]
     assert packed.targets.tolist() == [5, 6, 7] and packed.places.tolist() == [1, 2, 3]
-    starts = packed.texts.starts
+    starts = packed.texts.bounds
     assert starts[:3].tolist() == [0, 3, 4] and set(starts[3:].tolist()) == {4} and starts.dtype == torch.int32
 
     packed = pack(samples, torch.device("cpu"), [91, 92], text_multiple=4, row_multiple=20, context=6)

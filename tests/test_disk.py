@@ -51,15 +51,15 @@ def small_files():
 
 
 def fail_after_three_steps(monkeypatch, begin_to_fail) -> None:
-    taken, clip_gradient = [], adapter.clip_gradient
+    taken, check_finite = [], adapter.check_finite
 
     def count(*args):
         taken.append(1)
         if len(taken) == 4:
             begin_to_fail()
-        return clip_gradient(*args)
+        return check_finite(*args)
 
-    monkeypatch.setattr(adapter, "clip_gradient", count)
+    monkeypatch.setattr(adapter, "check_finite", count)
 
 
 @posix

@@ -150,13 +150,13 @@ def test_a_killed_rank_ends_the_job_within_a_minute_and_one_process_resumes_it(f
 
 def measure_memory(folder, out_dir, pipe) -> None:
     """In a child: train, and note after each step what the process holds."""
-    held, clip_gradient = [], adapter.clip_gradient
+    held, check_finite = [], adapter.check_finite
 
-    def clip_and_look(*args):
+    def look(*args):
         held.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
-        return clip_gradient(*args)
+        return check_finite(*args)
 
-    adapter.clip_gradient = clip_and_look
+    adapter.check_finite = look
     finetune(folder, out_dir, **{**FLAGS, "max_steps": 2000})
     pipe.send(held)
 

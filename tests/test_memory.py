@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import TINY, every_case, make_base, refuse, run, succeed, sums, to_samples, tuned, write_rows
 
-from lit_llama.devices import launch
+from lit_llama.devices import memory
 from lit_llama.devices.memory import StepMemory, step_memory
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -76,10 +76,10 @@ def test_the_limit_of_a_control_group_counts(tmp_path, monkeypatch):
     for name, text in {"max": "5000", "current": "3000", "stat": "anon 1\ninactive_file 700"}.items():
         (tmp_path / f"memory.{name}").write_text(text)
     files = (str(tmp_path), "memory.max", "memory.current", "inactive_file")
-    monkeypatch.setattr(launch, "CGROUP_FILES", {"": files})
-    assert launch.free_memory(torch.device("cpu")) == 5000 - 3000 + 700
+    monkeypatch.setattr(memory, "CGROUP_FILES", {"": files})
+    assert memory.free_memory(torch.device("cpu")) == 5000 - 3000 + 700
     (tmp_path / "memory.max").write_text("max")
-    assert launch.free_memory(torch.device("cpu")) > 10**6
+    assert memory.free_memory(torch.device("cpu")) > 10**6
 
 
 def test_a_run_says_what_it_needs_before_it_runs_out(tmp_path, monkeypatch):

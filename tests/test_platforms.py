@@ -13,7 +13,7 @@ from helpers import make_base, run, succeed, sums, write_rows
 from lightning.fabric import Fabric
 
 from lit_llama import cli, trained
-from lit_llama.devices import launch
+from lit_llama.devices import launch, memory
 from lit_llama.measure.compare import markdown
 from lit_llama.measure.plots import plot_comparison
 from lit_llama.train.run import catch_interrupt
@@ -55,13 +55,13 @@ def test_bfloat16_on_a_cpu_without_its_instructions_is_noted(monkeypatch, capsys
 def test_without_the_resource_module_memory_is_unknown(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setitem(sys.modules, "resource", None)  # importing it fails
-    assert launch.peak_memory(torch.device("cpu")) is None
+    assert memory.peak_memory(torch.device("cpu")) is None
 
 
 def test_macos_counts_memory_in_bytes(monkeypatch):
-    here = launch.peak_memory(torch.device("cpu"))
+    here = memory.peak_memory(torch.device("cpu"))
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert 1000 < here / launch.peak_memory(torch.device("cpu")) < 1050  # Linux counts in units of 1,024
+    assert 1000 < here / memory.peak_memory(torch.device("cpu")) < 1050  # Linux counts in units of 1,024
 
 
 def test_a_comparison_does_without_the_memory(tmp_path):

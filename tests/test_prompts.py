@@ -205,7 +205,11 @@ def test_a_template_that_strips_is_followed(tmp_path, template, text):
             "changes the text of a message, here one of 'a#b'",
         ),
         (chatml_with("hi"), "a", "does not write the user message 1 of 2 once"),
-        (chatml_with("{{ message['content'] }}", "{{ message['content'] }} "), "a", "ends no answer with a control"),
+        (
+            chatml_with("{{ message['content'] }}", "{{ message['content'] }} "),
+            "a",
+            "does not end an answer",
+        ),
         (chatml_with("{{ raise_exception('no users here') }}"), "a", "refuses this: no users here"),
         (chatml_with("{{ ''.__class__.__mro__ }}"), "a", "refuses this: access to attribute '__class__'"),
         (chatml_with("{{ 1 + '' }}"), "a", "the chat template fails"),

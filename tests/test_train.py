@@ -337,7 +337,7 @@ def test_a_second_ctrl_c_stops_at_once_and_the_last_save_is_resumed(folder, tmp_
 
 def test_a_run_killed_before_its_first_save_can_be_resumed(folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(adapter, "clip_gradient", lambda *_: (_ for _ in ()).throw(MemoryError))
+        patch.setattr(adapter, "check_finite", lambda *_: (_ for _ in ()).throw(MemoryError))
         finetune(folder, tmp_path / "parts")
     finetune(folder, tmp_path / "parts", resume=True)
     finetune(folder, tmp_path / "whole")
@@ -394,7 +394,7 @@ def test_a_folder_of_an_earlier_version_resumes(folder, tmp_path, hook):
     method = read_json(tmp_path / "parts" / "method.json")
     method["trained_numbers"] = method.pop("trained_parameters")
     method["optimizer"] = [{"weight_decay": 0.02, "betas": [0.9, 0.95]}, {"weight_decay": 0.0, "lr_scale": 0.25}]
-    for later in ("lr_scale", "quantize"):
+    for later in ("gate_lr_scale", "quantize"):
         del method[later]
     write_json(tmp_path / "parts" / "method.json", method)
     rows = [{k: v for k, v in row.items() if k != "grad_norm"} for row in metrics(tmp_path / "parts")]

@@ -96,22 +96,23 @@ def pack(
     longest, padding = max(lengths), -sum(lengths) % row_multiple
     lengths += [min(longest, padding - i) for i in range(0, padding, longest)]  # padding is texts of its own
     ends = np.cumsum(lengths)
-    begins = ends - lengths
+    starts = ends - lengths
     ids, targets = np.zeros(ends[-1], dtype=np.int64), np.full(ends[-1], IGNORE)
-    for sample, start, n in zip(samples, begins[: len(samples)], real, strict=True):
+    for sample, start, n in zip(samples, starts[: len(samples)], real, strict=True):
         ids[start : start + n] = [*before, *sample.ids]
         targets[start + len(before) : start + n] = sample.targets
     places = np.flatnonzero(targets != IGNORE)
-    positions = np.arange(len(ids)) - np.repeat(begins, lengths)
-    starts = np.full(round_up(len(ends) + 1, 32), ends[-1])  # the last texts may be empty: their number is a shape too
-    starts[0], starts[1 : len(ends) + 1] = 0, ends
-    parts = [ids, positions, targets[places], places, starts]
+    positions = np.arange(len(ids)) - np.repeat(starts, lengths)
+    bounds = np.full(round_up(len(ends) + 1, 32), ends[-1])  # the last texts may be empty: their number is a shape too
+    bounds[0], bounds[1 : len(ends) + 1] = 0, ends
+    parts = [ids, positions, targets[places], places, bounds]
     table = torch.from_numpy(np.concatenate(parts))
     if device.type == "cuda":
         table = table.pin_memory()
-    ids, positions, targets, places, starts = table.to(device, non_blocking=True).split([len(part) for part in parts])
+    on_device = table.to(device, non_blocking=True).split([len(part) for part in parts])
     longest = 1 << (longest - 1).bit_length()  # a power of two: kernels are compiled for few values of it
-    return Packed(ids[None], Texts(lengths, longest, positions, starts.int()), targets, places)
+    texts = Texts(lengths, longest, positions=on_device[1], bounds=on_device[4].int())
+    return Packed(on_device[0][None], texts, targets=on_device[2], places=on_device[3])
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -102,7 +102,7 @@ def describe_template(template: str) -> dict:
 
 
 def trained_template(method: dict, tokenizer: Tokenizer, prompt_style: str | None = None) -> str:
-    """The template of ``prompt_style``, or else of a method.json's training; that of a base if it is empty."""
+    """The template to ask a trained model by: that of ``prompt_style``, else of its training. A base has method {}."""
     if prompt_style:
         return choose_template(prompt_style, tokenizer)
     style = method.get("prompt_style")
@@ -235,7 +235,7 @@ def shape_of(messages: list[Message]) -> Shape:
 
 @lru_cache(maxsize=1024)
 def answer_opening(template: str, shape: Shape, tokenizer: Tokenizer) -> tuple[str, str]:
-    """The end of a prompt of this shape, and what separates it from the answer: a space with Llama 2, else "".
+    """How a prompt of this shape ends, and the whitespace between it and the answer: a space with Llama 2, else "".
 
     Raises UserError if a prompt ends otherwise than the text before an answer.
     """
@@ -252,7 +252,7 @@ def answer_opening(template: str, shape: Shape, tokenizer: Tokenizer) -> tuple[s
 
 
 def check_rendering(parts: Layout, messages: list[Message], template: str, tokenizer: Tokenizer) -> None:
-    """Raises UserError if the template makes anything else of these messages than of placeholders."""
+    """Raises UserError if the template changes a text, though it did not change a placeholder."""
     expected = "".join(part.text(messages) if isinstance(part, Field) else part for part in parts)
     if render(template, messages, tokenizer) != expected:
         raise UserError(
@@ -289,15 +289,15 @@ def pieces(messages: list[Message], template: str, tokenizer: Tokenizer) -> Iter
     if shape[-1][0] != "assistant":
         parts = (*parts[:-1], answer_opening(template, shape, tokenizer)[0])
     text, trains, ids = "", False, None  # the piece so far
-    for before, part, following in zip(("", *parts), parts, (*parts[1:], ""), strict=False):
+    for before, part, following in zip(("", *parts[:-1]), parts, (*parts[1:], ""), strict=True):
         if isinstance(part, Field):
             text += part.text(given)
             continue
         answer = following.message if is_answer(following, shape) else None  # it begins at the end of this part
-        blank = "" if answer is None else answer_opening(template, shape[:answer], tokenizer)[1]
-        first, *others = tokenizer.control_pattern.split(part.removesuffix(blank))
+        separator = "" if answer is None else answer_opening(template, shape[:answer], tokenizer)[1]
+        first, *others = tokenizer.control_pattern.split(part.removesuffix(separator))
         if is_answer(before, shape) and not others:
-            raise UserError(f"the chat template ends no answer with a control token; {WAY_OUT}")
+            raise UserError(f"the chat template does not end an answer with a control token; {WAY_OUT}")
         text += first
         for control, text_behind in zip(others[::2], others[1::2], strict=True):
             if text or ids:
@@ -307,7 +307,7 @@ def pieces(messages: list[Message], template: str, tokenizer: Tokenizer) -> Iter
         if answer is not None:
             if text:
                 yield Piece(text, trains)
-            text, trains, ids = blank, messages[answer].get("weight") != 0, messages[answer].get("ids")
+            text, trains, ids = separator, messages[answer].get("weight") != 0, messages[answer].get("ids")
     if text:
         yield Piece(text, trains)
 
@@ -321,7 +321,7 @@ def encode_pieces(
 ) -> list[tuple[list[int], list[bool]]]:
     """The token ids of each row, and for each id whether it is trained on. All texts are encoded at once.
 
-    A text is encoded as transformers does behind what precedes it: nothing, a control token, or more text.
+    Some tokenizers put a space before a text. It depends on what precedes it: nothing, a control token, or more text.
     """
     stripped = (without_stripped(list(row), tokenizer) for row in rows)
     places = [[*zip(row, preceding(row, template), strict=True)] for row in stripped]

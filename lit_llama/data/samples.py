@@ -48,8 +48,8 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How data is read.
+class DataOptions:
+    """How data is read and split.
 
     ``columns`` maps our keys to a file's. ``val_fraction`` of a single file is split off for validation.
     ``skip_bad_rows`` leaves out rows that fit no format. ``show_sample`` prints the first sample as tokens.
@@ -64,25 +64,25 @@ class Reading:
 class Samples:
     """The samples of a file, folder or list of rows. Each loop reads them again, so texts do not stay in memory.
 
-    ``without`` are numbers of rows to leave out. ``notes`` says what the last whole loop ignored, after ``noted``, the
-    notes on other files. A loop raises UserError if the file or a row is invalid.
+    ``without`` are numbers of rows to leave out. ``notes`` says what the last complete loop ignored, after
+    ``other_notes``, those on other files. A loop raises UserError if the file or a row is invalid.
     """
 
     def __init__(
         self,
         source: Path | list[dict],
-        reading: Reading = Reading(),
+        options: DataOptions = DataOptions(),
         without: frozenset[int] = frozenset(),
-        noted: tuple[str, ...] = (),
+        other_notes: tuple[str, ...] = (),
     ) -> None:
-        self.source, self.reading, self.without, self.noted = source, reading, without, noted
+        self.source, self.options, self.without, self.other_notes = source, options, without, other_notes
         self.notes: list[str] = []
 
     def __iter__(self) -> Iterator[Sample]:
         if isinstance(self.source, list):
             rows: Iterable = ((f"row {i + 1}", row) for i, row in enumerate(self.source))
         else:
-            rows = file_rows(self.source)
+            rows = read_rows(self.source)
         bad: list[UserError] = []
         ignored: dict[str, None] = {}  # a set that keeps its order
         n_rows, n_longer = 0, 0
@@ -91,9 +91,9 @@ class Samples:
             if i in self.without:
                 continue
             try:
-                sample = to_sample(row, where, i, self.reading.columns)
+                sample = to_sample(row, where, i, self.options.columns)
             except UserError as error:
-                if not self.reading.skip_bad_rows:
+                if not self.options.skip_bad_rows:
                     raise
                 bad.append(error)
                 continue
@@ -103,27 +103,27 @@ class Samples:
         if bad and len(bad) == n_rows:
             raise UserError(f"none of {n_rows} rows can be read; the first: {bad[0]}")
         name = "the rows" if isinstance(self.source, list) else self.source.name
-        self.notes = list(self.noted)
+        self.notes = list(self.other_notes)
         self.notes += [f"{name}: columns ignored: {', '.join(ignored)}"] if ignored else []
         self.notes += [f"{name}: turns after the last answer ignored in {n_longer} rows"] if n_longer else []
         self.notes += [f"{name}: {len(bad)} bad rows left out; the first: {bad[0]}"] if bad else []
 
 
-def read_samples(path: Path | str, reading: Reading = Reading()) -> list[Sample]:
+def read_samples(path: Path | str, options: DataOptions = DataOptions()) -> list[Sample]:
     """All samples of one file."""
-    return list(Samples(Path(path), reading))
+    return list(Samples(Path(path), options))
 
 
 # ---------------------------------------------------------------------------------------------- files
 
 
-def file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """The rows of a file, each with its place for messages: file and line, or file and row.
 
     A folder's .txt files are a row each. Raises UserError if the file is missing, empty or invalid.
     """
     empty = True
-    for where_and_row in folder_rows(path) if path.is_dir() else rows_of_file(path):
+    for where_and_row in folder_rows(path) if path.is_dir() else file_rows(path):
         empty = False
         yield where_and_row
     if empty:
@@ -135,7 +135,7 @@ def folder_rows(folder: Path) -> Iterator[tuple[str, Any]]:
         yield str(path), {"text": read_text(path)}
 
 
-def rows_of_file(path: Path) -> Iterator[tuple[str, Any]]:
+def file_rows(path: Path) -> Iterator[tuple[str, Any]]:
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if not path.name.endswith(SUFFIXES):
         raise UserError(f"{path}: data files end in {', '.join(SUFFIXES)}")
@@ -239,8 +239,8 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 # ---------------------------------------------------------------------------------------------- rows
 
-NOT_SERVED = ["tools", "tool_calls", "functions", "function_call", "images", "image", "audio", "reasoning_content"]
-NOT_SERVED += ["thinking", "reasoning", "chosen", "rejected"]
+UNSUPPORTED = ["tools", "tool_calls", "functions", "function_call", "images", "image", "audio", "reasoning_content"]
+UNSUPPORTED += ["thinking", "reasoning", "chosen", "rejected"]
 ROLES = {role: role for role in ("system", "user", "assistant")}
 ROLES |= {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
 
@@ -250,7 +250,7 @@ def to_sample(row: Any, where: str, number: int = 0, columns: dict[str, str] | N
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row must be an object, got {type(row).__name__}")
     row = renamed(row, columns or {}, where)
-    check_served(row, where)
+    check_supported(row, where)
     for keys, optional, read in FORMATS:
         if all(key in row for key in keys):
             unread = tuple(key for key in row if key not in keys + optional)
@@ -272,11 +272,11 @@ def renamed(row: dict, columns: dict[str, str], where: str) -> dict:
     }
 
 
-def check_served(row: dict, where: str) -> None:
-    """Raises UserError for a key whose meaning is known and that is not served. Empty ones are no loss."""
-    for key in NOT_SERVED:
+def check_supported(row: dict, where: str) -> None:
+    """Raises UserError for a key whose meaning is known but not supported. Empty values are allowed."""
+    for key in UNSUPPORTED:
         if row.get(key):
-            raise UserError(f"{where}: {key} is not served; remove it, or leave such rows out with --skip_bad_rows")
+            raise UserError(f"{where}: {key} is not supported; remove it, or leave such rows out with --skip_bad_rows")
 
 
 def from_messages(row: dict, where: str) -> dict:
@@ -292,7 +292,7 @@ def from_sharegpt(row: dict, where: str) -> dict:
 
 def from_completion(row: dict, where: str) -> dict:
     if isinstance(row.get("label"), bool):
-        raise UserError(f"{where}: completions rated true or false are not served; keep the good ones, without label")
+        raise UserError(f"{where}: rated completions are not supported; keep the good ones, without label")
     if isinstance(row["prompt"], list) and isinstance(row["completion"], list):  # as TRL writes conversations
         return conversation(row["prompt"] + row["completion"], row, where)
     return from_instruction("prompt", "", "completion", row, where)
@@ -364,7 +364,7 @@ def conversation(turns: Any, row: dict, where: str) -> dict:
 
 def to_message(turn: dict, where: str) -> Message:
     """A turn with our names of roles. "weight" 0, do not train on it, and "input" stay."""
-    check_served(turn, where)
+    check_supported(turn, where)
     role, content = ROLES.get(str(turn.get("role"))), turn.get("content")
     if isinstance(content, list) and all(isinstance(it, dict) and it.get("type") == "text" for it in content):
         content = "".join(str(it.get("text", "")) for it in content)

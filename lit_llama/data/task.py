@@ -26,7 +26,7 @@ from lit_llama.data.prompts import (
     pieces,
     style_of,
 )
-from lit_llama.data.samples import SUFFIXES, Reading, Sample, Samples
+from lit_llama.data.samples import SUFFIXES, DataOptions, Sample, Samples
 from lit_llama.tokenizer import Tokenizer
 
 MIN_VALIDATION = 10  # samples split off
@@ -43,27 +43,27 @@ def check_data(data: Path | str | list[dict]) -> None:
         )
 
 
-def load_splits(data: Path | str | list[dict], reading: Reading = Reading()) -> tuple[Samples, list[Sample]]:
+def load_splits(data: Path | str | list[dict], options: DataOptions = DataOptions()) -> tuple[Samples, list[Sample]]:
     """Training and validation samples: a folder's two files, or one file, list or folder of texts, split by hash.
 
     Each loop over the training samples reads them again; the validation samples stay in memory.
     """
     if isinstance(data, list):
-        return split_by_hash(data, "data", reading)
+        return split_by_hash(data, "data", options)
     check_data(data)
     path = Path(data)
     if path.is_file():
-        return split_by_hash(path, str(path), reading)
+        return split_by_hash(path, str(path), options)
     train_file, val_file = split_file(path, "train"), split_file(path, "validation")
     if train_file is None and not any(path.glob("*.txt")):
         raise UserError(f"{path} holds no train file, such as train.jsonl, nor texts (.txt)")
     if train_file is None:
-        return split_by_hash(path, str(path), reading)
+        return split_by_hash(path, str(path), options)
     if val_file is None:
-        return split_by_hash(train_file, str(path), reading)
-    held_out = Samples(val_file, reading)
+        return split_by_hash(train_file, str(path), options)
+    held_out = Samples(val_file, options)
     validation = list(held_out)
-    return Samples(train_file, reading, noted=tuple(held_out.notes)), validation
+    return Samples(train_file, options, other_notes=tuple(held_out.notes)), validation
 
 
 SPLITS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev", "eval"), "test": ("test",)}
@@ -88,22 +88,22 @@ def unread_files(data: Path | str | list[dict]) -> list[str]:
     return notes + ([f"{used[2]} is left for scripts/evaluate.py --split test"] if used[2] else [])
 
 
-def split_by_hash(source: Path | list[dict], where: str, reading: Reading) -> tuple[Samples, list[Sample]]:
-    """Training and validation samples: the smallest hashes validate, ``reading.val_fraction`` of all.
+def split_by_hash(source: Path | list[dict], where: str, options: DataOptions) -> tuple[Samples, list[Sample]]:
+    """Training samples, and ``options.val_fraction`` of all for validation: those with the smallest hashes.
 
-    They are at least MIN_VALIDATION, if that leaves half of the rows, and at most MAX_VALIDATION. Within these limits,
+    At least MIN_VALIDATION, if that leaves half of the rows, and at most MAX_VALIDATION validate. Within these limits,
     new rows do not move old ones across the split. Equal samples stay together. ``where`` names the data in errors.
     """
-    check_range("--val_fraction", reading.val_fraction, 1e-6, 1 - 1e-6)
+    check_range("--val_fraction", options.val_fraction, 1e-6, 1 - 1e-6)
     n_rows, small = 0, []
-    for sample in Samples(source, reading):
+    for sample in Samples(source, options):
         n_rows += 1
         fraction = hash_fraction(sample.key())
-        if fraction < reading.val_fraction:
+        if fraction < options.val_fraction:
             small.append((fraction, sample))
     least, limit = min(MIN_VALIDATION, n_rows // 2), 1.0
     if len(small) < least:  # read them again, to find the smallest of all
-        rated = ((hash_fraction(sample.key()), sample) for sample in Samples(source, reading))
+        rated = ((hash_fraction(sample.key()), sample) for sample in Samples(source, options))
         small = heapq.nsmallest(least + 1, rated, key=itemgetter(0))
         limit = small[-1][0]
     elif len(small) > MAX_VALIDATION:
@@ -114,7 +114,7 @@ def split_by_hash(source: Path | list[dict], where: str, reading: Reading) -> tu
             f"{where}: {n_rows} rows are too few, or too much alike, to split off some for validation; give "
             "more, or a folder with train.* and validation.*"
         )
-    return Samples(source, reading, without=frozenset(sample.row for sample in validation)), validation
+    return Samples(source, options, without=frozenset(sample.row for sample in validation)), validation
 
 
 def hash_fraction(key: str) -> float:
@@ -128,9 +128,9 @@ def hash_fraction(key: str) -> float:
 def tokenize_samples(
     samples: Iterable[Sample], template: str, tokenizer: Tokenizer, max_seq_length: int, skip_bad_rows: bool = False
 ) -> list[list[TokenizedSample]]:
-    """Each sample's token ids with only the answers as targets; empty for a sample with no part of an answer to learn.
+    """Each sample's token ids with only the answers as targets; [] if nothing of its answer is left to learn.
 
-    A plain text, which trains as a whole, becomes as many pieces as it needs. Raises UserError if no sample has
+    A plain text is trained on as a whole, in as many pieces as it needs. Raises UserError if no sample has
     anything to learn.
     """
 
@@ -185,7 +185,7 @@ def cut_text(ids: list[int], trains: list[bool], max_seq_length: int, where: str
 
 
 def shifted(ids: list[int], trains: list[bool], where: str, cut: bool = False) -> TokenizedSample:
-    """Each position's target is the next id, if that trains."""
+    """The target of each position is the next id, or IGNORE if that id is not trained on."""
     targets = [token if train else IGNORE for token, train in zip(ids[1:], trains[1:], strict=True)]
     return TokenizedSample(array("i", ids[:-1]), array("i", targets), cut, where)
 
@@ -245,7 +245,8 @@ def encode_in_batches(
 def drop_untrained_end(ids: list[int], trains: list[bool]) -> None:
     """Remove, in place, what follows the last answer: it teaches nothing."""
     while trains and not trains[-1]:
-        ids.pop(), trains.pop()
+        ids.pop()
+        trains.pop()
 
 
 def encode_samples(
@@ -297,7 +298,7 @@ def load_task(
     checkpoint_dir: Path | str,
     prompt_style: str | None,
     max_seq_length: int,
-    reading: Reading = Reading(),
+    options: DataOptions = DataOptions(),
     classify: bool = False,
     n_virtual: int = 0,
 ) -> Task:
@@ -310,10 +311,9 @@ def load_task(
         raise UserError(f"--train.max_seq_length {max_seq_length} exceeds the base's context of {block_size} tokens")
     check_range("--prompt_length", n_virtual, 0, block_size - 1)
     name = "rows" if isinstance(data, list) else str(data)
-    train, validation = load_splits(data, reading)
+    train, validation = load_splits(data, options)
     only_texts = not any(sample.messages for split in (validation, train) for sample in split)
     template = choose_template("plain" if only_texts and not prompt_style else prompt_style, tokenizer)
-    style = style_of(template)
     if classify:
         labels = sorted({sample.label for sample in train if sample.label is not None})
         train_ids = tokenize_labels(train, template, tokenizer, max_seq_length, labels)
@@ -323,10 +323,9 @@ def load_task(
         answers = [replace(s, messages=[*s.prompt, {"role": "assistant", "content": s.label}]) for s in validation]
         return Task(name, tokenizer, template, train_ids, val_ids, answers[:MAX_VALIDATION], summary, labels)
 
-    skip = reading.skip_bad_rows
-    tokenized = tokenize_samples(train, template, tokenizer, max_seq_length, skip)
+    tokenized = tokenize_samples(train, template, tokenizer, max_seq_length, options.skip_bad_rows)
     train_ids = [ids for parts in tokenized for ids in parts]
-    kept, val_ids = encode_samples(validation, template, tokenizer, max_seq_length, skip)
+    kept, val_ids = encode_samples(validation, template, tokenizer, max_seq_length, options.skip_bad_rows)
     longest = max(len(sample.ids) for sample in train_ids + val_ids)
     if longest + n_virtual > block_size:
         raise UserError(
@@ -334,18 +333,20 @@ def load_task(
             f"of the base's context of {block_size}; pass --train.max_seq_length {block_size - n_virtual}"
         )
     in_train = {hash(sample.ids.tobytes()) for sample in train_ids}
-    dropped = sum(not parts for parts in tokenized) + len(validation) - len(set(map(id, kept)))
-    notes = {
-        "dropped: nothing to learn within max_seq_length (an empty answer?), or refused by the template": dropped,
-        "cut to max_seq_length": sum(sample.cut for sample in train_ids + val_ids),
-        "of validation also in training": sum(hash(sample.ids.tobytes()) in in_train for sample in val_ids),
-    }
-    summary = f"{name}: {len(train_ids)} training samples, {len(val_ids)} for validation, prompt style {style}"
-    summary += "".join(f"; {count} {note}" for note, count in notes.items() if count)
+    n_kept = len({id(sample) for sample in kept})  # a long text is kept as several pieces
+    dropped = sum(not parts for parts in tokenized) + len(validation) - n_kept
+    notes = [
+        (dropped, "dropped: nothing to learn within max_seq_length (an empty answer?), or refused by the template"),
+        (sum(sample.cut for sample in train_ids + val_ids), "cut to max_seq_length"),
+        (sum(hash(sample.ids.tobytes()) in in_train for sample in val_ids), "of validation also in training"),
+    ]
+    summary = f"{name}: {len(train_ids)} training samples, {len(val_ids)} for validation"
+    summary += f", prompt style {style_of(template)}"
+    summary += "".join(f"; {count} {note}" for count, note in notes if count)
     summary += "".join(f"\nnote: {text}" for text in [*unread_files(data), *train.notes])
     summary += "".join(f"\nwarning: {text}" for text in warnings_of(train, checkpoint_dir, template, tokenizer))
-    if reading.show_sample:
-        summary += f"\n{marked(train_ids[0], tokenizer)}"
+    if options.show_sample:
+        summary += f"\n{bracket_targets(train_ids[0], tokenizer)}"
     held_out = [sample for sample, ids in zip(kept, val_ids, strict=True) if can_be_asked(sample, ids)]
     return Task(name, tokenizer, template, train_ids, val_ids, held_out[:MAX_VALIDATION], summary)
 
@@ -384,7 +385,7 @@ def untrained_rows(checkpoint_dir: Path | str, ids: list[int]) -> set[int]:
     return alike | {i for i in ids if rows[i].norm() < near}
 
 
-def marked(sample: TokenizedSample, tokenizer: Tokenizer) -> str:
+def bracket_targets(sample: TokenizedSample, tokenizer: Tokenizer) -> str:
     """A sample's tokens, those that are trained on in brackets. The last token always is."""
     tokens = [tokenizer.decode([i]) for i in [*sample.ids, sample.targets[-1]]]
     trained = [False, *(target != IGNORE for target in sample.targets)]

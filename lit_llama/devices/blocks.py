@@ -1,4 +1,4 @@
-"""What is put around the blocks from outside: compilation, activation checkpointing, and sharding.
+"""Wrappers around the blocks: compilation, activation checkpointing, and sharding.
 
 Sharding (--strategy fsdp): every rank holds a part of each block's frozen weights, and gathers a block when it runs.
 
@@ -67,21 +67,21 @@ def first_trained(model: LLaMA) -> int:
     return trains.index(True) if True in trains else len(trains)
 
 
-def check_together(strategy: str, compile: bool, quantize: str) -> None:
-    """Raises UserError for flags that exclude each other."""
+def check_fsdp_flags(strategy: str, compile: bool, quantize: str) -> None:
+    """Raises UserError for flags that cannot be combined."""
     if strategy == "fsdp" and (compile or quantize != "none"):
         raise UserError("--strategy fsdp works with neither --compile nor --quantize; pass ddp")
 
 
 def check_sharding(world_size: int) -> None:
-    """Raises UserError on a single device, or if this PyTorch cannot leave the trainable parameters whole."""
+    """Raises UserError on a single device, or if this PyTorch cannot exclude parameters from sharding."""
     try:
         from torch.distributed.fsdp import fully_shard
 
-        able = "ignored_params" in inspect.signature(fully_shard).parameters
+        supported = "ignored_params" in inspect.signature(fully_shard).parameters
     except ImportError:
-        able = False
-    if not able:
+        supported = False
+    if not supported:
         raise UserError(f"--strategy fsdp needs PyTorch 2.7 or newer, and this is {torch.__version__}; update it")
     if world_size < 2:
         raise UserError("--strategy fsdp shards the base across devices: pass --devices 2 or more, or --strategy auto")

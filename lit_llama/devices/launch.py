@@ -1,4 +1,4 @@
-"""Where a program runs: processes (ranks), their device, the base's precision, and memory.
+"""Where a program runs: processes (ranks), their device, and the base's precision.
 
 Fabric's launcher and torchrun end the whole job when a process dies. A rank that waits for a dead one fails when its
 connection breaks, or after 30 minutes, Fabric's default timeout.
@@ -6,7 +6,6 @@ connection breaks, or after 30 minutes, Fabric's default timeout.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
@@ -172,76 +171,11 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def peak_memory(device: torch.device) -> int | None:
-    """Peak memory of this process in bytes: GPU memory on a GPU, else main memory.
-
-    None on a Windows CPU, where the standard library cannot tell.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return None
-    if sys.platform == "linux":  # here rusage includes the peak of the parent process
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        if "VmHWM:" in status:  # some sandboxes leave it out
-            return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Free memory in bytes: of the GPU, or main memory within the limit of the process's cgroup.
-
-    None if neither CUDA nor Linux can tell.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
-        return int(min(int(lines["MemAvailable"].split()[0]) * 1024, *cgroup_free_bytes()))
-    except OSError:
-        return None
-
-
-CGROUP_FILES = {  # of version 2 and 1: root, limit, usage, and the reclaimable part of the usage
-    "": ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-}
-
-
-def cgroup_free_bytes() -> list[float]:
-    """Free bytes in each control group of this process, and infinity.
-
-    The kernel kills a process that exceeds one: https://docs.kernel.org/admin-guide/cgroup-v2.html#memory.
-    """
-    free_bytes: list[float] = []
-    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-        _, controller, path = line.split(":", 2)
-        root, limit_file, used_file, cache = CGROUP_FILES.get(controller, ("", "", "", ""))
-        group = Path(root + path)
-        for level in (group, *group.parents) if root else ():
-            try:
-                limit, used = ((level / name).read_text(encoding="utf-8").strip() for name in (limit_file, used_file))
-                stat = dict(entry.split() for entry in (level / "memory.stat").read_text(encoding="utf-8").splitlines())
-            except OSError:  # a group outside the container, or the root group
-                continue
-            if limit != "max":
-                free_bytes.append(int(limit) - int(used) + int(stat.get(cache, 0)))
-    return [*free_bytes, math.inf]
-
-
 PARENT = os.getppid()  # rank 0, if Fabric's launcher started this process
 
 
-def is_distributed() -> bool:
-    """Whether this process is one of several ranks."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def rank() -> int:
-    return dist.get_rank() if is_distributed() else 0
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def print_rank0(text: str = "") -> None:

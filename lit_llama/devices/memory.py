@@ -1,4 +1,4 @@
-"""An estimate of the memory of a training step: what stays, and what grows with the tokens of a micro-batch.
+"""Memory: peak, free, and an estimate of a training step: what stays, and what grows with the tokens of a micro-batch.
 
     frozen weights     their own size; sharded, one device holds its part and two gathered blocks
     what trains        16 bytes per parameter: weight, gradient and AdamW's two moments, all float32
@@ -10,7 +10,10 @@ Most measured peaks are within 20 % (docs/memory.md). The process adds about 0.5
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +21,7 @@ from torch import nn
 
 from lit_llama.common.errors import UserError
 from lit_llama.devices.blocks import first_trained
-from lit_llama.devices.launch import free_memory, log_rank0
+from lit_llama.devices.launch import log_rank0
 from lit_llama.model import LLaMA
 from lit_llama.settings import HEAD_CHUNK, TrainArgs
 
@@ -39,7 +42,7 @@ class StepMemory:
 
     @property
     def total(self) -> float:
-        return sum(vars(self).values())
+        return self.frozen_weights + self.trainable_parameters + self.activations + self.temporaries
 
 
 def step_memory(
@@ -59,9 +62,9 @@ def step_memory(
     """
     blocks, size = model.transformer.h, (model.compute_dtype or dtype).itemsize
     tokens += tokens // seq_length * len(model.virtual_ids)
-    in_blocks = [sum(p.numel() for p in block.parameters() if not p.requires_grad) for block in blocks]
-    elsewhere = sum(p.numel() for p in model.parameters() if not p.requires_grad) - sum(in_blocks)
-    held = sum(in_blocks) / shards + (2 * max(in_blocks) if shards > 1 else 0)
+    block_sizes = [sum(p.numel() for p in block.parameters() if not p.requires_grad) for block in blocks]
+    elsewhere = sum(p.numel() for p in model.parameters() if not p.requires_grad) - sum(block_sizes)
+    held = sum(block_sizes) / shards + (2 * max(block_sizes) if shards > 1 else 0)
     frozen = elsewhere * dtype.itemsize + held * QUANTIZED_BYTES.get(quantize, dtype.itemsize)
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -70,8 +73,8 @@ def step_memory(
     if checkpointing and saved:  # each block's input, and all of one block
         saved = [tokens * model.config.n_embd * size] * len(saved) + saved[:1]
     logits = min(tokens, HEAD_CHUNK) * model.lm_head.out_features * (2 * size + 8)  # also float32, and the gradients
-    in_block = tokens * model.config.intermediate_size * size * 4  # gradients of one block's MLP
-    return StepMemory(frozen, 16 * n_trained, sum(saved), max(logits, in_block, 4 * n_trained))
+    mlp_gradients = tokens * model.config.intermediate_size * size * 4  # of one block
+    return StepMemory(frozen, 16 * n_trained, sum(saved), max(logits, mlp_gradients, 4 * n_trained))
 
 
 def block_bytes(block: nn.Module, model: LLaMA, size: int, tokens: int, seq_length: int, device_type: str) -> float:
@@ -89,7 +92,7 @@ def block_bytes(block: nn.Module, model: LLaMA, size: int, tokens: int, seq_leng
 
 
 def check_memory(fabric: Fabric, model: LLaMA, train: TrainArgs, longest: int, checkpointing: bool) -> None:
-    """Warn if a step will hardly fit in the free memory. Raises UserError if it cannot.
+    """Warn if a step may not fit in the free memory. Raises UserError if it cannot.
 
     ``model`` is loaded and has its method; ``longest`` is the number of tokens of the longest sample.
     """
@@ -111,3 +114,63 @@ def check_memory(fabric: Fabric, model: LLaMA, train: TrainArgs, longest: int, c
     if needed > 1.25 * free_bytes:
         raise UserError(text)
     log_rank0(f"warning: {text}")
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Peak memory of this process in bytes: GPU memory on a GPU, else main memory.
+
+    None on a Windows CPU, where the standard library cannot tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    if sys.platform == "linux":  # here rusage includes the peak of the parent process
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        if "VmHWM:" in status:  # some sandboxes leave it out
+            return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Free memory in bytes: of the GPU, or main memory within the limit of the process's cgroup.
+
+    None if neither CUDA nor Linux can tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
+        return int(min(int(lines["MemAvailable"].split()[0]) * 1024, *cgroup_free_bytes()))
+    except OSError:
+        return None
+
+
+CGROUP_FILES = {  # of version 2 and 1: root, limit, usage, and the reclaimable part of the usage
+    "": ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def cgroup_free_bytes() -> list[float]:
+    """Free bytes in each control group of this process, and infinity.
+
+    The kernel kills a process that exceeds one: https://docs.kernel.org/admin-guide/cgroup-v2.html#memory.
+    """
+    free_bytes: list[float] = []
+    for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        _, controller, path = line.split(":", 2)
+        root, limit_file, used_file, cache = CGROUP_FILES.get(controller, ("", "", "", ""))
+        group = Path(root + path)
+        for level in (group, *group.parents) if root else ():
+            try:
+                limit, used = ((level / name).read_text(encoding="utf-8").strip() for name in (limit_file, used_file))
+                stat = dict(entry.split() for entry in (level / "memory.stat").read_text(encoding="utf-8").splitlines())
+            except OSError:  # a group outside the container, or the root group
+                continue
+            if limit != "max":
+                free_bytes.append(int(limit) - int(used) + int(stat.get(cache, 0)))
+    return [*free_bytes, math.inf]

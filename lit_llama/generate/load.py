@@ -127,7 +127,7 @@ def add_trained(model: LLaMA, trained_dir: Path | str, method: dict) -> None:
         check_trained(trainable_parameters(add_method(LLaMA(model.config))), tensors_path)
     for tensor in trainable_parameters(add_method(model)).values():
         tensor.data = tensor.data.clone()  # it may be shared with a model that stays in use (chat.py)
-    check_header(method, load_parameters(model, tensors_path), path)
+    check_header(method, load_parameters(model, tensors_path)[1], path)
     before, now = method["quantize"], quantization(model)
     if now != before:
         why = "has not seen its errors" if before == "none" else "has learned to make up for the other's errors"

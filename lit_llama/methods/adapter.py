@@ -51,7 +51,9 @@ class AdapterAttention(CausalSelfAttention):
         if input_pos is None:  # training: the prompt changes with every step
             prompt = self.prompt_kv(q.dtype)
         else:  # decoding: projected once per cache
-            prompt = self.kv_cache.prompt = self.kv_cache.prompt or self.prompt_kv(q.dtype)
+            if self.kv_cache.prompt is None:
+                self.kv_cache.prompt = self.prompt_kv(q.dtype)
+            prompt = self.kv_cache.prompt
         ak, av = (t.expand(q.size(0), -1, -1, -1) for t in prompt)
         ya = attention(q, ak, av)
         return y + (self.gate_activation(self.gating_factor) * ya).type_as(y)
@@ -73,19 +75,19 @@ def add_adapter(
     check_range("prompt_length", prompt_length, 1, model.config.block_size)
     check_range("start_layer", start_layer, 0, model.config.n_layer - 1)
     check_range("gate_init", gate_init, -100, 100)
-    if gate not in ("head", "layer") or gate_activation not in ACTIVATIONS:
-        raise UserError(
-            f"gate is 'head' or 'layer', gate_activation one of {list(ACTIVATIONS)}: got {gate!r}, {gate_activation!r}"
-        )
+    if gate not in ("head", "layer"):
+        raise UserError(f"gate must be 'head' or 'layer', got {gate!r}")
+    if gate_activation not in ACTIVATIONS:
+        raise UserError(f"gate_activation must be one of {list(ACTIVATIONS)}, got {gate_activation!r}")
     for block in model.transformer.h[start_layer:]:
         block.attn = AdapterAttention(block.attn, prompt_length, gate, gate_activation, gate_init)
 
 
 @torch.no_grad()
 def start_from_text(model: LLaMA, ids: list[int]) -> None:
-    """Start each prompt from K tokens spread over the text ``ids``, as its block reads them after the first norm.
+    """Set each prompt to what its block's attention reads (the output of rms_1) at K tokens spread over a text.
 
-    The block's attention then knows their keys and values. Those of N(0, 1) mean nothing to it, and in SmolLM2-135M
+    The attention then knows their keys and values. Those of N(0, 1) mean nothing to it, and in SmolLM2-135M
     they are about three times (keys) and up to eight times (values) as large. Prefix tuning gains from real words, too
     (Li & Liang 2021, section 7.4, https://arxiv.org/abs/2101.00190). A text shorter than K + 1 tokens is repeated.
     The gates must be zero, or the prompts below would change what a block reads.

@@ -47,7 +47,7 @@ def map_over_ranks(fabric: Fabric, model: LLaMA | None, items: list, work: Calla
 
 
 def longest_answer(tokenizer: Tokenizer, samples: list[Sample]) -> int:
-    """The number of tokens to generate: one more than the longest expected answer."""
+    """Tokens to generate: one more than the longest expected answer, so that one that goes on counts as wrong."""
     return 1 + max((len(tokenizer.encode(sample.answer)) for sample in samples), default=0)
 
 
@@ -109,34 +109,30 @@ class BeforeAfter:
     def __init__(self, fabric: Fabric, task: Task, n_samples: int) -> None:
         if n_samples < 0:
             raise UserError(f"--eval_samples {n_samples} must not be negative")
-        self.fabric, self.task = fabric, task
-        self.n_samples = min(n_samples, len(task.held_out))
-        self.samples = task.held_out[: self.n_samples]
+        self.fabric, self.task, self.samples = fabric, task, task.held_out[:n_samples]
         self.answers: dict[str, list[str]] = {}
 
     def ask(self, when: str, model: LLaMA) -> None:
-        """Answer the samples, if ``model`` can: a base still to be sharded, or without a classifier head, cannot."""
-        wte, labels = model.transformer.wte.weight, self.task.labels
-        if wte.device.type != self.fabric.device.type or labels and model.lm_head.out_features != len(labels):
+        """Answer the samples. Does nothing before a base is sharded, or before a classifier has its head."""
+        task, labels = self.task, self.task.labels
+        in_its_file = model.transformer.wte.weight.device.type != self.fabric.device.type  # a base to be sharded
+        if in_its_file or labels and model.lm_head.out_features != len(labels):
             return
-        task = self.task
-        if labels is not None:
-            prompts = [sample.ids.tolist() for sample in task.validation[: self.n_samples]]
-            chosen = map_over_ranks(
-                self.fabric, model, prompts, lambda own: list(label_probabilities(model, own).argmax(1))
-            )
-            self.answers[when] = [labels[i] for i in chosen]
-            return
+        encoded = task.validation[: len(self.samples)]  # for a classifier the same samples
         longest = longest_answer(task.tokenizer, self.samples)
 
-        def answer(own: list[Sample]) -> list[str]:
-            return answer_samples(model, task.tokenizer, task.chat_template, own, longest, name=when)
+        def answer(own: list[int]) -> list[str]:
+            if labels:
+                chosen = label_probabilities(model, [encoded[i].ids.tolist() for i in own]).argmax(1)
+                return [labels[i] for i in chosen]
+            samples = [self.samples[i] for i in own]
+            return answer_samples(model, task.tokenizer, task.chat_template, samples, longest, name=when)
 
-        self.answers[when] = map_over_ranks(self.fabric, model, self.samples, answer)
+        self.answers[when] = map_over_ranks(self.fabric, model, list(range(len(self.samples))), answer)
 
     def show(self, n_examples: int = 3) -> None:
         """Print some samples with their answers, then the exact match at each point."""
-        if not self.n_samples:
+        if not self.samples:
             return
         bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ("", "")
         for i, sample in enumerate(self.samples[:n_examples]):
@@ -146,4 +142,4 @@ class BeforeAfter:
         print_rank0()
         for when, answers in self.answers.items():
             right = sum(is_right(*pair) for pair in zip(answers, self.samples, strict=True))
-            print_rank0(f"exact match {when}: {100 * right / self.n_samples:.1f} %")
+            print_rank0(f"exact match {when}: {100 * right / len(self.samples):.1f} %")

@@ -26,7 +26,7 @@ from lit_llama.trained import trainable_parameters
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-LOWER_THE_RATE = "start again with a lower --train.learning_rate or --train.clip (--overwrite), or look at the samples"
+LOWER_THE_RATE = "start again (--overwrite) with a lower --train.learning_rate or --train.clip, or check the samples"
 
 
 def target_loss(model: LLaMA, samples: list[TokenizedSample], chunk_size: int = HEAD_CHUNK) -> Tensor:
@@ -164,18 +164,14 @@ def broadcast_trained(fabric: Fabric, model: LLaMA) -> None:
             torch.distributed.broadcast(tensor.detach(), src=0)
 
 
-def clip_gradient(
-    model: LLaMA, max_norm: float, loss: Tensor, step: int, batch: list[TokenizedSample]
-) -> tuple[float, float]:
-    """Clip the gradient's norm to ``max_norm`` (0: no limit). Returns the loss and the norm before clipping.
+def check_finite(loss: Tensor, grad_norm: Tensor, step: int, batch: list[TokenizedSample]) -> tuple[float, float]:
+    """Loss and norm as Python numbers, read from the device together.
 
-    This is where a step waits for the device, once. Raises UserError with the step (counted from 1) and its samples if
-    the norm is not finite; the weights are unchanged.
+    Raises UserError with the step (counted from 1) and its samples if the norm is not finite, before the optimizer
+    changes any weight.
     """
-    params = [p for p in trainable_parameters(model).values() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(params, max_norm or math.inf)
-    figures: list[float] = torch.stack((loss.float(), norm.float())).tolist()
-    if not math.isfinite(figures[1]):
+    loss_value, norm_value = torch.stack((loss.float(), grad_norm.float())).tolist()
+    if not math.isfinite(norm_value):
         where = ", ".join(sample.where for sample in batch)
         raise UserError(f"step {step + 1}: the gradient is not finite; {LOWER_THE_RATE}. Samples: {where}")
-    return figures[0], figures[1]
+    return loss_value, norm_value

@@ -48,7 +48,8 @@ from lit_llama.common.progress import Bar
 from lit_llama.data.prompts import describe_template, write_chat_template
 from lit_llama.data.samples import read_text
 from lit_llama.data.task import Task
-from lit_llama.devices.launch import barrier, log_rank0, peak_memory, print_rank0
+from lit_llama.devices.launch import barrier, log_rank0, print_rank0
+from lit_llama.devices.memory import peak_memory
 from lit_llama.model import LLaMA
 from lit_llama.settings import TrainArgs
 from lit_llama.tokenizer import copy_tokenizer
@@ -79,8 +80,8 @@ class Run:
 
     ``settings`` becomes method.json: what generation needs, and what a resumed run must share. If the folder already
     holds a run, pass ``resume`` or ``overwrite``; ``allow_changes`` resumes with another base, other data or other
-    training settings. With ``whole_model_of``, a checkpoint folder, ``out_dir`` becomes a checkpoint folder of the
-    same shape. Nothing is written before the loop starts.
+    training settings. ``whole_model_of`` is the base's folder if the whole model trains: its config and tokenizer are
+    copied, so that ``out_dir`` can serve as a base. Nothing is written before the loop starts.
 
     Raises UserError if the flags do not fit the folder.
     """
@@ -99,10 +100,10 @@ class Run:
         self.whole_model_of = whole_model_of
         self.trained_file = MODEL_FILE if whole_model_of else TRAINED_FILE
         self.header = {key: settings[key] for key in HEADER_KEYS}
-        # Validation losses on another base or other data do not compare.
-        self.goal = [settings["base"]["fingerprint"], settings["data_fingerprint"]]
+        # Validation losses can only be compared on the same base and data.
+        self.loss_key = [settings["base"]["fingerprint"], settings["data_fingerprint"]]
         self.step, self.best_loss, self.best_step = 0, math.inf, 0
-        self.row: dict[str, float] = {}  # figures of the current step
+        self.row: dict[str, float] = {}  # metrics of the current step
         self.step_began, self.tokens, self.seconds = 0.0, 0.0, 0.0
         # A singleton, so that a second run in the same process can resume the folder.
         self.folder_lock = FileLock(os.path.realpath(self.out_dir / LOCK_FILE), is_singleton=True)
@@ -112,7 +113,7 @@ class Run:
             raise UserError("--allow_changes is for --resume: give both or neither")
         self.check_folder(overwrite)
         self.writes_settings = not resume or self.check_settings(allow_changes)
-        barrier(fabric, f"look into {out_dir}")  # no rank writes before all have looked
+        barrier(fabric, f"check {out_dir}")  # no rank writes before all have looked
 
     def check_folder(self, overwrite: bool) -> None:
         """Raises UserError if ``out_dir`` holds something that this run must not change."""
@@ -180,14 +181,14 @@ class Run:
             for logger in self.fabric.loggers:
                 logger.finalize("success")
 
-    def log(self, step: int, **figures: float) -> None:
-        """Add figures to a step's row (steps count from 0), which is written to metrics.csv when the step ends.
+    def log(self, step: int, **metrics: float) -> None:
+        """Add metrics to a step's row (steps count from 0), which is written to metrics.csv when the step ends.
 
         A new name becomes a new column. The first call in a step also records the seconds since the step began.
         """
         if not self.row:
-            figures["seconds"] = round(time.perf_counter() - self.step_began, 3)
-        self.row = {"step": step + 1, **self.row, **figures}
+            metrics["seconds"] = round(time.perf_counter() - self.step_began, 3)
+        self.row = {"step": step + 1, **self.row, **metrics}
 
     def keep_best(self, model: LLaMA, val_loss: float) -> None:
         """Log the validation loss. Write the trained tensors if it is the lowest so far."""
@@ -247,7 +248,7 @@ class Run:
             shutil.rmtree(self.out_dir / name, ignore_errors=True)
 
     def write_row(self, bar: Bar) -> None:
-        """Write the step's figures to metrics.csv, the loggers and the bar."""
+        """Write the step's metrics to metrics.csv, the loggers and the bar."""
         if not self.fabric.is_global_zero or not self.row:
             return
         append_row(self.out_dir / METRICS_FILE, self.row)
@@ -266,7 +267,7 @@ class Run:
             tensors = {f"trained.{name}": tensor for name, tensor in trainable_parameters(model).items()}
             for i, values in optimizer.state_dict()["state"].items():
                 tensors.update({f"optimizer.{i}.{key}": value for key, value in values.items()})
-            about = {"step": self.step, "best_loss": self.best_loss, "best_step": self.best_step, "goal": self.goal}
+            about = {"step": self.step, "best_loss": self.best_loss, "best_step": self.best_step, "goal": self.loss_key}
             save_tensors(self.out_dir / STATE_FILE, tensors, about)
             self.save_costs(self.seconds)
         barrier(self.fabric, "save the state")  # no rank may end the job before the file is complete
@@ -278,15 +279,14 @@ class Run:
     def load_state(self, model: LLaMA, optimizer: torch.optim.Optimizer) -> int:
         """Load the last saved state, drop later rows of metrics.csv, and return the number of steps taken."""
         path = self.out_dir / STATE_FILE
-        load_parameters(model, path, prefix="trained.")
-        tensors, about = read_tensors(path)
+        tensors, about = load_parameters(model, path, prefix="trained.")
         state: dict[int, dict] = {}
         for name in tensors:
             if name.startswith("optimizer."):
                 _, i, key = name.split(".")
                 state.setdefault(int(i), {})[key] = tensors[name].clone()  # a copy: the mapped file will be replaced
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        if about.get("goal", self.goal) == self.goal:
+        if about.get("goal", self.loss_key) == self.loss_key:
             self.best_loss, self.best_step = about["best_loss"], about["best_step"]
         if self.fabric.is_global_zero:
             rows = [row for row in read_metrics(self.out_dir) if int(row["step"]) <= about["step"]]
@@ -414,7 +414,10 @@ def read_metrics(out_dir: Path) -> list[dict]:
     rows = []
     try:
         for row in reader:
-            int(row["step"]), [float(value) for value in row.values() if value != ""]  # raises if one is no number
+            int(row["step"])  # raises if it is not a number
+            for value in row.values():
+                if value != "":
+                    float(value)
             rows.append(row)
     except (csv.Error, KeyError, TypeError, ValueError):
         raise UserError(f"{path}:{reader.line_num}: expected numbers; correct that line") from None
