@@ -79,8 +79,7 @@ def main(
     if missing := [name for name in against if name in OTHERS and find_spec(name) is None]:
         raise UserError(f"--against {', '.join(missing)}: not installed; pip install it, or leave it out")
     ours, others = choose(kinds, methods, variants, against, model, sizes)
-    for _ in load_splits(data)[0]:
-        pass  # check the data before anything is downloaded
+    load_splits(data)  # check the data before anything is downloaded
     if results is not None:
         check_writable(results)
     ensure_base(checkpoint_dir, yes)

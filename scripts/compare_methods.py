@@ -169,7 +169,7 @@ def possible_runs(
         raise UserError(f"--methods {sorted(unknown)}: choose from {', '.join(NAMES)}")
     if not data.is_dir():
         raise UserError(f"--data {data} must be a folder with train and validation files")
-    samples, _ = load_splits(data)
+    samples, _, _ = load_splits(data)
     if "features" in methods and not all(sample.label for sample in samples):
         print(f"features is left out: the rows of {data} have no labels")
         methods = tuple(name for name in methods if name != "features")

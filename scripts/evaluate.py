@@ -103,7 +103,7 @@ def main(
         raise UserError(f"{data} holds no {split} file; give the file to evaluate, or another --split")
     if results is not None:
         check_writable(results)
-    samples = read_samples(file, DataOptions(columns))[:max_samples]
+    samples = read_samples(file, DataOptions(columns))[0][:max_samples]
     asked = add_shots(samples, Path(data), DataOptions(columns), shots, shots_seed) if shots else samples
     if not trained_dir:
         ensure_base(checkpoint_dir or DEFAULT_BASE)
@@ -140,7 +140,7 @@ def add_shots(samples: list[Sample], folder: Path, options: DataOptions, shots: 
     file = split_file(folder, "train") if folder.is_dir() else None
     if file is None:
         raise UserError(f"--shots takes its examples from a train file: {folder} must be a folder with one")
-    examples = [sample for sample in read_samples(file, options) if sample.messages]
+    examples = [sample for sample in read_samples(file, options)[0] if sample.messages]
     if len(examples) < shots:
         raise UserError(f"--shots {shots}, but {file} holds {len(examples)} rows with an answer")
     given = [message for sample in random.Random(seed).sample(examples, shots) for message in sample.messages]

@@ -64,14 +64,14 @@ def test_the_same_rows_in_every_format(tmp_path):
     csv = 'instruction,input,output\n"say ""a, b""","x\ny",ü\nb,,c\n'
     (tmp_path / "a.csv").write_text(csv, encoding="utf-8")
     for path in tmp_path.iterdir():
-        samples = read_samples(path)
+        samples, _ = read_samples(path)
         assert [sample.answer for sample in samples] == ["ü", "c"]
         assert samples[0].prompt == [{"role": "user", "content": 'say "a, b"', "input": "x\ny"}]
 
 
 def test_text_label_and_plain_text_rows(tmp_path):
     (tmp_path / "a.txt").write_text("first line\n\nsecond line\n")
-    assert [sample.text for sample in read_samples(tmp_path / "a.txt")] == ["first line", "second line"]
+    assert [sample.text for sample in read_samples(tmp_path / "a.txt")[0]] == ["first line", "second line"]
     sample = sample_of({"text": "move my table", "label": "change"})
     assert (sample.text, sample.label, sample.answer) == ("move my table", "change", "change")
 
@@ -115,7 +115,7 @@ def test_bad_files_are_named_with_line_and_reason(tmp_path, name):
 
 def test_csv_rows_end_at_line_ends_alone(tmp_path):
     (tmp_path / "a.csv").write_text("text,label\none\u2028two\x0cthree,x\n" + "y" * 200_000 + ",z\n", encoding="utf-8")
-    assert [sample.label for sample in read_samples(tmp_path / "a.csv")] == ["x", "z"]
+    assert [sample.label for sample in read_samples(tmp_path / "a.csv")[0]] == ["x", "z"]
 
 
 USER, ANSWER, SYSTEM = ({"role": role, "content": role[0]} for role in ("user", "assistant", "system"))
@@ -159,20 +159,20 @@ def test_files_of_every_kind(tmp_path):
     (tmp_path / "a.tsv").write_text('instruction\toutput\n"a\tb"\tc\n')
     parquet.write_table(Table.from_pylist([row]), tmp_path / "a.parquet")
     for path in tmp_path.iterdir():
-        assert [sample.messages[0]["content"] for sample in read_samples(path)] == ["a\tb"], path
+        assert [sample.messages[0]["content"] for sample in read_samples(path)[0]] == ["a\tb"], path
 
 
 def test_what_a_validation_file_leaves_out_is_noted_too(tmp_path):
     turns = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
     write_rows(tmp_path / "train.json", [{"question": str(i), "answer": "a"} for i in range(20)])
     write_rows(tmp_path / "val.json", [{"messages": turns, "source": "web"}, {"messages": turns[:2]}, {"messages": []}])
-    train, validation = load_splits(tmp_path, DataOptions(skip_bad_rows=True))
-    assert len(list(train)) == 20 and [len(sample.messages) for sample in validation] == [2, 2]
-    assert train.notes[:2] == [
+    train, validation, notes = load_splits(tmp_path, DataOptions(skip_bad_rows=True))
+    assert len(train) == 20 and [len(sample.messages) for sample in validation] == [2, 2]
+    assert notes[:2] == [
         "val.json: columns ignored: source",
         "val.json: turns after the last answer ignored in 1 rows",
     ]
-    assert train.notes[2].startswith("val.json: 1 bad rows left out; the first: ") and len(train.notes) == 3
+    assert notes[2].startswith("val.json: 1 bad rows left out; the first: ") and len(notes) == 3
 
 
 def test_columns_are_renamed_and_what_is_not_read_is_noted(tmp_path):
@@ -181,10 +181,10 @@ def test_columns_are_renamed_and_what_is_not_read_is_noted(tmp_path):
     columns = {"instruction": "query", "output": "reply"}
     with pytest.raises(UserError, match="row 31: instruction must be a string, got 5"):
         load_splits(path, DataOptions(columns))
-    train, validation = load_splits(path, DataOptions(columns, skip_bad_rows=True))
-    assert len(list(train)) + len(validation) == 30 and len(validation) == 10
-    assert train.notes[0] == "a.json: columns ignored: id"
-    assert train.notes[1].startswith(f"a.json: 1 bad rows left out; the first: {path}, row 31: instruction must")
+    train, validation, notes = load_splits(path, DataOptions(columns, skip_bad_rows=True))
+    assert len(train) + len(validation) == 30 and len(validation) == 10
+    assert notes[0] == "a.json: columns ignored: id"
+    assert notes[1].startswith(f"a.json: 1 bad rows left out; the first: {path}, row 31: instruction must")
     with pytest.raises(UserError, match="none of 31 rows can be read; the first: .*, row 1: no format"):
         load_splits(path, DataOptions(skip_bad_rows=True))
     with pytest.raises(UserError, match="row 1: --columns names ask; the row has query, reply, id"):
@@ -237,17 +237,17 @@ def test_the_first_sample_is_shown_with_its_trained_tokens(base):
 
 
 def test_split_by_hash_is_disjoint_stable_and_about_the_fraction(tmp_path):
-    train, validation = load_splits(write_rows(tmp_path / "a.json", sums(1000)), DataOptions(val_fraction=0.2))
-    assert len(list(train)) + len(validation) == 1000 and 150 < len(validation) < 250
+    train, validation, _ = load_splits(write_rows(tmp_path / "a.json", sums(1000)), DataOptions(val_fraction=0.2))
+    assert len(train) + len(validation) == 1000 and 150 < len(validation) < 250
     kept = {sample.key() for sample in validation}
     assert not kept & {sample.key() for sample in train}
-    _, more = load_splits(sums(1300)[::-1], DataOptions(val_fraction=0.2))
+    _, more, _ = load_splits(sums(1300)[::-1], DataOptions(val_fraction=0.2))
     assert kept <= {sample.key() for sample in more}
 
 
 def test_a_large_file_gives_the_smallest_hashes_to_validation(monkeypatch):
     monkeypatch.setattr("lit_llama.data.task.MAX_VALIDATION", 20)
-    train, validation = load_splits(sums(1000))
+    train, validation, _ = load_splits(sums(1000))
     fractions = [hash_fraction(sample.key()) for sample in validation]
     assert len(fractions) == 20 and max(fractions) < min(hash_fraction(sample.key()) for sample in train)
 

@@ -55,7 +55,7 @@ def read(content: bytes, suffix: str) -> list[Sample]:
         path = Path(folder) / f"rows{suffix}"
         path.write_bytes(content)
         try:
-            samples = read_samples(path)
+            samples, _ = read_samples(path)
         except UserError as error:
             assert str(path) in str(error) and "\n" not in str(error)
             return []

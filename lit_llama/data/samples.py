@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,57 +61,34 @@ class DataOptions:
     show_sample: bool = False
 
 
-class Samples:
-    """The samples of a file, folder or list of rows. Each loop reads them again, so texts do not stay in memory.
+def read_samples(
+    source: Path | str | list[dict], options: DataOptions = DataOptions()
+) -> tuple[list[Sample], list[str]]:
+    """The samples of a file, a folder of texts or a list of rows, and notes on what was ignored.
 
-    ``without`` are numbers of rows to leave out. ``notes`` says what the last complete loop ignored, after
-    ``other_notes``, those on other files. A loop raises UserError if the file or a row is invalid.
+    Raises UserError if the file or a row is invalid.
     """
-
-    def __init__(
-        self,
-        source: Path | list[dict],
-        options: DataOptions = DataOptions(),
-        without: frozenset[int] = frozenset(),
-        other_notes: tuple[str, ...] = (),
-    ) -> None:
-        self.source, self.options, self.without, self.other_notes = source, options, without, other_notes
-        self.notes: list[str] = []
-
-    def __iter__(self) -> Iterator[Sample]:
-        if isinstance(self.source, list):
-            rows: Iterable = ((f"row {i + 1}", row) for i, row in enumerate(self.source))
-        else:
-            rows = read_rows(self.source)
-        bad: list[UserError] = []
-        ignored: dict[str, None] = {}  # a set that keeps its order
-        n_rows, n_longer = 0, 0
-        for i, (where, row) in enumerate(rows):
-            n_rows = i + 1
-            if i in self.without:
-                continue
-            try:
-                sample = to_sample(row, where, i, self.options.columns)
-            except UserError as error:
-                if not self.options.skip_bad_rows:
-                    raise
-                bad.append(error)
-                continue
-            ignored |= dict.fromkeys(sample.unread)
-            n_longer += sample.unread_turns > 0
-            yield sample
-        if bad and len(bad) == n_rows:
-            raise UserError(f"none of {n_rows} rows can be read; the first: {bad[0]}")
-        name = "the rows" if isinstance(self.source, list) else self.source.name
-        self.notes = list(self.other_notes)
-        self.notes += [f"{name}: columns ignored: {', '.join(ignored)}"] if ignored else []
-        self.notes += [f"{name}: turns after the last answer ignored in {n_longer} rows"] if n_longer else []
-        self.notes += [f"{name}: {len(bad)} bad rows left out; the first: {bad[0]}"] if bad else []
-
-
-def read_samples(path: Path | str, options: DataOptions = DataOptions()) -> list[Sample]:
-    """All samples of one file."""
-    return list(Samples(Path(path), options))
+    if isinstance(source, list):
+        name, rows = "the rows", iter([(f"row {i + 1}", row) for i, row in enumerate(source)])
+    else:
+        name, rows = Path(source).name, read_rows(Path(source))
+    samples: list[Sample] = []
+    bad: list[UserError] = []
+    for number, (where, row) in enumerate(rows):
+        try:
+            samples.append(to_sample(row, where, number, options.columns))
+        except UserError as error:
+            if not options.skip_bad_rows:
+                raise
+            bad.append(error)
+    if bad and not samples:
+        raise UserError(f"none of {len(bad)} rows can be read; the first: {bad[0]}")
+    ignored = dict.fromkeys(key for sample in samples for key in sample.unread)  # a set that keeps its order
+    n_longer = sum(sample.unread_turns > 0 for sample in samples)
+    notes = [f"{name}: columns ignored: {', '.join(ignored)}"] if ignored else []
+    notes += [f"{name}: turns after the last answer ignored in {n_longer} rows"] if n_longer else []
+    notes += [f"{name}: {len(bad)} bad rows left out; the first: {bad[0]}"] if bad else []
+    return samples, notes
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -211,17 +188,14 @@ def csv_rows(file: TextIO, path: Path, delimiter: str = ",") -> Iterator[tuple[s
         raise UserError(f"{path}:{reader.line_num}: {error}") from None
 
 
-def tsv_rows(file: TextIO, path: Path) -> Iterator[tuple[str, Any]]:
-    return csv_rows(file, path, delimiter="\t")
-
-
 def txt_rows(file: TextIO, path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(file, 1):
         if line.strip():
             yield f"{path}:{number}", {"text": line.rstrip("\r\n")}
 
 
-READERS = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows, ".tsv": tsv_rows, ".txt": txt_rows}
+READERS: dict[str, Callable] = {".json": json_rows, ".jsonl": jsonl_rows, ".txt": txt_rows}
+READERS |= {".csv": csv_rows, ".tsv": partial(csv_rows, delimiter="\t")}
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from operator import attrgetter, itemgetter
 from pathlib import Path
 
 from lit_llama.checkpoint import load_config, weight_files
@@ -26,7 +24,7 @@ from lit_llama.data.prompts import (
     pieces,
     style_of,
 )
-from lit_llama.data.samples import SUFFIXES, DataOptions, Sample, Samples
+from lit_llama.data.samples import SUFFIXES, DataOptions, Sample, read_samples
 from lit_llama.tokenizer import Tokenizer
 
 MIN_VALIDATION = 10  # samples split off
@@ -43,27 +41,26 @@ def check_data(data: Path | str | list[dict]) -> None:
         )
 
 
-def load_splits(data: Path | str | list[dict], options: DataOptions = DataOptions()) -> tuple[Samples, list[Sample]]:
-    """Training and validation samples: a folder's two files, or one file, list or folder of texts, split by hash.
+def load_splits(
+    data: Path | str | list[dict], options: DataOptions = DataOptions()
+) -> tuple[list[Sample], list[Sample], list[str]]:
+    """Training samples, validation samples, and notes on what was ignored.
 
-    Each loop over the training samples reads them again; the validation samples stay in memory.
+    They come from a folder's two files, or from one file, list or folder of texts, split by hash.
     """
-    if isinstance(data, list):
-        return split_by_hash(data, "data", options)
     check_data(data)
-    path = Path(data)
-    if path.is_file():
-        return split_by_hash(path, str(path), options)
-    train_file, val_file = split_file(path, "train"), split_file(path, "validation")
-    if train_file is None and not any(path.glob("*.txt")):
-        raise UserError(f"{path} holds no train file, such as train.jsonl, nor texts (.txt)")
-    if train_file is None:
-        return split_by_hash(path, str(path), options)
-    if val_file is None:
-        return split_by_hash(train_file, str(path), options)
-    held_out = Samples(val_file, options)
-    validation = list(held_out)
-    return Samples(train_file, options, other_notes=tuple(held_out.notes)), validation
+    train_file = val_file = None
+    if not isinstance(data, list) and Path(data).is_dir():
+        train_file, val_file = split_file(Path(data), "train"), split_file(Path(data), "validation")
+        if train_file is None and not any(Path(data).glob("*.txt")):
+            raise UserError(f"{data} holds no train file, such as train.jsonl, nor texts (.txt)")
+    if train_file and val_file:
+        validation, val_notes = read_samples(val_file, options)
+        train, notes = read_samples(train_file, options)
+        return train, validation, val_notes + notes
+    samples, notes = read_samples(train_file or data, options)
+    train, validation = split_by_hash(samples, "data" if isinstance(data, list) else str(data), options.val_fraction)
+    return train, validation, notes
 
 
 SPLITS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev", "eval"), "test": ("test",)}
@@ -88,33 +85,26 @@ def unread_files(data: Path | str | list[dict]) -> list[str]:
     return notes + ([f"{used[2]} is left for scripts/evaluate.py --split test"] if used[2] else [])
 
 
-def split_by_hash(source: Path | list[dict], where: str, options: DataOptions) -> tuple[Samples, list[Sample]]:
-    """Training samples, and ``options.val_fraction`` of all for validation: those with the smallest hashes.
+def split_by_hash(samples: list[Sample], where: str, val_fraction: float) -> tuple[list[Sample], list[Sample]]:
+    """Training samples, and ``val_fraction`` of all for validation: those with the smallest hashes.
 
-    At least MIN_VALIDATION, if that leaves half of the rows, and at most MAX_VALIDATION validate. Within these limits,
-    new rows do not move old ones across the split. Equal samples stay together. ``where`` names the data in errors.
+    At least MIN_VALIDATION, if that leaves half of the samples, and at most MAX_VALIDATION validate. Within these
+    limits, new samples do not move old ones across the split. Equal samples stay together. ``where`` names the data in
+    errors.
     """
-    check_range("--val_fraction", options.val_fraction, 1e-6, 1 - 1e-6)
-    n_rows, small = 0, []
-    for sample in Samples(source, options):
-        n_rows += 1
-        fraction = hash_fraction(sample.key())
-        if fraction < options.val_fraction:
-            small.append((fraction, sample))
-    least, limit = min(MIN_VALIDATION, n_rows // 2), 1.0
-    if len(small) < least:  # read them again, to find the smallest of all
-        rated = ((hash_fraction(sample.key()), sample) for sample in Samples(source, options))
-        small = heapq.nsmallest(least + 1, rated, key=itemgetter(0))
-        limit = small[-1][0]
-    elif len(small) > MAX_VALIDATION:
-        limit = sorted(fraction for fraction, _ in small)[MAX_VALIDATION]
-    validation = sorted((sample for fraction, sample in small if fraction < limit), key=attrgetter("row"))
-    if len(validation) in (0, n_rows):
+    check_range("--val_fraction", val_fraction, 1e-6, 1 - 1e-6)
+    hashes = [hash_fraction(sample.key()) for sample in samples]
+    wanted = sum(fraction < val_fraction for fraction in hashes)
+    wanted = min(max(wanted, min(MIN_VALIDATION, len(samples) // 2)), MAX_VALIDATION)
+    limit = [*sorted(hashes), 1.0][wanted]
+    train = [sample for sample, fraction in zip(samples, hashes, strict=True) if fraction >= limit]
+    validation = [sample for sample, fraction in zip(samples, hashes, strict=True) if fraction < limit]
+    if not train or not validation:
         raise UserError(
-            f"{where}: {n_rows} rows are too few, or too much alike, to split off some for validation; give "
+            f"{where}: {len(samples)} rows are too few, or too much alike, to split off some for validation; give "
             "more, or a folder with train.* and validation.*"
         )
-    return Samples(source, options, without=frozenset(sample.row for sample in validation)), validation
+    return train, validation
 
 
 def hash_fraction(key: str) -> float:
@@ -311,7 +301,8 @@ def load_task(
         raise UserError(f"--train.max_seq_length {max_seq_length} exceeds the base's context of {block_size} tokens")
     check_range("--prompt_length", n_virtual, 0, block_size - 1)
     name = "rows" if isinstance(data, list) else str(data)
-    train, validation = load_splits(data, options)
+    train, validation, notes = load_splits(data, options)
+    notes += unread_files(data)
     only_texts = not any(sample.messages for split in (validation, train) for sample in split)
     template = choose_template("plain" if only_texts and not prompt_style else prompt_style, tokenizer)
     if classify:
@@ -319,7 +310,7 @@ def load_task(
         train_ids = tokenize_labels(train, template, tokenizer, max_seq_length, labels)
         val_ids = tokenize_labels(validation, template, tokenizer, max_seq_length, labels)
         summary = f"{name}: {len(train_ids)} training samples, {len(val_ids)} for validation, labels {labels}"
-        summary += "".join(f"\nnote: {text}" for text in [*unread_files(data), *train.notes])
+        summary += "".join(f"\nnote: {text}" for text in notes)
         answers = [replace(s, messages=[*s.prompt, {"role": "assistant", "content": s.label}]) for s in validation]
         return Task(name, tokenizer, template, train_ids, val_ids, answers[:MAX_VALIDATION], summary, labels)
 
@@ -335,15 +326,15 @@ def load_task(
     in_train = {hash(sample.ids.tobytes()) for sample in train_ids}
     n_kept = len({id(sample) for sample in kept})  # a long text is kept as several pieces
     dropped = sum(not parts for parts in tokenized) + len(validation) - n_kept
-    notes = [
+    counts = [
         (dropped, "dropped: nothing to learn within max_seq_length (an empty answer?), or refused by the template"),
         (sum(sample.cut for sample in train_ids + val_ids), "cut to max_seq_length"),
         (sum(hash(sample.ids.tobytes()) in in_train for sample in val_ids), "of validation also in training"),
     ]
     summary = f"{name}: {len(train_ids)} training samples, {len(val_ids)} for validation"
     summary += f", prompt style {style_of(template)}"
-    summary += "".join(f"; {count} {note}" for count, note in notes if count)
-    summary += "".join(f"\nnote: {text}" for text in [*unread_files(data), *train.notes])
+    summary += "".join(f"; {count} {what}" for count, what in counts if count)
+    summary += "".join(f"\nnote: {text}" for text in notes)
     summary += "".join(f"\nwarning: {text}" for text in warnings_of(train, checkpoint_dir, template, tokenizer))
     if options.show_sample:
         summary += f"\n{bracket_targets(train_ids[0], tokenizer)}"
