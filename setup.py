@@ -34,7 +34,7 @@ setup(
     packages=find_packages(include=["lit_llama", "lit_llama.*"]),
     package_data={"lit_llama": ["py.typed"]},
     install_requires=[
-        "torch>=2.5,<2.14",  # bounded: a newer version may bring gigabytes of CUDA packages or change results
+        "torch>=2.7,<2.14",  # bounded: a newer version may bring gigabytes of CUDA packages or change results
         "lightning>=2.4",
         "sentencepiece>=0.2",
         "jsonargparse[signatures]>=4.49",

@@ -8,11 +8,13 @@ The classifier: lit_llama/methods/features.py. The vectors: text_vectors in lit_
 
 import time
 
+import torch
+
 from lit_llama import __version__, cli
 from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError, check_range
-from lit_llama.common.files import save_arrays
+from lit_llama.common.files import save_tensors
 from lit_llama.common.progress import Bar
 from lit_llama.data.prompts import describe_template
 from lit_llama.data.samples import DataOptions
@@ -88,7 +90,7 @@ def main(
 
     settings["arguments"]["labels"] = labels  # only labels in the training samples
     run.start(sum(array.size for array in arrays.values()))
-    save_arrays(run.out_dir / TRAINED_FILE, arrays)
+    save_tensors(run.out_dir / TRAINED_FILE, {name: torch.from_numpy(array) for name, array in arrays.items()})
     run.save_costs(seconds)
     print(f'\nsaved in {run.out_dir}; try: python generate/classify.py --trained_dir {run.out_dir} --prompt "..."')
 

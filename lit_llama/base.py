@@ -60,5 +60,6 @@ def refuse_trained(folder: Path) -> None:
         raise UserError(f"{folder} holds no weights yet: its run was stopped before the first validation; --resume it")
     raise UserError(
         f"{folder} holds what {method['method']} learned over {method['base']['checkpoint_dir']}, not a base: pass "
-        "that as --checkpoint_dir, and this to generate/ or scripts/evaluate.py as --trained_dir"
+        "that as --checkpoint_dir, and this to generate/ or scripts/evaluate.py as --trained_dir; or merge lora and "
+        "adapter_v2 into their base by scripts/merge_lora.py"
     )

@@ -294,28 +294,15 @@ def byte_level_bytes(vocab: dict[str, int]) -> bytes:
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy the tokenizer's files to ``folder`` from ``source``: a folder, or any file in it.
 
-    Prints a note if there is no tokenizer. Raises UserError if the only one is Llama 3's tiktoken file.
+    Prints a note if there is no tokenizer.
     """
     if not source.exists():
         raise UserError(f"{source} is missing: --tokenizer takes tokenizer.json, tokenizer.model or their folder")
     source = source if source.is_dir() else source.parent
     files = [JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE, MAP_FILE, ADDED_FILE, GENERATION_FILE, TEMPLATE_FILE]
     found = [name for name in files if (source / name).exists()]
-    if SENTENCEPIECE_FILE in found and is_tiktoken(source / SENTENCEPIECE_FILE):
-        found.remove(SENTENCEPIECE_FILE)
-        if JSON_FILE not in found:
-            raise UserError(
-                f"{source / SENTENCEPIECE_FILE} is Llama 3's tiktoken file, not a sentencepiece model; take "
-                "tokenizer.json from the model's Hugging Face repository and pass it as --tokenizer"
-            )
     if not {JSON_FILE, SENTENCEPIECE_FILE} & set(found):
         print(f"note: {source} has no tokenizer.json or tokenizer.model; text will need one", file=sys.stderr)
     for name in found:
         with atomic_write(folder / name) as temporary:
             shutil.copyfile(source / name, temporary)
-
-
-def is_tiktoken(path: Path) -> bool:
-    """Whether each line is base64 and a number. A sentencepiece model is a protocol buffer."""
-    with open(path, "rb") as file:
-        return re.fullmatch(rb"[A-Za-z0-9+/=]+ \d+\s*", file.readline(1000)) is not None

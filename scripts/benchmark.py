@@ -25,13 +25,13 @@ from lit_llama.data.batches import IGNORE, TokenizedSample, step_indices
 from lit_llama.data.samples import read_text
 from lit_llama.data.task import load_splits, load_task
 from lit_llama.devices.launch import default_device, resolve_precision
-from lit_llama.measure.benchmark import limits, measure, measure_load, table
+from lit_llama.measure.benchmark import limits, measure, table
 from lit_llama.measure.cases import BenchmarkCase, config_of
 from lit_llama.methods.table import METHODS
 from lit_llama.settings import DEFAULT_BASE, MOST_SAMPLES
 
 OPTIONS = ("compile", "checkpointing", "int8", "nf4")
-KINDS = ("train", "decode", "load")
+KINDS = ("train", "decode")
 OTHERS = ("litgpt", "peft")
 
 
@@ -52,15 +52,15 @@ def main(
     results: str | None = None,
     yes: bool = False,
 ) -> None:
-    """Measure training, decoding and loading.
+    """Measure training and decoding.
 
     Args:
-        kinds: What to measure: train, decode, load.
+        kinds: What to measure: train, decode.
         methods: Finetuning methods. LitGPT and PEFT have adapter and lora.
         variants: Precisions, bf16-true, 32-true or auto (the faster one), each with options: auto+compile+int8.
         against: Other projects, litgpt and peft, which must be installed. They use the first variant's precision.
         model: The model's shapes: a name in lit_llama/configs.py, or a folder with a base. Weights are random.
-        checkpoint_dir: A base, for its tokenizer and the time to load it. The default one is offered for download.
+        checkpoint_dir: A base, for its tokenizer. The default one is offered for download.
         data: The samples to train on.
         rounds: How often everything is measured, after one round that does not count.
         steps: Optimizer steps of a round.
@@ -84,15 +84,11 @@ def main(
         check_writable(results)
     ensure_base(checkpoint_dir, yes)
     task = load_task(data, checkpoint_dir, None, min(512, load_config(checkpoint_dir).block_size))
-    precision = ours[0].precision
     limit = limits({case.precision for case in ours}, ours[0].config, micro_batch_tokens)
     rates = [f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in limit.items() if name != "read"]
     print(f"{torch.get_num_threads()} threads, {', '.join(rates)}, {limit['read'] / 1e9:,.1f} GB/s")
     rows = []
     for kind in kinds:
-        if kind == "load":
-            rows.append(measure_load(checkpoint_dir, precision, rounds))
-            continue
         cases = ours + others
         if kind == "train":
             batches = [step_indices(i, batch_size, len(task.train), seed=1) for i in range(steps * (rounds + 1))]

@@ -3,7 +3,6 @@
     python scripts/convert.py --source Llama-3.2-1B --out_dir checkpoints/llama-3.2-1b           # Hugging Face folder
     python scripts/convert.py --source llama.Q4_1.gguf --out_dir checkpoints/llama               # GGUF file
     python scripts/convert.py --source llama-2-7b --name Llama-2-7b --out_dir checkpoints/llama  # Meta's release
-    python scripts/convert.py --source lit-llama.pth --name 7B --out_dir checkpoints/llama-7b    # Lit-LLaMA's file
     python scripts/convert.py --source mine --checkpoint_dir checkpoints/llama --out_dir out/mine  # PEFT adapter
 
 Llama 3's tokenizer.model cannot be read: take tokenizer.json from the model's Hugging Face repository and pass it
@@ -17,7 +16,7 @@ from typing import Literal
 from lit_llama.cli import call, run
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import check_new
-from lit_llama.formats.convert import convert_hf, convert_lit, convert_meta
+from lit_llama.formats.convert import convert_hf, convert_meta
 from lit_llama.formats.convert_gguf import convert_gguf
 from lit_llama.formats.peft import import_peft
 
@@ -35,11 +34,11 @@ def main(
     """Convert a model to a checkpoint folder, or a PEFT adapter to a trained folder.
 
     Args:
-        source: A Hugging Face folder, a .gguf file, a folder with Meta's consolidated.*.pth and params.json, a
-            lit-llama.pth, or PEFT's adapter folder (ADAPTION_PROMPT, PREFIX_TUNING, PROMPT_TUNING or LORA).
+        source: A Hugging Face folder, a .gguf file, a folder with Meta's consolidated.*.pth and params.json, or PEFT's
+            adapter folder (ADAPTION_PROMPT, PREFIX_TUNING, PROMPT_TUNING or LORA).
         out_dir: Folder to write; it must not exist.
-        name: The model's name. Default: the source's name. Meta's and Lit-LLaMA's files need a name from
-            lit_llama/configs.py, such as 7B or Llama-2-7b.
+        name: The model's name. Default: the source's name. Meta's files need a name from lit_llama/configs.py, such as
+            7B or Llama-2-7b.
         dtype: The dtype of the weights. Default: as stored, and float32 for GGUF.
         tokenizer: File or folder with the tokenizer. Default: the source folder or the one above it.
         checkpoint_dir: For an adapter: folder of its base.
@@ -61,8 +60,6 @@ def find_converter(source: Path) -> tuple[Callable, str]:
         raise UserError(f"{source} is missing")
     if source.suffix == ".gguf":
         return convert_gguf, "a GGUF file"
-    if source.suffix == ".pth":
-        return convert_lit, "a lit-llama.pth"
     if (source / "adapter_config.json").exists():
         return import_peft, "a PEFT adapter"
     if (source / "config.json").exists():
@@ -70,8 +67,8 @@ def find_converter(source: Path) -> tuple[Callable, str]:
     if (source / "params.json").exists():
         return convert_meta, "Meta's folder"
     raise UserError(
-        f"{source} is neither a .gguf file, a lit-llama.pth, nor a folder with config.json (Hugging Face), params.json "
-        "(Meta) or adapter_config.json (PEFT)"
+        f"{source} is neither a .gguf file nor a folder with config.json (Hugging Face), params.json (Meta) or "
+        "adapter_config.json (PEFT)"
     )
 
 

@@ -97,7 +97,7 @@ FILES = {  # a file and the command that reads it: its content or a function tha
     ("base/config.json", BASE): [
         ("", NOT_JSON),
         ("[]", "config.json must hold a JSON object, got list"),
-        ("[" * 10**5, "config.json is not valid JSON: nested too deeply"),
+        ("[" * 10**5, "config.json is not valid JSON: maximum recursion"),
         (b"\xff\xfe{}", "config.json is not valid JSON: 'utf-8'"),
         (json_with(n_layer=...), "config.json is not a config of this project: missing .'n_layer'"),
         (json_with(hidden_size=3), "unknown .'hidden_size'"),
@@ -246,7 +246,7 @@ FLAGS = [  # the command, further flags, message; test_cli.py and test_methods.p
     (EVALUATE, ["--prompt_style", "llama3"], "'llama3' is none of"),
     (["scripts/merge_lora.py", *TRAINED[1:3]], ["--out_dir", "base"], "which cannot be merged"),
     (("scripts/export.py", "--to", "peft"), ["--out_dir", "new"], "--to peft needs --trained_dir"),
-    (CONVERT, ["--source", "hf"], "hf is neither a .gguf file, a lit-llama.pth, nor a folder with config.json"),
+    (CONVERT, ["--source", "hf"], "hf is neither a .gguf file nor a folder with config.json"),
     (CONVERT, ["--source", "none.gguf"], "none.gguf is missing"),
     (CONVERT, ["--source", "base", "--out_dir", "other"], "other exists already; remove it or choose another name"),
     (CONVERT, ["--source", "base", "--prompt_style", "plain"], "a Hugging Face folder does not take --prompt_style"),

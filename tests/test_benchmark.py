@@ -13,7 +13,6 @@ from lit_llama.measure import cases
 from lit_llama.measure.benchmark import limit_of, limits, receive, table
 from lit_llama.measure.cases import BenchmarkCase
 from lit_llama.train.loss import target_loss
-from scripts import count_kernels
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,6 @@ def test_ours_and_pefts_take_the_same_steps(folder):
     assert all(len(row["rounds"]) == 2 and min(row["rounds"]) > 0 for row in trained.values())
     assert trained["ours adapter 32-true"]["padding"] < trained["peft adapter 32-true"]["padding"]
     assert len([row for row in rows if row["kind"] == "decode"]) == 4  # nothing is checkpointed there
-    assert [row["kind"] for row in rows if "seconds" in row] == ["load"]
     assert "| decode | peft lora 32-true |" in result.stdout
 
 
@@ -99,13 +97,3 @@ def test_a_step_is_profiled(folder):
     printed = succeed("scripts/profile_step.py", *flags)
     assert re.match(r"ours adapter 32-true: \d+ tokens in ", printed) and "aten::mm" in printed
     refuse("scripts/profile_step.py", "--method", "adapters", message="--method adapters is none of")
-
-
-def test_kernels_of_a_block_are_few():
-    """What eager mode may cost on a GPU: at most 140 kernels and 9 GB for one 7B block on 3,146 tokens."""
-    forward, backward = count_kernels.count("7B", "adapter", n_texts=26, text_tokens=121)
-    assert forward.calls["_varlen_attn"] == backward.calls["_varlen_attn_backward"] == 1
-    assert 6 <= forward.calls["mm"] <= 7, "qkv for the text and the prompt, proj, and three of the MLP"
-    assert sum((forward.calls + backward.calls).values()) <= 140
-    moved = forward.bytes + backward.bytes
-    assert sum(n for name, n in moved.items() if name not in count_kernels.PRODUCTS) <= 9e9

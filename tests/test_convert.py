@@ -31,7 +31,7 @@ from transformers import LlamaForCausalLM
 from lit_llama.checkpoint import load_config, load_model
 from lit_llama.common.errors import UserError
 from lit_llama.configs import CONFIGS
-from lit_llama.formats.convert import convert_hf, convert_lit, convert_meta
+from lit_llama.formats.convert import convert_hf, convert_meta
 from lit_llama.formats.export import export_hf
 from lit_llama.model import LLaMAConfig
 
@@ -239,20 +239,19 @@ class Attack:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("as_zip", [True, False])
-def test_pickles_are_not_run(tmp_path, as_zip, monkeypatch):
+def test_pickles_are_not_run(tmp_path, as_zip):
     target = tmp_path / "executed"
     write_bin(tmp_path / "hf", tiny_hf(), 1)
     torch.save({"x": Attack(target)}, tmp_path / "hf/pytorch_model.bin", _use_new_zipfile_serialization=as_zip)
     refused("nothing in it was run", tmp_path / "ours", convert_hf, tmp_path / "hf", tmp_path / "ours")
-    monkeypatch.setitem(CONFIGS, "tiny", dict(HF_TINY))
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Attack(target)))
-    refused("nothing in it was run", tmp_path / "ours", convert_lit, tmp_path / "evil.pth", tmp_path / "ours", "tiny")
-    torch.save({"model": {"x": torch.ones(1)}}, tmp_path / "nested.pth")
-    refused("a dict of tensors", tmp_path / "ours", convert_lit, tmp_path / "nested.pth", tmp_path / "ours", "tiny")
+    (tmp_path / "hf/pytorch_model.bin").write_bytes(pickle.dumps(Attack(target)))
+    refused("nothing in it was run", tmp_path / "ours", convert_hf, tmp_path / "hf", tmp_path / "ours")
+    torch.save({"model": {"x": torch.ones(1)}}, tmp_path / "hf/pytorch_model.bin")
+    refused("a dict of tensors", tmp_path / "ours", convert_hf, tmp_path / "hf", tmp_path / "ours")
     assert not target.exists()
 
 
-# ---------------------------------------------------------------------------------------------- Meta and Lit-LLaMA
+# ---------------------------------------------------------------------------------------------- Meta
 
 
 def meta_state(theirs: LlamaForCausalLM) -> dict[str, torch.Tensor]:
@@ -310,40 +309,13 @@ def test_meta_refused(tmp_path, monkeypatch):
         write_meta(source, theirs, 2, 0, **params)
         refused("params.json", out, convert_meta, source, out, "tiny")
     write_meta(source, theirs, 2, 0)
-    (source / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
-    refused("tiktoken", out, convert_meta, source, out, "tiny")
     (tmp_path / "tokenizer.json").write_text("{}")
     convert_meta(source, tmp_path / "fine", "tiny", tokenizer=tmp_path / "tokenizer.json")
-    assert (tmp_path / "fine/tokenizer.json").exists() and not (tmp_path / "fine/tokenizer.model").exists()
-    (source / "tokenizer.model").unlink()
+    assert (tmp_path / "fine/tokenizer.json").exists()
     (source / "consolidated.01.pth").unlink()
     refused("instead of", out, convert_meta, source, out, "tiny")
     (source / "consolidated.00.pth").unlink()
     refused("no consolidated", out, convert_meta, source, out, "tiny")
-
-
-def test_lit(tmp_path, monkeypatch):
-    monkeypatch.setitem(CONFIGS, "tiny", dict(HF_TINY, n_kv_head=HEADS))
-    theirs = tiny_hf(num_key_value_heads=HEADS)
-    meta, padding = meta_state(theirs), torch.full((128 - VOCAB, C), 7.0)  # 100 tokens padded to 128
-    state = {"transformer.wte.weight": torch.cat([meta["tok_embeddings.weight"], padding])}
-    state |= {"lm_head.weight": torch.cat([meta["output.weight"], padding])}
-    state["transformer.ln_f.scale"] = meta["norm.weight"]
-    for i in range(LAYERS):
-        ours, theirs_i = f"transformer.h.{i}.", f"layers.{i}."
-        qkv = [meta[f"{theirs_i}attention.w{part}.weight"] for part in "qkv"]
-        state[ours + "attn.c_attn.weight"] = torch.cat(qkv)
-        state[ours + "attn.c_proj.weight"] = meta[theirs_i + "attention.wo.weight"]
-        state[ours + "rms_1.scale"] = meta[theirs_i + "attention_norm.weight"]
-        state[ours + "rms_2.scale"] = meta[theirs_i + "ffn_norm.weight"]
-        for name, meta_name in (("c_fc1", "w1"), ("c_fc2", "w3"), ("c_proj", "w2")):
-            state[f"{ours}mlp.{name}.weight"] = meta[f"{theirs_i}feed_forward.{meta_name}.weight"]
-    torch.save(state, tmp_path / "lit-llama.pth")
-    succeed(*CONVERT, tmp_path / "lit-llama.pth", "--name", "tiny", "--out_dir", tmp_path / "ours")
-    check_logits(tmp_path / "ours", theirs)
-    out = tmp_path / "other"
-    refused("instead of", out, convert_lit, tmp_path / "lit-llama.pth", out, "smollm2-135m")
-    refused("is missing", out, convert_lit, tmp_path / "absent.pth", out, "tiny")
 
 
 def test_the_script_tells_the_format_by_what_it_finds(tmp_path, monkeypatch):
@@ -358,4 +330,4 @@ def test_the_script_tells_the_format_by_what_it_finds(tmp_path, monkeypatch):
     out = ["--out_dir", tmp_path / "out"]
     refuse(*CONVERT, tmp_path / "meta", *out, message="Meta's folder needs --name; --help says what they are")
     refuse(*CONVERT, tmp_path / "hf", *out, "--prompt_style", "plain", message="folder does not take --prompt_style")
-    refuse(*CONVERT, tmp_path, *out, message="is neither a .gguf file, a lit-llama.pth, nor a folder with config.json")
+    refuse(*CONVERT, tmp_path, *out, message="is neither a .gguf file nor a folder with config.json")

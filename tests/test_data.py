@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from lit_llama.checkpoint import load_config, save_checkpoint
 from lit_llama.common.errors import UserError
 from lit_llama.data.batches import IGNORE, TokenizedSample, epoch_order, micro_batches, pack, step_indices
-from lit_llama.data.prompts import STYLES, choose_template, encode_prompt, style_of
+from lit_llama.data.prompts import choose_template, style_of
 from lit_llama.data.samples import UNSUPPORTED, DataOptions, Sample, read_samples, to_sample
 from lit_llama.data.task import hash_fraction, load_splits, load_task, tokenize_samples
 from lit_llama.tokenizer import Tokenizer
@@ -323,25 +323,6 @@ def test_a_row_that_cannot_be_encoded_is_named(tokenizer, bad):
 
 
 # masking
-
-
-def test_unmasked_ids_decode_to_the_answers_and_their_ends(tokenizer):
-    end = "<|im_end|>"  # the tiny tokenizer's EOS and chatml's end of turn
-    for style in STYLES:
-        single = encode_sample(sample_of({"instruction": "a", "input": "b", "output": " c\n"}), style, tokenizer, 512)
-        assert answers(single, tokenizer) == f" c\n{end}"
-        several = encode_sample(sample_of({"messages": CONVERSATION}), style, tokenizer, 512)
-        assert answers(several, tokenizer) == f"1{end}2!{end}"
-        shifted = zip(several.targets, several.ids[1:], strict=False)
-        assert all(target in (IGNORE, following) for target, following in shifted)
-
-
-def test_chatml_and_control_tokens_in_user_text(tokenizer):
-    messages = [CONVERSATION[0], {"role": "user", "content": "<|im_end|>"}]
-    ids = encode_prompt(messages, choose_template(None, tokenizer), tokenizer)
-    assert ids.count(tokenizer.control_id("<|im_end|>")) == 2
-    system, user = "<|im_start|>system\nBe brief.<|im_end|>\n", "<|im_start|>user\n<|im_end|><|im_end|>\n"
-    assert tokenizer.decode(ids) == system + user + "<|im_start|>assistant\n"
 
 
 def test_truncation_keeps_the_end_of_the_answer(tokenizer):

@@ -21,8 +21,6 @@ from helpers import (
     save_trained,
     script_parser,
     tiny_model,
-    tokens,
-    train_steps,
     transformers_model,
     tuned,
 )
@@ -30,15 +28,12 @@ from peft import IA3Config, get_peft_model
 
 import finetune.lora
 from lit_llama import cli
-from lit_llama.checkpoint import load_model
-from lit_llama.common.errors import UserError
 from lit_llama.formats.export import export_hf
 from lit_llama.formats.peft import export_peft
 from lit_llama.generate.load import load_trained_folder
 from lit_llama.methods.table import METHODS
 from lit_llama.settings import DEFAULT_BASE
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.trained import trainable_parameters
 
 READMES = [ROOT / "README.md", ROOT / "finetune/README.md", ROOT / "data/README.md"]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -123,19 +118,6 @@ def add_ia3(monkeypatch):
     return module.add_ia3
 
 
-def test_ia3_begins_as_the_base_and_trains_its_vectors_alone(add_ia3):
-    base, model = tiny_model(), tuned("ia3", on=False)
-    assert torch.equal(model(tokens()), base(tokens()))
-    config, trained = model.config, trainable_parameters(model)
-    count = config.n_layer * (2 * config.n_kv_head * config.head_size + config.intermediate_size)
-    assert sum(tensor.numel() for tensor in trained.values()) == count
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert set(base.state_dict()) < set(before)
-    train_steps(model, steps=1)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]) == (name not in trained), name
-
-
 def test_ia3_decodes_with_a_cache_as_without(add_ia3):
     check_cached_decoding(tuned("ia3").eval().double())
 
@@ -152,15 +134,6 @@ def test_ia3_equals_peft(add_ia3, changes):
             layer.self_attn.v_proj.ia3_l["default"].copy_(block.attn.l_v.reshape(-1, 1))
             layer.mlp.down_proj.ia3_l["default"].copy_(block.mlp.c_proj.l_ff.reshape(1, -1))
     equal_to(theirs, model)
-
-
-def test_ia3_is_loaded_from_a_trained_folder(add_ia3, tmp_path, monkeypatch):
-    base, ids = make_base(tmp_path / "base"), torch.tensor([[5, 9, 30, 77]])
-    loaded, _ = load_trained_folder(save_trained(base, tmp_path / "out", "ia3"))
-    assert (loaded(ids) - load_model(base)(ids)).abs().max() > 1e-3
-    monkeypatch.delitem(METHODS, "ia3")
-    with pytest.raises(UserError, match="'ia3', not one of"):
-        load_trained_folder(tmp_path / "out")
 
 
 # lm_eval

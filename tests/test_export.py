@@ -26,7 +26,6 @@ from lit_llama.common.errors import UserError
 from lit_llama.common.files import read_json, write_json
 from lit_llama.data.prompts import CHATML, encode_prompt
 from lit_llama.formats import export
-from lit_llama.formats.convert import convert_hf
 from lit_llama.formats.export import export_hf
 from lit_llama.tokenizer import Tokenizer
 
@@ -62,15 +61,6 @@ def test_logits(tmp_path, shape, monkeypatch):
     del config["rope_parameters"]
     write_json(tmp_path / "hf/config.json", config)
     same_logits(base, tmp_path / "hf")
-
-
-@pytest.mark.parametrize("shape", ["grouped", "tied, scaled", "odd sizes"])
-def test_there_and_back(tmp_path, shape):
-    base = make_base(tmp_path / "base", **EXPORT_SHAPES[shape])
-    export_hf(base, tmp_path / "hf")
-    assert convert_hf(tmp_path / "hf", tmp_path / "again", name="tiny") == load_config(base)
-    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "again"))
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_dtype(tmp_path):

@@ -11,7 +11,6 @@ from helpers import (
     SCALING,
     TINY,
     check_cached_decoding,
-    equal_to,
     every_case,
     logits_of,
     shake,
@@ -19,10 +18,8 @@ from helpers import (
     to_samples,
     tokens,
     train_steps,
-    transformers_model,
     tuned,
 )
-from peft import AdaptionPromptConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import save_tensors
@@ -463,61 +460,3 @@ def test_the_vectors_of_texts_are_those_of_each_text_alone():
     together = torch.from_numpy(text_vectors(model, texts))
     for vector, text in zip(together, texts, strict=True):
         torch.testing.assert_close(vector, model.hidden_states(torch.tensor([text]))[0, -1].detach())
-
-
-# PEFT
-
-
-def peft_lora(model, theirs):
-    theirs = get_peft_model(theirs, LoraConfig(r=3, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
-    for block, layer in zip(model.transformer.h, theirs.base_model.model.model.layers, strict=True):
-        for name, low_rank in block.attn.c_attn.lora.items():
-            projection = getattr(layer.self_attn, f"{name}_proj")
-            projection.lora_A["default"].weight.copy_(low_rank.A)
-            projection.lora_B["default"].weight.copy_(low_rank.B)
-    return theirs
-
-
-def peft_prefix(model, theirs):
-    nkv = TINY["n_kv_head"]
-    sizes = dict(num_layers=TINY["n_layer"], num_attention_heads=nkv, token_dim=nkv * TINY["head_size"])
-    config = PrefixTuningConfig(num_virtual_tokens=4, num_transformer_submodules=1, task_type="CAUSAL_LM", **sizes)
-    theirs = get_peft_model(theirs, config)
-    rows = torch.stack([block.attn.prefix for block in model.transformer.h])  # (N, 2, nkv, K, hs)
-    weight = theirs.prompt_encoder["default"].embedding.weight
-    weight.copy_(rows.permute(3, 0, 1, 2, 4).reshape(weight.shape))
-    return theirs
-
-
-def peft_soft_prompt(model, theirs):
-    config = PromptTuningConfig(num_virtual_tokens=4, token_dim=TINY["n_embd"], task_type="CAUSAL_LM")
-    theirs = get_peft_model(theirs, config)
-    theirs.prompt_encoder["default"].embedding.weight.copy_(model.transformer.wte.soft_prompt)
-    return theirs
-
-
-def peft_adapter(model, theirs):
-    config = AdaptionPromptConfig(adapter_len=5, adapter_layers=2, target_modules="self_attn", task_type="CAUSAL_LM")
-    theirs = get_peft_model(theirs, config)
-    for block, layer in zip(model.transformer.h[1:], theirs.base_model.model.model.layers[1:], strict=True):
-        layer.self_attn.adaption_gate.copy_(block.attn.gating_factor.flatten())
-        layer.self_attn.adaption_prompt.copy_(block.attn.adapter_wte.weight[None])
-    return theirs
-
-
-@pytest.mark.parametrize(
-    ("method", "arguments", "in_peft", "n_virtual"),
-    [
-        ("lora", dict(r=3, dropout=0.0), peft_lora, 0),
-        ("prefix", dict(prompt_length=4), peft_prefix, 0),
-        ("soft_prompt", dict(prompt_length=4), peft_soft_prompt, 4),
-        ("adapter", dict(prompt_length=5, start_layer=1, gate="layer"), peft_adapter, 0),
-    ],
-)
-def test_equals_peft(method, arguments, in_peft, n_virtual):
-    model = tiny_model().requires_grad_(False)
-    METHODS[method](model, **arguments)
-    shake(model)
-    with torch.no_grad():
-        theirs = in_peft(model, transformers_model(tiny_model()))
-    equal_to(theirs, model, drop=n_virtual)

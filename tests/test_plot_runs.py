@@ -6,10 +6,8 @@ import sys
 import pytest
 from helpers import make_base, metrics, refuse, succeed, sums, write_rows
 
-from lit_llama.cli import gather
 from lit_llama.common.errors import UserError
 from lit_llama.devices import launch
-from lit_llama.measure.plots import running_mean
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +60,3 @@ def test_without_matplotlib_the_way_out_is_named(run_dir, tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it fails
     flags = [run_dir, "--out_file", tmp_path / "a.png"]
     refuse("scripts/plot_runs.py", *flags, message=r'pip install -e "\.\[plot\]"')
-
-
-def test_what_stands_in_front_of_the_flags_is_one_list():
-    assert gather(["a", "b c", "--out", "d"], "runs") == ["--runs", '["a", "b c"]', "--out", "d"]
-    assert gather(["--out", "d"], "runs") == ["--out", "d"]
-
-
-def test_running_mean():
-    assert running_mean([1.0, 2.0, 3.0]) == [1.0, 2.0, 3.0]
-    means = running_mean([float(i) for i in range(60)])  # over three
-    assert means[:3] == [0.0, 0.5, 1.0] and means[59] == 58.0

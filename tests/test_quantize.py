@@ -168,16 +168,6 @@ def test_every_method_trains_over_int8_and_leaves_the_base_alone(case):
 
 
 @every_case
-def test_what_trains_is_what_trains_over_a_wide_base(case):
-    method, arguments = CASES[case]
-    plain = tiny_model().requires_grad_(False)
-    METHODS[method](plain, **arguments)
-    quantized = over_int8(case, on=False)
-    shapes = [{name: t.shape for name, t in trainable_parameters(model).items()} for model in (plain, quantized)]
-    assert shapes[0] == shapes[1] and all(t.dtype == torch.float32 for t in trainable_parameters(quantized).values())
-
-
-@every_case
 def test_cached_decoding_equals_uncached_over_int8(case):
     check_cached_decoding(over_int8(case).eval().double())
 
@@ -265,9 +255,3 @@ def test_a_run_over_a_wide_base_says_so_where_it_is_loaded_over_int8(tmp_path, c
     assert capsys.readouterr().err == ""
     load_trained_folder(out, quantize="int8")
     assert "its base is loaded with int8: it fits, but has not seen its errors" in capsys.readouterr().err
-
-
-def test_full_has_nothing_to_quantize(tmp_path):
-    write_rows(tmp_path / "sums.json", sums(20))
-    flags = ["--checkpoint_dir", make_base(tmp_path / "base"), "--data", tmp_path / "sums.json", "--quantize", "int8"]
-    refuse("finetune/full.py", *flags, "--out_dir", tmp_path / "out", message="unknown flag --quantize")

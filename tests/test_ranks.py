@@ -128,27 +128,6 @@ def test_an_answer_from_a_sharded_model_is_the_same(places, tmp_path):
             refuse(*asking, flag, 0, message="0 must lie within 1 and")
 
 
-@pytest.mark.slow
-def test_more_devices_than_labelled_texts(places, tmp_path):
-    rows = [{"text": word, "label": label} for label, words in (("a", "xyz"), ("b", "uvw")) for word in words]
-    for split in ("train", "validation"):
-        write_rows(tmp_path / "words" / f"{split}.json", rows)
-    data = ["--checkpoint_dir", places / "base", "--data", tmp_path / "words"]
-    steps = ["--train.max_steps", 2, "--eval_samples", 0, "--precision", "32-true"]
-    for name, flags in (("features", []), ("full", ["--head", "classifier", *steps])):
-        succeed(f"finetune/{name}.py", *data, *flags, "--out_dir", tmp_path / name)
-        found = []
-        for devices in (1, 3):
-            flags = ["--trained_dir", tmp_path / name, "--precision", "32-true", "--max_samples", 2]
-            flags += ["--devices", devices, "--results", tmp_path / f"{name}-{devices}"]
-            result = run_on(devices, "scripts/evaluate.py", *data, *flags)
-            assert result.returncode == 0 and result.stdout.count("accuracy") == 1, result.stderr
-            found.append(read_json(tmp_path / f"{name}-{devices}")["samples"])
-        for one, other in zip(*found, strict=True):
-            assert other.pop("loss") == pytest.approx(one.pop("loss"), abs=1e-5)
-            assert other == one
-
-
 def test_nobody_shards_alone_or_what_trains_as_a_whole(places, tmp_path):
     flags = ["--checkpoint_dir", places / "base", "--data", places / "data", "--out_dir", tmp_path / "out"]
     refuse("finetune/adapter.py", *flags, "--strategy", "fsdp", message="pass --devices 2 or more")

@@ -240,12 +240,6 @@ def test_errors_of_a_folder(tmp_path):
             Tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize(("text", "place"), [("ab\ud83d", 2), ("\udc00x", 0)])
-def test_lone_surrogates(smollm2, text, place):
-    with pytest.raises(UserError, match=f"lone surrogate.* at character {place}"):
-        smollm2.encode(text)
-
-
 def test_errors_of_a_gguf(tmp_path):
     for change, message in (
         ({"tokenizer_model": "rwkv"}, "of kind 'rwkv'; known kinds: gpt2, llama"),

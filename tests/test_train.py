@@ -233,22 +233,6 @@ def test_the_best_step_wins_over_the_last_one(folder, tmp_path, monkeypatch):
             assert torch.equal(best.get_tensor(name), after[0].state_dict()[name])  # the model is left at its best
 
 
-def test_leaving_the_loop_early_keeps_the_best_and_the_last_row(folder, tmp_path, monkeypatch):
-    """What ``break`` in a script's loop does."""
-
-    def steps(self, *args):
-        for step in real(self, *args):
-            yield step
-            if step == 3:
-                return
-
-    real = Run.steps
-    monkeypatch.setattr(Run, "steps", steps)
-    finetune(folder, tmp_path)
-    assert [int(row["step"]) for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
-    assert (tmp_path / "trained.safetensors").exists()
-
-
 def all_finite(path: Path) -> bool:
     with open_tensors(path) as file:
         return all(file.get_tensor(name).isfinite().all() for name in file.keys())

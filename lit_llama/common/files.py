@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -26,8 +25,8 @@ from lit_llama.common.errors import UserError
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary name next to ``path``. On success flush and rename it, on failure remove it.
+def atomic_write(path: Path, is_folder: bool = False) -> Iterator[Path]:
+    """Yield a temporary file or folder next to ``path``. On success flush and rename it, on failure remove it.
 
     Raises UserError if the disk is full or the folder cannot be written; an existing file stays as it was.
     """
@@ -35,16 +34,21 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
+        if is_folder:
+            temporary.mkdir()
+        else:
+            temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # safetensors makes files that only their owner can read
-        flush(temporary)
+        for part in [*temporary.iterdir(), temporary] if is_folder else [temporary]:
+            flush(part)
         os.replace(temporary, path)
-        flush_folder(path.parent)
+        flush(path.parent)
     except OSError as error:
         raise write_error(path, error) from None
     finally:
+        shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):
             temporary.unlink()
 
@@ -52,21 +56,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """``atomic_write`` for a folder that does not exist yet."""
-    path = Path(path)
     check_new(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
+    with atomic_write(path, is_folder=True) as temporary:
         yield temporary
-        for file in temporary.iterdir():
-            flush(file)
-        flush_folder(temporary)
-        os.replace(temporary, path)
-        flush_folder(path.parent)
-    except OSError as error:
-        raise write_error(path, error) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_writable(path: Path | str) -> None:
@@ -91,16 +83,10 @@ def check_new(path: Path | str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's content is on disk."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def flush_folder(folder: Path) -> None:
-    """Wait until a folder's names are on disk, so that a power failure cannot undo a rename."""
-    if os.name == "nt":  # Windows cannot open a folder
+    """Wait until a file's content is on disk, or a folder's names: else a power failure could undo a rename."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
         return
-    opened = os.open(folder, os.O_RDONLY)
+    opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(opened)
     finally:
@@ -136,9 +122,7 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path} is missing") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except RecursionError:
-        raise UserError(f"{path} is not valid JSON: nested too deeply") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, got {type(content).__name__}")
@@ -162,11 +146,6 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict | None = No
 
 
 ABOUT = "lit_llama"  # our entry in the header
-
-
-def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """``save_tensors`` for NumPy arrays."""
-    save_tensors(path, {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()})
 
 
 def checksum(tensors: dict[str, Tensor], about: dict) -> int:

@@ -15,7 +15,6 @@ samples without targets (train/loss.py) or waits in ``keep_in_step``.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -74,15 +73,7 @@ def check_fsdp_flags(strategy: str, compile: bool, quantize: str) -> None:
 
 
 def check_sharding(world_size: int) -> None:
-    """Raises UserError on a single device, or if this PyTorch cannot exclude parameters from sharding."""
-    try:
-        from torch.distributed.fsdp import fully_shard
-
-        supported = "ignored_params" in inspect.signature(fully_shard).parameters
-    except ImportError:
-        supported = False
-    if not supported:
-        raise UserError(f"--strategy fsdp needs PyTorch 2.7 or newer, and this is {torch.__version__}; update it")
+    """Raises UserError on a single device."""
     if world_size < 2:
         raise UserError("--strategy fsdp shards the base across devices: pass --devices 2 or more, or --strategy auto")
 

@@ -231,7 +231,7 @@ def named_config(name: str) -> LLaMAConfig:
 
 
 def find_tokenizer(folder: Path) -> Path:
-    """LLaMA 1 and Lit-LLaMA keep tokenizer.model one folder above the weights."""
+    """LLaMA 1 has tokenizer.model one folder above the weights."""
     above = folder.resolve().parent
     return above if (above / "tokenizer.model").exists() and not any(folder.glob("tokenizer.*")) else folder
 
@@ -259,28 +259,3 @@ def meta_tensors(folder: Path, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
             yield name, torch.cat([shard[name] for shard in shards], int(by_columns)) if first.dim() == 2 else first
         except (RuntimeError, KeyError) as error:
             raise UserError(f"the parts of {name} in {folder} do not fit together: {error}") from None
-
-
-# ---------------------------------------------------------------------------------------------- Lit-LLaMA
-
-
-def convert_lit(
-    source: Path, out_dir: Path, name: str, dtype: str | None = None, tokenizer: Path | None = None
-) -> LLaMAConfig:
-    """Convert the original Lit-LLaMA's lit-llama.pth; ``name`` is 7B, 13B, 30B or 65B."""
-    config = named_config(name)
-    with whole_folder(out_dir) as folder:
-        copy_tokenizer(tokenizer or find_tokenizer(source.parent), folder)
-        write_model(folder, config, lit_tensors(source, config.vocab_size), "ours", dtype)
-    return config
-
-
-def lit_tensors(path: Path, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
-    """Split q, k and v again (their rows are interleaved), and drop the rows that pad the vocabulary."""
-    padded = -(-vocab_size // 64) * 64
-    for name, tensor in load_pth(path).items():
-        if name.endswith("attn.c_attn.weight") and tensor.dim() == 2:  # (3C, C)
-            yield from zip((name.replace("c_attn", part) for part in "qkv"), tensor.chunk(3), strict=True)
-        else:
-            is_padded = name in ("transformer.wte.weight", "lm_head.weight") and tensor.shape[:1] == (padded,)
-            yield name.replace(".scale", ".weight"), tensor[:vocab_size] if is_padded else tensor

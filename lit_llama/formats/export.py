@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_llama.checkpoint import CONFIG_FILE, MODEL_FILE, check_headers, load_config, weight_files, write_shards
+from lit_llama.base import refuse_trained
+from lit_llama.checkpoint import CONFIG_FILE, check_headers, load_config, weight_files, write_shards
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import open_tensors, read_json, whole_folder, write_json
 from lit_llama.data.prompts import stop_ids, trained_template, write_chat_template
@@ -32,12 +33,7 @@ from lit_llama.trained import base_method
 
 def whole_model(folder: Path) -> LLaMAConfig:
     """The config of a checkpoint folder. Raises UserError for a trained folder, and if the tensors do not fit."""
-    method = base_method(folder)
-    if method and not (folder / MODEL_FILE).exists():
-        raise UserError(
-            f"{folder} holds what {method['method']} learned, not a whole model: scripts/merge_lora.py "
-            "merges lora and adapter_v2 into their base; scripts/export.py --to peft writes an adapter over it"
-        )
+    refuse_trained(folder)
     config = load_config(folder)
     check_headers(config, weight_files(folder), folder)
     return config

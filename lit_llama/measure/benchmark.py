@@ -17,7 +17,6 @@ import torch.multiprocessing as multiprocessing
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError
 from lit_llama.common.progress import Bar
 from lit_llama.data.batches import TokenizedSample
@@ -156,18 +155,6 @@ def to_row(kind: str, case: BenchmarkCase, found: list[tuple], work: list[list[t
     return row
 
 
-def measure_load(checkpoint_dir: str, precision: str, rounds: int) -> dict:
-    device = default_device()
-    seconds = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        model = load_model(checkpoint_dir, PRECISIONS[precision], device)
-        for param in model.parameters():
-            param.detach().sum()  # a mapped file is read only when it is used
-        seconds.append(time.perf_counter() - started)
-    return {"kind": "load", "name": f"ours {precision}", "seconds": statistics.median(seconds), "rounds": seconds}
-
-
 def table(rows: list[dict]) -> str:
     """A Markdown table. ``x`` is the ratio to the first line of its kind."""
     lines = [
@@ -175,9 +162,6 @@ def table(rows: list[dict]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        if row["kind"] == "load":
-            lines.append(f"| load | {row['name']} | {row['seconds']:.2f} s | | | | |")
-            continue
         first = next(other for other in rows if other["kind"] == row["kind"])
         rate = f"{row['tokens_per_s']:,.0f} ({row['least']:,.0f} to {row['most']:,.0f})"
         ratio = statistics.median(a / b for a, b in zip(row["rounds"], first["rounds"], strict=True))

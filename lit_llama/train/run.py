@@ -46,7 +46,6 @@ from lit_llama.common.files import (
 )
 from lit_llama.common.progress import Bar
 from lit_llama.data.prompts import describe_template, write_chat_template
-from lit_llama.data.samples import read_text
 from lit_llama.data.task import Task
 from lit_llama.devices.launch import barrier, log_rank0, print_rank0
 from lit_llama.devices.memory import peak_memory
@@ -403,25 +402,10 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def read_metrics(out_dir: Path) -> list[dict]:
-    """The rows of metrics.csv. A last line that is still being written is left out; a missing figure is "".
-
-    Raises UserError, with the line, for a value that is not a number.
-    """
+    """The rows of metrics.csv. A last line that is still being written is left out; a missing value is ""."""
     path = out_dir / METRICS_FILE
-    if not path.exists():
-        return []
-    reader = csv.DictReader(line for line in read_text(path).splitlines(keepends=True) if line.endswith("\n"))
-    rows = []
-    try:
-        for row in reader:
-            int(row["step"])  # raises if it is not a number
-            for value in row.values():
-                if value != "":
-                    float(value)
-            rows.append(row)
-    except (csv.Error, KeyError, TypeError, ValueError):
-        raise UserError(f"{path}:{reader.line_num}: expected numbers; correct that line") from None
-    return rows
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return list(csv.DictReader(line for line in lines if line.endswith("\n")))
 
 
 def differences(before: dict, now: dict) -> dict[str, str]:
