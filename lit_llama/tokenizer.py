@@ -37,7 +37,8 @@ class Tokenizer:
 
     Attributes: ``vocab_size``; ``bos_id``, the id in front of every sequence or None; ``eos_id``, and ``eos_ids``, all
     that end a text; ``chat_template``, the Jinja template or None; ``strips``, the tokens that take the whitespace at
-    their left ("lstrip") or right with them. Raises UserError if the tokenizer is missing, damaged or another model's.
+    their left ("lstrip") or right with them; ``spaced_start``, whether a text gets a space at the beginning of all, but
+    not behind a control token. Raises UserError if the tokenizer is missing, damaged or another model's.
     """
 
     def __init__(self, checkpoint_dir: Path | str):
@@ -58,6 +59,7 @@ class Tokenizer:
         self.vocab_size, self.bos_id, self.eos_id = self.backend.vocab_size, self.backend.bos_id, self.backend.eos_id
         self.eos_ids = {self.eos_id, *generation_eos(folder)}
         self.controls, self.strips = self.backend.controls, self.backend.strips
+        self.spaced_start = self.encode("a") != self.encode_batch(["a"], after="control")[0]
         spelled = sorted(filter(None, self.controls), key=len, reverse=True)  # the longest match wins
         self.control_pattern = re.compile(f"({'|'.join(map(re.escape, spelled))})")
         rows = read_json(folder / CONFIG_FILE).get("vocab_size") if (folder / CONFIG_FILE).exists() else None

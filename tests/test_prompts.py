@@ -91,6 +91,20 @@ def test_ids_are_those_of_transformers(tmp_path, name, kind):
         assert encode_prompt(talk, template, ours) == expected
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("style", ["alpaca", "plain"])
+def test_our_own_templates_give_the_same_ids_in_transformers(tmp_path, style, kind):
+    ours, theirs, _ = both(tmp_path, "zephyr", kind)
+    ours.bos_id = ours.control_id("<s>")  # as of a tokenizer that adds it
+    template = choose_template(style, ours)
+    assert style_of(template) == style
+    for talk in (TALK[:1], TALK[:2], TALK[:3]):
+        expected = theirs.apply_chat_template(talk, chat_template=template, return_dict=False)
+        assert encode_prompt(talk, template, ours) == expected
+    if style == "plain":  # as in pretraining: the id of the beginning, then the text as it is encoded alone
+        assert encode_prompt(TALK[:1], template, ours) == [ours.bos_id, *ours.encode(TALK[0]["content"])]
+
+
 def test_a_template_that_writes_the_date_is_described_with_it(monkeypatch):
     """On another day the ids are others: --resume then names the two dates."""
     monkeypatch.setattr("lit_llama.data.prompts.STARTED", datetime(2026, 3, 5, 12))
@@ -122,7 +136,7 @@ def test_answers_train_with_their_end_and_prompts_are_those_of_training(tmp_path
     for talk in talks:
         if talk[-1]["role"] == "user":
             continue
-        ((ids, trains),) = encode_pieces([pieces(talk, template, ours)], template, ours)
+        ((ids, trains),) = encode_pieces([pieces(talk, template, ours)], ours)
         prompt = encode_prompt(talk[:-1], template, ours)
         assert ids[: len(prompt)] == prompt
         trained = ours.decode(token for token, train in zip(ids, trains, strict=True) if train)
@@ -255,7 +269,7 @@ def test_an_input_is_apart_in_alpaca_and_part_of_the_content_elsewhere(tmp_path)
 def test_an_answer_with_weight_0_does_not_train(tmp_path):
     ours = write_tokenizer(tmp_path, "byte-level", "<s>", "</s>", [], chat_template=TEMPLATES["zephyr"][0])
     template, talk = choose_template(None, ours), [TALK[0], {**TALK[1], "weight": 0}, *TALK[2:4]]
-    ((ids, trains),) = encode_pieces([pieces(talk, template, ours)], template, ours)
+    ((ids, trains),) = encode_pieces([pieces(talk, template, ours)], ours)
     assert ids == encode_prompt(TALK[:4], template, ours)
     assert ours.decode(i for i, train in zip(ids, trains, strict=True) if train).strip() == "Behind you!\n</s>"
 

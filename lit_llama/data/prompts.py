@@ -34,6 +34,7 @@ STYLES = ("alpaca", "plain", "template")
 WAY_OUT = "pass --prompt_style alpaca or plain"
 
 BOS_LINE = "{{- bos_token }}\n"
+SPACED_BOS_LINE = "{{- bos_token + ' ' }}\n"
 
 # As in Stanford Alpaca, for bases without a template. "{{-" and "{%-" remove the whitespace in front.
 ALPACA = r"""
@@ -85,13 +86,15 @@ def choose_template(style: str | None, tokenizer: Tokenizer) -> str:
     template = {"alpaca": ALPACA, "plain": PLAIN, "template": tokenizer.chat_template or ""}[style]
     if style != "template" and tokenizer.bos_id is None:
         template = template.removeprefix(BOS_LINE)
+    elif style == "plain" and tokenizer.spaced_start:  # the text is encoded as in pretraining
+        template = template.replace(BOS_LINE, SPACED_BOS_LINE)
     end_of_answer(template, tokenizer)
     return template
 
 
 def style_of(template: str) -> str:
     """The style that a template belongs to, for messages."""
-    with_bos = BOS_LINE + template.removeprefix(BOS_LINE)
+    with_bos = BOS_LINE + template.removeprefix(BOS_LINE).removeprefix(SPACED_BOS_LINE)
     return {ALPACA: "alpaca", PLAIN: "plain"}.get(with_bos, "template")
 
 
@@ -316,15 +319,13 @@ def is_answer(part: str | Field, shape: Shape) -> TypeGuard[Field]:
     return isinstance(part, Field) and shape[part.message][0] == "assistant"
 
 
-def encode_pieces(
-    rows: Iterable[Iterable[Piece]], template: str, tokenizer: Tokenizer
-) -> list[tuple[list[int], list[bool]]]:
+def encode_pieces(rows: Iterable[Iterable[Piece]], tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
     """The token ids of each row, and for each id whether it is trained on. All texts are encoded at once.
 
     Some tokenizers put a space before a text. It depends on what precedes it: nothing, a control token, or more text.
     """
     stripped = (without_stripped(list(row), tokenizer) for row in rows)
-    places = [[*zip(row, preceding(row, template), strict=True)] for row in stripped]
+    places = [[*zip(row, preceding(row), strict=True)] for row in stripped]
     ids_of: dict[tuple[str, str], list[int]] = {}
     for after in ("nothing", "control", "text"):
         found = (piece.text for row in places for piece, place in row if place == after and not piece.ids)
@@ -358,21 +359,18 @@ def without_stripped(row: list[Piece], tokenizer: Tokenizer) -> list[Piece]:
     return kept
 
 
-def preceding(row: list[Piece], template: str) -> Iterator[str]:
-    """For each piece, what its text follows: "nothing", "control" or "text"; "" for a control token.
-
-    With plain, the text after the beginning-of-sequence token is encoded as in pretraining: as at the beginning.
-    """
+def preceding(row: list[Piece]) -> Iterator[str]:
+    """For each piece, what its text follows: "nothing", "control" or "text"; "" for a control token."""
     after = "nothing"
-    for i, piece in enumerate(row):
+    for piece in row:
         is_control = isinstance(piece.text, Control)
         yield "" if is_control else after
-        after = "text" if not is_control else "nothing" if i == 0 and style_of(template) == "plain" else "control"
+        after = "control" if is_control else "text"
 
 
 def encode_prompt(messages: list[Message], template: str, tokenizer: Tokenizer) -> list[int]:
     """Token ids up to where the model's answer begins; of the whole conversation if it ends with an answer."""
-    return encode_pieces([pieces(messages, template, tokenizer)], template, tokenizer)[0][0]
+    return encode_pieces([pieces(messages, template, tokenizer)], tokenizer)[0][0]
 
 
 @lru_cache(maxsize=64)

@@ -129,10 +129,11 @@ def tokenize_samples(
 
     def text_pieces(text: str) -> list[Piece]:
         bos = [] if tokenizer.bos_id is None else [Piece(Control(tokenizer.token(tokenizer.bos_id)), False)]
+        text = f" {text}" if bos and tokenizer.spaced_start else text  # as in pretraining
         return [*bos, Piece(text, True), Piece(Control(tokenizer.token(tokenizer.eos_id)), True)]
 
     tokenized = []
-    for sample, ids, trains in encode_in_batches(samples, pieces_of, template, tokenizer, skip_bad_rows):
+    for sample, ids, trains in encode_in_batches(samples, pieces_of, tokenizer, skip_bad_rows):
         if sample.messages:
             end = end_of_answer(template, tokenizer)
             tokenized.append(cut_conversation(ids, trains, max_seq_length, end, sample.where))
@@ -195,7 +196,7 @@ def tokenize_labels(
         return pieces(sample.prompt, template, tokenizer)
 
     tokenized = []
-    for sample, ids, _ in encode_in_batches(samples, pieces_of, template, tokenizer):
+    for sample, ids, _ in encode_in_batches(samples, pieces_of, tokenizer):
         ids = ids[-max_seq_length:]
         if not ids:
             raise UserError(f"{sample.where}: the text is empty, there is nothing to classify")
@@ -207,7 +208,6 @@ def tokenize_labels(
 def encode_in_batches(
     samples: Iterable[Sample],
     pieces_of: Callable[[Sample], Iterable[Piece]],
-    template: str,
     tokenizer: Tokenizer,
     skip_bad_rows: bool = False,
     size: int = 1000,
@@ -219,10 +219,10 @@ def encode_in_batches(
     samples = iter(samples)
     while batch := list(islice(samples, size)):
         try:
-            encoded = encode_pieces(map(pieces_of, batch), template, tokenizer)
+            encoded = encode_pieces(map(pieces_of, batch), tokenizer)
         except UserError as error:
             if len(batch) > 1:  # find the sample
-                yield from encode_in_batches(batch, pieces_of, template, tokenizer, skip_bad_rows, size=1)
+                yield from encode_in_batches(batch, pieces_of, tokenizer, skip_bad_rows, size=1)
             elif skip_bad_rows:
                 yield batch[0], [], []
             else:
