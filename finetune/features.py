@@ -1,7 +1,7 @@
 """Train a classifier on the frozen model's vectors: no gradient, one pass over the data.
 
-    python finetune/features.py                                       # SmolLM2-135M on data/intents
-    python finetune/features.py --classifier forest --data my.csv     # a random forest, on your texts and labels
+    python finetune/features.py                     # SmolLM2-135M on data/intents
+    python finetune/features.py --data my.csv       # your texts and labels
 
 The classifier: lit_llama/methods/features.py. The vectors: text_vectors in lit_llama/generate/decode.py.
 """
@@ -13,7 +13,7 @@ import torch
 from lit_llama import __version__, cli
 from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_model
-from lit_llama.common.errors import UserError, check_range
+from lit_llama.common.errors import check_range
 from lit_llama.common.files import save_tensors
 from lit_llama.common.progress import Bar
 from lit_llama.data.prompts import describe_template
@@ -21,14 +21,13 @@ from lit_llama.data.samples import DataOptions
 from lit_llama.data.task import check_data, load_task
 from lit_llama.devices.launch import base_dtype, launch
 from lit_llama.generate.decode import text_vectors
-from lit_llama.methods.features import CLASSIFIERS, fit_classifier, probabilities
-from lit_llama.settings import DEFAULT_BASE, MOST, MOST_SEED, MOST_TOKENS, Data
+from lit_llama.methods.features import fit_logistic, probabilities
+from lit_llama.settings import DEFAULT_BASE, MOST, MOST_TOKENS, Data
 from lit_llama.train.run import Run, default_out_dir
 from lit_llama.trained import TRAINED_FILE, describe_base
 
 
 def main(
-    classifier: str = "logistic",
     checkpoint_dir: str = DEFAULT_BASE,
     data: Data = "data/intents",
     columns: dict[str, str] | None = None,
@@ -40,24 +39,18 @@ def main(
     max_samples: int | None = None,
     max_seq_length: int = 512,
     precision: str = "auto",
-    seed: int = 1337,
     overwrite: bool = False,
     yes: bool = False,
 ) -> None:
     """Train a classifier on the vectors of a base.
 
     Args:
-        classifier: A "logistic" regression, or a random "forest".
         data: A file, or a folder with train and validation files, whose rows have a label.
         max_samples: Train on only the first samples, this many.
         max_seq_length: Texts with more tokens lose their beginning.
-        seed: Random seed of the forest.
     """
-    if classifier not in CLASSIFIERS:
-        raise UserError(f"--classifier {classifier!r} is none of {', '.join(CLASSIFIERS)}")
     check_range("--max_samples", max_samples, 1, MOST)
     check_range("--max_seq_length", max_seq_length, 1, MOST_TOKENS)
-    check_range("--seed", seed, 0, MOST_SEED)
     check_data(data)  # before anything is fetched
     ensure_base(checkpoint_dir, yes)
     fabric = launch()
@@ -66,12 +59,12 @@ def main(
     print(task.summary)
     settings = {
         "method": "features",
-        "arguments": {"classifier": classifier, "labels": task.labels},
+        "arguments": {"labels": task.labels},
         "base": describe_base(checkpoint_dir),
         **describe_template(task.chat_template),
         "data": task.data,
         "data_fingerprint": task.fingerprint,
-        "train": {"max_seq_length": max_seq_length, "seed": seed},
+        "train": {"max_seq_length": max_seq_length},
         "version": __version__,
     }
     run = Run(fabric, out_dir or default_out_dir("features", data), settings, overwrite=overwrite)
@@ -83,7 +76,7 @@ def main(
         texts = {name: [sample.ids.tolist() for sample in split] for name, split in splits.items()}
         vectors = {name: text_vectors(model, ids, tick=bar.update) for name, ids in texts.items()}
     answers = {name: [task.labels[sample.targets[-1]] for sample in split] for name, split in splits.items()}
-    arrays, labels = fit_classifier(classifier, vectors["train"], answers["train"], seed)
+    arrays, labels = fit_logistic(vectors["train"], answers["train"])
     seconds = time.perf_counter() - started
     for name in splits:
         say_accuracy(name, [labels[i] for i in probabilities(arrays, vectors[name]).argmax(1)], answers[name])

@@ -3,7 +3,7 @@
     python scripts/compare_methods.py --data data/bookings
     python scripts/compare_methods.py --data data/reviews --n_samples 4000 --pilot       # choose learning rates first
     python scripts/compare_methods.py --data data/bookings --seeds 3 --other_data data/alpaca/validation.json
-    python scripts/compare_methods.py --data data/bookings --ablations                   # parts of LLaMA-Adapter
+    python scripts/compare_methods.py --variants '{"K=50": "adapter --prompt_length 50"}'   # parts of a method
 
 Every method runs in its own process, by its own finetune script, on the same number of samples. If a comparison was
 stopped, the same command continues it: runs that have finished are kept. ``pip install -e ".[plot]"`` for plots.
@@ -23,7 +23,7 @@ from statistics import mean
 
 from lit_llama import cli
 from lit_llama.base import ensure_base
-from lit_llama.checkpoint import load_config, load_model
+from lit_llama.checkpoint import load_model
 from lit_llama.cli import save_settings
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import atomic_write, check_writable, read_json, write_json
@@ -37,7 +37,6 @@ from lit_llama.measure.benchmark import flops_per_token
 from lit_llama.measure.compare import (
     NAMES,
     ScriptRun,
-    ablation_jobs,
     learning_rate,
     loss_change,
     lowest_loss,
@@ -47,7 +46,7 @@ from lit_llama.measure.compare import (
     variant_jobs,
     with_seeds,
 )
-from lit_llama.measure.plots import plot_ablations, plot_comparison, plot_variants
+from lit_llama.measure.plots import plot_comparison, plot_variants
 from lit_llama.settings import DEFAULT_BASE, MOST, MOST_SAMPLES, MOST_SEED, ROOT
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train.run import COSTS_FILE, STATE_FILE, differences, read_metrics
@@ -69,8 +68,6 @@ def main(
     other_data: str | None = None,
     pilot: bool = False,
     pilot_samples: int = 400,
-    ablations: bool = False,
-    ablation_steps: int = 50,
     max_test_samples: int | None = None,
     devices: int = 1,
     strategy: str = "auto",
@@ -92,25 +89,20 @@ def main(
         other_data: A file of other data, to measure by how much the loss on its first 500 samples rises.
         pilot: First try three learning rates for each method, and keep the one with the lowest validation loss.
         pilot_samples: Training samples of such a trial.
-        ablations: Vary LLaMA-Adapter instead, with one seed: its gates' initial value, number of layers, prompt length.
-        ablation_steps: Steps of the comparison of gates.
         max_test_samples: Measure quality on only the first samples.
         devices: Processes of each run, one per device. Memory is that of the first. Features uses one device.
         strategy: Strategy on several devices: ddp, fsdp (full uses ddp, as it trains every block), or auto.
         seed: Random seed for data order, initialization and dropout.
         yes: Do not ask before a download.
     """
-    counts = dict(n_samples=n_samples, pilot_samples=pilot_samples, ablation_steps=ablation_steps)
-    for name, value in counts.items():
-        check_range(f"--{name}", value, 1, MOST)
+    check_range("--n_samples", n_samples, 1, MOST)
+    check_range("--pilot_samples", pilot_samples, 1, MOST)
     check_range("--batch_size", batch_size, 1, MOST_SAMPLES)
     check_range("--max_test_samples", max_test_samples, 1, MOST)
     check_range("--seeds", seeds, 1, 100)
     check_range("--seed", seed, 0, MOST_SEED - seeds + 1)
     for count in shots:
         check_range("--shots", count, 0, MOST)
-    if ablations and (seeds > 1 or other_data or pilot or variants):
-        raise UserError("--ablations takes none of --seeds, --other_data, --pilot and --variants")
     if other_data is not None:
         read_samples(other_data)
 
@@ -127,16 +119,13 @@ def main(
     settings = dict(data=data, split=split, n_samples=n_samples, batch_size=batch_size, seed=seed, pilot=pilot)
     settings |= dict(checkpoint_dir=checkpoint_dir, max_test_samples=max_test_samples, pilot_samples=pilot_samples)
     settings |= dict(devices=devices, strategy=strategy)
-    steps, trials, bases = max(1, n_samples // batch_size), [], {}
-    if ablations:
-        jobs = with_seeds(ablation_jobs(folder, load_config(checkpoint_dir).n_layer, steps, ablation_steps), [seed])
-    else:
-        jobs = [ScriptRun(name, name, folder / name, 0 if name == "features" else steps) for name in methods]
-        jobs += variant_jobs(folder, variants or {}, steps)
-        tried = dict.fromkeys(job.method for job in jobs) if pilot else ()
-        trials = with_seeds(pilot_jobs(folder, tried, max(1, pilot_samples // batch_size)), [seed])
-        jobs = with_seeds(jobs, range(seed, seed + seeds))
-        bases = {f"base, {count} examples": count for count in shots}
+    steps = max(1, n_samples // batch_size)
+    jobs = [ScriptRun(name, name, folder / name, 0 if name == "features" else steps) for name in methods]
+    jobs += variant_jobs(folder, variants or {}, steps)
+    tried = dict.fromkeys(job.method for job in jobs) if pilot else ()
+    trials = with_seeds(pilot_jobs(folder, tried, max(1, pilot_samples // batch_size)), [seed])
+    jobs = with_seeds(jobs, range(seed, seed + seeds))
+    bases = {f"base, {count} examples": count for count in shots}
     keep_settings(folder / "settings.json", settings)
     save_settings(folder)
 
@@ -145,13 +134,9 @@ def main(
         comparison.evaluate_base(bases, bar)
         comparison.run(trials, jobs, bar)
     results = comparison.figures(jobs) | comparison.base_figures(bases)
-    comparison.write("ablations" if ablations else "results", results)
-    if ablations:
-        gates = [job for job in jobs if job.name.startswith("gate") and job.name in results]
-        plot_ablations(folder, {job.name: losses_of(job) for job in gates})
-    else:
-        plot_comparison(folder, results)
-        plot_variants(folder, results)
+    comparison.write(results)
+    plot_comparison(folder, results)
+    plot_variants(folder, results)
     if comparison.failed:
         lines = "; ".join(f"{name}: {why}" for name, why in comparison.failed.items())
         raise UserError(f"{len(comparison.failed)} runs failed; the same command tries them again: {lines}")
@@ -208,7 +193,7 @@ class Comparison:
                 best = min(tried, key=lambda trial: lowest_loss(trial.out_dir)).out_dir
                 begun = job.out_dir if (job.out_dir / METHOD_FILE).exists() else best  # it goes on at its own rate
                 flags = ["--train.learning_rate", str(learning_rate(begun)), *flags]
-            if train(job, flags, self.failed, bar) and job.evaluated:
+            if train(job, flags, self.failed, bar):
                 bar.set_description(f"{job.label}: answers")
                 trained = ["--trained_dir", str(job.out_dir), *self.devices(job.method)]
                 self.evaluate(job.label, self.test_file(job.out_dir), [*trained, *self.test_flags])
@@ -260,7 +245,7 @@ class Comparison:
         """The flags of a job's finetune script."""
         flags = ["--data", self.settings["data"], "--checkpoint_dir", self.settings["checkpoint_dir"]]
         if job.method == "features":
-            return [*flags, "--seed", str(job.seed), "--max_samples", str(self.settings["n_samples"]), *job.flags]
+            return [*flags, "--max_samples", str(self.settings["n_samples"]), *job.flags]
         flags += ["--eval_samples", "0", "--train.batch_size", str(self.settings["batch_size"])]
         flags += ["--train.max_steps", str(job.steps), "--train.eval_every", str(-(-job.steps // job.validations))]
         return [*flags, "--train.seed", str(job.seed), *self.devices(job.method), *job.flags]
@@ -283,13 +268,12 @@ class Comparison:
             if not runs:
                 continue
             results[name] = costs(runs, sample[: self.settings["batch_size"]])
-            if runs[0].evaluated:
-                results[name] |= quality([self.test_file(run.out_dir) for run in runs])
+            results[name] |= quality([self.test_file(run.out_dir) for run in runs])
             after, base = [self.other_file(run.out_dir) for run in runs], self.other_file(self.folder)
             if all(file.exists() for file in [*after, base]):
                 add_change(results[name], "forgetting", after, [base])
             plain = [job for job in jobs if job.name == job.method == runs[0].method and job.label not in self.failed]
-            if name != runs[0].method and runs[0].evaluated and len(plain) == len(runs):  # a variant of a method
+            if name != runs[0].method and len(plain) == len(runs):  # a variant of a method
                 tests = [[self.test_file(run.out_dir) for run in group] for group in (runs, plain)]
                 add_change(results[name], "minus_method", *tests)
         return results
@@ -297,16 +281,16 @@ class Comparison:
     def base_figures(self, bases: dict[str, int]) -> dict[str, dict]:
         return {name: quality([self.base_file(n)]) for name, n in bases.items() if name not in self.failed}
 
-    def write(self, name: str, results: dict[str, dict]) -> None:
-        """Write a .json file and a table, and print the table."""
+    def write(self, results: dict[str, dict]) -> None:
+        """Write results.json and a table, and print the table."""
         content = {"settings": self.settings, "results": results, "failed": self.failed}
-        write_json(self.folder / f"{name}.json", content)
+        write_json(self.folder / "results.json", content)
         text = markdown(results)
         if rates := [f"{run} {row['learning_rate']:g}" for run, row in results.items() if "learning_rate" in row]:
             text += f"\nLearning rates: {', '.join(rates)}.\n"
-        with atomic_write(self.folder / f"{name}.md") as temporary:
+        with atomic_write(self.folder / "results.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
-        print(f"\n{text}\nwrote {self.folder / name}.json and .md")
+        print(f"\n{text}\nwrote {self.folder / 'results.json'} and results.md")
 
 
 def add_change(row: dict, key: str, after: list[Path], before: list[Path]) -> None:

@@ -116,23 +116,6 @@ def test_a_pilot_keeps_the_rate_of_the_lowest_loss(folder, here, tmp_path):
     assert len(losses) == 3 and row["learning_rate"] == min(losses, key=losses.get)
 
 
-def test_ablations_vary_one_thing(folder, here, tmp_path):
-    flags = ["--checkpoint_dir", folder / "base", "--data", folder / "sums", "--n_samples", 3, "--batch_size", 3]
-    succeed(COMPARE, *flags, "--ablations", "--ablation_steps", 2, "--out_dir", tmp_path)
-    results = json.loads((tmp_path / "ablations.json").read_text())["results"]
-    assert list(results) == ["gate 0", "gate 1", "L 1 K 10", "L 2 K 10", "L 1 K 1", "L 1 K 50"]
-    sizes = {name: row["trained_parameters"] for name, row in results.items()}
-    assert sizes["gate 0"] == sizes["gate 1"] == sizes["L 1 K 10"] == 324
-    assert sizes["L 2 K 10"] == 648 and sizes["L 1 K 50"] == 50 * 32 + 4
-    for config in (tmp_path / "ablations").glob("*/config.yaml"):
-        assert "prompt_init: normal" in config.read_text()
-    prompts = [tmp_path / "ablations" / f"gate-{start}" / "metrics.csv" for start in (0, 1)]
-    first = [float(path.read_text().splitlines()[1].split(",")[1]) for path in prompts]
-    assert first[0] != first[1]
-    assert {row["learning_rate"] for row in results.values() if "learning_rate" in row} == {2e-2}
-    assert (tmp_path / "gate.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_plain_texts_have_a_loss_and_nothing_to_be_right_about(tmp_path):
     rows = [{"row": i, "loss": 2.0, "n_targets": 4, "right": None} for i in range(5)]
     (tmp_path / "validation.json").write_text(json.dumps({"samples": rows}))
@@ -163,7 +146,6 @@ def test_mistakes_are_answered_in_one_line(folder, tmp_path):
     refuse(COMPARE, *data, "--strategy", "foo", message="is none of auto, ddp, fsdp")
     assert not (tmp_path / "out").exists()
     refuse(COMPARE, *data, "--other_data", folder / "base/config.json", message="must hold an array of rows")
-    refuse(COMPARE, *data, "--ablations", "--seeds", 2, message="--ablations takes none of --seeds")
     refuse(COMPARE, *data, "--n_samples", 0, message="n_samples 0 must lie within 1 and")
     refuse(COMPARE, "--data", folder / "sums/train.json", message="must be a folder")
 

@@ -10,7 +10,6 @@ import time
 
 import numpy as np
 import pytest
-import sklearn.ensemble
 import sklearn.linear_model
 import torch
 from chat_templates import TEMPLATES
@@ -41,7 +40,7 @@ from lit_llama.formats.export import export_hf
 from lit_llama.formats.export_gguf import export_gguf
 from lit_llama.formats.peft import export_peft, import_peft
 from lit_llama.generate.load import load_trained_folder
-from lit_llama.methods.features import fit_classifier, probabilities
+from lit_llama.methods.features import fit_logistic, probabilities
 from lit_llama.tokenizer import Tokenizer
 
 SCRIPTS = {
@@ -208,8 +207,7 @@ HEAD = ["--head", "classifier", "--train.max_steps", 40, "--train.eval_every", 4
     [
         ("full", HEAD),
         ("output_layers", HEAD),
-        ("features", ["--classifier", "logistic"]),
-        ("features", ["--classifier", "forest"]),
+        ("features", []),
     ],
 )
 def test_labels_are_learned_evaluated_and_given(folder, tmp_path, method, flags):
@@ -226,16 +224,14 @@ def test_labels_are_learned_evaluated_and_given(folder, tmp_path, method, flags)
 
 
 @pytest.mark.parametrize("n_labels", [2, 4])
-@pytest.mark.parametrize("classifier", ["logistic", "forest"])
-def test_probabilities_are_scikit_learns(classifier, n_labels, monkeypatch):
+def test_probabilities_are_scikit_learns(n_labels, monkeypatch):
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(200, 8)).astype(np.float32) * rng.uniform(0.1, 9, 8).astype(np.float32) + 3
     labels = [f"label {int(v)}" for v in np.digitize(vectors[:, 0] + vectors[:, 1] ** 2 / 9, [2, 3, 4][: n_labels - 1])]
-    fitted = []
-    for kind in (sklearn.linear_model.LogisticRegression, sklearn.ensemble.RandomForestClassifier):
-        fit = kind.fit
-        monkeypatch.setattr(kind, "fit", lambda self, X, y, fit=fit: fitted.append((self, X)) or fit(self, X, y))
-    arrays, names = fit_classifier(classifier, vectors, labels, seed=1)
+    fitted, kind = [], sklearn.linear_model.LogisticRegression
+    fit = kind.fit
+    monkeypatch.setattr(kind, "fit", lambda self, X, y: fitted.append((self, X)) or fit(self, X, y))
+    arrays, names = fit_logistic(vectors, labels)
     model, X = fitted[0]
     assert names == sorted(set(labels)) == list(model.classes_)
     np.testing.assert_allclose(probabilities(arrays, vectors), model.predict_proba(X), atol=1e-4)

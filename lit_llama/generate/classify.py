@@ -44,5 +44,7 @@ def load_classifier(
         return partial(label_probabilities, model), method
     model = load_model(check_base(method["base"], checkpoint_dir, path), dtype, device)
     tensors, _ = read_tensors(Path(trained_dir) / TRAINED_FILE)
+    if "weight" not in tensors:
+        raise UserError(f"{trained_dir} holds a random forest of an earlier version; train again")
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     return lambda prompts: probabilities(arrays, text_vectors(model, prompts)), method

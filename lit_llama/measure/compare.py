@@ -44,7 +44,6 @@ class ScriptRun:
     out_dir: Path
     steps: int
     flags: list[str] = field(default_factory=list)
-    evaluated: bool = True  # on the test split
     validations: int = 2
     seed: int = 0
 
@@ -94,24 +93,6 @@ def variant_jobs(folder: Path, variants: dict[str, str], steps: int) -> list[Scr
             )
         jobs[out_dir] = ScriptRun(name, method, out_dir, steps, flags)
     return list(jobs.values())
-
-
-ABLATION_RATE = 2e-2  # for prompts from N(0, 1) and four samples per step
-
-
-def ablation_jobs(folder: Path, n_layer: int, steps: int, gate_steps: int) -> list[ScriptRun]:
-    """The paper's ablations: the gates' initial value, the number of blocks, the length of the prompt."""
-
-    def job(name: str, flags: list, steps: int = steps, evaluated: bool = True) -> ScriptRun:
-        flags = ["--train.learning_rate", ABLATION_RATE, "--prompt_init", "normal", *flags]
-        return ScriptRun(
-            name, "adapter", folder / "ablations" / name.replace(" ", "-"), steps, [*map(str, flags)], evaluated
-        )
-
-    gates = [job(f"gate {start}", ["--gate_init", start], gate_steps, evaluated=False) for start in (0, 1)]
-    shapes = [(depth, 10) for depth in sorted({n_layer // 3, 2 * n_layer // 3, n_layer - 2})]
-    shapes += [(n_layer - 2, length) for length in (1, 50)]
-    return gates + [job(f"L {L} K {K}", ["--start_layer", n_layer - L, "--prompt_length", K]) for L, K in shapes]
 
 
 def lowest_loss(out_dir: Path) -> float:

@@ -44,9 +44,9 @@ def plot_runs(path: Path, runs: dict[str, list[dict]]) -> None:
         tokens, seconds = ([float(row[key]) for row in rows] for key in ("tokens", "seconds"))
         speeds = [t / s for t, s in zip(running_mean(tokens), running_mean(seconds), strict=True)]
         speed.plot(steps, speeds, color=line.get_color())
-    loss.set(ylabel="training loss per token")
+    loss.set(ylabel="training loss per token", yscale="log")
     loss.legend()
-    validation.set(ylabel="validation loss per token")
+    validation.set(ylabel="validation loss per token", yscale="log")
     rate.set(xlabel="step", ylabel="learning rate")
     speed.set(xlabel="step", ylabel="tokens/s", ylim=(0, None))
     for ax in axes.flat:
@@ -139,18 +139,4 @@ def plot_variants(folder: Path, results: dict[str, dict]) -> None:
     ax.set(xlabel="difference of the test loss per token, with 95 % intervals: left of the line is better")
     ax.grid(alpha=0.3)
     save_figure(figure, folder / "variants.png")
-    plt.close(figure)
-
-
-def plot_ablations(folder: Path, curves: dict[str, list[float]]) -> None:
-    """Training loss by step, on a log scale, of runs that differ in the initial value of their gates."""
-    plt = pyplot()
-    if plt is None or not curves:
-        return
-    figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, losses in curves.items():
-        ax.plot(range(1, len(losses) + 1), losses, label=name)
-    ax.set(xlabel="step", ylabel="training loss per token", yscale="log")
-    ax.legend()
-    save_figure(figure, folder / "gate.png")
     plt.close(figure)
