@@ -41,13 +41,13 @@ def main(
     from lit_llama.data.task import hash_fraction
 
     if not 0 < val_fraction < 1:
-        raise UserError(f"--val_fraction {val_fraction} must lie between 0 and 1")
+        raise UserError(f"--val_fraction {val_fraction} must be between 0 and 1")
     check_writable(Path(out_dir) / "train.json")
     content = fetch(source)
     found = hashlib.sha256(content).hexdigest()
     print(f"{source}: {len(content):,} bytes, sha256 {found}")
     if source.startswith("https://") and found != sha256:
-        raise UserError(f"{source} has sha256 {found} instead of {sha256}; pass what you expect by --sha256")
+        raise UserError(f"{source} has sha256 {found} instead of {sha256}; pass the expected one to --sha256")
     try:
         records = parse_json(content.decode("utf-8"), Path(source).name)
     except UnicodeDecodeError as error:
@@ -75,7 +75,7 @@ def fetch(source: str) -> bytes:
         with urllib.request.urlopen(source, timeout=60) as response:
             return response.read()
     except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"{source} could not be fetched ({error}); download it and pass its path by --source") from None
+        raise UserError(f"{source} could not be fetched ({error}); download it and pass its path to --source") from None
 
 
 if __name__ == "__main__":

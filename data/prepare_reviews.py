@@ -48,7 +48,7 @@ def main(out_dir: str = "data/reviews", source: str = URL, seed: int = 1337) -> 
         if found != SHA256[label]:
             raise UserError(f"{source}: the sentences of {FILES[label]} have sha256 {found} instead of {SHA256[label]}")
         for text in sentences:
-            if text not in seen:  # a few stand there twice: one copy could be tested on and one trained on
+            if text not in seen:  # a few occur twice: one copy could land in train, the other in test
                 seen.add(text)
                 rows.append({"instruction": INSTRUCTION, "input": text, "output": label, "text": text, "label": label})
     random.Random(seed).shuffle(rows)
@@ -82,7 +82,7 @@ def read_source(source: str) -> dict[str, bytes]:
             members = {Path(member.name).name: member for member in archive.getmembers() if member.isfile()}
             return {label: archive.extractfile(members[name]).read() for label, name in FILES.items()}
     except (OSError, http.client.HTTPException, tarfile.TarError, KeyError) as error:
-        raise UserError(f"{source} could not be fetched ({error}); pass a folder by --source") from None
+        raise UserError(f"{source} could not be fetched ({error}); pass a folder to --source") from None
 
 
 if __name__ == "__main__":

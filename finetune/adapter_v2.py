@@ -35,7 +35,7 @@ def main(
     start_layer: int = 2,
     prompt_init: Literal["text", "normal"] = "normal",
     scale_head: bool = True,
-    # Prompts learn at the full rate, all that starts at the base's own values at a tenth of it.
+    # Prompts learn at the full rate; everything else starts at the base's values and learns at a tenth of it.
     other_lr_scale: float = 0.1,
     train: TrainArgs = TrainArgs(epochs=1, batch_size=4, learning_rate=1e-2, weight_decay=0.02, eval_every=150),
     data: Data = "data/bookings",

@@ -22,7 +22,7 @@ from lit_llama.data.task import check_data, load_task
 from lit_llama.devices.launch import base_dtype, launch
 from lit_llama.generate.decode import text_vectors
 from lit_llama.methods.features import fit_logistic, probabilities
-from lit_llama.settings import DEFAULT_BASE, MOST, MOST_TOKENS, Data
+from lit_llama.settings import DEFAULT_BASE, MAX_COUNT, MAX_TOKENS, Data
 from lit_llama.train.run import Run, default_out_dir
 from lit_llama.trained import TRAINED_FILE, describe_base
 
@@ -46,11 +46,11 @@ def main(
 
     Args:
         data: A file, or a folder with train and validation files, whose rows have a label.
-        max_samples: Train on only the first samples, this many.
+        max_samples: Number of training samples to use, from the first.
         max_seq_length: Texts with more tokens lose their beginning.
     """
-    check_range("--max_samples", max_samples, 1, MOST)
-    check_range("--max_seq_length", max_seq_length, 1, MOST_TOKENS)
+    check_range("--max_samples", max_samples, 1, MAX_COUNT)
+    check_range("--max_seq_length", max_seq_length, 1, MAX_TOKENS)
     check_data(data)  # before anything is fetched
     ensure_base(checkpoint_dir, yes)
     fabric = launch()
@@ -79,7 +79,7 @@ def main(
     arrays, labels = fit_logistic(vectors["train"], answers["train"])
     seconds = time.perf_counter() - started
     for name in splits:
-        say_accuracy(name, [labels[i] for i in probabilities(arrays, vectors[name]).argmax(1)], answers[name])
+        print_accuracy(name, [labels[i] for i in probabilities(arrays, vectors[name]).argmax(1)], answers[name])
 
     settings["arguments"]["labels"] = labels  # only labels in the training samples
     run.start(sum(array.size for array in arrays.values()))
@@ -88,7 +88,7 @@ def main(
     print(f'\nsaved in {run.out_dir}; try: python generate/classify.py --trained_dir {run.out_dir} --prompt "..."')
 
 
-def say_accuracy(name: str, chosen: list[str], answers: list[str]) -> None:
+def print_accuracy(name: str, chosen: list[str], answers: list[str]) -> None:
     right = sum(one == other for one, other in zip(chosen, answers, strict=True))
     print(f"accuracy on {name}: {100 * right / len(answers):.1f} % ({right} of {len(answers)})")
 

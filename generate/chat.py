@@ -14,7 +14,7 @@ from lit_llama.common.errors import UserError, check_range
 from lit_llama.data.prompts import trained_template
 from lit_llama.devices.launch import base_dtype, default_device
 from lit_llama.generate.chat import Chat, converse
-from lit_llama.settings import DEFAULT_BASE, MOST_TOKENS, Sampling
+from lit_llama.settings import DEFAULT_BASE, MAX_TOKENS, Sampling
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.trained import base_method, read_method
 
@@ -35,12 +35,12 @@ def main(
     Args:
         trained_dir: Folder that a finetune script wrote. Default: none, the base answers.
         checkpoint_dir: Folder of the base. Default: the one trained on, or the default base.
-        system: The system message: who the model is to be.
+        system: The system message, such as a role for the model.
         prompt_style: For a base: alpaca, plain or template. Default: as trained, or template if it has one.
     """
-    check_range("--max_new_tokens", max_new_tokens, 1, MOST_TOKENS)
+    check_range("--max_new_tokens", max_new_tokens, 1, MAX_TOKENS)
     if trained_dir and prompt_style:
-        raise UserError(f"{trained_dir} is asked as it was in training; leave out --prompt_style {prompt_style}")
+        raise UserError(f"{trained_dir} keeps its prompt style from training; leave out --prompt_style {prompt_style}")
     if checkpoint_dir is None:
         checkpoint_dir = read_method(trained_dir)["base"]["checkpoint_dir"] if trained_dir else DEFAULT_BASE
     if not trained_dir:

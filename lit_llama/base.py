@@ -13,7 +13,7 @@ from lit_llama.trained import base_method
 
 
 def ensure_base(folder: Path | str, yes: bool = False) -> None:
-    """Ask and fetch if ``folder`` is the default base and missing. ``yes`` skips the question.
+    """Offer to download ``folder`` if it is the default base and missing. ``yes`` skips the question.
 
     Scripts call it before ``launch``, where the other processes of a machine wait for the first one, which fetches.
     Raises UserError if the user declines, for any other missing folder, and for a folder that holds no model.
@@ -60,6 +60,6 @@ def refuse_trained(folder: Path) -> None:
         raise UserError(f"{folder} holds no weights yet: its run was stopped before the first validation; --resume it")
     raise UserError(
         f"{folder} holds what {method['method']} learned over {method['base']['checkpoint_dir']}, not a base: pass "
-        "that as --checkpoint_dir, and this to generate/ or scripts/evaluate.py as --trained_dir; or merge lora and "
-        "adapter_v2 into their base by scripts/merge_lora.py"
+        "that as --checkpoint_dir, and this to generate/ or scripts/evaluate.py as --trained_dir; or merge it with "
+        "scripts/merge_lora.py (lora, adapter_v2), or export it with scripts/export.py --to peft"
     )

@@ -148,7 +148,7 @@ class Parser(ArgumentParser):
 def parser_of(main: Callable) -> ArgumentParser:
     """A flag for each argument of ``main``. Its help is a line of the docstring's Args or of SHARED_FLAGS.
 
-    The default base is named from the current folder, if it lies in it.
+    The default base is shown relative to the current folder, if it lies inside.
     """
     parser = auto_parser(main, as_positional=False, parser_class=Parser)
     parser.exit_on_error = False  # argparse would print a screenful of usage before the error
@@ -214,8 +214,7 @@ def gather(args: list[str], flag: str) -> list[str]:
 
 def bare_switches(parser: ArgumentParser, args: list[str]) -> list[str]:
     """Make ``--resume`` mean ``--resume true``: jsonargparse wants a value for every bool."""
-    switches = {flag for flag, value in vars(parser.get_defaults()).items() if isinstance(value, bool)}
-    switches = {f"--{flag}" for flag in switches}
+    switches = {f"--{flag}" for flag, value in vars(parser.get_defaults()).items() if isinstance(value, bool)}
     spelled = []
     for arg, following in zip(args, [*args, "--"][1:], strict=True):
         spelled += [arg, "true"] if arg in switches and following.startswith("--") else [arg]
@@ -230,7 +229,7 @@ def call(function: Callable, what: str, **flags: object) -> None:
     parameters = inspect.signature(function).parameters
     given = {name: value for name, value in flags.items() if value is not None}
     if foreign := [f"--{name}" for name in given if name not in parameters]:
-        raise UserError(f"{what} does not take {', '.join(foreign)}, but --{', --'.join(parameters)}")
+        raise UserError(f"{what} does not take {', '.join(foreign)}; it takes --{', --'.join(parameters)}")
     needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
     if missing := [f"--{name}" for name in needed if name not in given]:
         raise UserError(f"{what} needs {', '.join(missing)}; --help says what they are")

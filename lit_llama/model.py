@@ -125,7 +125,7 @@ class Linear(nn.Linear):
 class CausalSelfAttention(nn.Module):
     """Attention in two steps, ``qkv`` and ``attend``. A method can override one and keep the other.
 
-    ``qkv_slices`` holds the rows of q, k and v in the fused projection; other code reads the layout from it.
+    ``qkv_slices`` and ``qkv_sizes`` hold the rows of q, k and v in the fused projection; other code reads them there.
     """
 
     def __init__(self, config: LLaMAConfig) -> None:

@@ -21,7 +21,7 @@ DEFAULT_BASE = str(ROOT / "checkpoints/smollm2-135m-instruct")
 SHARED_FLAGS = {
     "train": "The settings of the training loop.",
     "data": "A file (.json, .jsonl, .csv, .tsv, .txt, .parquet) or a folder with train and validation files.",
-    "columns": 'Maps our names of columns to the file\'s: \'{"instruction": "query", "output": "reply"}\'.',
+    "columns": 'Maps our column names to the file\'s: \'{"instruction": "query", "output": "reply"}\'.',
     "val_fraction": "Share of a single file that is split off for validation, at least 10 and at most 2,000 samples.",
     "skip_bad_rows": "Leave out, and count, rows that cannot be read.",
     "show_sample": "Print the first sample as tokens, those that are trained on in brackets.",
@@ -50,25 +50,25 @@ SHARED_FLAGS = {
 }
 
 
-MOST = 10**9  # steps, samples or tokens, where a large value alone allocates nothing
-MOST_TOKENS = 2**20  # in one forward pass or sample
-MOST_SAMPLES = 2**16  # in one step or batch
-MOST_SEED = 2**32 - 1
+MAX_COUNT = 10**9  # steps, samples or tokens, where a large value alone allocates nothing
+MAX_TOKENS = 2**20  # in one forward pass or sample
+MAX_SAMPLES = 2**16  # in one step or batch
+MAX_SEED = 2**32 - 1
 HEAD_CHUNK = 384  # targets whose logits exist at a time
 TRAIN_RANGES = {
-    "max_steps": (1, MOST),
-    "epochs": (1e-6, MOST),
-    "batch_size": (1, MOST_SAMPLES),
-    "micro_batch_tokens": (1, MOST_TOKENS),
-    "max_seq_length": (3, MOST_TOKENS),
+    "max_steps": (1, MAX_COUNT),
+    "epochs": (1e-6, MAX_COUNT),
+    "batch_size": (1, MAX_SAMPLES),
+    "micro_batch_tokens": (1, MAX_TOKENS),
+    "max_seq_length": (3, MAX_TOKENS),
     "learning_rate": (0, 100),
-    "warmup_steps": (0, MOST),
+    "warmup_steps": (0, MAX_COUNT),
     "weight_decay": (0, 100),
-    "clip": (0, MOST),
-    "eval_every": (1, MOST),
-    "patience": (1, MOST),
-    "save_every": (1, MOST),
-    "seed": (0, MOST_SEED),
+    "clip": (0, MAX_COUNT),
+    "eval_every": (1, MAX_COUNT),
+    "patience": (1, MAX_COUNT),
+    "save_every": (1, MAX_COUNT),
+    "seed": (0, MAX_SEED),
 }
 
 
@@ -165,6 +165,6 @@ class Sampling:
             raise UserError(
                 "top_k and top_p choose among likely tokens: pass a --sampling.temperature above 0 with them"
             )
-        check_range("--sampling.top_k", self.top_k, 1, MOST)
+        check_range("--sampling.top_k", self.top_k, 1, MAX_COUNT)
         check_range("--sampling.top_p", self.top_p, 1e-6, 1)  # less is 0 in float32, which leaves no token
-        check_range("--sampling.seed", self.seed, 0, MOST_SEED)
+        check_range("--sampling.seed", self.seed, 0, MAX_SEED)

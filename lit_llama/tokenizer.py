@@ -36,9 +36,10 @@ class Tokenizer:
     U+0006, U+0013, U+0014, U+0016, U+001D and the unassigned planes 4 to 11); ``encode`` drops them with a warning.
 
     Attributes: ``vocab_size``; ``bos_id``, the id in front of every sequence or None; ``eos_id``, and ``eos_ids``, all
-    that end a text; ``chat_template``, the Jinja template or None; ``strips``, the tokens that take the whitespace at
-    their left ("lstrip") or right with them; ``spaced_start``, whether a text gets a space at the beginning of all, but
-    not behind a control token. Raises UserError if the tokenizer is missing, damaged or another model's.
+    that end a text; ``chat_template``, the Jinja template or None; ``strips``, the tokens that absorb the whitespace
+    on their left ("lstrip") or right; ``spaced_start``, whether a space is put before a text at the
+    very beginning, but not after a control token. Raises UserError if the tokenizer is missing, damaged or not the
+    model's.
     """
 
     def __init__(self, checkpoint_dir: Path | str):
@@ -51,7 +52,7 @@ class Tokenizer:
             self.backend = SentencePieceBackend(folder, settings)
         else:
             raise UserError(
-                f"{folder} holds neither {JSON_FILE} nor {SENTENCEPIECE_FILE}; copy the one of the weights there, "
+                f"{folder} holds neither {JSON_FILE} nor {SENTENCEPIECE_FILE}; copy the model's own there, "
                 "or convert the checkpoint again with scripts/convert.py"
             )
         if self.backend.eos_id is None:
@@ -64,9 +65,9 @@ class Tokenizer:
         self.control_pattern = re.compile(f"({'|'.join(map(re.escape, spelled))})")
         rows = read_json(folder / CONFIG_FILE).get("vocab_size") if (folder / CONFIG_FILE).exists() else None
         if isinstance(rows, int) and not 0 <= rows - self.vocab_size < MAX_PADDING:
-            way_out = "copy the tokenizer of the weights there"
+            way_out = "copy the model's own tokenizer there"
             if rows < self.vocab_size < rows + 100:
-                way_out = "add the missing ones with resize_token_embeddings in transformers, and convert again"
+                way_out = "add the missing embeddings with resize_token_embeddings in transformers, and convert again"
             raise UserError(
                 f"{folder}: the tokenizer has {self.vocab_size} tokens, but the model {rows} embeddings "
                 f"({CONFIG_FILE}); {way_out}"
@@ -79,7 +80,8 @@ class Tokenizer:
     def encode_batch(self, texts: list[str], after: str = "nothing") -> list[list[int]]:
         """``encode`` of many texts, on all cores.
 
-        ``after`` is what precedes them: "nothing", a "control" token or more "text". It decides about a dummy space.
+        ``after`` is what precedes them: "nothing", a "control" token or more "text". It decides whether a
+        dummy space is added.
         """
         for text in texts:
             self.check(text)
@@ -304,7 +306,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     files = [JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE, MAP_FILE, ADDED_FILE, GENERATION_FILE, TEMPLATE_FILE]
     found = [name for name in files if (source / name).exists()]
     if not {JSON_FILE, SENTENCEPIECE_FILE} & set(found):
-        print(f"note: {source} has no tokenizer.json or tokenizer.model; text will need one", file=sys.stderr)
+        print(f"note: {source} has no tokenizer.json or tokenizer.model; encoding text needs one", file=sys.stderr)
     for name in found:
         with atomic_write(folder / name) as temporary:
             shutil.copyfile(source / name, temporary)

@@ -12,7 +12,7 @@ from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import read_json, read_tensors, tensor_headers
 from lit_llama.devices.quantize import count_parameters
 from lit_llama.model import LLaMA
-from lit_llama.settings import MOST_TOKENS, ROOT
+from lit_llama.settings import MAX_TOKENS, ROOT
 
 TRAINED_FILE, METHOD_FILE = "trained.safetensors", "method.json"
 DTYPES = {torch.float32: "F32", torch.float64: "F64"}  # trainable parameters are float32; tests also use float64
@@ -127,7 +127,7 @@ def read_method(trained_dir: Path | str) -> dict:
     method.setdefault("quantize", "none")  # older folders lack it
     check_fields(method, {"quantize": str}, path)
     check_fields(method.setdefault("train", {"max_seq_length": 512}), {"max_seq_length": int}, path)
-    check_range(f"{path}: max_seq_length", method["train"]["max_seq_length"], 1, MOST_TOKENS)
+    check_range(f"{path}: max_seq_length", method["train"]["max_seq_length"], 1, MAX_TOKENS)
     labels = method["arguments"].get("labels")
     if labels is not None and not (isinstance(labels, list) and labels and all(isinstance(it, str) for it in labels)):
         raise UserError(f"{path}: labels must be a list of texts, got {str(labels)[:60]}")
@@ -152,10 +152,12 @@ def check_base(base: dict, checkpoint_dir: Path | str | None, path: Path) -> Pat
     """The folder of the base that ``path`` (a method.json) was trained on. Raises UserError if it is another model."""
     folder = Path(checkpoint_dir or base["checkpoint_dir"])
     if not folder.exists():
-        raise UserError(f"{path} was trained on {base['name']} in {folder}, which is missing; pass --checkpoint_dir")
+        raise UserError(
+            f"{path.parent} was trained on {base['name']} in {folder}, which is missing; pass --checkpoint_dir"
+        )
     if fingerprint(folder) != base["fingerprint"]:
         raise UserError(
-            f"{path} was trained on {base['name']} (fingerprint {base['fingerprint'][:12]}), but {folder} holds "
+            f"{path.parent} was trained on {base['name']} (fingerprint {base['fingerprint'][:12]}), but {folder} holds "
             f"{load_config(folder).name} ({fingerprint(folder)[:12]}); pass the right --checkpoint_dir"
         )
     return folder

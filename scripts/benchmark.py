@@ -4,8 +4,8 @@
     python scripts/benchmark.py --against '[litgpt, peft]' --data alpaca.json     # next to others, if installed
     python scripts/benchmark.py --variants '[auto, auto+compile, auto+int8]'
 
-Each line of the table is a process of its own. All do the same work in turn, round by round; figures are medians over
-the rounds, with the least and the most. Padding does not count as tokens. ``--results`` gets a JSON object per line.
+Each table row runs in its own process. All do the same work in turn, round by round; figures are medians over the
+rounds, with minimum and maximum. Padding does not count as tokens. ``--results`` gets a JSON object per row.
 """
 
 import json
@@ -28,7 +28,7 @@ from lit_llama.devices.launch import default_device, resolve_precision
 from lit_llama.measure.benchmark import limits, measure, table
 from lit_llama.measure.cases import BenchmarkCase, config_of
 from lit_llama.methods.table import METHODS
-from lit_llama.settings import DEFAULT_BASE, MOST_SAMPLES
+from lit_llama.settings import DEFAULT_BASE, MAX_SAMPLES
 
 OPTIONS = ("compile", "checkpointing", "int8", "nf4")
 KINDS = ("train", "decode")
@@ -62,19 +62,19 @@ def main(
         model: The model's shapes: a name in lit_llama/configs.py, or a folder with a base. Weights are random.
         checkpoint_dir: A base, for its tokenizer. The default one is offered for download.
         data: The samples to train on.
-        rounds: How often everything is measured, after one round that does not count.
-        steps: Optimizer steps of a round.
-        batch_size: Samples of a step.
-        micro_batch_tokens: Tokens of our micro-batches. A GPU needs more than a CPU.
+        rounds: Measured rounds, after one that does not count.
+        steps: Optimizer steps per round.
+        batch_size: Samples per step.
+        micro_batch_tokens: Tokens per micro-batch of ours. A GPU needs more than a CPU.
         micro_batch_samples: Samples of the others' micro-batches, padded to the longest.
         new_tokens: Tokens of a round of decoding, after a prompt of 64.
-        results: A .jsonl file to write the figures to.
+        results: A .jsonl file to append the figures to.
         yes: Do not ask before a download.
     """
     sizes = dict(micro_batch_tokens=micro_batch_tokens, micro_batch_samples=micro_batch_samples)
     counts = dict(rounds=rounds, steps=steps, batch_size=batch_size, new_tokens=new_tokens)
     for name, value in (counts | sizes).items():
-        check_range(f"--{name}", value, 1, MOST_SAMPLES)
+        check_range(f"--{name}", value, 1, MAX_SAMPLES)
 
     if missing := [name for name in against if name in OTHERS and find_spec(name) is None]:
         raise UserError(f"--against {', '.join(missing)}: not installed; pip install it, or leave it out")
@@ -119,8 +119,8 @@ def choose(
     against: tuple[str, ...],
     model: str,
     sizes: dict[str, int],
-) -> "tuple[list[BenchmarkCase], list[BenchmarkCase]]":
-    """The benchmark's cases. ``sizes`` of micro-batches. Raises UserError if a name is unknown."""
+) -> tuple[list[BenchmarkCase], list[BenchmarkCase]]:
+    """Our cases and the others'. ``sizes`` are those of micro-batches. Raises UserError if a name is unknown."""
     for name, given, known in (("kinds", kinds, KINDS), ("methods", methods, METHODS), ("against", against, OTHERS)):
         if not set(given) <= set(known) or not (given or name == "against"):
             raise UserError(f"--{name} {list(given)}: choose from {', '.join(known)}")

@@ -1,9 +1,9 @@
 #!/bin/sh
-# What to look at on a GPU after a change, in about eight minutes on an H100. Needs peft, and no network:
+# Checks to run on a GPU after a change: about eight minutes on an H100. Needs peft, but no network:
 #
 #     sh scripts/check_gpu.sh data/alpaca checkpoints/smollm2-135m-instruct
 #
-# Of the second folder only the tokenizer and config.json are read.
+# Only the tokenizer and config.json of the second folder are read.
 set -e
 data=${1:-data/alpaca}
 base=${2:-checkpoints/smollm2-135m-instruct}

@@ -47,7 +47,7 @@ from lit_llama.measure.compare import (
     with_seeds,
 )
 from lit_llama.measure.plots import plot_comparison, plot_variants
-from lit_llama.settings import DEFAULT_BASE, MOST, MOST_SAMPLES, MOST_SEED, ROOT
+from lit_llama.settings import DEFAULT_BASE, MAX_COUNT, MAX_SAMPLES, MAX_SEED, ROOT
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train.run import COSTS_FILE, STATE_FILE, differences, read_metrics
 from lit_llama.trained import METHOD_FILE, read_method
@@ -86,7 +86,7 @@ def main(
         variants: More runs by name, each a method and its script's flags: '{"lora r=4": "lora --r 4"}'.
         shots: Also measure the base, with so many examples in its prompt.
         seeds: Runs per method, with seeds --seed, --seed + 1 and so on. Intervals then cover seeds and samples.
-        other_data: A file of other data, to measure by how much the loss on its first 500 samples rises.
+        other_data: A file of other data, to measure forgetting: the rise of the loss on its first 500 samples.
         pilot: First try three learning rates for each method, and keep the one with the lowest validation loss.
         pilot_samples: Training samples of such a trial.
         max_test_samples: Measure quality on only the first samples.
@@ -95,14 +95,14 @@ def main(
         seed: Random seed for data order, initialization and dropout.
         yes: Do not ask before a download.
     """
-    check_range("--n_samples", n_samples, 1, MOST)
-    check_range("--pilot_samples", pilot_samples, 1, MOST)
-    check_range("--batch_size", batch_size, 1, MOST_SAMPLES)
-    check_range("--max_test_samples", max_test_samples, 1, MOST)
+    check_range("--n_samples", n_samples, 1, MAX_COUNT)
+    check_range("--pilot_samples", pilot_samples, 1, MAX_COUNT)
+    check_range("--batch_size", batch_size, 1, MAX_SAMPLES)
+    check_range("--max_test_samples", max_test_samples, 1, MAX_COUNT)
     check_range("--seeds", seeds, 1, 100)
-    check_range("--seed", seed, 0, MOST_SEED - seeds + 1)
+    check_range("--seed", seed, 0, MAX_SEED - seeds + 1)
     for count in shots:
-        check_range("--shots", count, 0, MOST)
+        check_range("--shots", count, 0, MAX_COUNT)
     if other_data is not None:
         read_samples(other_data)
 
@@ -191,8 +191,8 @@ class Comparison:
             flags = self.flags_of(job)
             if tried := [trial for trial in trials if trial.method == job.method and trial.label not in unfit]:
                 best = min(tried, key=lambda trial: lowest_loss(trial.out_dir)).out_dir
-                begun = job.out_dir if (job.out_dir / METHOD_FILE).exists() else best  # it goes on at its own rate
-                flags = ["--train.learning_rate", str(learning_rate(begun)), *flags]
+                source = job.out_dir if (job.out_dir / METHOD_FILE).exists() else best  # a started run keeps its rate
+                flags = ["--train.learning_rate", str(learning_rate(source)), *flags]
             if train(job, flags, self.failed, bar):
                 bar.set_description(f"{job.label}: answers")
                 trained = ["--trained_dir", str(job.out_dir), *self.devices(job.method)]
@@ -261,21 +261,23 @@ class Comparison:
 
     def figures(self, jobs: list[ScriptRun]) -> dict[str, dict]:
         """The figures by name, over the seeds whose run did not fail."""
-        sample = load_task(self.settings["data"], self.settings["checkpoint_dir"], None, 512).train
+        samples = load_task(self.settings["data"], self.settings["checkpoint_dir"], None, 512).train
         results: dict[str, dict] = {}
         for name in dict.fromkeys(job.name for job in jobs):
             runs = [job for job in jobs if job.name == name and job.label not in self.failed]
             if not runs:
                 continue
-            results[name] = costs(runs, sample[: self.settings["batch_size"]])
+            results[name] = costs(runs, samples[: self.settings["batch_size"]])
             results[name] |= quality([self.test_file(run.out_dir) for run in runs])
             after, base = [self.other_file(run.out_dir) for run in runs], self.other_file(self.folder)
             if all(file.exists() for file in [*after, base]):
                 add_change(results[name], "forgetting", after, [base])
-            plain = [job for job in jobs if job.name == job.method == runs[0].method and job.label not in self.failed]
-            if name != runs[0].method and len(plain) == len(runs):  # a variant of a method
-                tests = [[self.test_file(run.out_dir) for run in group] for group in (runs, plain)]
-                add_change(results[name], "minus_method", *tests)
+            if name != runs[0].method:  # a variant: compare it with the method's own run with the same seed
+                own = [job for job in jobs if job.name == runs[0].method and job.label not in self.failed]
+                ours, theirs = ({run.seed: self.test_file(run.out_dir) for run in group} for group in (runs, own))
+                if seeds := sorted(ours.keys() & theirs.keys()):
+                    tests = [[files[seed] for seed in seeds] for files in (ours, theirs)]
+                    add_change(results[name], "minus_method", *tests)
         return results
 
     def base_figures(self, bases: dict[str, int]) -> dict[str, dict]:
@@ -336,7 +338,7 @@ def run_process(command: list[str], log_file: Path, tick: Callable[[], object] =
     return None if process.returncode == 0 else (lines or ["no output"])[-1]
 
 
-def costs(runs: list[ScriptRun], sample: list) -> dict:
+def costs(runs: list[ScriptRun], samples: list) -> dict:
     """Size and costs of a method: means over its runs, and the highest peak memory."""
     first = runs[0].out_dir
     method = read_method(first)
@@ -352,7 +354,7 @@ def costs(runs: list[ScriptRun], sample: list) -> dict:
         "method": method["method"],
         "trained_parameters": method["trained_parameters"],
         "trained_share": method["trained_parameters"] / sum(tensor.numel() for tensor in model.parameters()),
-        "gflop_per_token": flops_per_token(model, sample) / 1e9,
+        "gflop_per_token": flops_per_token(model, samples) / 1e9,
         "seconds": mean(one["seconds"] for one in spent),
         "peak_memory": None if None in peaks else max(peaks),
         "kept_bytes": sum(path.stat().st_size for path in first.glob("*.safetensors")),

@@ -16,7 +16,7 @@ from lit_llama.devices.memory import step_memory
 from lit_llama.measure.cases import check_method, config_of
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA
-from lit_llama.settings import MOST_TOKENS
+from lit_llama.settings import MAX_TOKENS
 
 
 def main(
@@ -46,7 +46,7 @@ def main(
     """
     check_method(method)
     for name, value in dict(devices=devices, micro_batch_tokens=micro_batch_tokens, seq_length=seq_length).items():
-        check_range(f"--{name}", value, 1, MOST_TOKENS)
+        check_range(f"--{name}", value, 1, MAX_TOKENS)
     with torch.device("meta"):
         llama = LLaMA(config_of(model)).requires_grad_(False)
         try:
@@ -57,8 +57,11 @@ def main(
     memory = step_memory(llama, PRECISIONS[precision], tokens, seq_length, checkpointing, quantize, shards, device)
     process = 0.7 if device == "cpu" and precision == "bf16-true" else 0.5  # oneDNN keeps bfloat16 kernels
     print(f"{method} on {llama.config.name}, {precision}, micro-batches of {tokens} tokens\n")
-    for part, size in {**vars(memory), "total on each device": memory.total}.items():
-        print(f"{part.replace('_', ' '):22} {size / 1e9:10.3f} GB")
+    print(f"frozen weights                       {memory.frozen_weights / 1e9:10.3f} GB")
+    print(f"trainable parameters, with AdamW     {memory.trainable_parameters / 1e9:10.3f} GB")
+    print(f"activations for the backward pass    {memory.activations / 1e9:10.3f} GB")
+    print(f"temporaries                          {memory.temporaries / 1e9:10.3f} GB")
+    print(f"total on each device                 {memory.total / 1e9:10.3f} GB")
     print(f"The process itself takes another {process} GB.")
 
 

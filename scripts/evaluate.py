@@ -34,7 +34,7 @@ from lit_llama.devices.launch import base_dtype, launch, print_rank0, rank
 from lit_llama.generate.classify import is_classifier, load_classifier
 from lit_llama.generate.load import load_for_generation
 from lit_llama.model import LLaMA
-from lit_llama.settings import DEFAULT_BASE, MOST
+from lit_llama.settings import DEFAULT_BASE, MAX_COUNT
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train.evaluate import answer_samples, is_right, longest_answer, map_over_ranks
 from lit_llama.train.loss import target_vectors
@@ -88,8 +88,8 @@ def main(
         results: A .json file for each sample's loss and answer.
     """
     for name, value in (("max_samples", max_samples), ("batch_size", batch_size), ("max_seq_length", max_seq_length)):
-        check_range(f"--{name}", value, 1, MOST)
-    check_range("--shots", shots, 0, MOST)
+        check_range(f"--{name}", value, 1, MAX_COUNT)
+    check_range("--shots", shots, 0, MAX_COUNT)
 
     sharded, labels = strategy == "fsdp", bool(trained_dir) and is_classifier(read_method(trained_dir))
     if labels and (only_loss or shots or prompt_style or max_seq_length or quantize or compile or sharded):
@@ -147,7 +147,7 @@ def add_shots(samples: list[Sample], folder: Path, options: DataOptions, shots: 
     return [replace(sample, messages=given + sample.messages) for sample in samples if sample.messages]
 
 
-def count_last_answers(
+def keep_last_answers(
     samples: list[Sample], encoded: list[TokenizedSample], template: str, tokenizer: Tokenizer
 ) -> tuple[list[Sample], list[TokenizedSample]]:
     """Remove the few-shot answers from the targets. Drop samples whose own answer does not fit."""
@@ -194,7 +194,7 @@ def evaluate_answers(
     """
     kept, encoded = encode_samples(samples, template, tokenizer, length)
     if only_last:
-        kept, encoded = count_last_answers(kept, encoded, template, tokenizer)
+        kept, encoded = keep_last_answers(kept, encoded, template, tokenizer)
     losses = map_over_ranks(fabric, model, encoded, lambda own: sample_losses(model, own))
     loss = sum(losses) / sum(ids.n_targets for ids in encoded)
     print_rank0(f"{len(kept)} samples")

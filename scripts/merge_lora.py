@@ -25,7 +25,7 @@ from lit_llama.data.prompts import trained_template, write_chat_template
 from lit_llama.formats.convert import DTYPES
 from lit_llama.generate.load import load_trained_folder
 from lit_llama.methods.adapter import AdapterAttention
-from lit_llama.methods.lora import places
+from lit_llama.methods.lora import target_layers
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.tokenizer import Tokenizer, copy_tokenizer
 from lit_llama.trained import METHOD_FILE, TRAINED_FILE, describe_base, read_method, tokenizer_dir
@@ -79,7 +79,7 @@ def merge_lora(model: LLaMA) -> tuple[LLaMAConfig, dict[str, Tensor]]:
         del merged["lm_head.weight"]
     names = {layer: name for name, layer in model.named_modules()}
     for block in model.transformer.h:
-        for target, (layer, rows) in places(block).items():
+        for target, (layer, rows) in target_layers(block).items():
             if target in getattr(layer, "lora", {}):
                 key = f"{names[layer]}.weight"
                 merged[key] = merged[key].clone()  # the base's own file is mapped into memory

@@ -18,7 +18,7 @@ from lit_llama.common.errors import check_range
 from lit_llama.data.batches import IGNORE, TokenizedSample
 from lit_llama.devices.launch import default_device, resolve_precision, synchronize
 from lit_llama.measure.cases import BenchmarkCase, build_ours, check_method, config_of
-from lit_llama.settings import MOST_SAMPLES, MOST_TOKENS
+from lit_llama.settings import MAX_SAMPLES, MAX_TOKENS
 
 
 def main(
@@ -39,9 +39,10 @@ def main(
         micro_batch_tokens: Tokens of a forward and backward pass.
         warm_up: Steps before the one that is profiled.
     """
-    config_of(model), check_method(method)
-    check_range("--batch_size", batch_size, 1, MOST_SAMPLES)
-    check_range("--micro_batch_tokens", micro_batch_tokens, 1, MOST_TOKENS)
+    config_of(model)  # raises if it is unknown
+    check_method(method)
+    check_range("--batch_size", batch_size, 1, MAX_SAMPLES)
+    check_range("--micro_batch_tokens", micro_batch_tokens, 1, MAX_TOKENS)
     check_range("--warm_up", warm_up, 1, 1000)
     device = default_device()
     options = ("compile",) if compile else ()

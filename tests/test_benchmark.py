@@ -48,9 +48,9 @@ def test_mistakes_are_answered_in_one_line(folder):
     refuse("scripts/benchmark.py", *flags, "--model", "9B", message="--model 9B is neither a folder with a base")
     refuse("scripts/benchmark.py", *flags, "--variants", "[bf16-true+fast]", message="fast.* none of compile, check")
     refuse("scripts/benchmark.py", *flags, "--against", "[torchtune]", message="choose from litgpt, peft")
-    refuse("scripts/benchmark.py", *flags, "--rounds", 0, message="--rounds 0 must lie within 1 and")
+    refuse("scripts/benchmark.py", *flags, "--rounds", 0, message="--rounds 0 must be between 1 and")
     refuse(
-        "scripts/benchmark.py", *flags, "--micro_batch_samples", 0, message="--micro_batch_samples 0 must lie within"
+        "scripts/benchmark.py", *flags, "--micro_batch_samples", 0, message="--micro_batch_samples 0 must be between"
     )
 
 

@@ -53,7 +53,7 @@ def test_numbers_of_training_and_sampling_have_bounds():
         for value in (low, high):
             settings(**{**others, name: value})
         for value in (low - 1, high + 1, 1e300, math.inf, math.nan):
-            with pytest.raises(UserError, match=f"^{group}.{name}.* must lie within {low} and {high}$"):
+            with pytest.raises(UserError, match=f"^{group}.{name}.* must be between {low} and {high}$"):
                 settings(**{**others, name: value})
     with pytest.raises(UserError, match="give --train.epochs or --train.max_steps"):
         TrainArgs()

@@ -1,4 +1,4 @@
-"""Hugging Face, Meta and Lit-LLaMA checkpoints against transformers on the same weights, and what must be refused.
+"""Hugging Face and Meta checkpoints against transformers on the same weights, and what must be refused.
 
 The layouts are written out here once more, independently: a mistake in convert.py must not hide in a shared helper.
 """

@@ -379,8 +379,8 @@ def test_packed_samples_lie_one_after_the_other():
     assert packed.ids.tolist() == [[1, 2, 3, 4]] and packed.texts.lengths == [3, 1]
     assert packed.texts.positions.tolist() == [0, 1, 2, 0]
     assert packed.targets.tolist() == [5, 6, 7] and packed.places.tolist() == [1, 2, 3]
-    starts = packed.texts.bounds
-    assert starts[:3].tolist() == [0, 3, 4] and set(starts[3:].tolist()) == {4} and starts.dtype == torch.int32
+    bounds = packed.texts.bounds
+    assert bounds[:3].tolist() == [0, 3, 4] and set(bounds[3:].tolist()) == {4} and bounds.dtype == torch.int32
 
     packed = pack(samples, torch.device("cpu"), [91, 92], text_multiple=4, row_multiple=20, context=6)
     assert packed.texts.lengths == [6, 4, 6, 4], "8 tokens exceed the context; 10 of padding are two texts"

@@ -118,9 +118,6 @@ def test_every_output_is_written_whole_or_not_at_all(tmp_path, name, write):
     assert files(tmp_path) == before
 
 
-# The log of another process, and the one file that grows by a line a step.
-
-
 def test_an_output_is_checked_before_the_work(tmp_path):
     (tmp_path / "file").touch()
     check_writable(tmp_path / "new/folders/a.json")

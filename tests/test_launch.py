@@ -110,7 +110,7 @@ def test_a_mistake_is_told_once(places, tmp_path):
     result = run_process("finetune/adapter.py", *flags, *wrong)
     assert result.stdout.count("note: --train.batch_size 1 gives work to only 1 of 2 devices") == 1
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert len(errors(result.stderr)) == 1 and "start_layer 7 must lie within 0 and 2" in errors(result.stderr)[0]
+    assert len(errors(result.stderr)) == 1 and "start_layer 7 must be between 0 and 2" in errors(result.stderr)[0]
 
 
 def test_a_barrier_that_fails_says_what_for():

@@ -95,7 +95,7 @@ def test_a_run_says_what_it_needs_before_it_runs_out(tmp_path, monkeypatch):
     for size, code, message in [
         (2 * 10**9, 0, ""),
         (1.1 * 10**9, 0, "warning: a step needs about 0.97 GB and 1.10 GB"),
-        (0.7 * 10**9, 2, "error: a step needs about 0.97 GB and 0.70 GB are free; pass a lower --"),
+        (0.7 * 10**9, 2, "error: a step needs about 0.97 GB and 0.70 GB are free; pass --"),
     ]:
         free.append(int(size))
         result = run("finetune/adapter.py", *flags)

@@ -27,7 +27,7 @@ from lit_llama.data.batches import IGNORE
 from lit_llama.generate.decode import generate, generate_batch, label_probabilities, text_vectors
 from lit_llama.methods import prefix, soft_prompt
 from lit_llama.methods.adapter import AdapterAttention, start_from_text
-from lit_llama.methods.lora import TARGETS, places
+from lit_llama.methods.lora import TARGETS, target_layers
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig, apply_rope
 from lit_llama.train.loss import target_loss
@@ -219,7 +219,7 @@ def test_arguments_out_of_range_are_refused_before_anything_changes(method, name
     model = tiny_model()
     modules = [type(module) for module in model.modules()]
     for value in (low - 1, high + 1, math.inf, math.nan):
-        with pytest.raises(UserError, match=f"^{name} .* must lie within {low} and {high}$"):
+        with pytest.raises(UserError, match=f"^{name} .* must be between {low} and {high}$"):
             METHODS[method](model, **{name: value})
     assert [type(module) for module in model.modules()] == modules
 
@@ -329,8 +329,8 @@ def test_only_gates_move_on_the_first_step_of_an_adapter():
 def test_lora_is_the_product_added_to_the_matrix():
     model, merged = tuned("lora on all").eval(), tiny_model()
     for block, plain in zip(model.transformer.h, merged.transformer.h, strict=True):
-        for name, (layer, rows) in places(plain).items():
-            pair = places(block)[name][0].lora[name]
+        for name, (layer, rows) in target_layers(plain).items():
+            pair = target_layers(block)[name][0].lora[name]
             with torch.no_grad():
                 layer.weight[rows] += 5.0 / 3 * pair.B @ pair.A
     with torch.no_grad():

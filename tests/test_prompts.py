@@ -101,6 +101,8 @@ def test_our_own_templates_give_the_same_ids_in_transformers(tmp_path, style, ki
     for talk in (TALK[:1], TALK[:2], TALK[:3]):
         expected = theirs.apply_chat_template(talk, chat_template=template, return_dict=False)
         assert encode_prompt(talk, template, ours) == expected
+    earlier = {"chat_template": template.replace(" + ' '", "")}
+    assert trained_template(earlier, ours) == template
     if style == "plain":  # as in pretraining: the id of the beginning, then the text as it is encoded alone
         assert encode_prompt(TALK[:1], template, ours) == [ours.bos_id, *ours.encode(TALK[0]["content"])]
 

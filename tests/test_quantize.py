@@ -239,7 +239,7 @@ def test_a_run_over_int8_says_so_and_is_loaded_over_int8(method, tmp_path, capsy
     capsys.readouterr()
     load_trained_folder(out)
     note = capsys.readouterr().err
-    assert "trained with --quantize int8, its base is loaded with none: it fits, but has learned" in note
+    assert "trained with --quantize int8, but its base is loaded with none: this works, but training" in note
     answer = ["generate/adapter.py", "--trained_dir", out, "--prompt", "add 1 and 1", "--max_new_tokens", 3]
     assert succeed(*answer) and succeed(*answer, "--quantize", "none")
     refuse(f"finetune/{method}.py", *flags[:-2], "--resume", "--quantize", "none", message="quantize was 'int8'")
@@ -254,4 +254,4 @@ def test_a_run_over_a_wide_base_says_so_where_it_is_loaded_over_int8(tmp_path, c
     load_trained_folder(out)
     assert capsys.readouterr().err == ""
     load_trained_folder(out, quantize="int8")
-    assert "its base is loaded with int8: it fits, but has not seen its errors" in capsys.readouterr().err
+    assert "but its base is loaded with int8: this works, but training did not see" in capsys.readouterr().err

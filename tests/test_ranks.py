@@ -125,7 +125,7 @@ def test_an_answer_from_a_sharded_model_is_the_same(places, tmp_path):
         asking = [f"generate/{script}.py", *asked, *flags]
         refuse(*asking, "--devices", 2, "--quantize", "int8", message="neither --compile nor --quantize")
         for flag in ("--devices", "--num_nodes"):
-            refuse(*asking, flag, 0, message="0 must lie within 1 and")
+            refuse(*asking, flag, 0, message="0 must be between 1 and")
 
 
 def test_nobody_shards_alone_or_what_trains_as_a_whole(places, tmp_path):
@@ -134,3 +134,25 @@ def test_nobody_shards_alone_or_what_trains_as_a_whole(places, tmp_path):
     refuse("finetune/adapter.py", *flags, "--strategy", "fsdp2", message="--strategy fsdp2 is none of auto, ddp, fsdp")
     with pytest.raises(UserError, match="every block trains; pass --strategy ddp"):
         shard(None, load_model(places / "base").requires_grad_(True), torch.float32)
+
+
+@pytest.mark.slow
+def test_more_devices_than_labelled_texts(places, tmp_path):
+    rows = [{"text": word, "label": label} for label, words in (("a", "xyz"), ("b", "uvw")) for word in words]
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "words" / f"{split}.json", rows)
+    data = ["--checkpoint_dir", places / "base", "--data", tmp_path / "words"]
+    classifier = ["--head", "classifier", "--train.max_steps", 2, "--eval_samples", 5, "--precision", "32-true"]
+    for name, devices, flags in (("features", 1, []), ("full", 3, [*classifier, "--devices", 3])):
+        trained = run_on(devices, f"finetune/{name}.py", *data, *flags, "--out_dir", tmp_path / name)
+        assert trained.returncode == 0 and trained.stdout.count("on validation" if devices == 1 else "match after") == 1
+        found = []
+        for devices in (1, 3):
+            flags = ["--trained_dir", tmp_path / name, "--precision", "32-true", "--max_samples", 2]
+            flags += ["--devices", devices, "--results", tmp_path / f"{name}-{devices}"]
+            result = run_on(devices, "scripts/evaluate.py", *data, *flags)
+            assert result.returncode == 0 and result.stdout.count("accuracy") == 1, result.stderr
+            found.append(read_json(tmp_path / f"{name}-{devices}")["samples"])
+        for one, other in zip(*found, strict=True):
+            assert other.pop("loss") == pytest.approx(one.pop("loss"), abs=1e-5)
+            assert other == one

@@ -6,9 +6,9 @@ class UserError(ValueError):
 
 
 def check_range(name: str, value: float | None, low: float, high: float) -> None:
-    """Raises UserError if the value of a flag or argument, unless None, is not within ``low`` and ``high``."""
-    if value is not None and not low <= value <= high:  # NaN lies nowhere
-        raise UserError(f"{name} {value} must lie within {low} and {high}")
+    """Raises UserError if the value of a flag or argument, unless None, is not between ``low`` and ``high``."""
+    if value is not None and not low <= value <= high:  # NaN fails, too
+        raise UserError(f"{name} {value} must be between {low} and {high}")
 
 
 class Interrupted(Exception):

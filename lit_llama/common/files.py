@@ -83,7 +83,7 @@ def check_new(path: Path | str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's content is on disk, or a folder's names: else a power failure could undo a rename."""
+    """Wait until a file's content is on disk, or a folder's names: a power failure could undo a rename."""
     if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
         return
     opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

@@ -86,7 +86,12 @@ def choose_template(style: str | None, tokenizer: Tokenizer) -> str:
     template = {"alpaca": ALPACA, "plain": PLAIN, "template": tokenizer.chat_template or ""}[style]
     if style != "template" and tokenizer.bos_id is None:
         template = template.removeprefix(BOS_LINE)
-    elif style == "plain" and tokenizer.spaced_start:  # the text is encoded as in pretraining
+    return fitted(template, tokenizer)
+
+
+def fitted(template: str, tokenizer: Tokenizer) -> str:
+    """The template, checked. The plain one writes the space that the tokenizer put before a text in pretraining."""
+    if template == PLAIN and tokenizer.spaced_start:
         template = template.replace(BOS_LINE, SPACED_BOS_LINE)
     end_of_answer(template, tokenizer)
     return template
@@ -105,13 +110,15 @@ def describe_template(template: str) -> dict:
 
 
 def trained_template(method: dict, tokenizer: Tokenizer, prompt_style: str | None = None) -> str:
-    """The template to ask a trained model by: that of ``prompt_style``, else of its training. A base has method {}."""
+    """The template for prompting a trained model: that of ``prompt_style``, else the one it was trained with.
+
+    For a base, ``method`` is {}.
+    """
     if prompt_style:
         return choose_template(prompt_style, tokenizer)
     style = method.get("prompt_style")
     if template := method.get("chat_template") or {"chatml": CHATML}.get(style or ""):
-        end_of_answer(template, tokenizer)
-        return template
+        return fitted(template, tokenizer)
     if style in ("llama2", "llama3"):
         raise UserError(f"the prompt style {style} of earlier versions is gone; train again with the base's template")
     return choose_template(style, tokenizer)
@@ -240,10 +247,10 @@ def shape_of(messages: list[Message]) -> Shape:
 def answer_opening(template: str, shape: Shape, tokenizer: Tokenizer) -> tuple[str, str]:
     """How a prompt of this shape ends, and the whitespace between it and the answer: a space with Llama 2, else "".
 
-    Raises UserError if a prompt ends otherwise than the text before an answer.
+    Raises UserError if a prompt ends differently from the text before an answer.
     """
     answered = layout(template, (*shape, ("assistant", False)), tokenizer)
-    place = max(i for i, part in enumerate(answered) if isinstance(part, Field))
+    place = next(i for i, part in enumerate(answered) if isinstance(part, Field) and part.message == len(shape))
     before, prompt = str(answered[place - 1]), str(layout(template, shape, tokenizer)[-1]) if shape else ""
     if not before.startswith(prompt):
         raise UserError(
@@ -302,11 +309,11 @@ def pieces(messages: list[Message], template: str, tokenizer: Tokenizer) -> Iter
         if is_answer(before, shape) and not others:
             raise UserError(f"the chat template does not end an answer with a control token; {WAY_OUT}")
         text += first
-        for control, text_behind in zip(others[::2], others[1::2], strict=True):
+        for control, text_after in zip(others[::2], others[1::2], strict=True):
             if text or ids:
                 yield Piece(text, trains, ids)
             yield Piece(Control(control), trains)
-            text, trains, ids = text_behind, False, None
+            text, trains, ids = text_after, False, None
         if answer is not None:
             if text:
                 yield Piece(text, trains)
@@ -322,7 +329,7 @@ def is_answer(part: str | Field, shape: Shape) -> TypeGuard[Field]:
 def encode_pieces(rows: Iterable[Iterable[Piece]], tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
     """The token ids of each row, and for each id whether it is trained on. All texts are encoded at once.
 
-    Some tokenizers put a space before a text. It depends on what precedes it: nothing, a control token, or more text.
+    Some tokenizers put a space before a text, depending on what precedes it: nothing, a control token, or more text.
     """
     stripped = (without_stripped(list(row), tokenizer) for row in rows)
     places = [[*zip(row, preceding(row), strict=True)] for row in stripped]

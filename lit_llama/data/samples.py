@@ -247,7 +247,7 @@ def renamed(row: dict, columns: dict[str, str], where: str) -> dict:
 
 
 def check_supported(row: dict, where: str) -> None:
-    """Raises UserError for a key whose meaning is known but not supported. Empty values are allowed."""
+    """Raises UserError for a key that is known but not supported. Empty values are allowed."""
     for key in UNSUPPORTED:
         if row.get(key):
             raise UserError(f"{where}: {key} is not supported; remove it, or leave such rows out with --skip_bad_rows")

@@ -88,9 +88,8 @@ def unread_files(data: Path | str | list[dict]) -> list[str]:
 def split_by_hash(samples: list[Sample], where: str, val_fraction: float) -> tuple[list[Sample], list[Sample]]:
     """Training samples, and ``val_fraction`` of all for validation: those with the smallest hashes.
 
-    At least MIN_VALIDATION, if that leaves half of the samples, and at most MAX_VALIDATION validate. Within these
-    limits, new samples do not move old ones across the split. Equal samples stay together. ``where`` names the data in
-    errors.
+    Between MIN_VALIDATION (if that leaves half of them) and MAX_VALIDATION samples validate. Within these limits, new
+    samples do not move old ones across the split. Equal samples stay together. ``where`` names the data in errors.
     """
     check_range("--val_fraction", val_fraction, 1e-6, 1 - 1e-6)
     hashes = [hash_fraction(sample.key()) for sample in samples]
@@ -129,7 +128,7 @@ def tokenize_samples(
 
     def text_pieces(text: str) -> list[Piece]:
         bos = [] if tokenizer.bos_id is None else [Piece(Control(tokenizer.token(tokenizer.bos_id)), False)]
-        text = f" {text}" if bos and tokenizer.spaced_start else text  # as in pretraining
+        text = f" {text}" if text and bos and tokenizer.spaced_start else text  # as in pretraining
         return [*bos, Piece(text, True), Piece(Control(tokenizer.token(tokenizer.eos_id)), True)]
 
     tokenized = []

@@ -55,7 +55,7 @@ def wrap_blocks(model: LLaMA, compile: bool = False, checkpointing: bool = False
 
 def unwrap_blocks(model: LLaMA) -> None:
     for block in model.transformer.h:
-        block.__dict__.pop("forward", None)  # uncovers the class's own
+        block.__dict__.pop("forward", None)  # the class's own forward applies again
 
 
 def first_trained(model: LLaMA) -> int:

@@ -69,7 +69,7 @@ def launch_sharded(devices: int, num_nodes: int, quantize: str | None = None, co
         return None  # Fabric takes seconds to import
     if compile or (quantize or "none") != "none":
         raise UserError(
-            f"--devices {devices} --num_nodes {num_nodes} shards the base, which goes with neither --compile nor "
+            f"--devices {devices} --num_nodes {num_nodes} shards the base, which works with neither --compile nor "
             "--quantize; leave them out, or use one device"
         )
     return launch(devices, num_nodes, "fsdp")
@@ -100,7 +100,7 @@ def make_loggers(name: str | None, out_dir: Path) -> list[Logger]:
 
 
 def check_launcher(devices: int, num_nodes: int) -> None:
-    """Raises UserError if torchrun or srun started another number of processes than the flags say.
+    """Raises UserError if torchrun or srun started a different number of processes than the flags say.
 
     Fabric would not notice: with --devices 1, every process would be a run of its own in the same folder. Without
     torchrun or srun, a CPU gets at most one process per core.

@@ -1,4 +1,4 @@
-"""Memory: peak, free, and an estimate of a training step: what stays, and what grows with the tokens of a micro-batch.
+"""Peak memory, free memory, and an estimate of what a training step needs:
 
     frozen weights     their own size; sharded, one device holds its part and two gathered blocks
     what trains        16 bytes per parameter: weight, gradient and AdamW's two moments, all float32
@@ -106,9 +106,9 @@ def check_memory(fabric: Fabric, model: LLaMA, train: TrainArgs, longest: int, c
     needed = memory.total - memory.frozen_weights - memory.trainable_parameters / 4  # the weights are loaded already
     if needed < 0.8 * free_bytes:
         return
-    less = "--train.micro_batch_tokens" if tokens > longest else "--train.max_seq_length"
+    less = f"--train.micro_batch_tokens below {tokens}" if tokens > longest else "a lower --train.max_seq_length"
     text = (
-        f"a step needs about {needed / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free; pass a lower {less}, "
+        f"a step needs about {needed / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free; pass {less}, "
         "--checkpointing, --precision bf16-true or --quantize int8 (docs/memory.md)"
     )
     if needed > 1.25 * free_bytes:
@@ -158,7 +158,7 @@ CGROUP_FILES = {  # of version 2 and 1: root, limit, usage, and the reclaimable 
 def cgroup_free_bytes() -> list[float]:
     """Free bytes in each control group of this process, and infinity.
 
-    The kernel kills a process that exceeds one: https://docs.kernel.org/admin-guide/cgroup-v2.html#memory.
+    The kernel kills a process that exceeds a limit: https://docs.kernel.org/admin-guide/cgroup-v2.html#memory.
     """
     free_bytes: list[float] = []
     for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():

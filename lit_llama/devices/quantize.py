@@ -25,8 +25,8 @@ from torch import Tensor
 from lit_llama.common.errors import UserError
 from lit_llama.model import Linear, LLaMA
 
-# Up to here the int8 kernel for CPUs beats dequantizing first. On two Zen 4 cores, for a weight of 960 x 576: 24 us for
-# one row (bfloat16 49 us, dequantized 130 us), 2,300 us for 300 rows (dequantized 1,390 us).
+# Up to this many rows the int8 kernel for CPUs beats dequantizing first. On two Zen 4 cores, for a weight of 960 x 576:
+# 24 us for one row (bfloat16 49 us, dequantized 130 us), 2,300 us for 300 rows (dequantized 1,390 us).
 FEW_ROWS = 16
 
 
@@ -149,7 +149,7 @@ def quantize_base(model: LLaMA, kind: str) -> None:
 
 
 def replace_linears(parent: nn.Module, kind: Callable[[Linear], Linear]) -> None:
-    """Replace every plain linear layer below ``parent`` by ``kind(layer)``, one at a time to save memory."""
+    """Replace every plain linear layer below ``parent`` with ``kind(layer)``, one at a time to save memory."""
     places = [
         (module, name)
         for module in parent.modules()

@@ -1,4 +1,4 @@
-"""Convert checkpoints of Hugging Face, Meta and the original Lit-LLaMA. GGUF files: convert_gguf.py.
+"""Convert checkpoints of Hugging Face and Meta. GGUF files: convert_gguf.py.
 
 Each format has a column of names in layouts.py and a generator of (name, tensor). ``write_model`` renames and casts the
 tensors, fuses q, k and v, and writes them as they come. ``save_checkpoint`` checks names and shapes against the config.
@@ -56,7 +56,7 @@ def rename(
 
 
 def fuse_qkv(tensors: Tensors, config: LLaMAConfig, interleaved: bool) -> Iterator[tuple[str, Tensor]]:
-    """Join attn.q, attn.k and attn.v to attn.c_attn as soon as a layer's three have come."""
+    """Fuse attn.q, attn.k and attn.v into attn.c_attn as soon as all three of a layer have arrived."""
     with torch.device("meta"):
         slices = CausalSelfAttention(config).qkv_slices
     waiting: dict[str, dict[str, Tensor]] = {}
@@ -80,7 +80,7 @@ def fuse_qkv(tensors: Tensors, config: LLaMAConfig, interleaved: bool) -> Iterat
 
 
 def add_biases(tensors: Tensors, config: LLaMAConfig) -> Iterator[tuple[str, Tensor]]:
-    """With biases on some layers, the others get zeros: a model here has biases on all of them or on none."""
+    """If only some layers have biases, the others get zeros: a model here has them on all layers or none."""
     missing = {name: shape for name, shape in tensor_shapes(config).items() if name.endswith(".bias")}
     dtype = torch.float32
     for name, tensor in tensors:
@@ -99,7 +99,7 @@ def drop_tied_head(tensors: Tensors, config: LLaMAConfig) -> Iterator[tuple[str,
         if name != "lm_head.weight" or not config.tie_embeddings:
             yield name, tensor
     if len(tied) == 2 and not torch.equal(*tied.values()):
-        raise UserError(f"{config.name} is tied by its config, but its head is not its embedding: it is untied")
+        raise UserError(f"{config.name} is tied by its config, but its head differs from its embedding: it is untied")
 
 
 def load_pth(path: Path) -> dict[str, Tensor]:
@@ -134,7 +134,7 @@ def convert_hf(
 
 
 def keep_eos(config_file: Path, folder: Path) -> None:
-    """Write the end-of-sequence ids of config.json to generation_config.json, where there is none."""
+    """Write the end-of-sequence ids of config.json to generation_config.json, unless that file exists."""
     eos = read_json(config_file).get("eos_token_id")
     if eos is not None and not (folder / GENERATION_FILE).exists():
         write_json(folder / GENERATION_FILE, {"eos_token_id": eos})
@@ -148,7 +148,7 @@ def hf_config(path: Path, name: str) -> LLaMAConfig:
         raise UserError(f"{path}: the rope parameters are {rope!r}, not an object")
     given = {**rope, **raw, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
     if (given.get("sliding_window") or 0) >= (given.get("max_position_embeddings") or math.inf):
-        del given["sliding_window"]  # it hides nothing
+        del given["sliding_window"]  # as long as the context, it hides nothing
     supported: dict[str, list] = {"model_type": ["llama", "mistral"], "hidden_act": [None, "silu"]}
     supported |= {"rope_type": ["default", "linear", "llama3"], "partial_rotary_factor": [None, 1.0]}
     supported |= {"sliding_window": [None], "quantization_config": [None]}
@@ -176,7 +176,7 @@ def hf_config(path: Path, name: str) -> LLaMAConfig:
 def hf_rope_scaling(rope: dict, rope_type: str) -> dict | None:
     """Llama 3.1's rotary scaling, or a linear one.
 
-    Its numbers take the types of LLAMA_31_SCALING, so that equal configs are equal.
+    Numbers get the types of LLAMA_31_SCALING, so that equal configs compare equal.
     """
     known = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
     scaling = {key: type(LLAMA_31_SCALING.get(key, ""))(rope[key]) for key in rope if key not in known}
@@ -196,7 +196,7 @@ def hf_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def hf_files(folder: Path) -> list[Path]:
-    """The weight files of a Hugging Face folder. Safetensors go before .bin."""
+    """The weight files of a Hugging Face folder. Safetensors are preferred to .bin."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
         if index.exists():
@@ -237,7 +237,7 @@ def find_tokenizer(folder: Path) -> Path:
 
 
 def check_params(path: Path, config: LLaMAConfig) -> None:
-    """Raises UserError if Meta's params.json is of another model. The tensors' shapes tell the other sizes."""
+    """Raises UserError if Meta's params.json is another model's. The tensors' shapes show the other sizes."""
     params = read_json(path)
     ours = {"dim": config.n_embd, "n_layers": config.n_layer, "n_heads": config.n_head, "norm_eps": config.norm_eps}
     ours |= {"rope_theta": config.rope_base, "use_scaled_rope": config.rope_scaling is not None}

@@ -46,7 +46,7 @@ def open_gguf(path: Path) -> GGUFReader:
     if parts > 1:
         raise UserError(f"{path} is one of {parts} parts; join them with llama-gguf-split --merge first")
     if reader.byte_order != "I":
-        raise UserError(f"{path} has the other byte order than this machine; take a file made for it")
+        raise UserError(f"{path} has another byte order than this machine; use a file made for it")
     return reader
 
 

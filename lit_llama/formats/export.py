@@ -31,7 +31,7 @@ from lit_llama.tokenizer import (
 from lit_llama.trained import base_method
 
 
-def whole_model(folder: Path) -> LLaMAConfig:
+def checked_config(folder: Path) -> LLaMAConfig:
     """The config of a checkpoint folder. Raises UserError for a trained folder, and if the tensors do not fit."""
     refuse_trained(folder)
     config = load_config(folder)
@@ -76,9 +76,9 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def export_hf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None, prompt_style: str | None = None) -> None:
     """Write a folder that transformers' Auto classes load. ``dtype`` None keeps each tensor's.
 
-    The chat template is that of ``prompt_style``, of training (full), or else the tokenizer's own.
+    The chat template is that of ``prompt_style``, else of training (finetune/full.py), else the tokenizer's.
     """
-    config, tokenizer, dtypes = whole_model(checkpoint_dir), Tokenizer(checkpoint_dir), set()
+    config, tokenizer, dtypes = checked_config(checkpoint_dir), Tokenizer(checkpoint_dir), set()
     template = exported_template(checkpoint_dir, tokenizer, prompt_style)
 
     def cast() -> Iterator[tuple[str, Tensor]]:

@@ -17,7 +17,8 @@ from lit_llama.checkpoint import tensor_shapes
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import atomic_write, check_new
 from lit_llama.common.progress import Bar
-from lit_llama.formats.export import exported_template, exported_tensors, whole_model
+from lit_llama.data.prompts import BOS_LINE, SPACED_BOS_LINE
+from lit_llama.formats.export import checked_config, exported_template, exported_tensors
 from lit_llama.formats.gguf_vocabulary import vocabulary_fields
 from lit_llama.formats.layouts import CONFIG_NAMES
 from lit_llama.model import LLaMAConfig, rope_frequencies
@@ -33,13 +34,15 @@ TYPES = {
 def export_gguf(checkpoint_dir: Path, out_file: Path, type: str = "f16", prompt_style: str | None = None) -> None:
     """Write a model and its tokenizer to one file: matrices in one of TYPES, vectors in float32.
 
-    The chat template is that of ``prompt_style``, of training (full), or else the tokenizer's own.
+    The chat template is that of ``prompt_style``, else of training (finetune/full.py), else the tokenizer's.
     """
     check_new(out_file)
-    config, (quantization, file_type) = whole_model(checkpoint_dir), TYPES[type]
+    config, (quantization, file_type) = checked_config(checkpoint_dir), TYPES[type]
     writer = GGUFWriter(None, "llama")
     add_config(writer, config, file_type)
     template = exported_template(checkpoint_dir, Tokenizer(checkpoint_dir), prompt_style)
+    if template:  # llama.cpp puts a space there itself
+        template = template.replace(SPACED_BOS_LINE, BOS_LINE)
     add_fields(writer, vocabulary_fields(checkpoint_dir, config.vocab_size, template))
     # The file begins with a table of its tensors. They are read twice, so that only one is in memory at a time.
     for name, tensor in gguf_tensors(checkpoint_dir, config):

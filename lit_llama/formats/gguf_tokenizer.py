@@ -39,7 +39,7 @@ def write_gguf_tokenizer(reader: GGUFReader, folder: Path) -> None:
 def write_tokenizer(meta: dict, folder: Path, legacy: bool = True) -> None:
     """Write tokenizer.json and tokenizer_config.json for the fields ``meta``, named without "tokenizer.".
 
-    ``legacy`` sentencepiece puts a space also after a control token.
+    With ``legacy``, sentencepiece also puts a space after a control token.
 
     Raises UserError if the kind of tokenizer or pre-tokenizer is unknown, or if fields are missing or inconsistent.
     """
@@ -48,7 +48,7 @@ def write_tokenizer(meta: dict, folder: Path, legacy: bool = True) -> None:
         raise UserError(f"the GGUF's tokenizer is of kind {model!r}; known kinds: gpt2, llama")
     types = meta.get("ggml.token_type", [TokenType.NORMAL] * len(tokens))
     if not tokens or len(types) != len(tokens) or len(set(tokens)) != len(tokens):
-        raise UserError(f"the GGUF's {len(tokens)} tokens and {len(types)} token types are no vocabulary")
+        raise UserError(f"the GGUF's {len(tokens)} tokens and {len(types)} token types do not form a vocabulary")
     settings = special_tokens(tokens, meta)
 
     tokenizer = byte_level(tokens, meta) if model == "gpt2" else sentencepiece(tokens, types, settings, meta, legacy)

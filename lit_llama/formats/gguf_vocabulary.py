@@ -1,6 +1,6 @@
 """The fields ``tokenizer.ggml.*`` of a GGUF from a tokenizer.model or tokenizer.json: the inverse of gguf_tokenizer.py.
 
-The names of the fields lack "tokenizer." here too.
+Field names omit "tokenizer." here, too.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Names of a LLaMA's tensors in other formats, and the order of the rows of q and k.
 
-Here and in Hugging Face's format these rows are half-split: rotary pair i of a head is rows i and i + hs/2. Meta, GGUF
-and Lit-LLaMA interleave them: pair i is rows 2i and 2i + 1.
+Here and in Hugging Face's format these rows are half-split: rotary pair i of a head is rows i and i + hs/2. Meta and
+GGUF interleave them: pair i is rows 2i and 2i + 1.
 """
 
 from torch import Tensor

@@ -29,7 +29,7 @@ from lit_llama.methods.adapter import ACTIVATIONS
 from lit_llama.methods.lora import TARGETS
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.settings import MOST_TOKENS
+from lit_llama.settings import MAX_TOKENS
 from lit_llama.tokenizer import Tokenizer, copy_tokenizer, read_chat_template
 from lit_llama.trained import (
     METHOD_FILE,
@@ -85,7 +85,7 @@ def import_peft(
     UserError if this project lacks the type or a setting, or if tensors do not fit the base.
     """
     config, settings = load_config(checkpoint_dir), read_json(source / SETTINGS_FILE)
-    check_range("--max_seq_length", max_seq_length, 1, MOST_TOKENS)
+    check_range("--max_seq_length", max_seq_length, 1, MAX_TOKENS)
     check_settings(settings, source / SETTINGS_FILE)
     path = source / WEIGHTS_FILE
     stored = read_tensors(path, foreign=True)[0] if path.exists() else load_pth(path.with_suffix(".bin"))
@@ -95,7 +95,7 @@ def import_peft(
         expected = kept_shapes(config, method, arguments)
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # a text for a number, ...
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # such as a string for a number
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
         raise UserError(f"{source / SETTINGS_FILE} does not fit {settings['peft_type']}: {reason}") from None
     check_tensors(shapes(tensors), expected, source / WEIGHTS_FILE)

@@ -4,8 +4,8 @@
         turn 2   [system][user 1][answer 1][user 2][answer 2]     read: the end of answer 1, user 2, answer 2
                   `---- in the cache already ----'
 
-For every turn the ids of the whole conversation are put together again, and the cache is used as far as it holds the
-same ids: usually all earlier turns, but none after /system, /load, or after the oldest turns were dropped.
+Each turn encodes the whole conversation again, and reuses the cache up to the first id that differs: usually all
+earlier turns, but none after /system, /load, or after the oldest turns were dropped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lit_llama.trained import METHOD_FILE, check_base, read_method
 MIN_CACHE_SIZE = 1024  # slots; the whole context of a long one may not fit in memory
 
 HELP = """\
-/system TEXT   set the system message: who the model is to be; without TEXT remove it
+/system TEXT   set the system message, such as a role; without TEXT, remove it
 /reset         start a new conversation
 /load FOLDER   load a trained folder over the same base, or without FOLDER the base alone, and start a new
                conversation; /load --keep FOLDER keeps this one
@@ -75,7 +75,7 @@ class Chat:
         self.cached: list[int] = []  # the ids whose keys and values are in the cache
 
     def ask(self, text: str) -> Generator[str]:
-        """The answer in parts as they come. What came before a stop is kept; without any, the question is forgotten.
+        """The answer in parts as they come. A stopped answer is kept; if it is empty, the question is dropped.
 
         Raises UserError if the question is longer than the context.
         """
@@ -89,7 +89,7 @@ class Chat:
             yield from stream_text(self.tokenizer, tokens, answer)
         finally:
             if answer:
-                self.cached = ids + answer[:-1]  # the last one was chosen, but not read
+                self.cached = ids + answer[:-1]  # the model has not read the last one yet
                 content = self.tokenizer.decode(answer)  # encoded again, it may give other ids
                 self.turns.append({"role": "assistant", "content": content, "ids": answer})
             else:

@@ -161,7 +161,8 @@ def text_vectors(
 ) -> np.ndarray:
     """The vector after the final norm at each text's last token, (n, C) in float32. Texts are token ids.
 
-    Texts of similar length share a batch of at most ``max_tokens`` tokens with padding; ``tick`` gets its size.
+    Texts of similar length share a batch of at most ``max_tokens`` tokens with padding. ``tick`` gets the number of its
+    texts.
     """
     vectors = np.empty((len(texts), model.config.n_embd), dtype=np.float32)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))

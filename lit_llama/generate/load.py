@@ -59,22 +59,23 @@ def load_for_generation(
 ) -> LoadedModel:
     """Load a trained folder over its base, or the base alone, ready to answer.
 
-    ``prompt_style`` and ``quantize`` are by default as in training. With ``fabric`` its ranks shard the base, which is
+    ``prompt_style`` and ``quantize`` default to those of training. With ``fabric`` its ranks shard the base, which is
     then neither quantized nor compiled.
     """
     device = fabric.device if fabric else device or default_device()
     dtype = base_dtype(precision, device)
-    # A base to be sharded stays in its file, memory-mapped: ``shard`` casts and moves it block by block.
-    load_as = (None, "cpu", "none") if fabric else (dtype, device, quantize)
+    load_dtype: torch.dtype | None = dtype
+    if fabric:  # the base stays in its file, memory-mapped: ``shard`` casts and moves it block by block
+        load_dtype, device, quantize = None, torch.device("cpu"), "none"
     if trained_dir:
-        model, method = load_trained_folder(trained_dir, checkpoint_dir, *load_as)
+        model, method = load_trained_folder(trained_dir, checkpoint_dir, load_dtype, device, quantize)
         tokenizer = Tokenizer(tokenizer_dir(trained_dir, checkpoint_dir, method))
         name = f"{method['method']} over {method['base']['name']}"
     else:
         folder = Path(checkpoint_dir or DEFAULT_BASE)
         method = base_method(folder)
-        tokenizer, model = Tokenizer(folder), load_model(folder, *load_as[:2]).requires_grad_(False)
-        quantize_base(model, load_as[2] or "none")
+        tokenizer, model = Tokenizer(folder), load_model(folder, load_dtype, device).requires_grad_(False)
+        quantize_base(model, quantize or "none")
         name = model.config.name
     template = trained_template(method, tokenizer, prompt_style)
     if fabric:
@@ -123,15 +124,15 @@ def add_trained(model: LLaMA, trained_dir: Path | str, method: dict) -> None:
             model.reparametrization.flatten(model)
         return model
 
-    with torch.device("meta"):  # no memory for arguments that do not match the tensors
+    with torch.device("meta"):  # on meta, wrong arguments allocate nothing
         check_trained(trainable_parameters(add_method(LLaMA(model.config))), tensors_path)
     for tensor in trainable_parameters(add_method(model)).values():
         tensor.data = tensor.data.clone()  # it may be shared with a model that stays in use (chat.py)
     check_header(method, load_parameters(model, tensors_path)[1], path)
     before, now = method["quantize"], quantization(model)
     if now != before:
-        why = "has not seen its errors" if before == "none" else "has learned to make up for the other's errors"
+        why = f"did not see the errors of {now}" if before == "none" else f"compensated for the errors of {before}"
         log_rank0(
-            f"note: {trained_dir} was trained with --quantize {before}, its base is loaded with {now}: "
-            f"it fits, but {why}"
+            f"note: {trained_dir} was trained with --quantize {before}, but its base is loaded with {now}: "
+            f"this works, but training {why}"
         )

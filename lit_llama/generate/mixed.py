@@ -6,7 +6,7 @@ A row may use an adapter, a prefix, a soft prompt, LoRA, or the base alone. One 
         row 1   [ pad | K_0 K_1 K_2 K_3  | text .. ]      prefix: cache slots that its keys and values fill
         row 2   [ pad  pad  pad  pad  pad | text .. ]     adapter, LoRA: added to the row's vectors in the layers
 
-Rotary positions count from the padding's end, so every row has the positions that it has alone.
+Rotary positions count from the end of the padding, so a row has the same positions as without a batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lit_llama.common.errors import UserError
 from lit_llama.devices.quantize import quantization
 from lit_llama.generate.load import load_trained_folder
 from lit_llama.methods.adapter import AdapterAttention
-from lit_llama.methods.lora import LowRank, places
+from lit_llama.methods.lora import LowRank, target_layers
 from lit_llama.methods.prefix import PrefixAttention
 from lit_llama.methods.soft_prompt import SoftPromptEmbedding
 from lit_llama.model import CausalSelfAttention, LLaMA
@@ -81,8 +81,8 @@ class Mixer:
     def add(self, folder: Path, checkpoint_dir: Path | str | None = None) -> dict:
         """Take over what ``folder`` learned, and return its method.json. Raises UserError if it cannot be mixed.
 
-        A second base is loaded on the CPU for this, in int8 if the model is, and dropped again. The CPU has no nf4:
-        over it, an adapter's keys and values are those of the full-precision base.
+        A second base is loaded on the CPU for this, in int8 if the model is, and then freed. The CPU has no nf4: over
+        an nf4 base, an adapter's keys and values are those of the full-precision base.
         """
         folder, wte = Path(folder), self.model.transformer.wte.weight
         kind = "int8" if quantization(self.model) == "int8" else "none"
@@ -101,10 +101,10 @@ class Mixer:
             if isinstance(other.attn, PrefixAttention):
                 block.attn.prefixes[folder] = other.attn.prefix.detach().to(wte.device)
                 self.front[folder] = [0] * other.attn.prefix.size(2)  # placeholders: their keys are replaced
-            for name, (layer, _) in places(other).items():
+            for name, (layer, _) in target_layers(other).items():
                 if name in getattr(layer, "lora", {}):
                     update: Any = layer.lora[name]
-                    updates = self.low_ranks(places(block)[name][0]).setdefault(folder, [])
+                    updates = self.low_ranks(target_layers(block)[name][0]).setdefault(folder, [])
                     updates.append(update.to(wte.device))
         if isinstance(trained.transformer.wte, SoftPromptEmbedding):
             self.add_soft_prompt(folder, trained.transformer.wte.soft_prompt.detach())

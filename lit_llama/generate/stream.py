@@ -1,4 +1,4 @@
-"""Answers as text that appears while the tokens come."""
+"""Print answers as their tokens arrive."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ def best_seconds(work, repeats: int = 7) -> float:
 
 
 def limits(precisions: set[str], config: LLaMAConfig, tokens: int = 1024) -> dict[str, float]:
-    """What this machine can do: for each precision the floating-point operations per second, in products of ``tokens``
-    rows with the model's shapes; and as "read" the bytes per second that it reads from memory."""
+    """This machine's limits: floating-point operations per second for each precision, in products of ``tokens`` rows
+    with the model's shapes, and under "read" the bytes per second that it reads from memory."""
     device = default_device()
     large = torch.zeros(2**28, device=device)  # 1 GiB, more than any cache holds
 

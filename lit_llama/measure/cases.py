@@ -127,7 +127,7 @@ def build_ours(case: BenchmarkCase, kind: str, device: torch.device) -> Step | D
     def step(samples: list[TokenizedSample]) -> int:
         computed, n_targets = 0, sum(sample.n_targets for sample in samples)
         for batch in micro_batches(samples, case.micro_batch_tokens):
-            computed += sum(len(sample.ids) for sample in batch)  # apart from what rounding adds
+            computed += sum(len(sample.ids) for sample in batch)  # without the padding that rounding adds
             (target_loss(model, batch) / n_targets).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -139,7 +139,7 @@ def build_ours(case: BenchmarkCase, kind: str, device: torch.device) -> Step | D
 def open_gates(model: torch.nn.Module) -> None:
     """Gates at zero leave the prompts without a gradient: open them, as they are after a few steps."""
     for name, param in model.named_parameters():
-        if "gat" in name.rsplit(".", 1)[-1] and param.requires_grad:  # gating_factor; adaption_gate of PEFT
+        if name.endswith(("gating_factor", "adaption_gate")) and param.requires_grad:  # the latter is PEFT's
             torch.nn.init.constant_(param, 0.1)
 
 
@@ -184,7 +184,7 @@ def build_litgpt(case: BenchmarkCase, kind: str, device: torch.device) -> Step |
     names = {"smollm2-135m": "SmolLM2-135M", "smollm2-360m": "SmolLM2-360M", "tiny-llama-1.1b": "tiny-llama-1.1b"}
     names["Llama-2-7b"] = "Llama-2-7b-hf"
     if case.model not in names:
-        raise UserError(f"--model {case.model} is not named by LitGPT's; it has {', '.join(names)}")
+        raise UserError(f"--model {case.model} has no equivalent in LitGPT; choose from {', '.join(names)}")
     config = module.Config.from_name(names[case.model], **(lora if case.method == "lora" else {}))
     with case.tensors(device):
         model = module.GPT(config)

@@ -59,9 +59,13 @@ class ScriptRun:
 
 
 def with_seeds(jobs: list[ScriptRun], seeds: Iterable[int]) -> list[ScriptRun]:
-    """All jobs with the first seed, then with the next one, in folders inside the first ones, and so on."""
+    """All jobs with the first seed, then with the next one, in folders inside the first ones, and so on.
+
+    Features has one run: nothing in it is random.
+    """
     first, *others = seeds
-    again = [replace(job, out_dir=job.out_dir / f"seed-{seed}", seed=seed) for seed in others for job in jobs]
+    random = [job for job in jobs if job.method != "features"]
+    again = [replace(job, out_dir=job.out_dir / f"seed-{seed}", seed=seed) for seed in others for job in random]
     return [replace(job, seed=first) for job in jobs] + again
 
 
@@ -88,8 +92,8 @@ def variant_jobs(folder: Path, variants: dict[str, str], steps: int) -> list[Scr
         fixed = {flag.split("=")[0] for flag in flags} & COMMON_FLAGS
         if method not in METHODS or fixed or name in NAMES or name.startswith("base,") or out_dir in jobs:
             raise UserError(
-                f"--variants {name!r}: {words!r} must be flags of one of {', '.join(METHODS)}, under a new "
-                f"name and each once, without {', '.join(sorted(COMMON_FLAGS))}"
+                f"--variants {name!r}: {words!r} must be one of {', '.join(METHODS)} and its flags, without "
+                f"{', '.join(sorted(COMMON_FLAGS))}, under a new name, each given once"
             )
         jobs[out_dir] = ScriptRun(name, method, out_dir, steps, flags)
     return list(jobs.values())
@@ -106,7 +110,7 @@ def learning_rate(out_dir: Path) -> float:
 
 
 def read_results(files: list[Path]) -> list[dict[int, dict]]:
-    """The samples in files that scripts/evaluate.py wrote, by row: those with as many targets in all files.
+    """The samples in files that scripts/evaluate.py wrote, by row: those with the same number of targets in all files.
 
     The pieces of a long text are added up.
     """
@@ -163,20 +167,20 @@ def versus_full(row: dict, full: dict) -> tuple[float, tuple[float, float]]:
 
 def markdown(results: dict[str, dict]) -> str:
     """The table, with each method's exact match compared with full finetuning's on the same samples."""
-    header = ["", "trained", "of all", "right, 95 %", "minus full", "loss, 95 %", "minus its method's"]
+    header = ["", "trained", "of all", "right, 95 %", "minus full", "loss, 95 %", "minus the method's own"]
     header += ["rise on other data", "training loss", "GFLOP/token", "minutes", "peak MB", "kept MB"]
     rows, full = [], results.get("full")
     for name, row in results.items():
         trains = "trained_parameters" in row
         cells = [name, *((f"{row['trained_parameters']:,}", f"{row['trained_share']:.3%}") if trains else ("", ""))]
-        cells.append(spread(row["right"], row["right_interval"], ".1%") if "right" in row else "")
+        cells.append(with_interval(row["right"], row["right_interval"], ".1%") if "right" in row else "")
         if full and row is not full and "right" in row:
             difference, interval = versus_full(row, full)
-            cells.append(spread(100 * difference, [100 * end for end in interval], "+.1f"))
+            cells.append(with_interval(100 * difference, [100 * end for end in interval], "+.1f"))
         else:
             cells.append("")
         for key, form in (("loss", ".4f"), ("minus_method", "+.4f"), ("forgetting", "+.4f")):
-            cells.append(spread(row[key], row[f"{key}_interval"], form) if key in row else "")
+            cells.append(with_interval(row[key], row[f"{key}_interval"], form) if key in row else "")
         cells.append(f"{row['train_loss']:.4f}" if "train_loss" in row else "")
         if "seconds" in row:
             cells += [f"{row['gflop_per_token']:.2f}", f"{row['seconds'] / 60:.1f}"]
@@ -190,6 +194,6 @@ def markdown(results: dict[str, dict]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
-def spread(value: float, interval: Iterable[float], form: str) -> str:
+def with_interval(value: float, interval: Iterable[float], form: str) -> str:
     low, high = interval
     return f"{value:{form}} ({low:{form}} to {high:{form}})"

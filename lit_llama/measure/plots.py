@@ -136,7 +136,7 @@ def plot_variants(folder: Path, results: dict[str, dict]) -> None:
     ax.axvline(0, color="black", linewidth=0.8, linestyle="--")
     ax.set_yticks(range(len(points)), [f"{name} minus {row['method']}" for name, row in points])
     ax.invert_yaxis()
-    ax.set(xlabel="difference of the test loss per token, with 95 % intervals: left of the line is better")
+    ax.set(xlabel="test loss per token minus the method's own, with 95 % intervals (left is better)")
     ax.grid(alpha=0.3)
     save_figure(figure, folder / "variants.png")
     plt.close(figure)

@@ -87,9 +87,9 @@ def add_adapter(
 def start_from_text(model: LLaMA, ids: list[int]) -> None:
     """Set each prompt to what its block's attention reads (the output of rms_1) at K tokens spread over a text.
 
-    The attention then knows their keys and values. Those of N(0, 1) mean nothing to it, and in SmolLM2-135M
-    they are about three times (keys) and up to eight times (values) as large. Prefix tuning gains from real words, too
-    (Li & Liang 2021, section 7.4, https://arxiv.org/abs/2101.00190). A text shorter than K + 1 tokens is repeated.
+    Their keys and values are then like those of a text. Those of N(0, 1) are not: in SmolLM2-135M they are about three
+    times (keys) and up to eight times (values) as large. Prefix tuning gains from real words, too (Li & Liang 2021,
+    section 7.4, https://arxiv.org/abs/2101.00190). A text shorter than K + 1 tokens is repeated.
     The gates must be zero, or the prompts below would change what a block reads.
     """
     adapted = [block.attn for block in model.transformer.h if isinstance(block.attn, AdapterAttention)]

@@ -17,7 +17,7 @@ from lit_llama.common.errors import UserError
 
 def fit_logistic(vectors: np.ndarray, labels: list[str]) -> tuple[dict[str, np.ndarray], list[str]]:
     """Fit a logistic regression; return its weight and bias, and its labels in their order."""
-    from sklearn.linear_model import LogisticRegression  # it takes a second; generation does not need it
+    from sklearn.linear_model import LogisticRegression  # importing it takes a second; generation does not need it
 
     if len(set(labels)) < 2:
         raise UserError(f"a classifier needs two labels or more, got {set(labels)}")

@@ -21,7 +21,7 @@ def unfreeze(module: nn.Module) -> None:
 
 
 def replace_head(model: LLaMA, n_labels: int) -> None:
-    """Replace the language head by a new one, C -> labels. At first all labels are equally likely."""
+    """Replace the language head with a new one, C -> labels. At first all labels are equally likely."""
     model.lm_head = Linear(model.config.n_embd, n_labels, bias=False).to(model.transformer.wte.weight.device)
     nn.init.zeros_(model.lm_head.weight)
 

@@ -53,7 +53,7 @@ def add_low_ranks(layer: nn.Linear, args: tuple, output: Tensor) -> Tensor:
     return output
 
 
-def places(block: Block) -> dict[str, tuple[nn.Linear, slice]]:
+def target_layers(block: Block) -> dict[str, tuple[nn.Linear, slice]]:
     """The layer of each target, and its rows in that layer's output."""
     attn, mlp, all_rows = block.attn, block.mlp, slice(None)
     fused = {name: (attn.c_attn, rows) for name, rows in attn.qkv_slices.items()}
@@ -80,7 +80,7 @@ def add_lora(
     scale = alpha / (math.sqrt(r) if rslora else r)
     for block in model.transformer.h[start_layer:]:
         for name in targets:
-            layer, rows = places(block)[name]
+            layer, rows = target_layers(block)[name]
             if not hasattr(layer, "lora"):
                 layer.lora = nn.ModuleDict()
                 layer.register_forward_hook(add_low_ranks)

@@ -27,6 +27,8 @@ from lit_llama.attention import Texts, attention, insert_prefix
 from lit_llama.common.errors import check_range
 from lit_llama.model import CausalSelfAttention, LLaMA
 
+INIT_STD = 0.02
+
 
 class PrefixAttention(CausalSelfAttention):
     def __init__(self, attn: CausalSelfAttention, prefix: Tensor) -> None:
@@ -65,7 +67,7 @@ class PrefixMLP(nn.Module):
         return {f"transformer.h.{i}.attn.prefix": prefix for i, prefix in enumerate(self())}
 
     def flatten(self, model: LLaMA) -> None:
-        """Replace the MLP by the prefixes that it computes now."""
+        """Replace the MLP with the prefixes that it computes now."""
         self.handle.remove()
         for block, prefix in zip(model.transformer.h, self().detach(), strict=True):
             block.attn.__dict__.pop("prefix")
@@ -112,6 +114,3 @@ def start_from_text(model: LLaMA, ids: list[int]) -> None:
         del attn.attend
     model.clear_kv_cache()
     model.first_position = K
-
-
-INIT_STD = 0.02

@@ -47,7 +47,7 @@ def map_over_ranks(fabric: Fabric, model: LLaMA | None, items: list, work: Calla
 
 
 def longest_answer(tokenizer: Tokenizer, samples: list[Sample]) -> int:
-    """Tokens to generate: one more than the longest expected answer, so that one that goes on counts as wrong."""
+    """Tokens to generate: one more than the longest expected answer, so that one that does not stop is wrong."""
     return 1 + max((len(tokenizer.encode(sample.answer)) for sample in samples), default=0)
 
 
@@ -115,8 +115,8 @@ class BeforeAfter:
     def ask(self, when: str, model: LLaMA) -> None:
         """Answer the samples. Does nothing before a base is sharded, or before a classifier has its head."""
         task, labels = self.task, self.task.labels
-        in_its_file = model.transformer.wte.weight.device.type != self.fabric.device.type  # a base to be sharded
-        if in_its_file or labels and model.lm_head.out_features != len(labels):
+        unsharded = model.transformer.wte.weight.device.type != self.fabric.device.type  # a base to be sharded
+        if unsharded or labels and model.lm_head.out_features != len(labels):
             return
         encoded = task.validation[: len(self.samples)]  # for a classifier the same samples
         longest = longest_answer(task.tokenizer, self.samples)

@@ -404,7 +404,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 def read_metrics(out_dir: Path) -> list[dict]:
     """The rows of metrics.csv. A last line that is still being written is left out; a missing value is ""."""
     path = out_dir / METRICS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True) if path.exists() else []
     return list(csv.DictReader(line for line in lines if line.endswith("\n")))
 
 
