@@ -4,7 +4,7 @@
     python scripts/benchmark.py --against '[litgpt, peft]' --data alpaca.json     # next to others, if installed
     python scripts/benchmark.py --variants '[auto, auto+compile, auto+int8]'
 
-Each table row runs in its own process. All do the same work in turn, round by round; figures are medians over the
+Each table row runs in its own process. All do the same work in turn, round by round; results are medians over the
 rounds, with minimum and maximum. Padding does not count as tokens. ``--results`` gets a JSON object per row.
 """
 
@@ -68,7 +68,7 @@ def main(
         micro_batch_tokens: Tokens per micro-batch of ours. A GPU needs more than a CPU.
         micro_batch_samples: Samples of the others' micro-batches, padded to the longest.
         new_tokens: Tokens of a round of decoding, after a prompt of 64.
-        results: A .jsonl file to append the figures to.
+        results: A .jsonl file to append the results to.
         yes: Do not ask before a download.
     """
     sizes = dict(micro_batch_tokens=micro_batch_tokens, micro_batch_samples=micro_batch_samples)

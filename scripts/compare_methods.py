@@ -133,7 +133,7 @@ def main(
     with Bar(sum(job.steps for job in trials + jobs), "steps") as bar:
         comparison.evaluate_base(bases, bar)
         comparison.run(trials, jobs, bar)
-    results = comparison.figures(jobs) | comparison.base_figures(bases)
+    results = comparison.results(jobs) | comparison.base_results(bases)
     comparison.write(results)
     plot_comparison(folder, results)
     plot_variants(folder, results)
@@ -175,7 +175,7 @@ def keep_settings(path: Path, settings: dict) -> None:
 
 @dataclass
 class Comparison:
-    """Runs what has not run yet, and reads the figures. ``failed`` holds the last line that a failed run printed."""
+    """Runs what has not run yet, and reads the results. ``failed`` holds the last line that a failed run printed."""
 
     folder: Path
     settings: dict
@@ -259,8 +259,8 @@ class Comparison:
 
     # results
 
-    def figures(self, jobs: list[ScriptRun]) -> dict[str, dict]:
-        """The figures by name, over the seeds whose run did not fail."""
+    def results(self, jobs: list[ScriptRun]) -> dict[str, dict]:
+        """The results by name, over the seeds whose run did not fail."""
         samples = load_task(self.settings["data"], self.settings["checkpoint_dir"], None, 512).train
         results: dict[str, dict] = {}
         for name in dict.fromkeys(job.name for job in jobs):
@@ -280,7 +280,7 @@ class Comparison:
                     add_change(results[name], "minus_method", *tests)
         return results
 
-    def base_figures(self, bases: dict[str, int]) -> dict[str, dict]:
+    def base_results(self, bases: dict[str, int]) -> dict[str, dict]:
         return {name: quality([self.base_file(n)]) for name, n in bases.items() if name not in self.failed}
 
     def write(self, results: dict[str, dict]) -> None:
@@ -350,7 +350,7 @@ def costs(runs: list[ScriptRun], samples: list) -> dict:
         model, _ = load_trained_folder(first)
     spent = [read_json(run.out_dir / COSTS_FILE) for run in runs]
     peaks = [one["peak_memory"] for one in spent]
-    figures = {
+    row = {
         "method": method["method"],
         "trained_parameters": method["trained_parameters"],
         "trained_share": method["trained_parameters"] / sum(tensor.numel() for tensor in model.parameters()),
@@ -361,12 +361,12 @@ def costs(runs: list[ScriptRun], samples: list) -> dict:
     }
     curves = [losses_of(run) for run in runs]
     if curves[0]:
-        figures |= {
+        row |= {
             "learning_rate": learning_rate(first),
             "train_loss": mean(mean(losses[-max(1, len(losses) // 10) :]) for losses in curves),
             "val_loss": mean(lowest_loss(run.out_dir) for run in runs),
         }
-    return figures
+    return row
 
 
 def losses_of(run: ScriptRun) -> list[float]:

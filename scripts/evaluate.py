@@ -211,8 +211,8 @@ def evaluate_answers(
     if right:
         correct = sum(right.values())
         print_rank0(f"exact match: {100 * correct / len(right):.1f} % ({correct} of {len(right)})")
-    figures = [(losses[i], ids.n_targets, right.get(i), answers.get(i)) for i, ids in enumerate(encoded)]
-    return [(sample.row, *row) for sample, row in zip(kept, figures, strict=True)]
+    values = [(losses[i], ids.n_targets, right.get(i), answers.get(i)) for i, ids in enumerate(encoded)]
+    return [(sample.row, *row) for sample, row in zip(kept, values, strict=True)]
 
 
 def write_results(path: Path, rows: list[tuple]) -> None:

@@ -132,7 +132,7 @@ def measure(kind: str, cases: list[BenchmarkCase], work: list[list[tuple]], limi
 
 
 def receive(end: Any) -> Any:
-    """What a case sends: None when it is built, figures, or an error as text."""
+    """What a case sends: None when it is built, measurements, or an error as text."""
     try:
         return end.recv()
     except EOFError:

@@ -1,4 +1,4 @@
-"""A comparison of methods: the runs it needs, their figures with 95 % intervals, and the table."""
+"""A comparison of methods: the runs it needs, their results with 95 % intervals, and the table."""
 
 from __future__ import annotations
 
@@ -125,8 +125,8 @@ def read_results(files: list[Path]) -> list[dict[int, dict]]:
     return [{row: samples[row] for row in common} for samples in read]
 
 
-def figures_of(samples: list[dict[int, dict]], key: str) -> np.ndarray:
-    """One figure of all samples, (files, samples)."""
+def values_of(samples: list[dict[int, dict]], key: str) -> np.ndarray:
+    """One value of each sample, (files, samples)."""
     return np.array([[row[key] for row in one.values()] for one in samples], dtype=float)
 
 
@@ -136,15 +136,15 @@ def quality(files: list[Path]) -> dict:
     Plain texts have only a loss.
     """
     samples = read_results(files)
-    counts = figures_of(samples, "n_targets")[0]
-    loss, interval = per_token(figures_of(samples, "loss"), counts)
-    figures = {"loss": loss, "loss_interval": interval, "n_test": len(counts), "seeds": len(files)}
+    counts = values_of(samples, "n_targets")[0]
+    loss, interval = per_token(values_of(samples, "loss"), counts)
+    result = {"loss": loss, "loss_interval": interval, "n_test": len(counts), "seeds": len(files)}
     asked = [{row: sample for row, sample in one.items() if sample["right"] is not None} for one in samples]
     if asked[0]:
-        right = figures_of(asked, "right")
-        figures |= {"right": float(right.mean()), "right_interval": proportion_interval(right)}
-        figures["answers"] = dict(zip(map(str, asked[0]), right.T.tolist(), strict=True))
-    return figures
+        right = values_of(asked, "right")
+        result |= {"right": float(right.mean()), "right_interval": proportion_interval(right)}
+        result["answers"] = dict(zip(map(str, asked[0]), right.T.tolist(), strict=True))
+    return result
 
 
 def loss_change(after: list[Path], before: list[Path]) -> tuple[float, tuple[float, float]]:
@@ -153,8 +153,8 @@ def loss_change(after: list[Path], before: list[Path]) -> tuple[float, tuple[flo
     There is a file for each seed. One file before, such as the base's, is compared with all.
     """
     samples = read_results([*after, *before])
-    counts = figures_of(samples, "n_targets")[0]
-    losses = figures_of(samples, "loss")
+    counts = values_of(samples, "n_targets")[0]
+    losses = values_of(samples, "loss")
     return per_token(losses[: len(after)] - losses[len(after) :], counts)
 
 
