@@ -90,17 +90,17 @@ AXES = {  # key: label, unit, scale
 
 
 def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
-    """Quality by trainable parameters, by peak memory and by forgetting, with the base's quality as lines."""
+    """Quality by trainable parameters, by peak memory and by forgetting, with the base's quality in the title."""
     plt = pyplot()
     if plt is None:
         return
-    bases = {name: 100 * row["right"] for name, row in results.items() if "method" not in row and "right" in row}
+    bases = [(name, row["right"]) for name, row in results.items() if "method" not in row and "right" in row]
     for key, (label, unit, scale) in AXES.items():
         points = {name: row for name, row in results.items() if row.get(key) is not None and "right" in row}
         if not points:
             continue
         figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
-        for name, row in points.items():
+        for row in points.values():
             color, marker = MARKERS.get(row["method"], OTHER_MARKER)
             low, high = (100 * end for end in row["right_interval"])
             x, y = row[key] / unit, 100 * row["right"]
@@ -108,19 +108,29 @@ def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
             if f"{key}_interval" in row:
                 ax.hlines(y, *row[f"{key}_interval"], color=color, alpha=0.5)
             ax.plot(x, y, color=color, marker=marker, markersize=8)
-            ax.annotate(name, (x, y), xytext=(6, 4), textcoords="offset points", color=color, fontsize="small")
         ax.set(xscale=scale, xlabel=label, ylabel="right answers (%), with 95 % intervals")
+        ax.set_title(", ".join(f"{name}: {right:.1%}" for name, right in bases).replace("%", " %"), fontsize="small")
         ax.margins(0.15)
-        bottom, top = ax.get_ylim()
-        texts = {name: f"{name}: {level:.1f} %" for name, level in bases.items()}
-        for name in [name for name, level in bases.items() if bottom <= level <= top]:
-            ax.axhline(bases[name], color="black", linewidth=0.8, linestyle="--")
-            ax.annotate(texts.pop(name), (0.01, bases[name]), xycoords=("axes fraction", "data"), va="bottom")
-        ax.annotate("\n".join(texts.values()), (0.01, 0.01), xycoords="axes fraction", va="bottom")  # beyond the axis
-        ax.set_ylim(bottom, top)
         ax.grid(alpha=0.3)
+        label_points(ax, {name: (row[key] / unit, 100 * row["right"], row["method"]) for name, row in points.items()})
         save_figure(figure, folder / f"quality_by_{key}.png")
         plt.close(figure)
+
+
+def label_points(ax: Any, points: dict[str, tuple[float, float, str]]) -> None:
+    """Write each name next to its point (x, y) in its method's color, where no other name is."""
+    ax.figure.canvas.draw()  # from now on the axes stay where they are
+    offsets = [(side, height) for height in (4, -11, 15, -22, 26, -33, 37, -44) for side in (6, -6)]  # in points
+    taken: list[Any] = []
+    for name, (x, y, method) in points.items():
+        for dx, dy in offsets:
+            place = dict(xytext=(dx, dy), textcoords="offset points", ha="left" if dx > 0 else "right")
+            text = ax.annotate(name, (x, y), **place, color=MARKERS.get(method, OTHER_MARKER)[0], fontsize="small")
+            box = text.get_window_extent()
+            if (dx, dy) == offsets[-1] or not any(box.overlaps(other) for other in taken):
+                break
+            text.remove()
+        taken.append(box)
 
 
 def plot_variants(folder: Path, results: dict[str, dict]) -> None:
@@ -136,7 +146,7 @@ def plot_variants(folder: Path, results: dict[str, dict]) -> None:
     ax.axvline(0, color="black", linewidth=0.8, linestyle="--")
     ax.set_yticks(range(len(points)), [f"{name} minus {row['method']}" for name, row in points])
     ax.invert_yaxis()
-    ax.set(xlabel="test loss per token minus the method's own, with 95 % intervals (left is better)")
+    ax.set(xlabel="test loss per token minus the method's own (left is better)")
     ax.grid(alpha=0.3)
     save_figure(figure, folder / "variants.png")
     plt.close(figure)
