@@ -125,7 +125,7 @@ class Linear(nn.Linear):
 class CausalSelfAttention(nn.Module):
     """Attention in two steps, ``qkv`` and ``attend``. A method can override one and keep the other.
 
-    ``qkv_slices`` and ``qkv_sizes`` hold the rows of q, k and v in the fused projection; other code reads them there.
+    ``qkv_slices`` holds the rows of q, k and v in the fused projection; other code reads the layout from it.
     """
 
     def __init__(self, config: LLaMAConfig) -> None:
@@ -136,12 +136,12 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(q_size, config.n_embd, bias=config.bias)
         q, k = slice(0, q_size), slice(q_size, q_size + kv_size)
         self.qkv_slices = {"q": q, "k": k, "v": slice(k.stop, k.stop + kv_size)}
-        self.qkv_sizes = [q_size, kv_size, kv_size]
         self.kv_cache: KVCache | None = None  # set by LLaMA.set_kv_cache for decoding
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) -> q (B, nh, T, hs), k and v (B, nkv, T, hs), not yet rotated."""
-        parts = self.c_attn(x).split(self.qkv_sizes, -1)  # not slices: their gradients would be three full tensors
+        sizes = [rows.stop - rows.start for rows in self.qkv_slices.values()]
+        parts = self.c_attn(x).split(sizes, -1)  # not slices: their gradients would be three full tensors
         q, k, v = (part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in parts)
         return q, k, v
 

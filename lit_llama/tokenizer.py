@@ -36,10 +36,9 @@ class Tokenizer:
     U+0006, U+0013, U+0014, U+0016, U+001D and the unassigned planes 4 to 11); ``encode`` drops them with a warning.
 
     Attributes: ``vocab_size``; ``bos_id``, the id in front of every sequence or None; ``eos_id``, and ``eos_ids``, all
-    that end a text; ``chat_template``, the Jinja template or None; ``strips``, the tokens that absorb the whitespace
-    on their left ("lstrip") or right; ``spaced_start``, whether a space is put before a text at the
-    very beginning, but not after a control token. Raises UserError if the tokenizer is missing, damaged or not the
-    model's.
+    that end a text; ``chat_template``, the Jinja template or None; ``strips``, the tokens that absorb the whitespace on
+    their left ("lstrip") or right; ``spaced_start``, whether a space is put before a text at the very beginning, but
+    not after a control token. Raises UserError if the tokenizer is missing, damaged or not the model's.
     """
 
     def __init__(self, checkpoint_dir: Path | str):
@@ -80,8 +79,7 @@ class Tokenizer:
     def encode_batch(self, texts: list[str], after: str = "nothing") -> list[list[int]]:
         """``encode`` of many texts, on all cores.
 
-        ``after`` is what precedes them: "nothing", a "control" token or more "text". It decides whether a
-        dummy space is added.
+        ``after`` is what precedes them, as a dummy space depends on it: "nothing", a "control" token or more "text".
         """
         for text in texts:
             self.check(text)

@@ -48,9 +48,11 @@ def atomic_write(path: Path, is_folder: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise write_error(path, error) from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        with suppress(OSError):
-            temporary.unlink()
+        if is_folder:
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                temporary.unlink()
 
 
 @contextmanager

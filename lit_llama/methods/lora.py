@@ -79,8 +79,9 @@ def add_lora(
         raise UserError(f"targets {list(targets)} must be some of {TARGETS}")
     scale = alpha / (math.sqrt(r) if rslora else r)
     for block in model.transformer.h[start_layer:]:
+        layers = target_layers(block)
         for name in targets:
-            layer, rows = target_layers(block)[name]
+            layer, rows = layers[name]
             if not hasattr(layer, "lora"):
                 layer.lora = nn.ModuleDict()
                 layer.register_forward_hook(add_low_ranks)
