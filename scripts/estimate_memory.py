@@ -38,7 +38,6 @@ def main(
         model: Folder of a base, or the name of a released model in lit_llama/configs.py.
         method: Name of a finetune script.
         arguments: Arguments of the method's function in lit_llama/methods, as YAML.
-        precision: Precision of the frozen base's weights.
         devices: Devices on all nodes together.
         micro_batch_tokens: Tokens of one forward and backward pass.
         seq_length: Tokens of each sample.
@@ -48,21 +47,17 @@ def main(
     for name, value in dict(devices=devices, micro_batch_tokens=micro_batch_tokens, seq_length=seq_length).items():
         check_range(f"--{name}", value, 1, MAX_TOKENS)
     with torch.device("meta"):
-        llama = LLaMA(config_of(model)).requires_grad_(False)
+        llama = LLaMA(config_of(model)).to(PRECISIONS[precision]).requires_grad_(False)
         try:
             METHODS[method](llama, **arguments)
         except TypeError as error:
             raise UserError(f"--arguments {arguments} do not fit {method}: {error}") from None
     tokens, shards = max(seq_length, micro_batch_tokens), devices if strategy == "fsdp" else 1
-    memory = step_memory(llama, PRECISIONS[precision], tokens, seq_length, checkpointing, quantize, shards, device)
-    process = 0.7 if device == "cpu" and precision == "bf16-true" else 0.5  # oneDNN keeps bfloat16 kernels
-    print(f"{method} on {llama.config.name}, {precision}, micro-batches of {tokens} tokens\n")
-    print(f"frozen weights                       {memory.frozen_weights / 1e9:10.3f} GB")
-    print(f"trainable parameters, with AdamW     {memory.trainable_parameters / 1e9:10.3f} GB")
-    print(f"activations for the backward pass    {memory.activations / 1e9:10.3f} GB")
-    print(f"temporaries                          {memory.temporaries / 1e9:10.3f} GB")
-    print(f"total on each device                 {memory.total / 1e9:10.3f} GB")
-    print(f"The process itself takes another {process} GB.")
+    memory = step_memory(llama, device, tokens, seq_length, checkpointing, quantize, shards)
+    print(f"{method} on {llama.config.name}, {precision}, micro-batches of {tokens} tokens, on each device:\n")
+    for name, size in {**memory, "total": sum(memory.values())}.items():
+        print(f"{name:34} {size / 1e9:10.3f} GB")
+    print("\nThe process itself takes another 0.5 to 0.7 GB.")
 
 
 if __name__ == "__main__":
