@@ -15,11 +15,10 @@ from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import check_range
 from lit_llama.common.files import save_tensors
-from lit_llama.common.progress import Bar
 from lit_llama.data.prompts import describe_template
 from lit_llama.data.samples import DataOptions
 from lit_llama.data.task import check_data, load_task
-from lit_llama.devices.launch import base_dtype, launch
+from lit_llama.devices.launch import Bar, base_dtype, launch
 from lit_llama.generate.decode import text_vectors
 from lit_llama.methods.features import fit_logistic, probabilities
 from lit_llama.settings import DEFAULT_BASE, MAX_COUNT, MAX_TOKENS, Data

@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import math
-import os
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -13,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_llama.common.errors import UserError
-from lit_llama.common.files import open_tensors, read_json, read_tensors, save_tensors, tensor_headers, write_json
+from lit_llama.common.files import open_tensors, read_json, read_tensors, tensor_headers
 from lit_llama.model import LLaMA, LLaMAConfig
 
 CONFIG_FILE, MODEL_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -41,38 +38,21 @@ def load_config(folder: Path | str) -> LLaMAConfig:
     content = read_json(path)
     known = {field.name for field in fields(LLaMAConfig)}
     content.setdefault("bias", False)  # folders written before the field existed lack it
-    if set(content) != known:
-        missing, unknown = sorted(known - set(content)), sorted(set(content) - known)
+    if wrong := known ^ set(content):
         raise UserError(
-            f"{path} is not a config of this project: missing {missing}, unknown {unknown}; "
-            "convert the checkpoint with scripts/convert.py"
+            f"{path} is not a config of this project: missing or unknown are {', '.join(sorted(wrong))}; convert the "
+            "checkpoint with scripts/convert.py"
         )
     try:
-        config = LLaMAConfig(**content)
-        check_types(config)
+        return LLaMAConfig(**content)
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
-    return config
-
-
-def check_types(config: LLaMAConfig) -> None:
-    """Raises ValueError for values of the wrong type, which JSON allows."""
-    numbers = {"norm_eps": config.norm_eps, "rope_base": config.rope_base, **(config.rope_scaling or {})}
-    for field, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"{field} must be a number above 0, got {value!r}")
-    for field, kind in (("tie_embeddings", bool), ("bias", bool), ("name", str)):
-        if not isinstance(getattr(config, field), kind):
-            raise ValueError(f"{field} must be a {kind.__name__}, got {getattr(config, field)!r}")
 
 
 def tensor_shapes(config: LLaMAConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in a checkpoint. A tied head is stored once, as the embedding."""
-    try:
-        with torch.device("meta"):
-            state = LLaMA(config).state_dict()
-    except RuntimeError as error:  # the number of bytes does not fit 64 bits
-        raise UserError(f"{config.name}: no model has the sizes of this config: {str(error)[:100]}") from None
+    with torch.device("meta"):
+        state = LLaMA(config).state_dict()
     if config.tie_embeddings:
         del state["lm_head.weight"]
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -89,65 +69,6 @@ def check_tensors(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[i
     ]
     if wrong:
         raise UserError(f"{where} does not fit the model: {'; '.join(wrong[:3])} ({len(wrong)} differences in all)")
-
-
-def save_checkpoint(
-    folder: Path, config: LLaMAConfig, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = 4 * 2**30
-) -> None:
-    """Write weights and config.json to ``folder``. Raises UserError if they do not fit each other.
-
-    ``tensors`` may be a generator that reads and converts. At most one shard is in memory.
-    """
-    folder = Path(folder)
-    found = write_shards(folder, tensors, max_shard_bytes)
-    check_tensors(found, tensor_shapes(config), folder)
-    write_json(folder / CONFIG_FILE, asdict(config))
-
-
-def write_shards(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = 4 * 2**30, foreign: bool = False
-) -> dict[str, tuple[int, ...]]:
-    """Write tensors to one file, or to numbered shards with an index. Returns their shapes.
-
-    ``foreign``: for other programs, see ``save_tensors``.
-    """
-    shard_bytes = 0
-    found: dict[str, tuple[int, ...]] = {}
-    files: list[tuple[Path, list[str]]] = []
-    shard: dict[str, Tensor] = {}
-
-    def flush() -> None:
-        nonlocal shard, shard_bytes
-        files.append((folder / f"part-{len(files)}", list(shard)))
-        save_tensors(files[-1][0], shard, foreign=foreign)
-        shard, shard_bytes = {}, 0
-
-    total_bytes = 0
-    for name, tensor in tensors:
-        if name in found:
-            raise UserError(f"tensor {name} appears twice")
-        if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
-            flush()
-        found[name] = tuple(tensor.shape)
-        shard[name] = tensor
-        shard_bytes += tensor.nbytes
-        total_bytes += tensor.nbytes
-    flush()
-    name_shards(folder, files, total_bytes)
-    return found
-
-
-def name_shards(folder: Path, files: list[tuple[Path, list[str]]], total_bytes: int) -> None:
-    """Give the parts their final names: one model.safetensors, or numbered shards with an index."""
-    if len(files) == 1:
-        os.replace(files[0][0], folder / MODEL_FILE)
-        return
-    weight_map = {}
-    for i, (part, names) in enumerate(files):
-        shard_name = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-        os.replace(part, folder / shard_name)
-        weight_map.update(dict.fromkeys(names, shard_name))
-    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
 def weight_files(folder: Path | str) -> list[Path]:
@@ -167,14 +88,7 @@ def shard_files(index: Path) -> list[Path]:
 
 def check_headers(config: LLaMAConfig, files: list[Path], folder: Path) -> None:
     """Raises UserError unless the names, shapes and dtypes in the files' headers fit the config. Reads no tensor."""
-    headers: dict[str, tuple[tuple[int, ...], str]] = {}
-    for path in files:
-        found = tensor_headers(path)
-        if twice := set(found) & set(headers):
-            raise UserError(f"{path}: tensor {min(twice)} appears twice, also in another file of the folder")
-        headers.update(found)
-    if config.n_layer > len(headers):  # before making a model with so many layers
-        raise UserError(f"{folder}: {CONFIG_FILE} has n_layer {config.n_layer}, the files hold {len(headers)} tensors")
+    headers = {name: header for path in files for name, header in tensor_headers(path).items()}
     check_tensors({name: shape for name, (shape, _) in headers.items()}, tensor_shapes(config), folder)
     check_dtypes(headers, ("F32", "BF16", "F16"), folder)
 

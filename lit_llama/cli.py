@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import io
 import json
-import math
-import os
 import re
 import sys
 from argparse import ArgumentError
@@ -21,7 +18,7 @@ from jsonargparse import ArgumentParser, Namespace, auto_parser
 from lit_llama.common.errors import Interrupted, UserError
 from lit_llama.common.files import atomic_write
 from lit_llama.devices.launch import let_rank0_report, log_rank0, rank
-from lit_llama.settings import DEFAULT_BASE, SHARED_FLAGS
+from lit_llama.settings import DEFAULT_BASE, ROOT, SHARED_FLAGS
 
 
 def run(main: Callable, leading: str | None = None) -> None:
@@ -31,10 +28,7 @@ def run(main: Callable, leading: str | None = None) -> None:
     code 2; Ctrl-C ends it with 130. If several processes fail, one reports it.
     """
     global _settings
-    open_closed_streams()
-    write_utf8()
     warn_of_other_clone(Path(main.__code__.co_filename))
-    config = Namespace()
     try:
         parser = parser_of(main)
         config = parse(parser, gather(sys.argv[1:], leading) if leading else sys.argv[1:])
@@ -42,7 +36,7 @@ def run(main: Callable, leading: str | None = None) -> None:
         arguments = parser.instantiate(config)
         arguments.pop("config", None)
         main(**arguments)
-    except UserError as error:
+    except (UserError, OSError) as error:
         fail(str(error))
     except Interrupted as stopped:
         log_rank0(str(stopped))
@@ -52,11 +46,14 @@ def run(main: Callable, leading: str | None = None) -> None:
         sys.exit(130)
     except Exception as error:
         if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
-            fail(out_of_memory(str(error), config))
-        if isinstance(error, OSError):
-            fail(describe(error))
+            reason = " ".join(str(error).split())[:300]
+            fail(f"not enough memory; docs/memory.md names the flags that need less. {reason}")
         let_rank0_report()
         raise
+
+
+# The words of torch's allocators and their libraries.
+OUT_OF_MEMORY = re.compile("(?i)out of memory|can.t allocate|cannot allocate|not enough memory|bad_alloc|ALLOC_FAILED")
 
 
 def fail(text: str) -> NoReturn:
@@ -66,60 +63,11 @@ def fail(text: str) -> NoReturn:
     sys.exit(2)
 
 
-def describe(error: OSError) -> str:
-    return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}"
-
-
-# The words of torch's allocators, their libraries and the operating system.
-OUT_OF_MEMORY = re.compile("(?i)out of memory|can.t allocate|cannot allocate|not enough memory|bad_alloc|ALLOC_FAILED")
-LESS_MEMORY = {  # flags, and the value that needs less memory (None: any lower one)
-    "train.micro_batch_tokens": None,
-    "micro_batch_tokens": None,
-    "batch_size": None,
-    "train.max_seq_length": None,
-    "max_seq_length": None,
-    "max_new_tokens": None,
-    "checkpointing": True,
-    "quantize": "int8",
-    "precision": "bf16-true",
-}
-
-
-def out_of_memory(message: str, config: Namespace) -> str:
-    """One line for the user: how much memory was requested, and which of the script's flags lower it."""
-    asked = re.search(r"(?:tried|unable) to (?:allocate|mmap) ([\d.,]+ ?\w+)", message, re.I)
-    ways = [
-        f"a lower --{flag}" if value is None else f"--{flag}" if value is True else f"--{flag} {value}"
-        for flag, value in LESS_MEMORY.items()
-        if flag in config and config[flag] not in (value, "nf4")
-    ]
-    return (
-        f"not enough memory{f' (tried to allocate {asked[1]})' if asked else ''}; free some, or pass "
-        f"{', '.join(ways) or 'a smaller model'}"
-    )
-
-
 def warn_of_other_clone(script: Path) -> None:
     """Print a note if the script's own clone is not the one that ``lit_llama`` is imported from."""
-    here, imported = script.resolve().parents[1], Path(__file__).resolve().parents[1]
-    if (here / "lit_llama").is_dir() and here != imported:
-        log_rank0(
-            f"note: lit_llama is imported from {imported}, not from {here}; to change that: pip install -e {here}"
-        )
-
-
-def open_closed_streams() -> None:
-    """Open /dev/null for a closed standard stream (``<&-``): libraries do not expect None."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
-
-
-def write_utf8() -> None:
-    """Print UTF-8 into files and pipes too: Windows' code pages lack most characters."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    here = script.resolve().parents[1]
+    if (here / "lit_llama").is_dir() and here != ROOT.resolve():
+        log_rank0(f"note: lit_llama is imported from {ROOT}, not from {here}; to change that: pip install -e {here}")
 
 
 ONE_OFF = ("config", "resume", "overwrite", "allow_changes", "yes")  # flags that are not settings of a run
@@ -134,23 +82,12 @@ def save_settings(folder: Path) -> None:
             temporary.write_text(_settings, encoding="utf-8")
 
 
-class Parser(ArgumentParser):
-    """Reads a --config as UTF-8, as it is written; jsonargparse would use the locale's encoding."""
-
-    def parse_path(self, path, *args, **kwargs) -> Namespace:
-        try:
-            text = Path(path).expanduser().read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"--config {path} is not UTF-8: {error}") from None
-        return self.parse_string(text, str(path), *args, **kwargs)
-
-
 def parser_of(main: Callable) -> ArgumentParser:
     """A flag for each argument of ``main``. Its help is a line of the docstring's Args or of SHARED_FLAGS.
 
     The default base is shown relative to the current folder, if it lies inside.
     """
-    parser = auto_parser(main, as_positional=False, parser_class=Parser)
+    parser = auto_parser(main, as_positional=False)
     parser.exit_on_error = False  # argparse would print a screenful of usage before the error
     parser.allow_abbrev = False
     for action in parser._actions:
@@ -162,40 +99,20 @@ def parser_of(main: Callable) -> ArgumentParser:
 
 def parse(parser: ArgumentParser, args: list[str]) -> Namespace:
     """The values of the flags. Raises UserError if one is unknown (naming the nearest), missing or invalid."""
-    args = bare_switches(parser, args)
-    check_flags(parser, args)
-    try:
-        config = parser.parse_args(args)
-    except (ArgumentError, ValueError, OverflowError) as error:  # a path with a zero byte, 10**400 for a float
-        raise UserError(" ".join(str(error).split())[:500]) from None  # it may quote a whole file
-    check_values(parser, config)
-    return config
-
-
-def check_flags(parser: ArgumentParser, args: list[str]) -> None:
-    """Raises UserError for the first unknown flag."""
     flags = parser._option_string_actions
-    for before, arg in zip(["", *args], args, strict=False):
+    for arg in args:
         name = arg.split("=")[0]
-        a_value = len(arg) < 2 or " " in arg or parser._negative_number_matcher.match(arg)
-        if arg.startswith("-") and name not in flags and not a_value:
-            meant = f"; if it is the value of {before}, write {before}={arg}" if before in flags else ""
-            raise UserError(f"unknown flag {name}; {nearest_flag(name, flags)}{meant}")
-
-
-def check_values(parser: ArgumentParser, config: Namespace) -> None:
-    """Raises UserError for values that jsonargparse accepts: null for any type, infinity, NaN."""
-    for group in parser.groups or ():
-        if not isinstance(config[group], Namespace):
-            raise UserError(f"--{group} {config[group]} must hold its settings by name")
-    for action in parser._actions:
-        kind, value = getattr(action, "_typehint", None), config.get(action.dest)
-        if value is None and kind is not None and type(None) not in get_args(kind):
+        if name.startswith("--") and name not in flags and " " not in arg:
+            raise UserError(f"unknown flag {name}; {nearest_flag(name, flags)}")
+    try:
+        config = parser.parse_args(bare_switches(parser, args))
+    except (ArgumentError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())[:500]) from None  # it may quote a whole file
+    for action in parser._actions:  # jsonargparse accepts null in a --config for every type
+        kind = getattr(action, "_typehint", None)
+        if kind is not None and type(None) not in get_args(kind) and config.get(action.dest) is None:
             raise UserError(f"--{action.dest} null: expected a value")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{action.dest} {value} must be a finite number")
-        if isinstance(value, str) and "\0" in value:
-            raise UserError(f"--{action.dest} {value!r} must not hold a zero byte")
+    return config
 
 
 def nearest_flag(name: str, flags: Iterable[str]) -> str:

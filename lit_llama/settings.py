@@ -5,14 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lit_llama.common.errors import UserError, check_range
 
-if TYPE_CHECKING:
-    Data = str | list[dict]  # a path, or from Python the rows themselves
-else:
-    Data = str  # what the command line can say
+Data = str  # a path; from Python also the rows themselves, list[dict]
 
 ROOT = Path(__file__).parents[1]  # the clone
 DEFAULT_BASE = str(ROOT / "checkpoints/smollm2-135m-instruct")

@@ -27,11 +27,9 @@ from lit_llama.checkpoint import load_model
 from lit_llama.cli import save_settings
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import atomic_write, check_writable, read_json, write_json
-from lit_llama.common.progress import Bar
 from lit_llama.data.samples import read_samples
 from lit_llama.data.task import load_splits, load_task, split_file
-from lit_llama.devices.blocks import check_sharding
-from lit_llama.devices.launch import STRATEGIES, check_launcher
+from lit_llama.devices.launch import Bar, check_launcher
 from lit_llama.generate.load import load_trained_folder
 from lit_llama.measure.benchmark import flops_per_token
 from lit_llama.measure.compare import (
@@ -106,11 +104,7 @@ def main(
     if other_data is not None:
         read_samples(other_data)
 
-    check_launcher(devices, num_nodes=1)
-    if strategy not in STRATEGIES:
-        raise UserError(f"--strategy {strategy!r} is none of {', '.join(STRATEGIES)}")
-    if strategy == "fsdp":
-        check_sharding(devices)
+    check_launcher(devices, num_nodes=1, strategy=strategy)
     methods, shots = possible_runs(methods, shots, Path(data))
     folder = Path(out_dir or f"out/compare/{Path(data).stem}")
     check_writable(folder / "settings.json")

@@ -24,13 +24,12 @@ from lit_llama import cli
 from lit_llama.base import ensure_base
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import check_writable, write_json
-from lit_llama.common.progress import Bar
 from lit_llama.data.batches import IGNORE, TokenizedSample, micro_batches
 from lit_llama.data.prompts import encode_prompt, trained_template
 from lit_llama.data.samples import DataOptions, Sample, read_samples
 from lit_llama.data.task import can_be_asked, encode_samples, split_file, tokenize_labels
 from lit_llama.devices.blocks import check_fsdp_flags
-from lit_llama.devices.launch import base_dtype, launch, print_rank0, rank
+from lit_llama.devices.launch import Bar, base_dtype, launch, print_rank0
 from lit_llama.generate.classify import is_classifier, load_classifier
 from lit_llama.generate.load import load_for_generation
 from lit_llama.model import LLaMA
@@ -167,7 +166,7 @@ def sample_losses(model: LLaMA, encoded: list[TokenizedSample]) -> list[float]:
     """The cross-entropy of each sample, summed over its target tokens."""
     model.eval()
     losses: dict[int, float] = {}
-    with Bar(len(encoded), "loss", disable=rank() > 0) as bar:
+    with Bar(len(encoded), "loss") as bar:
         for batch in micro_batches(encoded, max_tokens=1024):
             vectors, targets = target_vectors(model, batch)
             of_tokens = F.cross_entropy(model.lm_head(vectors).float(), targets, reduction="none")  # (n,)

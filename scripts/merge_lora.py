@@ -17,18 +17,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_llama.checkpoint import save_checkpoint
 from lit_llama.cli import run, save_settings
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import check_new, save_tensors, whole_folder, write_json
 from lit_llama.data.prompts import trained_template, write_chat_template
 from lit_llama.formats.convert import DTYPES
-from lit_llama.generate.load import load_trained_folder
+from lit_llama.formats.shards import save_checkpoint
+from lit_llama.generate.load import load_trained_folder, tokenizer_dir
 from lit_llama.methods.adapter import AdapterAttention
 from lit_llama.methods.lora import target_layers
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.tokenizer import Tokenizer, copy_tokenizer
-from lit_llama.trained import METHOD_FILE, TRAINED_FILE, describe_base, read_method, tokenizer_dir
+from lit_llama.trained import METHOD_FILE, TRAINED_FILE, describe_base, read_method
 
 
 def main(

@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from lit_llama import cli
 from lit_llama.common.errors import check_range
 from lit_llama.data.batches import IGNORE, TokenizedSample
-from lit_llama.devices.launch import default_device, resolve_precision, synchronize
-from lit_llama.measure.cases import BenchmarkCase, build_ours, check_method, config_of
+from lit_llama.devices.launch import default_device, resolve_precision
+from lit_llama.measure.cases import BenchmarkCase, build_ours, check_method, config_of, synchronize
 from lit_llama.settings import MAX_SAMPLES, MAX_TOKENS
 
 

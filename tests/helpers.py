@@ -26,12 +26,13 @@ from tokenizers import Tokenizer as TokenizersTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from lit_llama.checkpoint import load_model, save_checkpoint
+from lit_llama.checkpoint import load_model
 from lit_llama.cli import parser_of
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import save_tensors, write_json
 from lit_llama.data.batches import TokenizedSample
 from lit_llama.data.prompts import CHATML
+from lit_llama.formats.shards import save_checkpoint
 from lit_llama.methods.lora import TARGETS
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig

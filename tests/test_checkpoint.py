@@ -10,9 +10,10 @@ from helpers import make_base, make_trained, refuse
 from safetensors.torch import load_file
 
 from lit_llama import trained
-from lit_llama.checkpoint import fingerprint, load_config, load_model, save_checkpoint, tensor_shapes, weight_files
+from lit_llama.checkpoint import fingerprint, load_config, load_model, tensor_shapes, weight_files
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import atomic_write, save_tensors, whole_folder
+from lit_llama.formats.shards import save_checkpoint
 from lit_llama.generate.load import load_trained_folder
 
 

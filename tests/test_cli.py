@@ -1,12 +1,9 @@
-"""The command line of every script: fast and complete help, mistakes in one line, no bars or colours in a log."""
+"""The command line of every script: complete help, mistakes in one line, no bars in a log."""
 
-import errno
 import io
 import math
-import os
 import re
 import sys
-from functools import partial
 
 import pytest
 import torch
@@ -14,8 +11,8 @@ from helpers import ROOT, SCRIPTS, run_process, script_parser, succeed
 
 from lit_llama import cli
 from lit_llama.cli import bare_switches, parse, parser_of
-from lit_llama.common import progress
 from lit_llama.common.errors import UserError
+from lit_llama.devices import launch
 from lit_llama.settings import TRAIN_RANGES, Sampling, TrainArgs
 
 
@@ -93,9 +90,8 @@ def config(tmp_path):
     return write
 
 
-def test_a_configuration_is_read_and_flags_win(config, monkeypatch):
+def test_a_configuration_is_read_and_flags_win(config):
     file = config("prompt_length: 7\nout_dir: null\ndata: Gruß\ntrain: {max_steps: null, epochs: 2}")
-    monkeypatch.setattr("builtins.open", partial(open, encoding="ascii"))  # what a call without an encoding would get
     found = parse(script_parser(ROOT / "finetune/adapter.py"), ["--config", file, "--prompt_length", "8"])
     assert (found.prompt_length, found.out_dir, found.data) == (8, None, "Gruß")
     assert (found.train.max_steps, found.train.epochs) == (None, 2)
@@ -107,13 +103,9 @@ def test_a_configuration_is_read_and_flags_win(config, monkeypatch):
         ("learning_rat: 3", "ption 'learning_rat'"),
         ("train:\n  learning_rat: 3", "ption 'learning_rat'"),
         ("resume: null", "--resume null: expected a value"),
-        ("train: null", "--train None must hold its settings by name"),
-        ("train: []", "--train [] must hold its settings by name"),
+        ("train: null", "--train.batch_size null: expected a value"),
         ("train: {learning_rate: null}", "--train.learning_rate null: expected a value"),
-        ("gate_init: .nan", "--gate_init nan must be a finite number"),
-        (f"gate_init: 1{400 * '0'}", "int too large to convert to float"),
-        ('data: "a\\0b"', "--data 'a\\x00b' must not hold a zero byte"),
-        (b"data: \xff", "run.yaml is not UTF-8: 'utf-8' codec can't decode byte 0xff"),
+        (b"data: \xff", "can't decode byte 0xff"),
     ],
 )
 def test_mistakes_in_a_configuration_are_named(config, content, message):
@@ -121,21 +113,17 @@ def test_mistakes_in_a_configuration_are_named(config, content, message):
 
 
 def test_print_config_can_be_read_again(config):
-    parser, file = (
-        script_parser(ROOT / "finetune/lora.py"),
-        config(succeed("finetune/lora.py", "--r", "3", "--print_config")),
-    )
+    parser = script_parser(ROOT / "finetune/lora.py")
+    file = config(succeed("finetune/lora.py", "--r", "3", "--print_config"))
     found = parse(parser, ["--config", file])
     assert {**vars(found), "config": None} == {**vars(parse(parser, ["--r", "3"])), "config": None}
 
 
 def test_a_value_that_begins_with_a_dash():
-    asked = "write --prompt=--hi"
-    assert mistake("--prompt", "--hi", script="generate/base.py").endswith(f"if it is the value of --prompt, {asked}")
-    assert mistake("--prompt", "-x", script="generate/base.py").endswith("write --prompt=-x")
+    parser = script_parser(ROOT / "generate/base.py")
     for prompt in ("-5", "-.5", "- a list", "--hi there", "-"):
-        assert parse(script_parser(ROOT / "generate/base.py"), ["--prompt", prompt]).prompt == prompt
-    assert parse(script_parser(ROOT / "generate/base.py"), ["--prompt=--hi"]).prompt == "--hi"
+        assert parse(parser, ["--prompt", prompt]).prompt == prompt
+    assert parse(parser, ["--prompt=--hi"]).prompt == "--hi"
 
 
 def outcome(monkeypatch, capsys, main, *args: str) -> tuple[int, str]:
@@ -157,28 +145,25 @@ def test_a_mistake_is_one_line_and_exit_code_2(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("error", "asked"),
+    "error",
     [
-        (MemoryError(), ""),
-        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), ""),
-        (RuntimeError("std::bad_alloc"), ""),
-        (RuntimeError("unable to mmap 538082424 bytes from file <a>: Cannot allocate memory (12)"), "538082424 bytes"),
-        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 5380 bytes."), "5380 bytes"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total"), "20.00 MiB"),
-        (torch.OutOfMemoryError("MPS backend out of memory (MPS allocated: 5.05 GB"), ""),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), ""),
-        (None, f"{2**52} bytes"),  # what torch itself raises
+        MemoryError(),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("unable to mmap 538082424 bytes from file <a>: Cannot allocate memory (12)"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        None,  # what torch itself raises
     ],
 )
-def test_too_little_memory_is_one_line_with_the_flags_that_need_less(monkeypatch, capsys, error, asked):
-    def main(batch_size: int = 32, checkpointing: bool = False, quantize: str = "int8", rate: float = 1.0) -> None:
+def test_too_little_memory_is_one_line(monkeypatch, capsys, error):
+    def main() -> None:
         if error is not None:
             raise error
         torch.empty(2**50)
 
-    asked = f" (tried to allocate {asked})" if asked else ""
-    line = f"error: not enough memory{asked}; free some, or pass a lower --batch_size, --checkpointing\n"
-    assert outcome(monkeypatch, capsys, main) == (2, line)
+    code, printed = outcome(monkeypatch, capsys, main)
+    assert code == 2 and printed.count("\n") == 1
+    assert printed.startswith("error: not enough memory; docs/memory.md names the flags that need less. ")
 
 
 def test_other_runtime_errors_are_raised(monkeypatch):
@@ -188,16 +173,6 @@ def test_other_runtime_errors_are_raised(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script.py"])
     with pytest.raises(RuntimeError, match="do not fit"):
         cli.run(main)
-
-
-def test_closed_standard_streams_are_empty(monkeypatch):
-    for name in ("stdin", "stdout", "stderr"):
-        monkeypatch.setattr(sys, name, None)
-    monkeypatch.setattr(sys, "argv", ["script.py"])
-    cli.run(lambda: print("nobody reads this"))
-    with pytest.raises(EOFError):
-        input()
-    assert not sys.stdin.isatty()
 
 
 def test_switches_need_no_value():
@@ -212,26 +187,21 @@ def test_switches_need_no_value():
     assert bare_switches(parser, ["--resume", "false", "--yes=false"]) == ["--resume", "false", "--yes=false"]
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def steps(monkeypatch, stderr: io.StringIO, disable: bool = False) -> str:
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_log_gets_lines_and_a_terminal_a_bar(monkeypatch, terminal):
+    stderr = io.StringIO()
+    monkeypatch.setattr(stderr, "isatty", lambda: terminal)
     monkeypatch.setattr(sys, "stderr", stderr)
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
-    with progress.Bar(20, "step", initial=10, disable=disable, file=stderr) as bar:
+    monkeypatch.setattr(launch, "SECONDS_BETWEEN_LINES", 0.0)
+    with launch.Bar(20, "step", initial=10, file=stderr) as bar:
         for loss in range(10):
             bar.set_postfix_str(f"loss {loss}", refresh=False)
             bar.update()
-    return stderr.getvalue()
-
-
-def test_a_log_gets_lines_and_a_terminal_a_bar(monkeypatch):
-    lines = steps(monkeypatch, io.StringIO()).strip().splitlines()
-    assert lines[0].startswith("step 10/20 |") and lines[-1].startswith("step 20/20 |") and "loss 9" in lines[-1]
-    assert steps(monkeypatch, io.StringIO(), disable=True) == ""
-    assert steps(monkeypatch, Terminal()) == ""  # the work is done before a bar is worth drawing
+    lines = stderr.getvalue().strip().splitlines()
+    if terminal:
+        assert not lines  # the work is done before a bar is worth drawing
+    else:
+        assert lines[0].startswith("step 10/20 |") and lines[-1].startswith("step 20/20 |") and "loss 9" in lines[-1]
 
 
 def test_a_script_says_that_another_clone_is_imported(tmp_path, capsys):

@@ -13,12 +13,13 @@ from helpers import CONTROLS, make_base, sums, write_rows
 from pyarrow import Table, parquet
 from safetensors.torch import load_file
 
-from lit_llama.checkpoint import load_config, save_checkpoint
+from lit_llama.checkpoint import load_config
 from lit_llama.common.errors import UserError
 from lit_llama.data.batches import IGNORE, TokenizedSample, epoch_order, micro_batches, pack, step_indices
 from lit_llama.data.prompts import choose_template, style_of
 from lit_llama.data.samples import UNSUPPORTED, DataOptions, Sample, read_samples, to_sample
 from lit_llama.data.task import hash_fraction, load_splits, load_task, tokenize_samples
+from lit_llama.formats.shards import save_checkpoint
 from lit_llama.tokenizer import Tokenizer
 
 CONVERSATION = [

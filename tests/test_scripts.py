@@ -114,7 +114,7 @@ def test_the_saved_configuration_runs_again(folder, tmp_path):
 
 
 def test_nobody_waits_for_answers_before_a_resumed_run_is_refused(folder, monkeypatch):
-    monkeypatch.setattr("lit_llama.common.progress.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("lit_llama.devices.launch.SECONDS_BETWEEN_LINES", 0.0)
     flags = [*flags_of(folder), "--out_dir", trained(folder, "adapter"), "--resume"]
     for more, answers in (([], True), (["--prompt_length", 5], False)):
         assert ("before 0/" in run("finetune/adapter.py", *flags, *more).stderr) == answers

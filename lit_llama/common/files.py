@@ -41,8 +41,7 @@ def atomic_write(path: Path, is_folder: bool = False) -> Iterator[Path]:
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # safetensors makes files that only their owner can read
-        for part in [*temporary.iterdir(), temporary] if is_folder else [temporary]:
-            flush(part)
+        flush(temporary)  # the files in a folder were flushed one by one
         os.replace(temporary, path)
         flush(path.parent)
     except OSError as error:
@@ -96,7 +95,7 @@ def flush(path: Path) -> None:
 
 
 def write_error(path: Path | str, error: OSError) -> UserError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: numpy wrote too few bytes
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: from numpy and safetensors
     way_out = "free some space and try again" if full else "choose a folder that you can write to"
     return UserError(f"{path} cannot be written ({error.strerror or error}): {way_out}; existing files are unchanged")
 
@@ -122,9 +121,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, got {type(content).__name__}")
@@ -143,8 +140,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict | None = No
         try:
             save_file(tensors, temporary, {"format": "pt"} if foreign else {ABOUT: header})
         except SafetensorError as error:
-            code = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(code[1]), os.strerror(int(code[1]))) if code else error from None
+            raise OSError(str(error)) from None
 
 
 ABOUT = "lit_llama"  # our entry in the header
@@ -183,7 +179,7 @@ def read_tensors(path: Path, foreign: bool = False) -> tuple[dict[str, Tensor], 
     try:
         about = json.loads(header)
         damaged = about.pop("crc32") != checksum(tensors, about)
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):  # no JSON, no object, no such entry
+    except (KeyError, ValueError):  # no such entry, no JSON
         damaged = True
     if damaged:
         raise UserError(f"{path} is damaged: its checksum does not match; copy or make it again")

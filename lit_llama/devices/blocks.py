@@ -66,16 +66,10 @@ def first_trained(model: LLaMA) -> int:
     return trains.index(True) if True in trains else len(trains)
 
 
-def check_fsdp_flags(strategy: str, compile: bool, quantize: str) -> None:
+def check_fsdp_flags(strategy: str, compile: bool, quantize: str | None) -> None:
     """Raises UserError for flags that cannot be combined."""
-    if strategy == "fsdp" and (compile or quantize != "none"):
-        raise UserError("--strategy fsdp works with neither --compile nor --quantize; pass ddp")
-
-
-def check_sharding(world_size: int) -> None:
-    """Raises UserError on a single device."""
-    if world_size < 2:
-        raise UserError("--strategy fsdp shards the base across devices: pass --devices 2 or more, or --strategy auto")
+    if strategy == "fsdp" and (compile or quantize not in (None, "none")):
+        raise UserError("a sharded base works with neither --compile nor --quantize; leave them out, or use one device")
 
 
 def shard(fabric: Fabric, model: LLaMA, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""Where a program runs: processes (ranks), their device, and the base's precision.
+"""Where a program runs: processes (ranks), their device, the base's precision, and what rank 0 prints.
 
 Fabric's launcher and torchrun end the whole job when a process dies. A rank that waits for a dead one fails when its
 connection breaks, or after 30 minutes, Fabric's default timeout.
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from lit_llama.common.errors import UserError, check_range
-from lit_llama.devices.blocks import check_sharding
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -41,38 +41,16 @@ def launch(
     """
     from lightning.fabric import Fabric  # it takes seconds to import; --help does not need it
 
-    if strategy not in STRATEGIES:
-        raise UserError(f"--strategy {strategy} is none of {', '.join(STRATEGIES)}")
-    check_launcher(devices, num_nodes)
-    if strategy == "fsdp":
-        check_sharding(devices * num_nodes)
+    check_launcher(devices, num_nodes, strategy)
     loggers = make_loggers(logger, Path(out_dir))
     try:
         fabric = Fabric(
-            devices=devices,
-            num_nodes=num_nodes,
-            strategy=STRATEGIES[strategy],
-            precision="32-true",
-            loggers=loggers,
+            devices=devices, num_nodes=num_nodes, strategy=STRATEGIES[strategy], precision="32-true", loggers=loggers
         )
         fabric.launch()
     except Exception as error:  # Fabric's errors have no common class
         raise UserError(f"--devices {devices} --num_nodes {num_nodes}: {error}") from None
     return fabric
-
-
-def launch_sharded(devices: int, num_nodes: int, quantize: str | None = None, compile: bool = False) -> Fabric | None:
-    """Fabric for several devices that answer with a sharded base (blocks.py); None for one device."""
-    if (devices, num_nodes) == (1, 1):
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # an sbatch script has SLURM's variables without srun
-            check_launcher(devices, num_nodes)
-        return None  # Fabric takes seconds to import
-    if compile or (quantize or "none") != "none":
-        raise UserError(
-            f"--devices {devices} --num_nodes {num_nodes} shards the base, which works with neither --compile nor "
-            "--quantize; leave them out, or use one device"
-        )
-    return launch(devices, num_nodes, "fsdp")
 
 
 def make_loggers(name: str | None, out_dir: Path) -> list[Logger]:
@@ -91,40 +69,36 @@ def make_loggers(name: str | None, out_dir: Path) -> list[Logger]:
         if name == "mlflow":
             from lightning.pytorch.loggers import MLFlowLogger
 
-            return [
-                MLFlowLogger("lit-llama", tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"))
-            ]
+            uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+            return [MLFlowLogger("lit-llama", tracking_uri=uri)]
     except ModuleNotFoundError:
         raise UserError(f"--logger {name} needs its package; run: pip install {name}") from None
     raise UserError(f"--logger {name!r} is none of tensorboard, wandb, mlflow; metrics.csv is always written")
 
 
-def check_launcher(devices: int, num_nodes: int) -> None:
-    """Raises UserError if torchrun or srun started a different number of processes than the flags say.
+def check_launcher(devices: int, num_nodes: int, strategy: str = "auto") -> None:
+    """Raises UserError for flags that do not fit each other or the processes that torchrun or srun started.
 
-    Fabric would not notice: with --devices 1, every process would be a run of its own in the same folder. Without
-    torchrun or srun, a CPU gets at most one process per core.
+    Fabric would not notice the latter: with --devices 1, every process would be a run of its own in the same folder.
     """
-    check_range("--devices", devices, 1, 2**20)
+    if strategy not in STRATEGIES:
+        raise UserError(f"--strategy {strategy} is none of {', '.join(STRATEGIES)}")
     check_range("--num_nodes", num_nodes, 1, 2**20)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        starter, world, per_node = "torchrun", os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]
+        world, per_node = os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]
     elif "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        starter, world = "srun", os.environ["SLURM_NTASKS"]
+        world = os.environ["SLURM_NTASKS"]
         per_node = os.environ.get("SLURM_NTASKS_PER_NODE", world)
-    else:
-        cores = os.cpu_count() or 1
-        if devices > cores and default_device().type == "cpu":
-            raise UserError(
-                f"--devices {devices}: this CPU has only {cores} cores; pass --devices {cores} or fewer, or start the "
-                f"processes with torchrun --nproc_per_node {devices}"
-            )
-        return
+    else:  # Fabric starts the processes: on a CPU, at most one for each core
+        check_range("--devices", devices, 1, torch.cuda.device_count() or os.cpu_count() or 1)
+        world, per_node = devices * num_nodes, devices
     if (int(per_node), int(world)) != (devices, devices * num_nodes):
         raise UserError(
-            f"{starter} started {per_node} processes on a node and {world} in all; instead of --devices {devices} "
+            f"{per_node} processes were started on a node and {world} in all; instead of --devices {devices} "
             f"--num_nodes {num_nodes} pass --devices {per_node} --num_nodes {int(world) // int(per_node)}"
         )
+    if strategy == "fsdp" and devices * num_nodes < 2:
+        raise UserError("--strategy fsdp shards the base across devices: pass --devices 2 or more, or --strategy auto")
 
 
 def default_device() -> torch.device:
@@ -140,14 +114,11 @@ def base_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """The key of PRECISIONS for a ``--precision``. Prints a note if it is slow on this device."""
+    """The key of PRECISIONS for a ``--precision``."""
     if precision == "auto":
         return "bf16-true" if multiplies_bf16(device) else "32-true"
     if precision not in PRECISIONS:
         raise UserError(f"--precision {precision!r} is none of auto, {', '.join(PRECISIONS)}")
-    slow = precision == "bf16-true" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    if slow:
-        log_rank0("note: this CPU has no bfloat16 instructions; --precision 32-true is many times faster")
     return precision
 
 
@@ -163,15 +134,7 @@ def multiplies_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished its work. A CPU always has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-PARENT = os.getppid()  # rank 0, if Fabric's launcher started this process
+PARENT = os.getppid()  # rank 0, if Fabric started this process
 
 
 def rank() -> int:
@@ -190,18 +153,29 @@ def log_rank0(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def barrier(fabric: Fabric, what: str) -> None:
-    """Wait for all ranks. ``what`` completes the error message "waited for the others to ..."."""
-    try:
-        fabric.barrier()
-    except RuntimeError as error:
-        raise RuntimeError(f"rank {rank()} waited for the others to {what}: {error}") from None
-
-
 def let_rank0_report() -> None:
-    """Let rank 0 report a fault first: other ranks wait ten seconds, and exit if rank 0 has ended."""
-    started_by_rank0 = "TORCHELASTIC_RUN_ID" not in os.environ and "SLURM_PROCID" not in os.environ
+    """Let rank 0 report a fault first: other ranks wait ten seconds, and exit if rank 0, their parent, has ended."""
     for _ in range(10 if rank() > 0 else 0):
         time.sleep(1)
-        if started_by_rank0 and os.getppid() != PARENT:  # rank 0 has ended
+        if os.getppid() != PARENT:
             sys.exit(1)
+
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class Bar(tqdm):
+    """tqdm's bar on rank 0's stderr: a bar on a terminal; elsewhere, as in a log file, a line every 15 seconds."""
+
+    def __init__(self, total: int, name: str, **options) -> None:
+        self.in_lines = not sys.stderr.isatty()
+        wait = SECONDS_BETWEEN_LINES if self.in_lines else 0.1
+        text = "{desc} {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"
+        options |= dict(dynamic_ncols=True, mininterval=wait, delay=wait, disable=rank() > 0)
+        super().__init__(total=total, desc=name, bar_format=text, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if not self.in_lines:
+            super().display(msg, pos)
+        elif msg is None:
+            print(self, file=sys.stderr)

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_llama.checkpoint import save_checkpoint, shard_files, tensor_shapes
+from lit_llama.checkpoint import shard_files, tensor_shapes
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import read_json, read_tensors, whole_folder, write_json
-from lit_llama.common.progress import Bar
 from lit_llama.configs import CONFIGS, LLAMA_31_SCALING
+from lit_llama.devices.launch import Bar
 from lit_llama.formats.layouts import CONFIG_NAMES, layer_names, to_half_split
+from lit_llama.formats.shards import save_checkpoint
 from lit_llama.model import CausalSelfAttention, LLaMAConfig
 from lit_llama.tokenizer import GENERATION_FILE, JSON_FILE, SENTENCEPIECE_FILE, Tokenizer, copy_tokenizer
 

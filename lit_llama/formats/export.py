@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_llama.base import refuse_trained
-from lit_llama.checkpoint import CONFIG_FILE, check_headers, load_config, weight_files, write_shards
+from lit_llama.checkpoint import CONFIG_FILE, check_headers, load_config, weight_files
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import open_tensors, read_json, whole_folder, write_json
 from lit_llama.data.prompts import stop_ids, trained_template, write_chat_template
@@ -18,6 +18,7 @@ from lit_llama.formats.convert import DTYPES
 from lit_llama.formats.gguf_tokenizer import write_tokenizer
 from lit_llama.formats.gguf_vocabulary import sentencepiece_fields
 from lit_llama.formats.layouts import CONFIG_NAMES, layer_names, to_interleaved
+from lit_llama.formats.shards import write_shards
 from lit_llama.model import CausalSelfAttention, LLaMAConfig
 from lit_llama.tokenizer import (
     GENERATION_FILE,

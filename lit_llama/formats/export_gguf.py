@@ -16,8 +16,8 @@ from torch import Tensor
 from lit_llama.checkpoint import tensor_shapes
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import atomic_write, check_new
-from lit_llama.common.progress import Bar
 from lit_llama.data.prompts import BOS_LINE, SPACED_BOS_LINE
+from lit_llama.devices.launch import Bar
 from lit_llama.formats.export import checked_config, exported_template, exported_tensors
 from lit_llama.formats.gguf_vocabulary import vocabulary_fields
 from lit_llama.formats.layouts import CONFIG_NAMES

@@ -11,8 +11,8 @@ import torch
 from lit_llama.checkpoint import MODEL_FILE, load_model
 from lit_llama.common.errors import UserError
 from lit_llama.data.prompts import trained_template
-from lit_llama.devices.blocks import shard
-from lit_llama.devices.launch import base_dtype, default_device, log_rank0
+from lit_llama.devices.blocks import check_fsdp_flags, shard
+from lit_llama.devices.launch import base_dtype, default_device, launch, log_rank0
 from lit_llama.devices.prepack import prepare_for_inference
 from lit_llama.devices.quantize import quantization, quantize_base
 from lit_llama.methods.table import METHODS
@@ -28,7 +28,6 @@ from lit_llama.trained import (
     check_trained,
     load_parameters,
     read_method,
-    tokenizer_dir,
     trainable_parameters,
 )
 
@@ -45,6 +44,20 @@ class LoadedModel:
     tokenizer: Tokenizer
     chat_template: str
     max_seq_length: int | None  # tokens of a training sample, None for a base
+
+
+def tokenizer_dir(trained_dir: Path | str, checkpoint_dir: Path | str | None, method: dict) -> Path:
+    """The folder of the tokenizer: the base, or the trained folder itself if it holds a whole model."""
+    whole = (Path(trained_dir) / MODEL_FILE).exists()
+    return Path(trained_dir if whole else checkpoint_dir or method["base"]["checkpoint_dir"])
+
+
+def launch_sharded(devices: int, num_nodes: int, quantize: str | None, compile: bool) -> Fabric | None:
+    """Fabric for several devices that answer with a sharded base. None for one: importing Fabric takes seconds."""
+    if (devices, num_nodes) == (1, 1):
+        return None
+    check_fsdp_flags("fsdp", compile, quantize)
+    return launch(devices, num_nodes, "fsdp")
 
 
 def load_for_generation(

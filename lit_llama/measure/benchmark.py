@@ -18,10 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_llama.common.errors import UserError
-from lit_llama.common.progress import Bar
 from lit_llama.data.batches import TokenizedSample
-from lit_llama.devices.launch import PRECISIONS, default_device, synchronize
-from lit_llama.measure.cases import BenchmarkCase, serve
+from lit_llama.devices.launch import PRECISIONS, Bar, default_device
+from lit_llama.measure.cases import BenchmarkCase, serve, synchronize
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.train.loss import target_loss, target_vectors

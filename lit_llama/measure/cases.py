@@ -25,7 +25,7 @@ from lit_llama.configs import CONFIGS
 from lit_llama.data.batches import IGNORE, TokenizedSample, micro_batches
 from lit_llama.devices.blocks import wrap_blocks
 from lit_llama.devices.cuda_graphs import NextLogits
-from lit_llama.devices.launch import PRECISIONS, default_device, synchronize
+from lit_llama.devices.launch import PRECISIONS, default_device
 from lit_llama.devices.memory import peak_memory
 from lit_llama.devices.prepack import prepare_for_inference
 from lit_llama.devices.quantize import quantize_base
@@ -105,6 +105,14 @@ def serve(case: BenchmarkCase, kind: str, connection, threads: int) -> None:
         pass
     except Exception as error:
         connection.send(f"{type(error).__name__}: {error}")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its work. A CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 # ---------------------------------------------------------------------------------------------- ours

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_llama.common.errors import UserError
-from lit_llama.common.progress import Bar
+from lit_llama.common.errors import UserError, check_range
 from lit_llama.data.batches import TokenizedSample, micro_batches
 from lit_llama.data.prompts import encode_prompt, stop_ids, user_text
 from lit_llama.data.samples import Sample
 from lit_llama.data.task import Task
 from lit_llama.devices.blocks import keep_in_step
-from lit_llama.devices.launch import print_rank0, rank
+from lit_llama.devices.launch import Bar, print_rank0
 from lit_llama.generate.decode import generate_batch, label_probabilities
 from lit_llama.model import LLaMA
+from lit_llama.settings import MAX_COUNT
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train.loss import LOWER_THE_RATE, split_evenly, target_loss
 
@@ -61,14 +59,12 @@ def answer_samples(
     name: str = "answering",
 ) -> list[str]:
     """The model's greedy answer to each sample's prompt, in order. Prompts of similar length are decoded together."""
-    if not samples:
-        return []
     prompts = [encode_prompt(sample.prompt, template, tokenizer) for sample in samples]
     # A prompt near the context's end gets a shorter answer, in a batch of its own.
     max_new = [max(1, min(max_new_tokens, model.max_text_tokens - len(prompt))) for prompt in prompts]
     order = sorted(range(len(samples)), key=lambda i: (max_new[i], len(prompts[i])))
     answers = [""] * len(samples)
-    with Bar(len(samples), name, disable=rank() > 0) as bar:
+    with Bar(len(samples), name) as bar:
         while order:
             rows = [i for i in order[:batch_size] if max_new[i] == max_new[order[0]]]
             order = order[len(rows) :]
@@ -91,7 +87,7 @@ def validate(fabric: Fabric, model: LLaMA, data: list[TokenizedSample], micro_ba
     model.eval()
     loss = torch.zeros((), device=fabric.device)
     batches = micro_batches(split_evenly(data, fabric.world_size)[fabric.global_rank], micro_batch_tokens)
-    with keep_in_step(fabric, model), Bar(len(batches), "validation", leave=False, disable=rank() > 0) as bar:
+    with keep_in_step(fabric, model), Bar(len(batches), "validation", leave=False) as bar:
         for batch in batches:
             loss += target_loss(model, batch)
             bar.update()
@@ -107,8 +103,7 @@ class BeforeAfter:
     """Answers to held-out samples at several points of a run, and how many are right. Each rank answers its part."""
 
     def __init__(self, fabric: Fabric, task: Task, n_samples: int) -> None:
-        if n_samples < 0:
-            raise UserError(f"--eval_samples {n_samples} must not be negative")
+        check_range("--eval_samples", n_samples, 0, MAX_COUNT)
         self.fabric, self.task, self.samples = fabric, task, task.held_out[:n_samples]
         self.answers: dict[str, list[str]] = {}
 
@@ -134,11 +129,10 @@ class BeforeAfter:
         """Print some samples with their answers, then the exact match at each point."""
         if not self.samples:
             return
-        bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ("", "")
         for i, sample in enumerate(self.samples[:n_examples]):
             print_rank0(f"\nprompt    {user_text(sample.prompt[-1])}\nexpected  {sample.answer}")
             for when, answers in self.answers.items():
-                print_rank0(f"{when:8}  {bold}{answers[i]}{plain}")
+                print_rank0(f"{when:8}  {answers[i]}")
         print_rank0()
         for when, answers in self.answers.items():
             right = sum(is_right(*pair) for pair in zip(answers, self.samples, strict=True))

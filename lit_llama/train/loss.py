@@ -134,26 +134,15 @@ def split_evenly(samples: list[TokenizedSample], world_size: int) -> list[list[T
     return parts
 
 
-BUCKET_PARAMETERS = 2**24  # gradients summed by one all-reduce
-
-
 def sum_gradients(fabric: Fabric, model: LLaMA) -> None:
     """Sum the gradients over all ranks, in place.
 
     DistributedDataParallel would average them, and hang if a rank has no micro-batch.
     """
-    if fabric.world_size == 1:
-        return
-    buckets: list[list[Tensor]] = [[]]
-    for p in trainable_parameters(model).values():
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if buckets[-1] and sum(g.numel() for g in buckets[-1]) + p.numel() > BUCKET_PARAMETERS:
-            buckets.append([])
-        buckets[-1].append(p.grad)
-    for gradients in buckets:
-        flat: Any = fabric.all_reduce(torch.cat([g.flatten() for g in gradients]), reduce_op="sum")
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+    if fabric.world_size > 1:
+        for p in trainable_parameters(model).values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.distributed.all_reduce(p.grad)
 
 
 @torch.no_grad()

@@ -37,17 +37,16 @@ from lit_llama.cli import CONFIG_FILE, save_settings
 from lit_llama.common.errors import Interrupted, UserError
 from lit_llama.common.files import (
     atomic_write,
+    check_writable,
     read_json,
     read_tensors,
     remove_unfinished,
     save_tensors,
-    write_error,
     write_json,
 )
-from lit_llama.common.progress import Bar
 from lit_llama.data.prompts import describe_template, write_chat_template
 from lit_llama.data.task import Task
-from lit_llama.devices.launch import barrier, log_rank0, print_rank0
+from lit_llama.devices.launch import Bar, log_rank0, print_rank0
 from lit_llama.devices.memory import peak_memory
 from lit_llama.model import LLaMA
 from lit_llama.settings import TrainArgs
@@ -112,12 +111,11 @@ class Run:
             raise UserError("--allow_changes is for --resume: give both or neither")
         self.check_folder(overwrite)
         self.writes_settings = not resume or self.check_settings(allow_changes)
-        barrier(fabric, f"check {out_dir}")  # no rank writes before all have looked
+        fabric.barrier()  # no rank writes before all have looked
 
     def check_folder(self, overwrite: bool) -> None:
         """Raises UserError if ``out_dir`` holds something that this run must not change."""
-        if self.out_dir.exists() and not self.out_dir.is_dir():
-            raise UserError(f"--out_dir {self.out_dir} is a file")
+        check_writable(self.out_dir / METHOD_FILE)
         if os.path.realpath(self.out_dir) == os.path.realpath(self.settings["base"]["checkpoint_dir"]):
             raise UserError(f"--out_dir {self.out_dir} is the base itself; choose another --out_dir")
         holds_model = (self.out_dir / MODEL_FILE).exists() or (self.out_dir / INDEX_FILE).exists()
@@ -161,9 +159,9 @@ class Run:
         self.step = self.load_state(model, optimizer) if self.resume else 0
         if self.step == 0:  # a run stopped before its first regular save can be resumed
             self.save_state(model, optimizer)
-        bar = Bar(total_steps, "step", initial=self.step, disable=not self.fabric.is_global_zero)
+        bar = Bar(total_steps, "step", initial=self.step)
         try:
-            with catch_interrupt() as interrupt, bar:
+            with catch_interrupt(self.fabric) as interrupted, bar:
                 while self.step < total_steps:
                     self.row, self.step_began = {}, time.perf_counter()
                     try:
@@ -171,7 +169,7 @@ class Run:
                     finally:  # also when the script breaks out of the loop
                         self.step += 1
                         self.write_row(bar)
-                    stopping = interrupt.seen(self.fabric)
+                    stopping = interrupted()
                     if self.step % save_every == 0 or self.step == total_steps or stopping:
                         self.save_state(model, optimizer)
                     if stopping:
@@ -199,7 +197,7 @@ class Run:
 
     def load_best(self, model: LLaMA) -> None:
         """Load the best validated step into ``model``."""
-        barrier(self.fabric, "finish the last step")
+        self.fabric.barrier()
         if model.reparametrization is not None:
             model.reparametrization.flatten(model)
         load_parameters(model, self.out_dir / self.trained_file)
@@ -209,6 +207,9 @@ class Run:
     def start(self, trained_parameters: int) -> None:
         """Lock the folder, remove an earlier run unless it is resumed, and write what describes this one."""
         self.lock()
+        if self.fabric.is_global_zero:
+            remove_unfinished(self.out_dir)
+            remove_unfinished(self.out_dir / "state")
         if self.fabric.is_global_zero and self.writes_settings:
             if not self.resume:
                 self.remove()
@@ -225,15 +226,11 @@ class Run:
         """Lock the folder while this object lives. Raises UserError on every rank if another process holds the lock."""
         taken = False
         if self.fabric.is_global_zero:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
             try:
-                self.out_dir.mkdir(parents=True, exist_ok=True)
                 self.folder_lock.acquire(blocking=False)
-                for folder in (self.out_dir, self.out_dir / "state"):
-                    remove_unfinished(folder)
             except Timeout:
                 taken = True
-            except OSError as error:
-                raise write_error(self.out_dir, error) from None
         if self.fabric.broadcast(taken):
             raise UserError(
                 f"another process writes to {self.out_dir}; wait until it ends, stop it, or choose another --out_dir"
@@ -269,7 +266,7 @@ class Run:
             about = {"step": self.step, "best_loss": self.best_loss, "best_step": self.best_step, "goal": self.loss_key}
             save_tensors(self.out_dir / STATE_FILE, tensors, about)
             self.save_costs(self.seconds)
-        barrier(self.fabric, "save the state")  # no rank may end the job before the file is complete
+        self.fabric.barrier()  # no rank may end the job before the file is complete
 
     def save_costs(self, seconds: float) -> None:
         """Write the seconds of training, and the peak memory of rank 0 in bytes."""
@@ -295,41 +292,28 @@ class Run:
         return about["step"]
 
 
-class Interrupt:
-    """Whether Ctrl-C, SIGTERM or SIGHUP arrived."""
-
-    def __init__(self) -> None:
-        self.came = False
-
-    def __call__(self, signum: int, frame: object) -> None:
-        if self.came and signum == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C stops at once
-        self.came = True
-        try:
-            log_rank0("\nstopping; press Ctrl-C again to stop at once")
-        except OSError:  # the terminal has closed: a failing print must not prevent the save
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-
-    def seen(self, fabric: Fabric) -> bool:
-        """Whether any rank was interrupted; the same answer on every rank, so that all stop together."""
-        if fabric.world_size == 1:
-            return self.came
-        return bool(fabric.all_reduce(torch.tensor(float(self.came), device=fabric.device), reduce_op="sum"))
-
-
 @contextmanager
-def catch_interrupt() -> Iterator[Interrupt]:
-    """Record Ctrl-C, SIGTERM and SIGHUP, so that a loop can check for them between steps."""
-    interrupt = Interrupt()
-    if threading.current_thread() is not threading.main_thread():  # handlers can only be set in the main thread
-        yield interrupt
-        return
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-        numbers.append(signal.SIGHUP)
-    handlers = {number: signal.signal(number, interrupt) for number in numbers}
+def catch_interrupt(fabric: Fabric) -> Iterator[Callable[[], bool]]:
+    """Record Ctrl-C and SIGTERM. Yields a function: whether any rank was interrupted, so that all stop together."""
+    came = False
+
+    def handle(signum: int, frame: object) -> None:
+        nonlocal came
+        if came and signum == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C stops at once
+        came = True
+        log_rank0("\nstopping; press Ctrl-C again to stop at once")
+
+    def interrupted() -> bool:
+        if fabric.world_size == 1:
+            return came
+        return bool(fabric.all_reduce(torch.tensor(float(came), device=fabric.device), reduce_op="sum"))
+
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only there handlers can be set
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+    handlers = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield interrupt
+        yield interrupted
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -386,11 +370,8 @@ def append_row(path: Path, row: dict) -> None:
     if set(row) - set(columns):
         write_rows(path, [*read_metrics(path.parent), row])
         return
-    try:
-        with open(path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, columns, lineterminator="\n").writerow(row)
-    except OSError as error:
-        raise write_error(path, error) from None
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        csv.DictWriter(file, columns, lineterminator="\n").writerow(row)
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
