@@ -14,8 +14,6 @@ from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import read_json
 from lit_llama.devices.blocks import shard
-from lit_llama.methods.lora import add_lora
-from lit_llama.trained import load_parameters, read_method
 
 pytestmark = pytest.mark.processes
 WORKER = ROOT / "tests" / "ranks_worker.py"
@@ -66,6 +64,8 @@ def test_a_step_has_one_loss_and_gradient(places, method, devices, strategy, pre
 @every_case
 def test_a_run_in_float64_ends_in_the_same_place(places, method, devices, strategy):
     one, several = work(places) / method, work(places, devices, strategy) / method
+    names = [sorted(str(path.relative_to(folder)) for path in (folder / "run").rglob("*")) for folder in (one, several)]
+    assert names[0] == names[1] and len(names[0]) > 5
     states = [load_file(folder / "run" / "state" / "state.safetensors") for folder in (one, several)]
     assert all(tensor.dtype == torch.float64 for name, tensor in states[0].items() if name.startswith("trained."))
     torch.testing.assert_close(states[1], states[0], rtol=1e-6, atol=1e-6)
@@ -78,26 +78,11 @@ def test_a_run_in_float64_ends_in_the_same_place(places, method, devices, strate
     assert read_json(several / "answers-1.json") == read_json(one / "answers-0.json")
 
 
-def test_what_a_sharded_run_writes_is_one_file_like_any_other(places):
-    one, sharded = (work(places, *case) / "lora" / "run" for case in ((1, "auto"), (2, "fsdp")))
-    names = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (one, sharded)]
-    assert names[0] == names[1] and "trained.safetensors" in names[0]
-    ids = torch.arange(20)[None]
-    logits = []
-    for folder in (one, sharded):  # float64, as it was trained
-        model = load_model(places / "base").requires_grad_(False)
-        add_lora(model, **read_method(folder)["arguments"])
-        load_parameters(model.double(), folder / "trained.safetensors")
-        logits.append(model(ids))
-    torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("devices, strategy", [pytest.param(3, "ddp", marks=pytest.mark.slow), (2, "fsdp")])
-def test_an_evaluation_counts_each_sample_once(places, tmp_path, devices, strategy):
+def test_an_evaluation_counts_each_sample_once(places, tmp_path):
     trained, found, base = tmp_path / "lora", [], ["--checkpoint_dir", places / "base", "--data", places / "data"]
     flags = [*base, "--train.max_steps", 3, "--eval_samples", 0, "--precision", "32-true"]
     succeed("finetune/lora.py", *flags, "--out_dir", trained)
-    for name, n, several in (("one", 1, []), ("several", devices, ["--devices", devices, "--strategy", strategy])):
+    for name, n, several in (("one", 1, []), ("two", 2, ["--devices", 2, "--strategy", "fsdp"])):
         flags = [*base, "--trained_dir", trained, "--precision", "32-true", "--results", tmp_path / name]
         result = run_on(n, "scripts/evaluate.py", *flags, *several)
         assert result.returncode == 0, result.stderr

@@ -1,6 +1,5 @@
 """The loop of a finetune script: what a step means, the schedule, the metrics, stopping and resuming."""
 
-import csv
 import importlib
 import math
 import os
@@ -25,8 +24,9 @@ from lit_llama.generate.load import load_trained_folder
 from lit_llama.methods.adapter import add_adapter
 from lit_llama.settings import TrainArgs
 from lit_llama.train.evaluate import validate
-from lit_llama.train.loss import FrozenHeadLoss, head_loss, is_frozen_linear, split_by_tokens, split_evenly, target_loss
+from lit_llama.train.loss import FrozenHeadLoss, head_loss, split_by_tokens, split_evenly, target_loss
 from lit_llama.train.run import STATE_FILE, Run, read_metrics
+from lit_llama.train.run import write_rows as write_metrics
 from lit_llama.trained import trainable_parameters
 
 LOOPS = [path for path in SCRIPTS if path.parent.name == "finetune" and path.stem != "features"]
@@ -110,15 +110,6 @@ def test_the_gradient_of_a_frozen_head_is_autograds(dtype, chunk_size):
         torch.testing.assert_close(ours, expected, **({"rtol": 0.02, "atol": 5e-3} if dtype == torch.bfloat16 else {}))
 
 
-def test_only_a_frozen_head_without_hooks_skips_autograd(model):
-    assert is_frozen_linear(model.lm_head)
-    handle = model.lm_head.register_forward_hook(lambda *_: None)
-    assert not is_frozen_linear(model.lm_head)
-    handle.remove()
-    model.lm_head.weight.requires_grad_(True)
-    assert not is_frozen_linear(model.lm_head)
-
-
 def test_the_gradient_of_a_step_does_not_depend_on_micro_batch_tokens(fabric, model, task):
     samples, found = task.train[:7], []
     model.double()
@@ -167,8 +158,6 @@ def test_the_learning_rate_rises_in_a_line_and_falls_as_a_cosine_to_zero():
 def test_the_number_of_steps():
     assert TrainArgs(epochs=3, batch_size=5).total_steps(23) == 14
     assert TrainArgs(max_steps=7).total_steps(23) == 7
-    with pytest.raises(UserError, match="warmup_steps 6 must be less than the 6 steps"):
-        TrainArgs(**{**ARGS, "warmup_steps": 6}).total_steps(23)
 
 
 @pytest.mark.parametrize("clip", [1e-6, 0.0])
@@ -382,9 +371,7 @@ def test_a_folder_of_an_earlier_version_resumes(folder, tmp_path, hook):
         del method[later]
     write_json(tmp_path / "parts" / "method.json", method)
     rows = [{k: v for k, v in row.items() if k != "grad_norm"} for row in metrics(tmp_path / "parts")]
-    with open(tmp_path / "parts" / "metrics.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader(), writer.writerows(rows)
+    write_metrics(tmp_path / "parts" / "metrics.csv", rows)
     finetune(folder, tmp_path / "parts", resume=True)
     assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")
     assert [bool(row["grad_norm"]) for row in metrics(tmp_path / "parts")].count(False) == len(rows)
