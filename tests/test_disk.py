@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock, Timeout
-from helpers import ROOT, bytes_of, finetune, make_base, refuse, script_parser
+from helpers import bytes_of, finetune, make_base, refuse
 
 from finetune import adapter
 from lit_llama.common.errors import UserError
@@ -72,17 +72,10 @@ def plot(path: Path) -> None:
     plot_runs(path, {"run": [row]})
 
 
-def bookings(path: Path) -> None:
-    script_parser(ROOT / "data/make_bookings.py")  # imports it
-    sys.modules["script_data_make_bookings"].save_rows(path, [{"text": "x" * 10_000}])
-
-
 @pytest.mark.parametrize(
     ("name", "write"),
     [
         ("a.png", plot),
-        ("a.svg", plot),
-        ("a.json", bookings),
         ("new.gguf", lambda path: export_gguf(path.parent / "base", path)),
         ("new", lambda path: export_hf(path.parent / "base", path)),
     ],

@@ -8,19 +8,11 @@ the KV cache, and buffers for a token and its position. Batches of answers do no
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from lit_llama.devices.blocks import is_sharded
 from lit_llama.model import LLaMA
-
-
-@cache
-def recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream per device; PyTorch's own belongs to the device of the first recording."""
-    return torch.cuda.Stream(device)
 
 
 class NextLogits:
@@ -47,7 +39,7 @@ class NextLogits:
             self.idx, self.input_pos = idx.clone(), input_pos.clone()
             self.tables = self.model._rope  # keep them alive if the model makes longer ones
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=recording_stream(self.device)):  # records, computes nothing
+            with torch.cuda.graph(self.graph):  # records, computes nothing
                 self.logits = self.compute(self.idx, self.input_pos)
         self.idx.copy_(idx)
         self.input_pos.copy_(input_pos)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lit_llama.common.errors import UserError, check_range
-from lit_llama.data.batches import TokenizedSample, micro_batches
+from lit_llama.data.batches import TokenizedSample
 from lit_llama.data.prompts import encode_prompt, stop_ids, user_text
 from lit_llama.data.samples import Sample
 from lit_llama.data.task import Task
@@ -20,7 +20,7 @@ from lit_llama.generate.decode import generate_batch, label_probabilities
 from lit_llama.model import LLaMA
 from lit_llama.settings import MAX_COUNT
 from lit_llama.tokenizer import Tokenizer
-from lit_llama.train.loss import LOWER_THE_RATE, split_evenly, target_loss
+from lit_llama.train.loss import LOWER_THE_RATE, split_by_tokens, target_loss
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -86,8 +86,8 @@ def validate(fabric: Fabric, model: LLaMA, data: list[TokenizedSample], micro_ba
     training = model.training
     model.eval()
     loss = torch.zeros((), device=fabric.device)
-    batches = micro_batches(split_evenly(data, fabric.world_size)[fabric.global_rank], micro_batch_tokens)
-    with keep_in_step(fabric, model), Bar(len(batches), "validation", leave=False) as bar:
+    batches = split_by_tokens(data, micro_batch_tokens, fabric, model)
+    with Bar(len(batches), "validation", leave=False) as bar:
         for batch in batches:
             loss += target_loss(model, batch)
             bar.update()

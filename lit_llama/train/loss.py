@@ -111,7 +111,7 @@ def is_frozen_linear(lm_head: torch.nn.Module) -> bool:
 def split_by_tokens(
     samples: list[TokenizedSample], micro_batch_tokens: int, fabric: Fabric, model: LLaMA
 ) -> list[list[TokenizedSample]]:
-    """This rank's micro-batches of a step: its part of the samples, in batches of at most ``micro_batch_tokens``.
+    """This rank's micro-batches: its part of the samples, in batches of at most ``micro_batch_tokens``.
 
     All ranks must run a sharded model equally often, so a rank with fewer micro-batches gets more, without targets.
     """

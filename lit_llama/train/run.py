@@ -210,15 +210,19 @@ class Run:
         if self.fabric.is_global_zero:
             remove_unfinished(self.out_dir)
             remove_unfinished(self.out_dir / "state")
-        if self.fabric.is_global_zero and self.writes_settings:
-            if not self.resume:
-                self.remove()
-            write_json(self.out_dir / METHOD_FILE, {**self.settings, "trained_parameters": trained_parameters})
-            if self.whole_model_of:
-                write_json(self.out_dir / MODEL_CONFIG_FILE, read_json(Path(self.whole_model_of) / MODEL_CONFIG_FILE))
-                copy_tokenizer(Path(self.whole_model_of), self.out_dir)
+            if not self.resume:  # remove what a run writes, and nothing else
+                for name in (METHOD_FILE, TRAINED_FILE, MODEL_FILE, METRICS_FILE, CONFIG_FILE, COSTS_FILE):
+                    (self.out_dir / name).unlink(missing_ok=True)
+                for name in ("state", "tensorboard"):
+                    shutil.rmtree(self.out_dir / name, ignore_errors=True)
+            if self.writes_settings:
+                write_json(self.out_dir / METHOD_FILE, {**self.settings, "trained_parameters": trained_parameters})
+                save_settings(self.out_dir)
+            if self.writes_settings and self.whole_model_of:
+                base = Path(self.whole_model_of)
+                write_json(self.out_dir / MODEL_CONFIG_FILE, read_json(base / MODEL_CONFIG_FILE))
+                copy_tokenizer(base, self.out_dir)
                 write_chat_template(self.out_dir, self.settings["chat_template"])
-            save_settings(self.out_dir)
         for logger in self.fabric.loggers:
             logger.log_hyperparams(flatten_settings(self.settings))
 
@@ -235,13 +239,6 @@ class Run:
             raise UserError(
                 f"another process writes to {self.out_dir}; wait until it ends, stop it, or choose another --out_dir"
             )
-
-    def remove(self) -> None:
-        """Delete the files that a run writes, and nothing else in the folder."""
-        for name in (METHOD_FILE, TRAINED_FILE, MODEL_FILE, METRICS_FILE, CONFIG_FILE, COSTS_FILE):
-            (self.out_dir / name).unlink(missing_ok=True)
-        for name in ("state", "tensorboard"):
-            shutil.rmtree(self.out_dir / name, ignore_errors=True)
 
     def write_row(self, bar: Bar) -> None:
         """Write the step's metrics to metrics.csv, the loggers and the bar."""
