@@ -1,6 +1,5 @@
 """Checkpoint folders and trained folders: whole or absent, strict, and only ever with their own base."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 from lit_llama import trained
 from lit_llama.checkpoint import fingerprint, load_config, load_model, tensor_shapes, weight_files
 from lit_llama.common.errors import UserError
-from lit_llama.common.files import atomic_write, save_tensors, whole_folder
+from lit_llama.common.files import atomic_write, read_json, save_tensors, whole_folder, write_json
 from lit_llama.formats.shards import save_checkpoint
 from lit_llama.generate.load import load_trained_folder
 
@@ -20,10 +19,6 @@ from lit_llama.generate.load import load_trained_folder
 @pytest.fixture
 def base(tmp_path):
     return make_base(tmp_path / "base")
-
-
-def edit_json(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 # files
@@ -85,12 +80,6 @@ def test_weights_stay_memory_mapped_where_the_dtype_is_the_stored_one(base):
     assert not mapped() and half.transformer.wte.weight.dtype == torch.bfloat16
 
 
-def change_tensors(path, change):
-    tensors = load_file(path)
-    change(tensors)
-    save_tensors(path, tensors)
-
-
 def test_a_checkpoint_that_lacks_a_tensor_is_not_written_silently(tmp_path):
     config = load_config(make_base(tmp_path / "base"))
     with pytest.raises(UserError, match="is missing"):
@@ -115,21 +104,23 @@ def test_the_base_may_move_but_not_change(base, tmp_path):
 
 def test_fingerprint_tells_a_single_tensor_apart(base):
     before = fingerprint(base)
-    change_tensors(base / "model.safetensors", lambda t: t["transformer.h.1.rms_2.weight"].mul_(1.01))
+    tensors = load_file(base / "model.safetensors")
+    tensors["transformer.h.1.rms_2.weight"] *= 1.01
+    save_tensors(base / "model.safetensors", tensors)
     assert fingerprint(base) != before
 
 
 def test_a_base_written_before_biases_is_still_the_same_base(base, tmp_path):
     make_trained(tmp_path / "out", base)
-    config = json.loads((base / "config.json").read_text())
+    config = read_json(base / "config.json")
     assert config.pop("bias") is False
-    (base / "config.json").write_text(json.dumps(config))
+    write_json(base / "config.json", config)
     load_trained_folder(tmp_path / "out")
 
 
 def test_a_base_in_another_format_is_refused(base, tmp_path):
     (tmp_path / "llama.gguf").write_bytes(b"GGUF")
-    edit_json(base / "config.json", architectures=["LlamaForCausalLM"])
+    write_json(base / "config.json", read_json(base / "config.json") | {"architectures": ["LlamaForCausalLM"]})
     convert = "it first: python scripts/convert.py --source .* --out_dir checkpoints"
     message = f"llama.gguf is a GGUF file; convert {convert}/llama$"
     refuse("finetune/lora.py", "--checkpoint_dir", tmp_path / "llama.gguf", message=message)
@@ -143,7 +134,7 @@ def test_a_relative_base_is_found_from_any_folder(base, tmp_path, monkeypatch):
     """A trained folder names a base inside the clone by its path from there."""
     monkeypatch.setattr(trained, "ROOT", tmp_path)
     make_trained(tmp_path / "out", base)
-    assert json.loads((tmp_path / "out/method.json").read_text())["base"]["checkpoint_dir"] == "base"
+    assert read_json(tmp_path / "out/method.json")["base"]["checkpoint_dir"] == "base"
     (tmp_path / "elsewhere").mkdir()
     for folder in (tmp_path, tmp_path / "elsewhere"):
         monkeypatch.chdir(folder)

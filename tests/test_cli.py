@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, SCRIPTS, run_process, script_parser, succeed
+from helpers import ROOT, SCRIPTS, run_process, script_parser
 
 from lit_llama import cli
 from lit_llama.cli import bare_switches, parse, parser_of
@@ -110,13 +110,6 @@ def test_a_configuration_is_read_and_flags_win(config):
 )
 def test_mistakes_in_a_configuration_are_named(config, content, message):
     assert message in mistake("--config", config(content))
-
-
-def test_print_config_can_be_read_again(config):
-    parser = script_parser(ROOT / "finetune/lora.py")
-    file = config(succeed("finetune/lora.py", "--r", "3", "--print_config"))
-    found = parse(parser, ["--config", file])
-    assert {**vars(found), "config": None} == {**vars(parse(parser, ["--r", "3"])), "config": None}
 
 
 def test_a_value_that_begins_with_a_dash():
