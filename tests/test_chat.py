@@ -125,26 +125,20 @@ def test_load_swaps_the_method_and_leaves_the_base_alone(chat, trained_dirs):
     assert chat.model is chat.base
 
 
-def test_load_starts_a_new_conversation_unless_asked_to_keep_it(chat, trained_dirs):
+def test_load_starts_a_new_conversation_unless_asked_to_keep_it(chat, trained_dirs, tmp_path):
     say(chat, "a")
     assert "a new conversation" not in chat.command(f"/load --keep {trained_dirs['adapter']}")
     assert len(chat.turns) == 2
     say(chat, "b")
     assert len(chat.turns) == 4
     assert chat.command("/load --keep") == "tiny alone"
-    with pytest.raises(UserError):
-        chat.command("/load nothing")
+    other = save_trained(make_base(tmp_path / "other", seed=2), tmp_path / "trained", "lora")
+    for folder, message in ((tmp_path, "no finetune script wrote"), (other, "was trained on tiny")):
+        with pytest.raises(UserError, match=message):
+            chat.command(f"/load {folder}")
     assert len(chat.turns) == 4 and chat.model is chat.base
     assert chat.command(f"/load {trained_dirs['lora']}").endswith(" ms; a new conversation begins")
     assert chat.turns == []
-
-
-def test_load_refuses_what_does_not_fit(chat, tmp_path, trained_dirs):
-    with pytest.raises(UserError, match="no finetune script wrote"):
-        chat.load(str(tmp_path))
-    chat.checkpoint_dir = make_base(tmp_path / "other", seed=2)
-    with pytest.raises(UserError, match="was trained on tiny"):
-        chat.load(str(trained_dirs["lora"]))
 
 
 @pytest.fixture

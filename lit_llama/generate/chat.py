@@ -179,20 +179,15 @@ def same_weights(base: LLaMA) -> LLaMA:
     return model
 
 
-def edit_lines() -> None:
-    """Let ``input`` edit a line, recall earlier ones, and take several pasted lines as one."""
-    with suppress(ImportError):  # on Windows, whose terminal edits and recalls
-        import readline
-
-        readline.parse_and_bind("set enable-bracketed-paste on")
-
-
 def converse(chat: Chat) -> None:
     """Read lines and print answers until /quit or the end of input. Ctrl-C stops an answer or clears a line."""
     on_terminal = sys.stdin.isatty()
     if on_terminal:
         print(f"{chat.base.config.name}; /help for help")
-        edit_lines()
+        with suppress(ImportError):  # on Windows, whose terminal edits and recalls
+            import readline  # it lets ``input`` edit and recall lines, and take several pasted ones as one
+
+            readline.parse_and_bind("set enable-bracketed-paste on")
     while True:
         try:
             line = input("> " if on_terminal else "").strip()
