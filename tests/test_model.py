@@ -89,6 +89,22 @@ def test_rope_angles_are_float32_in_a_bfloat16_model():
     torch.testing.assert_close(sin, angles.sin().bfloat16())
 
 
+def test_rope_tables_made_while_generating_serve_training():
+    model = tiny_model()
+    with torch.inference_mode():
+        model(torch.zeros(1, 8, dtype=torch.long))
+    model(torch.zeros(1, 8, dtype=torch.long)).sum().backward()
+    assert model.transformer.h[0].attn.c_attn.weight.grad.abs().sum() > 0
+
+
+def test_padding_is_finite_in_bfloat16():
+    """On a CPU its softmax over nothing would be NaN, and no real token could ignore it."""
+    model = tiny_model().bfloat16()
+    model.set_kv_cache(2, 16)
+    logits = model(torch.ones(2, 9, dtype=torch.long), torch.arange(9), pad=torch.tensor([4, 0]))
+    assert logits.isfinite().all()
+
+
 def test_norm_statistics_are_float32():
     norm = RMSNorm(512, 1e-6)
     x = (torch.randn(4, 512) * 300).bfloat16()
