@@ -50,7 +50,7 @@ def main(
         if len(bases) > 1:
             raise UserError(f"{requests} names folders over several bases, {sorted(bases)}: one batch has one base")
         (checkpoint_dir,) = bases
-    ensure_base(checkpoint_dir, yes=False)
+    ensure_base(checkpoint_dir)
 
     # Model: the base, and the additions of every folder
     device = default_device()

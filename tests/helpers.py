@@ -32,6 +32,9 @@ from lit_llama.common.errors import UserError
 from lit_llama.common.files import save_tensors, write_json
 from lit_llama.data.batches import TokenizedSample
 from lit_llama.data.prompts import CHATML
+from lit_llama.devices.quantize import quantize_base
+from lit_llama.formats.export import llama_config
+from lit_llama.formats.layouts import layer_names
 from lit_llama.formats.shards import save_checkpoint
 from lit_llama.methods.lora import TARGETS
 from lit_llama.methods.table import METHODS
@@ -73,28 +76,20 @@ def make_base(folder: Path, seed: int = 1, **changes) -> Path:
     return folder
 
 
-def trained_model(base: Path, method: str, **arguments) -> LLaMA:
-    """The base with the method, and random values in all that trains."""
+def save_trained(base: Path, folder: Path, method: str, **arguments) -> Path:
+    """A trained folder over the base, with random values in all that trains."""
     model = load_model(base).requires_grad_(False)
     torch.manual_seed(1)
     METHODS[method](model, **arguments)
     shake(model)
-    return model
-
-
-def save_trained(base: Path, folder: Path, method: str, **arguments) -> Path:
-    """The folder of a trained_model."""
-    save_tensors(folder / "trained.safetensors", kept_tensors(trained_model(base, method, **arguments)))
+    save_tensors(folder / "trained.safetensors", kept_tensors(model))
     about = {"base": describe_base(base), "prompt_style": "template", "train": {"max_seq_length": 64}}
     write_json(folder / "method.json", {"method": method, "arguments": arguments, **about})
     return folder
 
 
-def make_trained(folder: Path, base: Path) -> LLaMA:
-    """Save an adapter over the base, and give the model."""
-    arguments = dict(prompt_length=3, start_layer=1)
-    save_trained(base, folder, "adapter", **arguments)
-    return trained_model(base, "adapter", **arguments)
+def make_trained(folder: Path, base: Path) -> None:
+    save_trained(base, folder, "adapter", prompt_length=3, start_layer=1)
 
 
 def write_rows(path: Path, rows: list) -> Path:
@@ -133,33 +128,16 @@ def tiny_model(**changes) -> LLaMA:
 
 def transformers_model(model: LLaMA) -> LlamaForCausalLM:
     """The same model in transformers, its weights under Hugging Face's names."""
-    c, ours = model.config, model.state_dict()
-    rope = {"rope_type": "llama3" if c.rope_scaling else "default", "rope_theta": c.rope_base, **(c.rope_scaling or {})}
-    config = LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.intermediate_size, head_dim=c.head_size,
-        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
-        max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tie_embeddings,
-        rope_parameters=rope, rope_theta=c.rope_base, rope_scaling=rope if c.rope_scaling else None,  # the last two: v4
-    )  # fmt: skip
-    names = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm", "lm_head": "lm_head"}
-    state = {f"{theirs}.weight": ours[f"{name}.weight"] for name, theirs in names.items()}
-    in_block = {
-        "attn.c_proj": "self_attn.o_proj",
-        "mlp.c_fc1": "mlp.gate_proj",
-        "mlp.c_fc2": "mlp.up_proj",
-        "mlp.c_proj": "mlp.down_proj",
-        "rms_1": "input_layernorm",
-        "rms_2": "post_attention_layernorm",
-    }
-    for i in range(c.n_layer):
-        block, layer = f"transformer.h.{i}", f"model.layers.{i}"
-        parts = ours[f"{block}.attn.c_attn.weight"].split(
-            [n * c.head_size for n in (c.n_head, c.n_kv_head, c.n_kv_head)]
-        )
-        state |= {f"{layer}.self_attn.{n}_proj.weight": part for n, part in zip("qkv", parts, strict=True)}
-        state |= {f"{layer}.{theirs}.weight": ours[f"{block}.{name}.weight"] for name, theirs in in_block.items()}
-    theirs = LlamaForCausalLM(config)
-    theirs.load_state_dict(state)
+    theirs = LlamaForCausalLM(LlamaConfig.from_dict(llama_config(model.config)))
+    names, slices = layer_names("ours", "hf", model.config.n_layer), model.transformer.h[0].attn.qkv_slices
+    state = {}
+    for name, tensor in model.state_dict().items():
+        layer = name.removesuffix(".weight")
+        if layer.endswith("c_attn"):
+            state |= {names[layer.replace("c_attn", part)]: tensor[rows] for part, rows in slices.items()}
+        else:
+            state[names[layer]] = tensor
+    theirs.load_state_dict({f"{name}.weight": tensor for name, tensor in state.items()})
     return theirs.eval()
 
 
@@ -181,10 +159,11 @@ CASES = {
 every_case = pytest.mark.parametrize("case", CASES)
 
 
-def tuned(case: str, on: bool = True, **changes) -> LLaMA:
+def tuned(case: str, on: bool = True, dtype=torch.float32, quantize: str = "none", **changes) -> LLaMA:
     """A tiny frozen model with the method; with ``on`` all that trains is away from where it starts."""
     method, arguments = CASES[case]
-    model = tiny_model(**changes)
+    model = tiny_model(**changes).to(dtype)
+    quantize_base(model, quantize)
     model.requires_grad_(False)
     METHODS[method](model, **arguments)
     if on:
@@ -215,6 +194,15 @@ def logits_of(model: LLaMA, ids: torch.Tensor) -> torch.Tensor:
     return model(torch.cat((virtual, ids), 1))[:, virtual.size(1) :]
 
 
+@torch.no_grad()
+def greedy(model: LLaMA, prompt: list[int], n: int) -> list[int]:
+    """An answer of ``n`` tokens, each the argmax of a forward pass over all before it."""
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(int(logits_of(model, torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
 def train_steps(model: LLaMA, steps: int) -> list[float]:
     optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=0.01)
     losses = []
@@ -238,12 +226,12 @@ def check_cached_decoding(model: LLaMA) -> None:
             torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-9, rtol=1e-9)
 
 
-def equal_to(theirs, model: LLaMA, drop: int = 0) -> None:
-    """The same logits as ``theirs`` after its first ``drop`` positions, and others than the base's."""
+def equal_to(theirs, model: LLaMA) -> None:
+    """The same logits as ``theirs``, and others than the base's."""
     idx = torch.randint(0, TINY["vocab_size"], (2, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ours = logits_of(model.eval(), idx)
-        torch.testing.assert_close(ours, theirs.eval()(idx).logits[:, drop:], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours, theirs.eval()(idx).logits, atol=1e-4, rtol=1e-4)
         assert (ours - tiny_model()(idx)).abs().max() > 0.01
 
 
@@ -389,8 +377,8 @@ def command(script: str, *flags: object) -> list[str]:
     return [sys.executable, str(ROOT / script), *map(str, flags)]
 
 
-def run_process(script: str, *flags: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(command(script, *flags), cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+def run_process(script: str, *flags: object) -> subprocess.CompletedProcess:
+    return subprocess.run(command(script, *flags), cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
 def run(script: str, *flags: object, cwd: Path = ROOT, stdin: str = "") -> subprocess.CompletedProcess:

@@ -1,30 +1,20 @@
 """The chat without a terminal: what is fed to the model, what is answered, and what the commands do."""
 
 import copy
-import os
-import signal
-import sys
+import io
 
 import pytest
-from helpers import make_base, save_trained
+from helpers import CASES, make_base, save_trained
 
 from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError
 from lit_llama.data.prompts import choose_template, encode_prompt, stop_ids
-from lit_llama.generate.chat import MIN_CACHE_SIZE, Chat, converse, edit_lines
+from lit_llama.generate.chat import MIN_CACHE_SIZE, Chat, converse
 from lit_llama.generate.decode import generate
 from lit_llama.settings import Sampling
 from lit_llama.tokenizer import Tokenizer
 
-METHODS_OVER_A_BASE = {
-    "adapter": dict(prompt_length=3, start_layer=1),
-    "prefix": dict(prompt_length=4),
-    "soft_prompt": dict(prompt_length=5),
-    "lora": dict(r=2),
-    "houlsby": dict(bottleneck_size=3),
-    "adapter_v2": dict(prompt_length=3, start_layer=1),
-    "output_layers": dict(n_blocks=1),
-}
+OVER_A_BASE = {case: CASES[case] for case in CASES if case != "full"}
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +24,13 @@ def base_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained_dirs(base_dir):
-    """A folder of each method with random values."""
-    methods = METHODS_OVER_A_BASE.items()
-    return {method: save_trained(base_dir, base_dir.parent / method, method, **flags) for method, flags in methods}
+    cases = OVER_A_BASE.items()
+    return {case: save_trained(base_dir, base_dir.parent / case, method, **flags) for case, (method, flags) in cases}
 
 
-def make_chat(folder, style=None, max_new_tokens=8, sampling=None) -> Chat:
+def make_chat(folder, style=None, max_new_tokens=8, **options) -> Chat:
     tokenizer = Tokenizer(folder)
-    return Chat(folder, load_model(folder), tokenizer, choose_template(style, tokenizer), max_new_tokens, sampling)
+    return Chat(folder, load_model(folder), tokenizer, choose_template(style, tokenizer), max_new_tokens, **options)
 
 
 @pytest.fixture
@@ -62,12 +51,12 @@ def fresh_ids(chat: Chat, text: str) -> list[int]:
     return list(generate(model, prompt, chat.max_new_tokens, stop_ids(chat.template, chat.tokenizer)))
 
 
-@pytest.mark.parametrize("method", [None, *METHODS_OVER_A_BASE])
+@pytest.mark.parametrize("case", [None, *OVER_A_BASE])
 @pytest.mark.parametrize("style", ["template", "alpaca"])
-def test_cached_turns_are_answered_as_a_fresh_prompt_is(base_dir, trained_dirs, method, style):
+def test_cached_turns_are_answered_as_a_fresh_prompt_is(base_dir, trained_dirs, case, style):
     chat = make_chat(base_dir, style)
-    if method:
-        chat.load(str(trained_dirs[method]))
+    if case:
+        chat.load(str(trained_dirs[case]))
         chat.template = choose_template(style, chat.tokenizer)
     chat.system = "Be brief."
     answers = []
@@ -126,8 +115,8 @@ def test_the_cache_grows_with_the_conversation(tmp_path):
 def test_load_swaps_the_method_and_leaves_the_base_alone(chat, trained_dirs):
     before = {name: tensor.clone() for name, tensor in chat.base.state_dict().items()}
     alone = say(chat, "add 1 and 2")
-    for method, folder in trained_dirs.items():
-        assert method in chat.command(f"/load {folder}") and say(chat, "add 1 and 2")
+    for case, folder in trained_dirs.items():
+        assert CASES[case][0] in chat.command(f"/load {folder}") and say(chat, "add 1 and 2")
         shared = {t.data_ptr() for t in chat.base.parameters()} & {t.data_ptr() for t in chat.model.parameters()}
         assert len(shared) > 10  # the base is in memory once
     assert all(tensor.equal(before[name]) for name, tensor in chat.base.state_dict().items())
@@ -136,64 +125,28 @@ def test_load_swaps_the_method_and_leaves_the_base_alone(chat, trained_dirs):
     assert chat.model is chat.base
 
 
-def test_load_starts_a_new_conversation_unless_asked_to_keep_it(chat, trained_dirs):
+def test_load_starts_a_new_conversation_unless_asked_to_keep_it(chat, trained_dirs, tmp_path):
     say(chat, "a")
     assert "a new conversation" not in chat.command(f"/load --keep {trained_dirs['adapter']}")
     assert len(chat.turns) == 2
     say(chat, "b")
     assert len(chat.turns) == 4
     assert chat.command("/load --keep") == "tiny alone"
-    with pytest.raises(UserError):
-        chat.command("/load nothing")
+    other = save_trained(make_base(tmp_path / "other", seed=2), tmp_path / "trained", "lora")
+    for folder, message in ((tmp_path, "no finetune script wrote"), (other, "was trained on tiny")):
+        with pytest.raises(UserError, match=message):
+            chat.command(f"/load {folder}")
     assert len(chat.turns) == 4 and chat.model is chat.base
     assert chat.command(f"/load {trained_dirs['lora']}").endswith(" ms; a new conversation begins")
     assert chat.turns == []
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX terminal")
-def test_pasted_lines_are_one_turn():
-    import pty
-
-    readline = pytest.importorskip("readline")
-    if "libedit" in readline.__doc__:
-        pytest.skip("libedit knows no bracketed paste")
-    child, terminal = pty.fork()
-    if child == 0:
-        signal.alarm(20)  # rather than wait for ever
-        sys.stdin, sys.stdout = open(0, encoding="utf-8"), open(1, "w", encoding="utf-8")
-        edit_lines()
-        print("read", [input("> "), input("> ")], flush=True)
-        os._exit(0)
-    os.write(terminal, b"\x1b[200~one\rtwo\rthree\x1b[201~\rfour\r")
-    seen = b""
-    while b"read [" not in seen:
-        seen += os.read(terminal, 1000)
-    os.waitpid(child, 0)
-    assert b"read ['one\\ntwo\\nthree', 'four']" in seen
-
-
-def test_load_refuses_what_does_not_fit(chat, tmp_path, trained_dirs):
-    with pytest.raises(UserError, match="no finetune script wrote"):
-        chat.load(str(tmp_path))
-    chat.checkpoint_dir = make_base(tmp_path / "other", seed=2)
-    with pytest.raises(UserError, match="was trained on tiny"):
-        chat.load(str(trained_dirs["lora"]))
-
-
 @pytest.fixture
 def talk(monkeypatch, capsys):
-    """Converse about some lines, of which an exception is raised; returns what was printed."""
+    """Converse about some lines; returns what was printed."""
 
     def talk(chat, *lines) -> str:
-        rest = iter(lines)
-
-        def read(prompt: str) -> str:
-            line = next(rest, EOFError())
-            if isinstance(line, BaseException):
-                raise line
-            return line
-
-        monkeypatch.setattr("builtins.input", read)
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
         converse(chat)
         return capsys.readouterr().out
 
@@ -216,24 +169,19 @@ def test_commands(chat, trained_dirs, talk):
 def test_ctrl_c_stops_the_answer_and_not_the_program(chat, talk, monkeypatch, n_tokens):
     """What there is of the answer is kept; a question without any is forgotten."""
     with monkeypatch.context() as patch:
-        stop_after(n_tokens, chat, patch)
-        assert talk(chat, "first", KeyboardInterrupt()).count("(stopped; /quit or Ctrl-D leaves)") == 2
+        forward, calls = chat.model.hidden_states, iter(range(n_tokens))
+
+        def interrupted(*args):
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            return forward(*args)
+
+        patch.setattr(chat.model, "hidden_states", interrupted)
+        assert "(stopped; /quit or Ctrl-D leaves)" in talk(chat, "first")
     assert [len(turn["ids"]) for turn in chat.turns[1:]] == ([2] if n_tokens else [])
     fresh = fresh_ids(chat, "second")
     say(chat, "second")
     assert chat.turns[-1]["ids"] == fresh
-
-
-def stop_after(n_tokens: int, chat: Chat, monkeypatch) -> None:
-    """Ctrl-C while the model computes the token after the first ``n_tokens``."""
-    forward, calls = chat.model.hidden_states, iter(range(n_tokens))
-
-    def interrupted(*args):
-        if next(calls, None) is None:
-            raise KeyboardInterrupt
-        return forward(*args)
-
-    monkeypatch.setattr(chat.model, "hidden_states", interrupted)
 
 
 def test_sampled_turns_differ_but_a_chat_repeats(base_dir):

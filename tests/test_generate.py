@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import make_base, tiny_model, tuned
+from helpers import greedy, make_base, tiny_model
 
 from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError
@@ -16,18 +16,9 @@ from lit_llama.train.evaluate import answer_samples
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13]]
 
 
-def greedy_by_hand(model, prompt, n):
-    ids = list(prompt)
-    with torch.no_grad():
-        for _ in range(n):
-            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-    return ids[len(prompt) :]
-
-
-@pytest.mark.parametrize("model", [tiny_model(), tuned("adapter")], ids=["base", "adapter"])
-def test_greedy_answers_are_the_argmax_of_the_full_forward_alone_and_in_a_batch(model):
-    model.eval()
-    whole = [greedy_by_hand(model, prompt, 12) for prompt in PROMPTS]
+def test_an_answer_ends_at_a_stop_token_alone_and_in_a_batch():
+    model = tiny_model().eval()
+    whole = [greedy(model, prompt, 12) for prompt in PROMPTS]
     for stop in (set(), {whole[0][2], whole[1][1], whole[3][3]}):
         expected = [row[: next((i for i, token in enumerate(row) if token in stop), 12)] for row in whole]
         assert [list(generate(model, prompt, 12, stop)) for prompt in PROMPTS] == expected
@@ -42,13 +33,6 @@ def test_answers_to_samples_do_not_depend_on_the_batch_size_in_float32(tmp_path)
     alone, *batched = (answer_samples(model, tokenizer, CHATML, samples, 24, size) for size in (1, 3, 8, 11))
     assert all(answers == alone for answers in batched)
     assert len({len(answer) for answer in alone}) > 1
-
-
-def test_one_forward_pass_for_each_token():
-    model, lengths = tiny_model().eval(), []
-    model.transformer.wte.register_forward_hook(lambda layer, args, output: lengths.append(args[0].size(1)))
-    list(generate(model, [1, 2, 3], 5, stop=set()))
-    assert lengths == [3, 1, 1, 1, 1]
 
 
 def test_the_cache_is_gone_and_the_mode_is_back_afterwards():
@@ -83,7 +67,7 @@ def test_a_seed_repeats_an_answer_and_another_changes_it():
 
 def test_the_whole_context_can_be_used_and_more_is_refused_before_the_first_token():
     model = tiny_model().eval()
-    assert list(generate(model, [1] * 60, 4, stop=set())) == greedy_by_hand(model, [1] * 60, 4)
+    assert list(generate(model, [1] * 60, 4, stop=set())) == greedy(model, [1] * 60, 4)
     model.transformer.wte.register_forward_hook(lambda *_: pytest.fail("the model was called"))
     for prompt, new in (([1] * 60, 5), ([1] * 70, 1), ([], 5), ([1], 0)):
         with pytest.raises(UserError):
@@ -94,16 +78,9 @@ def test_the_whole_context_can_be_used_and_more_is_refused_before_the_first_toke
         list(generate(model, [1] * 60, 5, stop=set()))
 
 
-class Bytes:
-    """A tokenizer whose ids are bytes."""
-
-    def decode(self, ids):
-        return bytes(ids).decode("utf-8", "replace")
-
-
-def test_streaming_waits_for_whole_characters():
-    text = "aé→🙂b"
-    parts = list(stream_text(Bytes(), iter(text.encode()), []))
-    assert parts == ["a", "é", "→", "🙂", "b"]
-    assert list(stream_text(Bytes(), iter(text.encode()[:-2]), [])) == ["a", "é", "→", "\ufffd"]
-    assert list(stream_text(Bytes(), iter([]), [])) == []
+def test_streaming_waits_for_whole_characters(tmp_path):
+    tokenizer, text = Tokenizer(make_base(tmp_path / "base")), "aé→🙂b"
+    ids = tokenizer.encode(text)  # one for each byte
+    assert list(stream_text(tokenizer, iter(ids), [])) == ["a", "é", "→", "🙂", "b"]
+    assert list(stream_text(tokenizer, iter(ids[:-2]), [])) == ["a", "é", "→", "\ufffd"]
+    assert list(stream_text(tokenizer, iter([]), [])) == []

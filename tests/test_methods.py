@@ -12,6 +12,7 @@ from helpers import (
     TINY,
     check_cached_decoding,
     every_case,
+    greedy,
     logits_of,
     shake,
     tiny_model,
@@ -75,9 +76,11 @@ def test_the_model_is_the_base_exactly_before_training(case, changes):
         assert torch.equal(tuned(case, on=False, **changes)(tokens()), tiny_model(**changes)(tokens()))
 
 
+@pytest.mark.parametrize("quantize", ["none", "int8"])
 @every_case
-def test_three_steps_change_every_trained_tensor_and_nothing_of_the_frozen_base(case):
-    base, model = tiny_model(tie_embeddings=True), tuned(case, on=False, tie_embeddings=True)
+def test_three_steps_change_every_trained_tensor_and_nothing_of_the_frozen_base(case, quantize):
+    base = tiny_model(tie_embeddings=True)
+    model = tuned(case, on=False, quantize=quantize, tie_embeddings=True)
     before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     assert base.state_dict().keys() <= before.keys()
     trained = set(trainable_parameters(model)) | ({"lm_head.weight"} if case == "full" else set())  # the embedding's
@@ -85,19 +88,6 @@ def test_three_steps_change_every_trained_tensor_and_nothing_of_the_frozen_base(
     assert losses[-1] < losses[0]
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) == (name not in trained), name
-
-
-def test_what_trains_of_the_base():
-    def of_the_base(case):
-        return {name for name in trainable_parameters(tuned(case, tie_embeddings=True)) if name in base}
-
-    base = tiny_model().state_dict()
-    norms = {name for name in base if "rms_" in name or "ln_f" in name}
-    last = {name for name in base if name.startswith("transformer.h.2.")}
-    assert of_the_base("full") == set(base) - {"lm_head.weight"}
-    assert of_the_base("output_layers") == last | {"transformer.ln_f.weight", "lm_head.weight"}
-    assert of_the_base("houlsby") == of_the_base("adapter_v2") == norms
-    assert not any(of_the_base(case) for case in ("soft_prompt", "prefix", "prefix by an MLP", "adapter", "lora"))
 
 
 @every_case
@@ -136,7 +126,7 @@ def test_padding_is_not_computed_and_changes_nothing(case):
     assert seen == [33 + virtual, 22 + virtual]
 
 
-@pytest.mark.parametrize("changes", SHAPES)
+@pytest.mark.parametrize("changes", [*SHAPES, dict(quantize="int8")])
 @every_case
 def test_cached_decoding_equals_uncached(case, changes):
     check_cached_decoding(tuned(case, **changes).eval().double())
@@ -146,13 +136,7 @@ def test_cached_decoding_equals_uncached(case, changes):
 def test_answers_are_the_argmax_of_the_full_forward_before_and_after_training(case):
     model, prompts = tuned(case), [[5, 7, 9, 4, 4, 2], [3], [8, 1, 6]]
     for _ in range(2):
-        expected = []
-        for prompt in prompts:
-            ids = list(prompt)
-            with torch.no_grad():
-                for _ in range(5):
-                    ids.append(int(logits_of(model.eval(), torch.tensor([ids]))[0, -1].argmax()))
-            expected.append(ids[len(prompt) :])
+        expected = [greedy(model.eval(), prompt, 5) for prompt in prompts]
         assert [list(generate(model, prompt, 5, stop=set())) for prompt in prompts] == expected
         assert generate_batch(model, prompts, 5, stop=set()) == expected
         loss = target_loss(model, to_samples(tokens(), tokens().roll(-1, 1)))
@@ -175,11 +159,8 @@ def test_save_and_load_give_equal_logits(case, tmp_path):
 
 @every_case
 def test_trained_tensors_are_float32_over_a_bfloat16_base(case):
-    method, arguments = CASES[case]
-    model = tiny_model().to(torch.bfloat16).requires_grad_(False)
-    METHODS[method](model, **arguments)
+    model = tuned(case, dtype=torch.bfloat16)
     assert all(tensor.dtype == torch.float32 for tensor in trainable_parameters(model).values())
-    shake(model)
     assert logits_of(model, tokens()).dtype == torch.bfloat16
     assert len(list(generate(model, [1, 2, 3], 4, stop=set()))) == 4
     assert train_steps(model, steps=1)[0] > 0
@@ -225,12 +206,9 @@ def test_arguments_out_of_range_are_refused_before_anything_changes(method, name
 
 
 def test_unknown_words_are_refused():
-    for method, name, value in (
-        ("lora", "targets", ["w"]),
-        ("adapter", "gate", "row"),
-        ("adapter", "gate_activation", "?"),
-    ):
-        with pytest.raises(ValueError, match="row|w|[?]"):
+    unknown = [("lora", "targets", ["w"]), ("adapter", "gate", "row"), ("adapter", "gate_activation", "?")]
+    for method, name, value in unknown:
+        with pytest.raises(UserError, match=f"^{name} .*must be"):
             METHODS[method](tiny_model(), **{name: value})
 
 
@@ -255,11 +233,10 @@ def test_prompts_start_as_what_their_block_reads_of_a_text(n_tokens, rows):
 
 def test_a_prompt_as_long_as_the_context_starts_from_a_text_in_bfloat16():
     model = tiny_model().bfloat16().requires_grad_(False)
-    METHODS["adapter"](model, prompt_length=TINY["block_size"], start_layer=1)
-    start_from_text(model, tokens(1, 7)[0].tolist())
-    for block in model.transformer.h[1:]:
-        prompt = block.attn.adapter_wte.weight
-        assert prompt.dtype == torch.float32 and torch.equal(prompt, prompt.bfloat16().float())
+    METHODS["adapter"](model, prompt_length=TINY["block_size"])
+    start_from_text(model, [5, 7, 9])
+    prompt = model.transformer.h[2].attn.adapter_wte.weight
+    assert prompt.dtype == torch.float32 and torch.equal(prompt, prompt.bfloat16().float())
 
 
 def test_a_prefix_that_starts_from_a_text_is_that_text():
@@ -313,14 +290,6 @@ def test_adapter_is_the_papers_formula(changes, arguments):
         close(attn(x, cos, sin), expected)
         attn.gating_factor.zero_()
         assert (attn(x, cos, sin) - expected).abs().max() > 0.05  # the prompt was really in it
-
-
-def test_only_gates_move_on_the_first_step_of_an_adapter():
-    model = tuned("adapter", on=False)
-    target_loss(model, to_samples(tokens(), tokens().roll(-1, 1))).backward()
-    for block in model.transformer.h[1:]:
-        assert block.attn.adapter_wte.weight.grad.abs().max() == 0
-        assert block.attn.gating_factor.grad.abs().min() > 0
 
 
 # The other papers' formulas

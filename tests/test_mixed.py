@@ -1,7 +1,5 @@
 """Several trained folders in one batch: the answers are those of each folder alone, in one forward pass per token."""
 
-from pathlib import Path
-
 import pytest
 from helpers import make_base, save_trained
 
@@ -23,24 +21,9 @@ FOLDERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return make_base(tmp_path_factory.mktemp("mixed") / "base")
-
-
-@pytest.fixture(scope="module")
-def folders(base) -> list[Path]:
-    return [save_trained(base, base.parent / name, method, **flags) for name, (method, flags) in FOLDERS.items()]
-
-
-def mixer_of(base: Path, folders: list[Path]) -> Mixer:
-    mixer = Mixer(load_model(base))
-    for folder in folders:
-        mixer.add(folder)
-    return mixer
-
-
-def test_a_batch_of_all_methods_answers_as_each_alone(base, folders):
+def test_a_batch_of_all_methods_answers_as_each_alone_and_holds_the_base_once(tmp_path):
+    base = make_base(tmp_path / "base")
+    folders = [save_trained(base, tmp_path / name, method, **flags) for name, (method, flags) in FOLDERS.items()]
     tasks = [None, *folders, *folders[::-1], None]
     prompts = [[40 + (7 * i + j) % 90 for j in range(1 + (5 * i) % 9)] for i in range(len(tasks))]
     models = [load_model(base) if task is None else load_trained_folder(task)[0] for task in tasks]
@@ -48,25 +31,22 @@ def test_a_batch_of_all_methods_answers_as_each_alone(base, folders):
     stops = [{answer[1 + i % 2]} if i % 3 else set() for i, answer in enumerate(whole)]  # some rows end early
     alone = [list(generate(*row[:2], 12, row[2])) for row in zip(models, prompts, stops, strict=True)]
 
-    mixer, passes = mixer_of(base, folders), []
-    mixer.model.transformer.ln_f.register_forward_hook(lambda *_: passes.append(1))
-    assert generate_batch(mixer.model, mixer.assign(tasks, prompts), 12, stops) == alone
-    assert len(passes) == 12  # one for the prompts, then one for each token, for all rows at once
-    assert len({len(answer) for answer in alone}) > 1
-    assert len({tuple(answer) for answer in whole}) > len(folders) // 2  # the folders do differ
-
-
-def test_a_batch_holds_the_base_once(base, folders):
-    model = load_model(base)
+    model, passes = load_model(base), []
     before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     mixer = Mixer(model)
     for folder in folders:
         mixer.add(folder)
-    after = mixer.model.state_dict()
+    model.transformer.ln_f.register_forward_hook(lambda *_: passes.append(1))
+    assert generate_batch(model, mixer.assign(tasks, prompts), 12, stops) == alone
+    assert len(passes) == 12  # one for the prompts, then one for each token, for all rows at once
+    assert len({len(answer) for answer in alone}) > 1
+    assert len({tuple(answer) for answer in whole}) > len(folders) // 2  # the folders do differ
+    after = model.state_dict()
     assert all(after[name].data_ptr() == pointer for name, pointer in before.items())
 
 
-def test_methods_that_change_the_base_are_refused(base, tmp_path):
+def test_methods_that_change_the_base_are_refused(tmp_path):
+    base = make_base(tmp_path / "base")
     folder = save_trained(base, tmp_path / "houlsby", "houlsby", bottleneck_size=2)
     with pytest.raises(UserError, match="houlsby.*can mix adapter, prefix, soft_prompt, lora"):
         Mixer(load_model(base)).add(folder)

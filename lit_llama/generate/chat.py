@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import torch
@@ -54,13 +54,13 @@ class Chat:
         tokenizer: Tokenizer,
         template: str,
         max_new_tokens: int = 512,
-        sampling: Sampling | None = None,
+        sampling: Sampling = Sampling(),
         compile: bool = False,
     ) -> None:
         self.checkpoint_dir, self.base, self.tokenizer = checkpoint_dir, base.requires_grad_(False), tokenizer
         self.base_template, self.max_new_tokens, self.compile = template, max_new_tokens, compile
-        self.sampling = sampling or Sampling()
-        self.generator = torch.Generator(base.transformer.wte.weight.device).manual_seed(self.sampling.seed)
+        self.sampling = sampling
+        self.generator = torch.Generator(base.transformer.wte.weight.device).manual_seed(sampling.seed)
         self.system = ""
         self.turns: list[Message] = []
         self.model = base
@@ -70,7 +70,7 @@ class Chat:
         """Answer with ``model`` from now on. The messages so far stay."""
         self.model.clear_kv_cache()
         unwrap_blocks(model)
-        wrap_blocks(model, self.compile)
+        wrap_blocks(model, self.compile, packed=False)
         self.model, self.template = model.eval(), template
         self.cached: list[int] = []  # the ids whose keys and values are in the cache
 
@@ -179,21 +179,15 @@ def same_weights(base: LLaMA) -> LLaMA:
     return model
 
 
-def edit_lines() -> None:
-    """Let ``input`` edit a line, recall earlier ones, and take several pasted lines as one."""
-    try:
-        import readline
-    except ImportError:  # on Windows, whose terminal edits and recalls
-        return
-    readline.parse_and_bind("set enable-bracketed-paste on")
-
-
 def converse(chat: Chat) -> None:
     """Read lines and print answers until /quit or the end of input. Ctrl-C stops an answer or clears a line."""
     on_terminal = sys.stdin.isatty()
     if on_terminal:
         print(f"{chat.base.config.name}; /help for help")
-        edit_lines()
+        with suppress(ImportError):  # on Windows, whose terminal edits and recalls
+            import readline  # it lets ``input`` edit and recall lines, and take several pasted ones as one
+
+            readline.parse_and_bind("set enable-bracketed-paste on")
     while True:
         try:
             line = input("> " if on_terminal else "").strip()

@@ -63,14 +63,14 @@ def generate(
     prompt: list[int],
     max_new_tokens: int,
     stop: set[int],
-    sampling: Sampling | None = None,
+    sampling: Sampling = Sampling(),
     next_logits: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Iterator[int]:
     """The ids of the answer one by one, without the stop id that ends it. Raises UserError if it cannot fit."""
     check_length(model, len(prompt), max_new_tokens)
     prompt = model.virtual_ids + prompt
     with decoding(model, 1, len(prompt) + max_new_tokens):
-        yield from decode(model, prompt, 0, max_new_tokens, stop, sampling or Sampling(), next_logits=next_logits)
+        yield from decode(model, prompt, 0, max_new_tokens, stop, sampling, next_logits=next_logits)
 
 
 @torch.inference_mode()
@@ -107,7 +107,7 @@ def generate_batch(
     prompts: list[list[int]],
     max_new_tokens: int,
     stop: set[int] | list[set[int]],
-    sampling: Sampling | None = None,
+    sampling: Sampling = Sampling(),
 ) -> list[list[int]]:
     """The answers to several prompts, decoded together until all have ended. ``stop`` may differ per prompt.
 
@@ -118,7 +118,6 @@ def generate_batch(
         check_length(model, length, max_new_tokens)
     prompts = [model.virtual_ids + prompt for prompt in prompts]
     stops = stop if isinstance(stop, list) else [stop] * len(prompts)
-    sampling = sampling or Sampling()
     device = model.transformer.wte.weight.device
     generator = torch.Generator(device).manual_seed(sampling.seed)
     # Prompts are padded at the left, so that all rows write the same slot of the cache.
@@ -148,7 +147,7 @@ def reply(
     prompt: str,
     input: str = "",
     max_new_tokens: int = 256,
-    sampling: Sampling | None = None,
+    sampling: Sampling = Sampling(),
 ) -> str:
     """The answer to one prompt."""
     ids = encode_prompt([{"role": "user", "content": prompt, "input": input}], template, tokenizer)

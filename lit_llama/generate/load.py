@@ -25,7 +25,6 @@ from lit_llama.trained import (
     base_method,
     check_base,
     check_header,
-    check_trained,
     load_parameters,
     read_method,
     trainable_parameters,
@@ -121,25 +120,22 @@ def load_trained_folder(
 
 
 def add_trained(model: LLaMA, trained_dir: Path | str, method: dict) -> None:
-    """Freeze ``model``, a base, and add what a trained folder with this method.json holds."""
+    """Freeze ``model``, a base, and add what a trained folder with this method.json holds.
+
+    If it raises UserError, the model is of no further use.
+    """
     path, tensors_path = Path(trained_dir) / METHOD_FILE, Path(trained_dir) / TRAINED_FILE
     if method["method"] not in METHODS:
         raise UserError(f"{path} names the method {method['method']!r}, not one of {', '.join(METHODS)}")
-
-    def add_method(model: LLaMA) -> LLaMA:
-        model.requires_grad_(False)
-        try:
-            METHODS[method["method"]](model, **method["arguments"])
-        except Exception as error:  # arguments that no script wrote may raise anything
-            reason = str(error).split("\n")[0]
-            raise UserError(f"{path}: the arguments do not fit {method['method']}: {reason}") from None
-        if model.reparametrization is not None:
-            model.reparametrization.flatten(model)
-        return model
-
-    with torch.device("meta"):  # on meta, wrong arguments allocate nothing
-        check_trained(trainable_parameters(add_method(LLaMA(model.config))), tensors_path)
-    for tensor in trainable_parameters(add_method(model)).values():
+    model.requires_grad_(False)
+    try:
+        METHODS[method["method"]](model, **method["arguments"])
+    except Exception as error:  # arguments that no script wrote may raise anything
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path}: the arguments do not fit {method['method']}: {reason}") from None
+    if model.reparametrization is not None:
+        model.reparametrization.flatten(model)
+    for tensor in trainable_parameters(model).values():
         tensor.data = tensor.data.clone()  # it may be shared with a model that stays in use (chat.py)
     check_header(method, load_parameters(model, tensors_path)[1], path)
     before, now = method["quantize"], quantization(model)

@@ -11,6 +11,7 @@ Rotary positions count from the end of the padding, so a row has the same positi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,7 @@ from lit_llama.methods.soft_prompt import SoftPromptEmbedding
 from lit_llama.model import CausalSelfAttention, LLaMA
 
 MIXABLE = ("adapter", "prefix", "soft_prompt", "lora")
-
-
-class Rows:
-    """The task of each row of the current batch: a trained folder, or None for the base."""
-
-    def __init__(self) -> None:
-        self.tasks: list[Path | None] = []
-
-    def of(self, task: Path) -> list[int]:
-        return [row for row, other in enumerate(self.tasks) if other == task]
+Rows = dict[Path | None, list[int]]  # the rows of the current batch that use a trained folder; None is the base
 
 
 class MixedAttention(CausalSelfAttention):
@@ -55,7 +47,7 @@ class MixedAttention(CausalSelfAttention):
             self.write_prefixes(k, v, mask)
         y = super().attend(q, k, v, input_pos, mask)
         for task, (ak, av, gates) in self.adapters.items():
-            if rows := self.rows.of(task):
+            if rows := self.rows.get(task):
                 ak_rows, av_rows = (t.expand(len(rows), -1, -1, -1) for t in (ak, av))
                 y[rows] += (gates * attention(q[rows], ak_rows, av_rows)).type_as(y)
         return y
@@ -64,7 +56,7 @@ class MixedAttention(CausalSelfAttention):
         """Put each prefix where its rows have placeholders, right after the padding."""
         first = mask[:, 0, -1].int().argmax(-1)  # (B,): the first slot that the last token sees
         for task, prefix in self.prefixes.items():
-            for row in self.rows.of(task):
+            for row in self.rows.get(task, ()):
                 slots = slice(int(first[row]), int(first[row]) + prefix.size(2))
                 k[row, :, slots], v[row, :, slots] = prefix[0].to(k.dtype), prefix[1].to(v.dtype)
 
@@ -73,8 +65,11 @@ class Mixer:
     """One base, and the additions of several trained folders, for generate_batch."""
 
     def __init__(self, model: LLaMA) -> None:
-        self.model, self.rows = model, Rows()
+        self.model = model
+        self.rows: Rows = {}
         self.front: dict[Path | None, list[int]] = {None: []}  # ids before each task's texts
+        wte = model.transformer.wte
+        model.transformer.wte = SoftPromptEmbedding(wte, wte.weight[:1])  # one unused row, then soft prompts
         for block in model.transformer.h:
             block.attn = MixedAttention(block.attn, self.rows)
 
@@ -84,9 +79,10 @@ class Mixer:
         A second base is loaded on the CPU for this, in int8 if the model is, and then freed. The CPU has no nf4: over
         an nf4 base, an adapter's keys and values are those of the full-precision base.
         """
-        folder, wte = Path(folder), self.model.transformer.wte.weight
+        folder, wte = Path(folder), self.model.transformer.wte
+        dtype, device = wte.weight.dtype, wte.weight.device
         kind = "int8" if quantization(self.model) == "int8" else "none"
-        trained, method = load_trained_folder(folder, checkpoint_dir, wte.dtype, "cpu", kind)
+        trained, method = load_trained_folder(folder, checkpoint_dir, dtype, "cpu", kind)
         if method["method"] not in MIXABLE:
             raise UserError(
                 f"{folder} was trained with {method['method']}, which changes the base's own weights or layers; a "
@@ -96,49 +92,36 @@ class Mixer:
         for block, other in zip(self.model.transformer.h, trained.eval().transformer.h, strict=True):
             if isinstance(other.attn, AdapterAttention):
                 gates = other.attn.gate_activation(other.attn.gating_factor)
-                tensors = (*other.attn.prompt_kv(wte.dtype), gates)
-                block.attn.adapters[folder] = tuple(tensor.detach().to(wte.device) for tensor in tensors)
+                tensors = (*other.attn.prompt_kv(dtype), gates)
+                block.attn.adapters[folder] = tuple(tensor.detach().to(device) for tensor in tensors)
             if isinstance(other.attn, PrefixAttention):
-                block.attn.prefixes[folder] = other.attn.prefix.detach().to(wte.device)
+                block.attn.prefixes[folder] = other.attn.prefix.detach().to(device)
                 self.front[folder] = [0] * other.attn.prefix.size(2)  # placeholders: their keys are replaced
             for name, (layer, _) in target_layers(other).items():
                 if name in getattr(layer, "lora", {}):
-                    update: Any = layer.lora[name]
-                    updates = self.low_ranks(target_layers(block)[name][0]).setdefault(folder, [])
-                    updates.append(update.to(wte.device))
+                    low_rank: Any = layer.lora[name]
+                    hook = self.add_low_rank(folder, low_rank.to(device))
+                    target_layers(block)[name][0].register_forward_hook(hook)
         if isinstance(trained.transformer.wte, SoftPromptEmbedding):
-            self.add_soft_prompt(folder, trained.transformer.wte.soft_prompt.detach())
+            prompts, prompt = wte.soft_prompt, trained.transformer.wte.soft_prompt  # (all K, C) and (K, C)
+            first = wte.num_embeddings + len(prompts)
+            self.front[folder] = list(range(first, first + len(prompt)))
+            wte.soft_prompt = nn.Parameter(torch.cat((prompts, prompt.to(prompts))), requires_grad=False)
         return method
 
-    def low_ranks(self, layer: Any) -> dict[Path, list[LowRank]]:
-        """The low-rank updates of a linear layer by task, which a hook adds to its output."""
-        if not hasattr(layer, "low_ranks"):
-            layer.low_ranks = {}
-            layer.register_forward_hook(self.add_low_ranks)
-        return layer.low_ranks
+    def add_low_rank(self, task: Path, low_rank: LowRank) -> Callable[..., Tensor]:
+        """A hook of a linear layer, which adds a low-rank update to the rows of ``task``."""
 
-    def add_low_ranks(self, layer: Any, args: tuple, output: Tensor) -> Tensor:
-        for task, updates in layer.low_ranks.items():
-            rows = self.rows.of(task)
-            for update in updates if rows else ():
-                delta = torch.zeros_like(output[rows])
-                delta[..., update.rows] = update(args[0][rows])
-                output[rows] += delta
-        return output
+        def add(layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            if rows := self.rows.get(task):
+                output[rows, :, low_rank.rows] += low_rank(args[0][rows])
+            return output
 
-    def add_soft_prompt(self, folder: Path, prompt: Tensor) -> None:
-        """Append ``prompt`` (K, C) to the soft prompts of all folders, and give its rows virtual ids."""
-        wte = self.model.transformer.wte
-        before = wte.soft_prompt if isinstance(wte, SoftPromptEmbedding) else wte.weight[:0]
-        first = self.model.config.vocab_size + len(before)
-        self.front[folder] = list(range(first, first + len(prompt)))
-        prompts = torch.cat((before, prompt.to(before)))
-        if isinstance(wte, SoftPromptEmbedding):
-            wte.soft_prompt = nn.Parameter(prompts, requires_grad=False)
-        else:
-            self.model.transformer.wte = SoftPromptEmbedding(wte, prompts)
+        return add
 
     def assign(self, tasks: list[Path | None], prompts: list[list[int]]) -> list[list[int]]:
         """Let row i of the next batch use ``tasks[i]``. Returns the prompts with the ids before them."""
-        self.rows.tasks = tasks
+        self.rows.clear()
+        for row, task in enumerate(tasks):
+            self.rows.setdefault(task, []).append(row)
         return [self.front[task] + prompt for task, prompt in zip(tasks, prompts, strict=True)]
