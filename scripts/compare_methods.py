@@ -107,7 +107,17 @@ def main(
     check_launcher(devices, num_nodes=1)
     if strategy == "fsdp":
         check_sharding(devices)
-    methods, shots = possible_runs(methods, shots, Path(data))
+    if unknown := set(methods) - set(NAMES):
+        raise UserError(f"--methods {sorted(unknown)}: choose from {', '.join(NAMES)}")
+    if not Path(data).is_dir():
+        raise UserError(f"--data {data} must be a folder with train and validation files")
+    samples, _, _ = load_splits(data)
+    if "features" in methods and not all(sample.label for sample in samples):
+        print(f"features is left out: the rows of {data} have no labels")
+        methods = tuple(name for name in methods if name != "features")
+    if any(shots) and not any(sample.messages for sample in samples):
+        print(f"examples in the prompt are left out: the rows of {data} have no prompt")
+        shots = tuple(count for count in shots if not count)
     folder = Path(out_dir or f"out/compare/{Path(data).stem}")
     check_writable(folder / "settings.json")
 
@@ -140,6 +150,7 @@ def main(
     other_flags += ["--prompt_style", style, "--max_seq_length", "512"]
     bases = {count: folder / f"base-{count}-{test_file}" for count in shots}
 
+    # Loop: what has not run yet. A finished run is kept, and one that fails does not stop the others.
     errors: dict[str, str | None] = {}
     with Bar(sum(run.steps for run in trials + runs), "base") as bar:
         base = ["--checkpoint_dir", checkpoint_dir, *device_flags("base", settings)]
@@ -161,8 +172,9 @@ def main(
                 errors[label] = evaluate(run.out_dir / other_file, [*trained, *other_flags])
     failed = {label: error for label, error in errors.items() if error}
 
-    samples = load_task(data, checkpoint_dir, None, 512).train[:batch_size]
-    results = method_results(runs, samples, test_file, other_file, folder)
+    # Results
+    first_step = load_task(data, checkpoint_dir, None, 512).train[:batch_size]
+    results = method_results(runs, first_step, test_file, other_file, folder)
     results |= {f"base, {count} examples": quality([file]) for count, file in bases.items() if file.exists()}
     write_json(folder / "results.json", {"settings": settings, "results": results, "failed": failed})
     text = markdown(results)
@@ -179,28 +191,6 @@ def main(
     if failed:
         lines = "; ".join(f"{label}: {error}" for label, error in failed.items())
         raise UserError(f"{len(failed)} runs failed; the same command tries them again: {lines}")
-
-
-def possible_runs(
-    methods: tuple[str, ...], shots: tuple[int, ...], data: Path
-) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Leave out features if rows have no labels, and examples in the prompt if rows have no prompt.
-
-    Raises UserError if a method is unknown.
-    """
-    unknown = set(methods) - set(NAMES)
-    if unknown or not methods:
-        raise UserError(f"--methods {sorted(unknown)}: choose from {', '.join(NAMES)}")
-    if not data.is_dir():
-        raise UserError(f"--data {data} must be a folder with train and validation files")
-    samples, _, _ = load_splits(data)
-    if "features" in methods and not all(sample.label for sample in samples):
-        print(f"features is left out: the rows of {data} have no labels")
-        methods = tuple(name for name in methods if name != "features")
-    if any(shots) and not any(sample.messages for sample in samples):
-        print(f"examples in the prompt are left out: the rows of {data} have no prompt")
-        shots = tuple(count for count in shots if not count)
-    return methods, shots
 
 
 def device_flags(method: str, settings: dict) -> list[str]:

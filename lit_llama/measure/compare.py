@@ -169,30 +169,30 @@ def versus_full(row: dict, full: dict) -> dict:
     return {"minus_full": 100 * float(ours.mean() - theirs.mean()), "minus_full_interval": interval}
 
 
-COLUMNS = [  # header, key, unit, format
-    ("trained", "trained_parameters", 1, ",.0f"),
-    ("of all", "trained_share", 1, ".3%"),
-    ("right, 95 %", "right", 1, ".1%"),
-    ("minus full", "minus_full", 1, "+.1f"),
-    ("loss, 95 %", "loss", 1, ".4f"),
-    ("minus the method's own", "minus_method", 1, "+.4f"),
-    ("rise on other data", "forgetting", 1, "+.4f"),
-    ("training loss", "train_loss", 1, ".4f"),
-    ("GFLOP/token", "gflop_per_token", 1, ".2f"),
-    ("minutes", "seconds", 60, ".1f"),
-    ("peak MB", "peak_memory", 1e6, ",.0f"),  # unknown on Windows
-    ("kept MB", "kept_bytes", 1e6, ",.2f"),
-]
+COLUMNS: dict[str, tuple[str, float, str]] = {  # header: key, unit, format
+    "trained": ("trained_parameters", 1, ",.0f"),
+    "of all": ("trained_share", 1, ".3%"),
+    "right, 95 %": ("right", 1, ".1%"),
+    "minus full": ("minus_full", 1, "+.1f"),
+    "loss, 95 %": ("loss", 1, ".4f"),
+    "minus the method's own": ("minus_method", 1, "+.4f"),
+    "rise on other data": ("forgetting", 1, "+.4f"),
+    "training loss": ("train_loss", 1, ".4f"),
+    "GFLOP/token": ("gflop_per_token", 1, ".2f"),
+    "minutes": ("seconds", 60, ".1f"),
+    "peak MB": ("peak_memory", 1e6, ",.0f"),  # unknown on Windows
+    "kept MB": ("kept_bytes", 1e6, ",.2f"),
+}
 
 
 def markdown(results: dict[str, dict]) -> str:
     """The table, with each method's exact match compared with full finetuning's on the same samples."""
     full = results.get("full")
-    table = [["", *(header for header, *_ in COLUMNS)]]
+    table = [["", *COLUMNS]]
     for name, row in results.items():
         if full and row is not full and "right" in row:
             row = row | versus_full(row, full)
-        table.append([name, *(cell(row, *column) for _, *column in COLUMNS)])
+        table.append([name, *(cell(row, *column) for column in COLUMNS.values())])
     table.insert(1, ["---"] * len(table[0]))
     used = [i for i in range(len(table[0])) if not i or any(cells[i] for cells in table[2:])]  # drop empty columns
     return "".join(f"| {' | '.join(cells[i] for i in used)} |\n" for cells in table)
