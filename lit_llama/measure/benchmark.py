@@ -6,14 +6,18 @@ speed drifts, all of them slow down.
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import torch
-import torch.multiprocessing as multiprocessing
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +25,7 @@ from lit_llama.common.errors import UserError
 from lit_llama.common.progress import Bar
 from lit_llama.data.batches import TokenizedSample
 from lit_llama.devices.launch import PRECISIONS, default_device, synchronize
-from lit_llama.measure.cases import BenchmarkCase, serve
+from lit_llama.measure.cases import BenchmarkCase, build, measured
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.train.loss import target_loss, target_vectors
@@ -98,45 +102,32 @@ def measure(kind: str, cases: list[BenchmarkCase], work: list[list[tuple]], limi
 
     The first round does not count. In it, a compiled case does the work of all rounds: every new size may compile.
     """
-    spawn = multiprocessing.get_context("spawn")
-    ends, processes = [], []
-    for case in cases:
-        end, other = spawn.Pipe()
-        process = spawn.Process(target=serve, args=(case, kind, other, torch.get_num_threads()), daemon=True)
-        process.start()
-        other.close()  # or recv would wait forever after the process has ended
-        ends.append(end)
-        processes.append(process)
-        if error := receive(end):  # one after the other: building several at once would need more memory
-            raise UserError(f"{case.name} cannot be measured: {error}")
     seen: list[list[tuple]] = [[] for _ in cases]
-    with Bar(len(work) * len(cases), kind) as bar:
+    spawn = multiprocessing.get_context("spawn")
+    with ExitStack() as stack, Bar(len(work) * len(cases), kind) as bar:
+        processes = [stack.enter_context(ProcessPoolExecutor(1, spawn)) for _ in cases]
+        for case, process in zip(cases, processes, strict=True):
+            call(case, process, build, case, kind, torch.get_num_threads())  # one by one, which needs less memory
         for number, jobs in enumerate(work):
-            for case, end, found in zip(cases, ends, seen, strict=True):
-                answers = []
+            for case, process, found in zip(cases, processes, seen, strict=True):
                 warms_up = number == 0 and "compile" in case.options
-                for job in chain(*work) if warms_up else jobs:
-                    end.send(job)
-                    answers.append(receive(end))
-                    if isinstance(answers[-1], str):
-                        raise UserError(f"{case.name} failed: {answers[-1]}")
+                answers = [call(case, process, measured, *job) for job in (chain(*work) if warms_up else jobs)]
                 bar.update()
                 if number:
                     seconds, computed, peaks = zip(*answers, strict=True)
                     peak = max(peak or 0 for peak in peaks)  # Windows does not tell
                     found.append((sum(seconds), sum(computed), peak, count_tokens(kind, jobs)))
-    for end, process in zip(ends, processes, strict=True):
-        end.send(None)
-        process.join()
     return [to_row(kind, *pair, work, limit) for pair in zip(cases, seen, strict=True)]
 
 
-def receive(end: Any) -> Any:
-    """What a case sends: None when it is built, measurements, or an error as text."""
+def call(case: BenchmarkCase, process: ProcessPoolExecutor, function: Callable, *arguments: Any) -> Any:
+    """What a function returns in the case's process. Raises UserError if it fails, or if the process ends."""
     try:
-        return end.recv()
-    except EOFError:
-        return "its process ended without an error; it may have run out of memory"
+        return process.submit(function, *arguments).result()
+    except BrokenProcessPool:
+        raise UserError(f"{case.name}: its process ended without an error; it may have run out of memory") from None
+    except Exception as error:
+        raise UserError(f"{case.name} failed: {type(error).__name__}: {error}") from None
 
 
 def count_tokens(kind: str, jobs: list[tuple]) -> int:
