@@ -21,7 +21,7 @@ from typing import Literal
 
 from lit_llama import cli
 from lit_llama.base import ensure_base
-from lit_llama.checkpoint import load_model
+from lit_llama.checkpoint import load_config
 from lit_llama.cli import save_settings
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import atomic_write, check_writable, read_json, write_json
@@ -30,8 +30,7 @@ from lit_llama.data.samples import read_samples
 from lit_llama.data.task import load_splits, load_task, split_file
 from lit_llama.devices.blocks import check_sharding
 from lit_llama.devices.launch import check_launcher
-from lit_llama.generate.load import load_trained_folder
-from lit_llama.measure.benchmark import flops_per_token
+from lit_llama.measure.benchmark import flops_per_token, weightless
 from lit_llama.measure.compare import (
     NAMES,
     ScriptRun,
@@ -282,12 +281,7 @@ def costs(runs: list[ScriptRun], samples: list) -> dict:
     """Size and costs of a method: means over its runs, and the highest peak memory."""
     first = runs[0].out_dir
     method = read_method(first)
-    if method["method"] == "full":
-        model = load_model(first).requires_grad_(True)
-    elif method["method"] == "features":
-        model = load_model(method["base"]["checkpoint_dir"]).requires_grad_(False)
-    else:
-        model, _ = load_trained_folder(first)
+    model = weightless(load_config(method["base"]["checkpoint_dir"]), method["method"], **method["arguments"])
     spent = [read_json(run.out_dir / COSTS_FILE) for run in runs]
     peaks = [one["peak_memory"] for one in spent]
     row = {

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -63,24 +62,21 @@ def limits(precisions: set[str], config: LLaMAConfig, tokens: int = 1024) -> dic
 
 def limit_of(kind: str, case: BenchmarkCase, limit: dict[str, float], samples: list[TokenizedSample]) -> float:
     """Tokens per second if only matrix products took time; in decoding, if only reading the weights did."""
-    config = case.config
-    if kind == "decode":
-        with torch.device("meta"):
-            model = LLaMA(config)
-        quantized = 1 if "int8" in case.options else 0.5 if "nf4" in case.options else None
-        itemsize = PRECISIONS[case.precision].itemsize
-        blocks = sum(p.numel() for p in model.transformer.h.parameters()) * (quantized or itemsize)
-        return limit["read"] / (blocks + model.lm_head.weight.numel() * itemsize)
+    if kind == "train":
+        return limit[case.precision] / flops_per_token(weightless(case.config, case.method), samples[:16])
+    model, itemsize = weightless(case.config), PRECISIONS[case.precision].itemsize
+    in_blocks = 1 if "int8" in case.options else 0.5 if "nf4" in case.options else itemsize
+    blocks = sum(p.numel() for p in model.transformer.h.parameters()) * in_blocks
+    return limit["read"] / (blocks + model.lm_head.weight.numel() * itemsize)
 
-    def flops(n_layer: int) -> float:
-        with default_device():
-            model = LLaMA(replace(config, n_layer=n_layer)).requires_grad_(False)
-        METHODS[case.method](model)
-        return flops_per_token(model, samples[:16])  # it keeps every score of attention
 
-    few = min(4, config.n_layer)  # a whole 7B in float32 takes 27 GB; every further block adds the same
-    further = flops(few + 1) - flops(few) if config.n_layer > few else 0.0
-    return limit[case.precision] / (flops(few) + (config.n_layer - few) * further)
+def weightless(config: LLaMAConfig, method: str = "", **arguments: Any) -> LLaMA:
+    """A model on the meta device, with a method if it changes the model. A pass through it computes only shapes."""
+    with torch.device("meta"):
+        model = LLaMA(config).requires_grad_(False)
+        if method in METHODS:
+            METHODS[method](model, **arguments)
+    return model
 
 
 def flops_per_token(model: LLaMA, samples: list[TokenizedSample]) -> float:
