@@ -11,7 +11,7 @@ import torch
 from helpers import TINY, make_base, metrics, refuse, run, succeed, tiny_model
 
 from lit_llama.data.batches import TokenizedSample
-from lit_llama.measure.benchmark import flops_per_token
+from lit_llama.measure.benchmark import flops_per_token, weightless
 from lit_llama.measure.compare import loss_change, markdown, pilot_runs, quality, variant_runs, versus_full
 from lit_llama.measure.intervals import difference_interval, mean_interval, per_token, proportion_interval
 from lit_llama.methods.table import METHODS
@@ -31,22 +31,18 @@ def test_a_failed_method_is_reported_and_the_others_go_on(folder, tmp_path):
     assert list(content["results"]) == ["lora"] and "start_layer" in content["failed"]["adapter, seed 1337"]
 
 
-class Here:
-    """A Popen of a script that has run in this process when it is made."""
-
-    def __init__(self, command, stdout, **_):
-        result = run(*command[1:])
-        stdout.write(result.stdout + result.stderr)
-        self.returncode = result.returncode
-
-    def poll(self) -> int:
-        return self.returncode
-
-
 @pytest.fixture(scope="module")
 def here():
+    """Popen runs a script in this process."""
+
+    def popen(command, stdout, **_):
+        process = run(*command[1:])
+        stdout.write(process.stdout + process.stderr)
+        process.poll = lambda: process.returncode
+        return process
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess, "Popen", Here)
+        patch.setattr(subprocess, "Popen", popen)
         yield
 
 
@@ -153,9 +149,9 @@ def test_flops_are_those_of_the_matrices():
     sample = TokenizedSample(ids, ids)
     weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "wte" not in name)
     attention = model.config.n_layer * 4 * model.config.n_head * model.config.head_size * len(ids)
-    assert flops_per_token(model.requires_grad_(False), [sample]) == pytest.approx(
-        2 * (weights - model.lm_head.weight.numel()) + attention
-    )
+    frozen = flops_per_token(model.requires_grad_(False), [sample])
+    assert frozen == pytest.approx(2 * (weights - model.lm_head.weight.numel()) + attention)
+    assert frozen == flops_per_token(weightless(model.config), [sample])
     assert flops_per_token(model.requires_grad_(True), [sample]) == pytest.approx(6 * weights + 3 * attention)
 
 
@@ -195,15 +191,11 @@ def test_intervals_cover_seeds_and_samples(p, q, samples, seeds, seed_effect):
         hardness = rng.normal(size=samples) * 0.7
         of_seeds, rest = rng.normal(size=(2, seeds, 1)), rng.normal(size=(2, seeds, samples))
         ours, theirs = of_seeds * seed_effect + rest * (0.51 - seed_effect**2) ** 0.5
-        answers = [
+        right, other = (
             (hardness + own < NormalDist().inv_cdf(share)).astype(float) for own, share in ((ours, p), (theirs, q))
-        ]
-        found = [
-            (proportion_interval(answers[0]), p),
-            (difference_interval(*answers), p - q),
-            (mean_interval(hardness + ours), 0),
-        ]
-        covered += [low <= truth <= high for (low, high), truth in found]
+        )
+        intervals = [proportion_interval(right), difference_interval(right, other), mean_interval(hardness + ours)]
+        covered += [low <= truth <= high for (low, high), truth in zip(intervals, (p, p - q, 0), strict=True)]
     assert (covered / rounds > 0.93).all()
 
 
