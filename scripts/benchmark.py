@@ -13,6 +13,7 @@ from array import array
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -26,20 +27,17 @@ from lit_llama.data.samples import read_text
 from lit_llama.data.task import load_splits, load_task
 from lit_llama.devices.launch import default_device, resolve_precision
 from lit_llama.measure.benchmark import limits, measure, table
-from lit_llama.measure.cases import BenchmarkCase, config_of
-from lit_llama.methods.table import METHODS
+from lit_llama.measure.cases import BenchmarkCase, check_method, config_of
 from lit_llama.settings import DEFAULT_BASE, MAX_SAMPLES
 
-OPTIONS = ("compile", "checkpointing", "int8", "nf4")
-KINDS = ("train", "decode")
-OTHERS = ("litgpt", "peft")
+OPTIONS = {"compile", "checkpointing", "int8", "nf4"}
 
 
 def main(
-    kinds: tuple[str, ...] = KINDS,
+    kinds: tuple[Literal["train", "decode"], ...] = ("train", "decode"),
     methods: tuple[str, ...] = ("adapter", "lora"),
     variants: tuple[str, ...] = ("auto",),
-    against: tuple[str, ...] = (),
+    against: tuple[Literal["litgpt", "peft"], ...] = (),
     model: str = "smollm2-135m",
     checkpoint_dir: str = DEFAULT_BASE,
     data: str = "data/bookings",
@@ -76,15 +74,28 @@ def main(
     for name, value in (counts | sizes).items():
         check_range(f"--{name}", value, 1, MAX_SAMPLES)
 
-    if missing := [name for name in against if name in OTHERS and find_spec(name) is None]:
+    if missing := [name for name in against if find_spec(name) is None]:
         raise UserError(f"--against {', '.join(missing)}: not installed; pip install it, or leave it out")
-    ours, others = choose(kinds, methods, variants, against, model, sizes)
+    for method in methods:
+        check_method(method)
+    config = config_of(model)
+    ours = []
+    for variant in variants:
+        precision, *options = variant.split("+")
+        if unknown := set(options) - OPTIONS:
+            raise UserError(f"--variants {variant}: {sorted(unknown)} are none of {', '.join(sorted(OPTIONS))}")
+        precision = resolve_precision(precision, default_device())
+        ours += [BenchmarkCase("ours", model, method, precision, tuple(options), **sizes) for method in methods]
+    if not (kinds and ours):
+        raise UserError("--kinds, --methods and --variants must name at least one each")
+    both = [method for method in methods if method in ("adapter", "lora")]
+    others = [BenchmarkCase(name, model, method, ours[0].precision, **sizes) for method in both for name in against]
     load_splits(data)  # check the data before anything is downloaded
     if results is not None:
         check_writable(results)
     ensure_base(checkpoint_dir, yes)
     task = load_task(data, checkpoint_dir, None, min(512, load_config(checkpoint_dir).block_size))
-    limit = limits({case.precision for case in ours}, ours[0].config, micro_batch_tokens)
+    limit = limits({case.precision for case in ours}, config, micro_batch_tokens)
     rates = [f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in limit.items() if name != "read"]
     print(f"{torch.get_num_threads()} threads, {', '.join(rates)}, {limit['read'] / 1e9:,.1f} GB/s")
     rows = []
@@ -92,11 +103,10 @@ def main(
         cases = ours + others
         if kind == "train":
             batches = [step_indices(i, batch_size, len(task.train), seed=1) for i in range(steps * (rounds + 1))]
-            vocab_size = ours[0].config.vocab_size
-            jobs = [[within_vocabulary(task.train[i], vocab_size) for i in batch] for batch in batches]
-            work = [[(step,) for step in jobs[i * steps : (i + 1) * steps]] for i in range(rounds + 1)]
+            jobs = [([within_vocabulary(task.train[i], config.vocab_size) for i in batch],) for batch in batches]
+            work = [jobs[i : i + steps] for i in range(0, len(jobs), steps)]
         else:
-            cases = [c for c in cases if "checkpointing" not in c.options]
+            cases = [case for case in cases if "checkpointing" not in case.options]
             work = [[(list(range(5, 69)), new_tokens)]] * (rounds + 1)
         rows += measure(kind, cases, work, limit)
     if results is not None:
@@ -110,33 +120,6 @@ def within_vocabulary(sample: TokenizedSample, vocab_size: int) -> TokenizedSamp
     """The sample with ids that fit the model's vocabulary. Speed depends only on lengths."""
     targets = [target if target == IGNORE else target % vocab_size for target in sample.targets]
     return replace(sample, ids=array("i", [i % vocab_size for i in sample.ids]), targets=array("i", targets))
-
-
-def choose(
-    kinds: tuple[str, ...],
-    methods: tuple[str, ...],
-    variants: tuple[str, ...],
-    against: tuple[str, ...],
-    model: str,
-    sizes: dict[str, int],
-) -> tuple[list[BenchmarkCase], list[BenchmarkCase]]:
-    """Our cases and the others'. ``sizes`` are those of micro-batches. Raises UserError if a name is unknown."""
-    for name, given, known in (("kinds", kinds, KINDS), ("methods", methods, METHODS), ("against", against, OTHERS)):
-        if not set(given) <= set(known) or not (given or name == "against"):
-            raise UserError(f"--{name} {list(given)}: choose from {', '.join(known)}")
-    config_of(model)
-    ours = []
-    for variant in variants:
-        precision, *options = variant.split("+")
-        precision = resolve_precision(precision, default_device())
-        if unknown := set(options) - set(OPTIONS):
-            raise UserError(f"--variants {variant}: {sorted(unknown)} are none of {', '.join(OPTIONS)}")
-        ours += [BenchmarkCase("ours", model, method, precision, tuple(options), **sizes) for method in methods]
-    if not ours:
-        raise UserError("--variants names none: give auto, bf16-true or 32-true")
-    compared = [method for method in methods if method in ("adapter", "lora")]
-    first = ours[0].precision
-    return ours, [BenchmarkCase(name, model, method, first, **sizes) for method in compared for name in against]
 
 
 if __name__ == "__main__":

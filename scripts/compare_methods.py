@@ -9,29 +9,26 @@ Every method runs in its own process, by its own finetune script, on the same nu
 stopped, the same command continues it: runs that have finished are kept. ``pip install -e ".[plot]"`` for plots.
 """
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
+from typing import Literal
 
 from lit_llama import cli
 from lit_llama.base import ensure_base
-from lit_llama.checkpoint import load_model
+from lit_llama.checkpoint import load_config
 from lit_llama.cli import save_settings
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import atomic_write, check_writable, read_json, write_json
 from lit_llama.data.samples import read_samples
 from lit_llama.data.task import load_splits, load_task, split_file
 from lit_llama.devices.launch import Bar, check_launcher
-from lit_llama.generate.load import load_trained_folder
-from lit_llama.measure.benchmark import flops_per_token
+from lit_llama.measure.benchmark import flops_per_token, weightless
 from lit_llama.measure.compare import (
     NAMES,
     ScriptRun,
@@ -39,16 +36,17 @@ from lit_llama.measure.compare import (
     loss_change,
     lowest_loss,
     markdown,
-    pilot_jobs,
+    pilot_flags,
+    pilot_runs,
     quality,
-    variant_jobs,
+    variant_runs,
     with_seeds,
 )
 from lit_llama.measure.plots import plot_comparison, plot_variants
 from lit_llama.settings import DEFAULT_BASE, MAX_COUNT, MAX_SAMPLES, MAX_SEED, ROOT
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train.run import COSTS_FILE, STATE_FILE, differences, read_metrics
-from lit_llama.trained import METHOD_FILE, read_method
+from lit_llama.trained import read_method
 
 OTHER_SAMPLES = 500
 
@@ -68,7 +66,7 @@ def main(
     pilot_samples: int = 400,
     max_test_samples: int | None = None,
     devices: int = 1,
-    strategy: str = "auto",
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     seed: int = 1337,
     yes: bool = False,
 ) -> None:
@@ -103,50 +101,10 @@ def main(
         check_range("--shots", count, 0, MAX_COUNT)
     if other_data is not None:
         read_samples(other_data)
-
     check_launcher(devices, num_nodes=1, strategy=strategy)
-    methods, shots = possible_runs(methods, shots, Path(data))
-    folder = Path(out_dir or f"out/compare/{Path(data).stem}")
-    check_writable(folder / "settings.json")
-    ensure_base(checkpoint_dir, yes)
-    split = "test" if split_file(Path(data), "test") else "validation"
-    settings = dict(data=data, split=split, n_samples=n_samples, batch_size=batch_size, seed=seed, pilot=pilot)
-    settings |= dict(checkpoint_dir=checkpoint_dir, max_test_samples=max_test_samples, pilot_samples=pilot_samples)
-    settings |= dict(devices=devices, strategy=strategy)
-    steps = max(1, n_samples // batch_size)
-    jobs = [ScriptRun(name, name, folder / name, 0 if name == "features" else steps) for name in methods]
-    jobs += variant_jobs(folder, variants or {}, steps)
-    tried = dict.fromkeys(job.method for job in jobs) if pilot else ()
-    trials = with_seeds(pilot_jobs(folder, tried, max(1, pilot_samples // batch_size)), [seed])
-    jobs = with_seeds(jobs, range(seed, seed + seeds))
-    bases = {f"base, {count} examples": count for count in shots}
-    keep_settings(folder / "settings.json", settings)
-    save_settings(folder)
-
-    comparison = Comparison(folder, settings, other_data)
-    with Bar(sum(job.steps for job in trials + jobs), "steps") as bar:
-        comparison.evaluate_base(bases, bar)
-        comparison.run(trials, jobs, bar)
-    results = comparison.results(jobs) | comparison.base_results(bases)
-    comparison.write(results)
-    plot_comparison(folder, results)
-    plot_variants(folder, results)
-    if comparison.failed:
-        lines = "; ".join(f"{name}: {why}" for name, why in comparison.failed.items())
-        raise UserError(f"{len(comparison.failed)} runs failed; the same command tries them again: {lines}")
-
-
-def possible_runs(
-    methods: tuple[str, ...], shots: tuple[int, ...], data: Path
-) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Leave out features if rows have no labels, and examples in the prompt if rows have no prompt.
-
-    Raises UserError if a method is unknown.
-    """
-    unknown = set(methods) - set(NAMES)
-    if unknown or not methods:
+    if unknown := set(methods) - set(NAMES):
         raise UserError(f"--methods {sorted(unknown)}: choose from {', '.join(NAMES)}")
-    if not data.is_dir():
+    if not Path(data).is_dir():
         raise UserError(f"--data {data} must be a folder with train and validation files")
     samples, _, _ = load_splits(data)
     if "features" in methods and not all(sample.label for sample in samples):
@@ -155,170 +113,130 @@ def possible_runs(
     if any(shots) and not any(sample.messages for sample in samples):
         print(f"examples in the prompt are left out: the rows of {data} have no prompt")
         shots = tuple(count for count in shots if not count)
-    return methods, shots
+    folder = Path(out_dir or f"out/compare/{Path(data).stem}")
+    check_writable(folder / "settings.json")
 
+    # Runs: trials of learning rates; each method and variant with each seed
+    steps = max(1, n_samples // batch_size)
+    runs = [ScriptRun(name, name, folder / name, 0 if name == "features" else steps, seed) for name in methods]
+    runs = with_seeds(runs + variant_runs(folder, variants or {}, steps, seed), seeds)
+    tried = dict.fromkeys(run.method for run in runs) if pilot else ()
+    trials = pilot_runs(folder, tried, max(1, pilot_samples // batch_size), seed)
 
-def keep_settings(path: Path, settings: dict) -> None:
-    """Write the settings. Raises UserError if the folder's finished runs had others."""
-    if path.exists() and (changes := differences(read_json(path), settings).values()):
-        raise UserError(
-            f"{path.parent} holds a comparison with other settings: {'; '.join(changes)}; pass another --out_dir"
-        )
-    write_json(path, settings)
+    # Settings: those of the runs that the folder already holds
+    ensure_base(checkpoint_dir, yes)
+    split = "test" if split_file(Path(data), "test") else "validation"
+    settings = dict(data=data, split=split, n_samples=n_samples, batch_size=batch_size, seed=seed, pilot=pilot)
+    settings |= dict(checkpoint_dir=checkpoint_dir, max_test_samples=max_test_samples, pilot_samples=pilot_samples)
+    settings |= dict(devices=devices, strategy=strategy)
+    before = read_json(folder / "settings.json") if (folder / "settings.json").exists() else {}
+    if changes := "; ".join(differences(before, settings).values()):
+        raise UserError(f"{folder} holds a comparison with other settings: {changes}; pass another --out_dir")
+    write_json(folder / "settings.json", settings)
+    save_settings(folder)
 
+    # Tests: the files and flags of scripts/evaluate.py. Other data is the same tokens for all methods: in the base's
+    # prompt style, cut at the same length.
+    test_file, other_file = f"{split}.json", f"other-{Path(other_data or '').stem}.json"
+    test_flags = ["--data", data, "--split", split]
+    test_flags += [] if max_test_samples is None else ["--max_samples", str(max_test_samples)]
+    style = "template" if Tokenizer(checkpoint_dir).chat_template else "alpaca"
+    other_flags = ["--data", str(other_data), "--max_samples", str(OTHER_SAMPLES), "--only_loss"]
+    other_flags += ["--prompt_style", style, "--max_seq_length", "512"]
+    bases = {count: folder / f"base-{count}-{test_file}" for count in shots}
 
-@dataclass
-class Comparison:
-    """Runs what has not run yet, and reads the results. ``failed`` holds the last line that a failed run printed."""
-
-    folder: Path
-    settings: dict
-    other_data: str | None
-    failed: dict[str, str] = field(default_factory=dict)
-
-    def run(self, trials: list[ScriptRun], jobs: list[ScriptRun], bar: Bar) -> None:
-        """Train the trials, then each job at the learning rate of its method's best trial, and evaluate it."""
-        unfit: dict[str, str] = {}  # trials that failed, perhaps because the rate is too high
-        for job in trials:
-            train(job, self.flags_of(job), unfit, bar)
-        for job in jobs:
-            flags = self.flags_of(job)
-            if tried := [trial for trial in trials if trial.method == job.method and trial.label not in unfit]:
-                best = min(tried, key=lambda trial: lowest_loss(trial.out_dir)).out_dir
-                source = job.out_dir if (job.out_dir / METHOD_FILE).exists() else best  # a started run keeps its rate
-                flags = ["--train.learning_rate", str(learning_rate(source)), *flags]
-            if train(job, flags, self.failed, bar):
-                bar.set_description(f"{job.label}: answers")
-                trained = ["--trained_dir", str(job.out_dir), *self.devices(job.method)]
-                self.evaluate(job.label, self.test_file(job.out_dir), [*trained, *self.test_flags])
-                if self.other_data and job.method != "features":
-                    self.evaluate(
-                        f"{job.label}, other data", self.other_file(job.out_dir), [*trained, *self.other_flags]
-                    )
-
-    def evaluate_base(self, bases: dict[str, int], bar: Bar) -> None:
-        """Evaluate the base with each number of examples in its prompt, and on the other data."""
-        bar.set_description("base")
-        base = ["--checkpoint_dir", self.settings["checkpoint_dir"], *self.devices()]
-        for name, shots in bases.items():
-            self.evaluate(name, self.base_file(shots), [*base, "--shots", str(shots), *self.test_flags])
-        if self.other_data:
-            self.evaluate("base, other data", self.other_file(self.folder), [*base, *self.other_flags])
-
-    def evaluate(self, name: str, file: Path, flags: list[str]) -> None:
-        """Run scripts/evaluate.py, unless ``file`` has its results."""
-        command = [sys.executable, str(ROOT / "scripts/evaluate.py"), *flags, "--results", str(file)]
-        if not file.exists() and (error := run_process(command, file.with_suffix(".log"))) is not None:
-            self.failed[name] = error
-
-    # files and flags
-
-    def test_file(self, out_dir: Path) -> Path:
-        return out_dir / f"{self.settings['split']}.json"
-
-    def base_file(self, shots: int) -> Path:
-        return self.folder / f"base-{shots}-{self.settings['split']}.json"
-
-    def other_file(self, out_dir: Path) -> Path:
-        return out_dir / f"other-{Path(self.other_data or '').stem}.json"
-
-    @property
-    def test_flags(self) -> list[str]:
-        flags = ["--data", self.settings["data"], "--split", self.settings["split"]]
-        limit = self.settings["max_test_samples"]
-        return flags if limit is None else [*flags, "--max_samples", str(limit)]
-
-    @cached_property
-    def other_flags(self) -> list[str]:
-        """The same tokens for all: in the base's prompt style, cut at the same length."""
-        style = "template" if Tokenizer(self.settings["checkpoint_dir"]).chat_template else "alpaca"
-        flags = ["--data", str(self.other_data), "--max_samples", str(OTHER_SAMPLES), "--only_loss"]
-        return [*flags, "--prompt_style", style, "--max_seq_length", "512"]
-
-    def flags_of(self, job: ScriptRun) -> list[str]:
-        """The flags of a job's finetune script."""
-        flags = ["--data", self.settings["data"], "--checkpoint_dir", self.settings["checkpoint_dir"]]
-        if job.method == "features":
-            return [*flags, "--max_samples", str(self.settings["n_samples"]), *job.flags]
-        flags += ["--eval_samples", "0", "--train.batch_size", str(self.settings["batch_size"])]
-        flags += ["--train.max_steps", str(job.steps), "--train.eval_every", str(-(-job.steps // job.validations))]
-        return [*flags, "--train.seed", str(job.seed), *self.devices(job.method), *job.flags]
-
-    def devices(self, method: str = "") -> list[str]:
-        """Features runs on one device; full is never sharded and takes no --strategy."""
-        if method == "features":
-            return []
-        devices = ["--devices", str(self.settings["devices"])]
-        return devices if method == "full" else [*devices, "--strategy", self.settings["strategy"]]
-
-    # results
-
-    def results(self, jobs: list[ScriptRun]) -> dict[str, dict]:
-        """The results by name, over the seeds whose run did not fail."""
-        samples = load_task(self.settings["data"], self.settings["checkpoint_dir"], None, 512).train
-        results: dict[str, dict] = {}
-        for name in dict.fromkeys(job.name for job in jobs):
-            runs = [job for job in jobs if job.name == name and job.label not in self.failed]
-            if not runs:
+    # Loop: what has not run yet. A finished run is kept, and one that fails does not stop the others.
+    errors: dict[str, str | None] = {}
+    with Bar(sum(run.steps for run in trials + runs), "base") as bar:
+        base = ["--checkpoint_dir", checkpoint_dir, *device_flags("base", settings)]
+        for count, file in bases.items():
+            errors[f"base, {count} examples"] = evaluate(file, [*base, "--shots", str(count), *test_flags])
+        if other_data is not None:
+            errors["base, other data"] = evaluate(folder / other_file, [*base, *other_flags])
+        for trial in trials:
+            train(trial, train_flags(trial, settings), bar)  # one that fails is no candidate
+        for run in runs:
+            errors[run.label] = train(run, pilot_flags(run, trials) + train_flags(run, settings), bar)
+            if errors[run.label]:
                 continue
-            results[name] = costs(runs, samples[: self.settings["batch_size"]])
-            results[name] |= quality([self.test_file(run.out_dir) for run in runs])
-            after, base = [self.other_file(run.out_dir) for run in runs], self.other_file(self.folder)
-            if all(file.exists() for file in [*after, base]):
-                add_change(results[name], "forgetting", after, [base])
-            if name != runs[0].method:  # a variant: compare it with the method's own run with the same seed
-                own = [job for job in jobs if job.name == runs[0].method and job.label not in self.failed]
-                ours, theirs = ({run.seed: self.test_file(run.out_dir) for run in group} for group in (runs, own))
-                if seeds := sorted(ours.keys() & theirs.keys()):
-                    tests = [[files[seed] for seed in seeds] for files in (ours, theirs)]
-                    add_change(results[name], "minus_method", *tests)
-        return results
+            bar.set_description(f"{run.label}: answers")
+            trained = ["--trained_dir", str(run.out_dir), *device_flags(run.method, settings)]
+            errors[run.label] = evaluate(run.out_dir / test_file, [*trained, *test_flags])
+            if other_data is not None and run.method != "features":
+                label = f"{run.label}, other data"
+                errors[label] = evaluate(run.out_dir / other_file, [*trained, *other_flags])
+    failed = {label: error for label, error in errors.items() if error}
 
-    def base_results(self, bases: dict[str, int]) -> dict[str, dict]:
-        return {name: quality([self.base_file(n)]) for name, n in bases.items() if name not in self.failed}
-
-    def write(self, results: dict[str, dict]) -> None:
-        """Write results.json and a table, and print the table."""
-        content = {"settings": self.settings, "results": results, "failed": self.failed}
-        write_json(self.folder / "results.json", content)
-        text = markdown(results)
-        if rates := [f"{run} {row['learning_rate']:g}" for run, row in results.items() if "learning_rate" in row]:
-            text += f"\nLearning rates: {', '.join(rates)}.\n"
-        with atomic_write(self.folder / "results.md") as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        print(f"\n{text}\nwrote {self.folder / 'results.json'} and results.md")
-
-
-def add_change(row: dict, key: str, after: list[Path], before: list[Path]) -> None:
-    row[key], row[f"{key}_interval"] = loss_change(after, before)
+    # Results
+    first_step = load_task(data, checkpoint_dir, None, 512).train[:batch_size]
+    results = method_results(runs, first_step, test_file, other_file, folder)
+    results |= {f"base, {count} examples": quality([file]) for count, file in bases.items() if file.exists()}
+    write_json(folder / "results.json", {"settings": settings, "results": results, "failed": failed})
+    text = markdown(results)
+    if rates := [f"{name} {row['learning_rate']:g}" for name, row in results.items() if "learning_rate" in row]:
+        text += f"\nLearning rates: {', '.join(rates)}.\n"
+    with atomic_write(folder / "results.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"\n{text}\nwrote {folder / 'results.json'} and results.md")
+    if find_spec("matplotlib"):
+        plot_comparison(folder, results)
+        plot_variants(folder, results)
+    else:
+        print('no plots: matplotlib is missing; pip install -e ".[plot]"', file=sys.stderr)
+    if failed:
+        lines = "; ".join(f"{label}: {error}" for label, error in failed.items())
+        raise UserError(f"{len(failed)} runs failed; the same command tries them again: {lines}")
 
 
-def train(job: ScriptRun, flags: list[str], failed: dict[str, str], bar: Bar) -> bool:
-    """Run a finetune script unless it has run; the bar follows its metrics.csv. Returns whether it succeeded."""
-    bar.set_description(job.label)
-    before = bar.n
-    if not job.trained:
-        resumable = (job.out_dir / STATE_FILE).exists()
-        command = [sys.executable, str(ROOT / "finetune" / f"{job.method}.py"), *flags, "--out_dir", str(job.out_dir)]
-        command += ["--yes", "--resume" if resumable else "--overwrite"]
+def device_flags(method: str, settings: dict) -> list[str]:
+    """Features runs on one device; full is never sharded and takes no --strategy."""
+    if method == "features":
+        return []
+    flags = ["--devices", str(settings["devices"])]
+    return flags if method == "full" else [*flags, "--strategy", settings["strategy"]]
 
-        def follow() -> None:
-            bar.update(before + len(read_metrics(job.out_dir)) - bar.n)
 
-        error = run_process(command, job.out_dir / "train.log", follow)
+def train_flags(run: ScriptRun, settings: dict) -> list[str]:
+    """The flags of a run's finetune script, its own last."""
+    flags = ["--data", settings["data"], "--checkpoint_dir", settings["checkpoint_dir"]]
+    if run.method == "features":
+        return [*flags, "--max_samples", str(settings["n_samples"])]
+    flags += ["--eval_samples", "0", "--train.batch_size", str(settings["batch_size"])]
+    flags += ["--train.max_steps", str(run.steps), "--train.eval_every", str(-(-run.steps // 2))]
+    return [*flags, "--train.seed", str(run.seed), *device_flags(run.method, settings), *run.flags]
+
+
+def train(run: ScriptRun, flags: list[str], bar: Bar) -> str | None:
+    """Run a finetune script unless it has run; the bar follows its metrics.csv. Returns the error of one that fails."""
+    bar.set_description(run.label)
+    before, error = bar.n, None
+
+    def follow() -> None:
+        bar.update(before + len(read_metrics(run.out_dir)) - bar.n)
+
+    if not run.trained:
+        state = run.out_dir / STATE_FILE
+        flags = [*flags, "--out_dir", str(run.out_dir), "--yes", "--resume" if state.exists() else "--overwrite"]
+        error = run_script(f"finetune/{run.method}.py", flags, run.out_dir / "train.log", follow)
         if error is None:
-            shutil.rmtree((job.out_dir / STATE_FILE).parent, ignore_errors=True)  # for full, three times the model
-        else:
-            failed[job.label] = error
-        bar.write(f"{job.label}: {'trained' if error is None else error}", file=sys.stderr)
-    bar.update(before + job.steps - bar.n)
-    return job.label not in failed
+            shutil.rmtree(state.parent, ignore_errors=True)  # for full, three times the model
+        bar.write(f"{run.label}: {error or 'trained'}", file=sys.stderr)
+    bar.update(before + run.steps - bar.n)
+    return error
 
 
-def run_process(command: list[str], log_file: Path, tick: Callable[[], object] = lambda: None) -> str | None:
-    """Run a command and write its output to ``log_file``. Returns None on success, else its last line."""
+def evaluate(file: Path, flags: list[str]) -> str | None:
+    """Run scripts/evaluate.py unless ``file`` has its results. Returns the error if it fails."""
+    if file.exists():
+        return None
+    return run_script("scripts/evaluate.py", [*flags, "--results", str(file)], file.with_suffix(".log"))
+
+
+def run_script(script: str, flags: list[str], log_file: Path, tick: Callable[[], None] = lambda: None) -> str | None:
+    """Run a script and write its output to ``log_file``. Returns the last line if it fails."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with open(log_file, "w+", encoding="utf-8") as log:
+        command = [sys.executable, str(ROOT / script), *flags]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         try:
             while process.poll() is None:
@@ -332,16 +250,34 @@ def run_process(command: list[str], log_file: Path, tick: Callable[[], object] =
     return None if process.returncode == 0 else (lines or ["no output"])[-1]
 
 
+def method_results(runs: list[ScriptRun], samples: list, test_file: str, other_file: str, folder: Path) -> dict:
+    """The results of each method and variant, over the seeds that have been tested."""
+    groups: dict[str, list[ScriptRun]] = {run.name: [] for run in runs}
+    for run in runs:
+        if (run.out_dir / test_file).exists():
+            groups[run.name].append(run)
+    results = {}
+    for name, group in groups.items():
+        if not group:
+            continue
+        row = costs(group, samples) | quality([run.out_dir / test_file for run in group])
+        after, base = [run.out_dir / other_file for run in group], folder / other_file
+        if all(file.exists() for file in [*after, base]):
+            row |= loss_change("forgetting", after, [base])
+        own = groups.get(row["method"], [])  # a variant is compared with the method's own run with the same seed
+        pairs = [(run.out_dir, other.out_dir) for run in group for other in own if run.seed == other.seed]
+        if pairs and own is not group:
+            files = [[out_dir / test_file for out_dir in out_dirs] for out_dirs in zip(*pairs, strict=True)]
+            row |= loss_change("minus_method", *files)
+        results[name] = row
+    return results
+
+
 def costs(runs: list[ScriptRun], samples: list) -> dict:
     """Size and costs of a method: means over its runs, and the highest peak memory."""
     first = runs[0].out_dir
     method = read_method(first)
-    if method["method"] == "full":
-        model = load_model(first).requires_grad_(True)
-    elif method["method"] == "features":
-        model = load_model(method["base"]["checkpoint_dir"]).requires_grad_(False)
-    else:
-        model, _ = load_trained_folder(first)
+    model = weightless(load_config(method["base"]["checkpoint_dir"]), method["method"], **method["arguments"])
     spent = [read_json(run.out_dir / COSTS_FILE) for run in runs]
     peaks = [one["peak_memory"] for one in spent]
     row = {
@@ -353,7 +289,7 @@ def costs(runs: list[ScriptRun], samples: list) -> dict:
         "peak_memory": None if None in peaks else max(peaks),
         "kept_bytes": sum(path.stat().st_size for path in first.glob("*.safetensors")),
     }
-    curves = [losses_of(run) for run in runs]
+    curves = [[float(step["loss"]) for step in read_metrics(run.out_dir)] for run in runs]
     if curves[0]:
         row |= {
             "learning_rate": learning_rate(first),
@@ -361,11 +297,6 @@ def costs(runs: list[ScriptRun], samples: list) -> dict:
             "val_loss": mean(lowest_loss(run.out_dir) for run in runs),
         }
     return row
-
-
-def losses_of(run: ScriptRun) -> list[float]:
-    """The training loss of each step."""
-    return [float(row["loss"]) for row in read_metrics(run.out_dir)]
 
 
 if __name__ == "__main__":

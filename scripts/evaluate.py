@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import random
-from array import array
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,14 +23,14 @@ from lit_llama import cli
 from lit_llama.base import ensure_base
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import check_writable, write_json
-from lit_llama.data.batches import IGNORE, TokenizedSample, micro_batches
-from lit_llama.data.prompts import encode_prompt, trained_template
+from lit_llama.data.batches import TokenizedSample, micro_batches
+from lit_llama.data.prompts import trained_template
 from lit_llama.data.samples import DataOptions, Sample, read_samples
 from lit_llama.data.task import can_be_asked, encode_samples, split_file, tokenize_labels
 from lit_llama.devices.blocks import check_fsdp_flags
 from lit_llama.devices.launch import Bar, base_dtype, launch, print_rank0
 from lit_llama.generate.classify import is_classifier, load_classifier
-from lit_llama.generate.load import load_for_generation
+from lit_llama.generate.load import LoadedModel, load_for_generation
 from lit_llama.model import LLaMA
 from lit_llama.settings import DEFAULT_BASE, MAX_COUNT
 from lit_llama.tokenizer import Tokenizer
@@ -90,7 +89,8 @@ def main(
         check_range(f"--{name}", value, 1, MAX_COUNT)
     check_range("--shots", shots, 0, MAX_COUNT)
 
-    sharded, labels = strategy == "fsdp", bool(trained_dir) and is_classifier(read_method(trained_dir))
+    labels = bool(trained_dir) and is_classifier(read_method(trained_dir))
+    sharded = strategy == "fsdp"
     if labels and (only_loss or shots or prompt_style or max_seq_length or quantize or compile or sharded):
         raise UserError(
             f"{trained_dir} answers with labels: --only_loss, --shots, --prompt_style, --max_seq_length, --quantize, "
@@ -111,31 +111,25 @@ def main(
         dtype = base_dtype(precision, fabric.device)
         rows = evaluate_labels(fabric, samples, trained_dir, checkpoint_dir, dtype)
     else:
+        ranks = fabric if sharded else None
         loaded = load_for_generation(
-            trained_dir,
-            checkpoint_dir,
-            prompt_style,
-            precision,
-            quantize,
-            compile,
-            device=fabric.device,
-            fabric=fabric if sharded else None,
+            trained_dir, checkpoint_dir, prompt_style, precision, quantize, compile, fabric.device, ranks
         )
         print_rank0(f"{loaded.name} on {file}")
-        model, tokenizer, template = loaded.model, loaded.tokenizer, loaded.chat_template
-        length = max_seq_length or loaded.max_seq_length or (model.max_text_tokens if shots else 512)
-        length = min(length, model.max_text_tokens)
-        rows = evaluate_answers(
-            fabric, asked, model, tokenizer, template, length, batch_size, only_last=shots > 0, only_loss=only_loss
-        )
-        if dropped := len(samples) - len({row for row, *_ in rows}):
+        context = loaded.model.max_text_tokens
+        length = min(context, max_seq_length or loaded.max_seq_length or (context if shots else 512))
+        rows = evaluate_answers(fabric, loaded, asked, length, batch_size, only_loss)
+        if dropped := len(samples) - len({row["row"] for row in rows}):
             print_rank0(f"{dropped} samples dropped: no answer within {length} tokens")
     if results is not None and fabric.is_global_zero:
-        write_results(Path(results), rows)
+        write_json(Path(results), {"samples": rows})
 
 
 def add_shots(samples: list[Sample], folder: Path, options: DataOptions, shots: int, seed: int) -> list[Sample]:
-    """The samples with the same ``shots`` examples in front, drawn from the folder's train file."""
+    """The samples with the same ``shots`` examples in front, drawn from the folder's train file.
+
+    Only a sample's last answer is a target, not those of the examples.
+    """
     file = split_file(folder, "train") if folder.is_dir() else None
     if file is None:
         raise UserError(f"--shots takes its examples from a train file: {folder} must be a folder with one")
@@ -143,22 +137,12 @@ def add_shots(samples: list[Sample], folder: Path, options: DataOptions, shots: 
     if len(examples) < shots:
         raise UserError(f"--shots {shots}, but {file} holds {len(examples)} rows with an answer")
     given = [message for sample in random.Random(seed).sample(examples, shots) for message in sample.messages]
-    return [replace(sample, messages=given + sample.messages) for sample in samples if sample.messages]
-
-
-def keep_last_answers(
-    samples: list[Sample], encoded: list[TokenizedSample], template: str, tokenizer: Tokenizer
-) -> tuple[list[Sample], list[TokenizedSample]]:
-    """Remove the few-shot answers from the targets. Drop samples whose own answer does not fit."""
-    kept = []
-    for sample, ids in zip(samples, encoded, strict=True):
-        given = len(encode_prompt(sample.prompt, template, tokenizer)) - 1
-        if given < len(ids.ids):
-            ids.targets[:given] = array("i", [IGNORE]) * given
-            kept.append((sample, ids))
-    if not kept:
-        raise UserError(f"none of {len(samples)} samples fits the context with its examples; pass fewer --shots")
-    return [sample for sample, _ in kept], [ids for _, ids in kept]
+    few_shot = []
+    for sample in samples:
+        if sample.messages:
+            before = [{**message, "weight": 0} for message in given + sample.prompt]
+            few_shot.append(replace(sample, messages=[*before, sample.messages[-1]]))
+    return few_shot
 
 
 @torch.inference_mode()
@@ -177,52 +161,38 @@ def sample_losses(model: LLaMA, encoded: list[TokenizedSample]) -> list[float]:
 
 
 def evaluate_answers(
-    fabric: Fabric,
-    samples: list[Sample],
-    model: LLaMA,
-    tokenizer: Tokenizer,
-    template: str,
-    length: int,
-    batch_size: int,
-    only_last: bool,
-    only_loss: bool,
-) -> list[tuple]:
-    """Print loss, perplexity and, unless ``only_loss``, exact match. Each rank evaluates its part, and returns all.
-
-    With ``only_last`` the targets are the last answers, not those of the few-shot examples.
-    """
+    fabric: Fabric, loaded: LoadedModel, samples: list[Sample], length: int, batch_size: int, only_loss: bool
+) -> list[dict]:
+    """Print loss, perplexity and, unless ``only_loss``, exact match. Each rank evaluates its part, and returns all."""
+    model, tokenizer, template = loaded.model, loaded.tokenizer, loaded.chat_template
     kept, encoded = encode_samples(samples, template, tokenizer, length)
-    if only_last:
-        kept, encoded = keep_last_answers(kept, encoded, template, tokenizer)
     losses = map_over_ranks(fabric, model, encoded, lambda own: sample_losses(model, own))
     loss = sum(losses) / sum(ids.n_targets for ids in encoded)
     print_rank0(f"{len(kept)} samples")
     print_rank0(f"loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
+    rows = [
+        {"row": sample.row, "loss": own_loss, "n_targets": ids.n_targets, "right": None, "answer": None}
+        for sample, ids, own_loss in zip(kept, encoded, losses, strict=True)
+    ]
     pairs = [] if only_loss else list(zip(kept, encoded, strict=True))
     questions = [i for i, pair in enumerate(pairs) if can_be_asked(*pair)]
-    longest = longest_answer(tokenizer, [kept[i] for i in questions])
+    asked = [kept[i] for i in questions]
+    longest = longest_answer(tokenizer, asked)
 
-    def answer(own: list[int]) -> list[str]:
-        return answer_samples(model, tokenizer, template, [kept[i] for i in own], longest, batch_size)
+    def answer(own: list[Sample]) -> list[str]:
+        return answer_samples(model, tokenizer, template, own, longest, batch_size)
 
-    answers = dict(zip(questions, map_over_ranks(fabric, model, questions, answer), strict=True))
-    right = {i: is_right(answer, kept[i]) for i, answer in answers.items()}
-    if right:
-        correct = sum(right.values())
-        print_rank0(f"exact match: {100 * correct / len(right):.1f} % ({correct} of {len(right)})")
-    values = [(losses[i], ids.n_targets, right.get(i), answers.get(i)) for i, ids in enumerate(encoded)]
-    return [(sample.row, *row) for sample, row in zip(kept, values, strict=True)]
-
-
-def write_results(path: Path, rows: list[tuple]) -> None:
-    """Write each sample's row in the file (from 0), summed loss, number of targets, whether it is right, its answer."""
-    names = ("row", "loss", "n_targets", "right", "answer")
-    write_json(path, {"samples": [dict(zip(names, row, strict=True)) for row in rows]})
+    for i, text in zip(questions, map_over_ranks(fabric, model, asked, answer), strict=True):
+        rows[i] |= {"right": is_right(text, kept[i]), "answer": text}
+    if questions:
+        correct = sum(rows[i]["right"] for i in questions)
+        print_rank0(f"exact match: {100 * correct / len(questions):.1f} % ({correct} of {len(questions)})")
+    return rows
 
 
 def evaluate_labels(
     fabric: Fabric, samples: list[Sample], trained_dir: str, checkpoint_dir: str | None, dtype: torch.dtype
-) -> list[tuple]:
+) -> list[dict]:
     """Print the accuracy of a classifier, and its loss: the mean of -log p of the right label."""
     classify, method = load_classifier(trained_dir, checkpoint_dir, dtype, fabric.device)
     tokenizer, labels = Tokenizer(checkpoint_dir or method["base"]["checkpoint_dir"]), method["arguments"]["labels"]
@@ -231,13 +201,17 @@ def evaluate_labels(
     prompts = [sample.ids.tolist() for sample in encoded]
     probabilities = np.array(map_over_ranks(fabric, None, prompts, lambda own: list(classify(own))))
     answers = [sample.targets[-1] for sample in encoded]
-    chosen = probabilities.argmax(1).tolist()
-    correct = sum(one == other for one, other in zip(chosen, answers, strict=True))
     losses = -np.log(probabilities[range(len(answers)), answers].clip(1e-12))
+    rows = [
+        {"row": sample.row, "loss": loss, "n_targets": 1, "right": chosen == answer, "answer": labels[chosen]}
+        for sample, loss, chosen, answer in zip(
+            samples, losses.tolist(), probabilities.argmax(1).tolist(), answers, strict=True
+        )
+    ]
+    correct = sum(row["right"] for row in rows)
     print_rank0(f"{method['method']} over {method['base']['name']}: loss {losses.mean():.4f}")
-    print_rank0(f"accuracy: {100 * correct / len(answers):.1f} % ({correct} of {len(answers)})")
-    rows = zip(samples, losses.tolist(), chosen, answers, strict=True)
-    return [(sample.row, loss, 1, one == other, labels[one]) for sample, loss, one, other in rows]
+    print_rank0(f"accuracy: {100 * correct / len(rows):.1f} % ({correct} of {len(rows)})")
+    return rows
 
 
 if __name__ == "__main__":

@@ -2,31 +2,25 @@
 
 import json
 import multiprocessing
+import os
 import re
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from helpers import make_base, refuse, run, succeed, sums, write_rows
+from helpers import refuse, run, succeed
 
+from lit_llama.common.errors import UserError
 from lit_llama.data.batches import TokenizedSample
 from lit_llama.measure import cases
-from lit_llama.measure.benchmark import limit_of, limits, receive, table
+from lit_llama.measure.benchmark import call, limit_of, limits, table
 from lit_llama.measure.cases import BenchmarkCase
 from lit_llama.train.loss import target_loss
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("benchmark")
-    make_base(folder / "base", tie_embeddings=True)
-    write_rows(folder / "data" / "train.json", sums(40))
-    write_rows(folder / "data" / "validation.json", sums(44)[40:])
-    return folder
-
-
 @pytest.mark.slow
 def test_ours_and_pefts_take_the_same_steps(folder):
-    flags = ["--model", folder / "base", "--checkpoint_dir", folder / "base", "--data", folder / "data"]
+    flags = ["--model", folder / "base", "--checkpoint_dir", folder / "base", "--data", folder / "sums"]
     flags += ["--rounds", 2, "--steps", 2, "--batch_size", 6, "--new_tokens", 5, "--results", folder / "results.jsonl"]
     flags += ["--variants", "[32-true, 32-true+checkpointing]", "--against", "[peft]", "--micro_batch_samples", 3]
     result = run("scripts/benchmark.py", *flags)
@@ -44,14 +38,12 @@ def test_ours_and_pefts_take_the_same_steps(folder):
 
 
 def test_mistakes_are_answered_in_one_line(folder):
-    flags = ["--checkpoint_dir", folder / "base", "--data", folder / "data"]
+    flags = ["--checkpoint_dir", folder / "base", "--data", folder / "sums"]
     refuse("scripts/benchmark.py", *flags, "--model", "9B", message="--model 9B is neither a folder with a base")
-    refuse("scripts/benchmark.py", *flags, "--variants", "[bf16-true+fast]", message="fast.* none of compile, check")
-    refuse("scripts/benchmark.py", *flags, "--against", "[torchtune]", message="choose from litgpt, peft")
+    refuse("scripts/benchmark.py", *flags, "--variants", "[bf16-true+fast]", message="fast.* none of checkpointing")
+    refuse("scripts/benchmark.py", *flags, "--against", "[torchtune]", message="Expected .*'litgpt', 'peft'")
+    refuse("scripts/benchmark.py", *flags, "--variants", "[]", message="must name at least one each")
     refuse("scripts/benchmark.py", *flags, "--rounds", 0, message="--rounds 0 must be between 1 and")
-    refuse(
-        "scripts/benchmark.py", *flags, "--micro_batch_samples", 0, message="--micro_batch_samples 0 must be between"
-    )
 
 
 def test_the_limit_is_that_of_the_work(folder):
@@ -62,7 +54,7 @@ def test_the_limit_is_that_of_the_work(folder):
     assert limit_of("train", full, limit, samples) < limit_of("train", ours, limit, samples)
     quantized = BenchmarkCase("ours", str(folder / "base"), "adapter", "32-true", ("int8",))
     assert limit_of("decode", ours, limit, []) < limit_of("decode", quantized, limit, []) < 1e10
-    weights = sum(3 * (32 * 64 + 32 * 32 + 3 * 32 * 48 + 2 * 32) for _ in range(1)) + 259 * 32
+    weights = 3 * (32 * 64 + 32 * 32 + 3 * 32 * 48 + 2 * 32) + 259 * 32
     assert limit_of("decode", ours, limit, []) == pytest.approx(1e10 / (4 * weights))
     assert set(limits({"32-true", "bf16-true"}, ours.config)) == {"32-true", "bf16-true", "read"}
 
@@ -78,9 +70,12 @@ def test_micro_batches_have_the_size_that_was_asked_for(folder, tokens, passes, 
 
 
 def test_a_case_that_is_killed_is_reported():
-    end, other = multiprocessing.Pipe()
-    other.close()
-    assert "ended without an error" in receive(end)
+    case = BenchmarkCase("ours", "7B", "lora", "32-true")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        with pytest.raises(UserError, match="ours lora 32-true failed: ValueError: invalid literal"):
+            call(case, process, int, "two")
+        with pytest.raises(UserError, match="ours lora 32-true: its process ended without an error"):
+            call(case, process, os._exit, 1)
 
 
 def test_the_ratio_is_taken_round_by_round():

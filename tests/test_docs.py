@@ -52,11 +52,7 @@ def test_every_command_can_be_given(path):
     found = commands(text if path.suffix == ".md" else ast.get_docstring(ast.parse(text)))
     assert found or path.stem == "security"
     for script, *args in found:
-        parser = script_parser(ROOT / script)
-        for arg in args:
-            if arg.startswith("--"):
-                assert arg in {option for action in parser._actions for option in action.option_strings}, (script, arg)
-        cli.parse(parser, cli.gather(args, "runs"))
+        cli.parse(script_parser(ROOT / script), cli.gather(args, "runs"))  # raises for an unknown flag
 
 
 @pytest.mark.parametrize("page", [*READMES, *DOCS, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
@@ -90,7 +86,6 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "trainable parameters:" in printed and "exact match after" in printed
     assert names["method"]["method"] == "lora" and names["method"]["data"] == "rows"
-    assert len(code.split("\n\n")[1].strip().splitlines()) == 4  # after the imports
 
 
 def test_the_lines_that_matter_are_those_of_the_code():
@@ -109,7 +104,6 @@ def test_the_lines_that_matter_are_those_of_the_code():
 @pytest.fixture
 def add_ia3(monkeypatch):
     code = code_block(READMES[1], "How to add a method")
-    assert len(code.splitlines()) <= 40
     module = types.ModuleType("ia3")
     monkeypatch.setitem(sys.modules, "ia3", module)
     exec(compile(code, "finetune/README.md", "exec"), module.__dict__)

@@ -1,24 +1,17 @@
 """The curves of runs, and the same figures in TensorBoard."""
 
-import shutil
 import sys
 
 import pytest
-from helpers import make_base, metrics, refuse, succeed, sums, write_rows
+from helpers import finetune, metrics, refuse, succeed
 
 from lit_llama.common.errors import UserError
 from lit_llama.devices import launch
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("plots")
-    base = make_base(folder / "base")
-    write_rows(folder / "data/train.json", sums(20))
-    write_rows(folder / "data/validation.json", sums(25)[20:])
-    flags = ["--checkpoint_dir", base, "--data", folder / "data", "--start_layer", 1, "--eval_samples", 0]
-    flags += ["--train.max_steps", 9, "--train.eval_every", 3, "--logger", "tensorboard"]
-    succeed("finetune/adapter.py", *flags, "--out_dir", folder / "out")
+def run_dir(folder):
+    finetune(folder, folder / "out", logger="tensorboard")
     return folder / "out"
 
 
@@ -46,17 +39,16 @@ def test_a_logger_that_is_missing_or_unknown(monkeypatch, tmp_path):
 
 def test_runs_are_drawn_side_by_side(run_dir, tmp_path):
     pytest.importorskip("matplotlib")
-    with open(run_dir / "metrics.csv", "a", encoding="utf-8") as file:
-        file.write("10,0.5")  # a line that is being written
-    shutil.copytree(run_dir, tmp_path / "other")
-    printed = succeed("scripts/plot_runs.py", run_dir, tmp_path / "other", "--out_file", tmp_path / "new/runs.png")
+    (tmp_path / "running").mkdir()  # no validation yet, and a line that is being written
+    (tmp_path / "running/metrics.csv").write_text("step,loss,lr,tokens,seconds\n1,3.5,0.1,40,0.2\n2,0.5")
+    printed = succeed("scripts/plot_runs.py", run_dir, tmp_path / "running", "--out_file", tmp_path / "new/runs.png")
     assert printed.strip() == f"wrote {tmp_path / 'new/runs.png'}"
     assert (tmp_path / "new/runs.png").read_bytes().startswith(b"\x89PNG")
     succeed("scripts/plot_runs.py", "--runs", f"[{run_dir}]", "--out_file", tmp_path / "one.svg")
-    refuse("scripts/plot_runs.py", run_dir.parent / "data", message="data: no step in a metrics.csv there")
+    refuse("scripts/plot_runs.py", run_dir.parent / "sums", message="sums: no step in a metrics.csv there")
 
 
 def test_without_matplotlib_the_way_out_is_named(run_dir, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it fails
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it fails
     flags = [run_dir, "--out_file", tmp_path / "a.png"]
     refuse("scripts/plot_runs.py", *flags, message=r'pip install -e "\.\[plot\]"')

@@ -6,21 +6,24 @@ speed drifts, all of them slow down.
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from itertools import chain
 from typing import Any
 
 import torch
-import torch.multiprocessing as multiprocessing
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_llama.common.errors import UserError
 from lit_llama.data.batches import TokenizedSample
-from lit_llama.devices.launch import PRECISIONS, Bar, default_device
-from lit_llama.measure.cases import BenchmarkCase, serve, synchronize
+from lit_llama.devices.launch import PRECISIONS, default_device
+from lit_llama.measure.cases import BenchmarkCase, build, measured, synchronize
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.train.loss import target_loss, target_vectors
@@ -58,24 +61,21 @@ def limits(precisions: set[str], config: LLaMAConfig, tokens: int = 1024) -> dic
 
 def limit_of(kind: str, case: BenchmarkCase, limit: dict[str, float], samples: list[TokenizedSample]) -> float:
     """Tokens per second if only matrix products took time; in decoding, if only reading the weights did."""
-    config = case.config
-    if kind == "decode":
-        with torch.device("meta"):
-            model = LLaMA(config)
-        quantized = 1 if "int8" in case.options else 0.5 if "nf4" in case.options else None
-        itemsize = PRECISIONS[case.precision].itemsize
-        blocks = sum(p.numel() for p in model.transformer.h.parameters()) * (quantized or itemsize)
-        return limit["read"] / (blocks + model.lm_head.weight.numel() * itemsize)
+    if kind == "train":
+        return limit[case.precision] / flops_per_token(weightless(case.config, case.method), samples[:16])
+    model, itemsize = weightless(case.config), PRECISIONS[case.precision].itemsize
+    in_blocks = 1 if "int8" in case.options else 0.5 if "nf4" in case.options else itemsize
+    blocks = sum(p.numel() for p in model.transformer.h.parameters()) * in_blocks
+    return limit["read"] / (blocks + model.lm_head.weight.numel() * itemsize)
 
-    def flops(n_layer: int) -> float:
-        with default_device():
-            model = LLaMA(replace(config, n_layer=n_layer)).requires_grad_(False)
-        METHODS[case.method](model)
-        return flops_per_token(model, samples[:16])  # it keeps every score of attention
 
-    few = min(4, config.n_layer)  # a whole 7B in float32 takes 27 GB; every further block adds the same
-    further = flops(few + 1) - flops(few) if config.n_layer > few else 0.0
-    return limit[case.precision] / (flops(few) + (config.n_layer - few) * further)
+def weightless(config: LLaMAConfig, method: str = "", **arguments: Any) -> LLaMA:
+    """A model on the meta device, with a method if it changes the model. A pass through it computes only shapes."""
+    with torch.device("meta"):
+        model = LLaMA(config).requires_grad_(False)
+        if method in METHODS:
+            METHODS[method](model, **arguments)
+    return model
 
 
 def flops_per_token(model: LLaMA, samples: list[TokenizedSample]) -> float:
@@ -97,45 +97,32 @@ def measure(kind: str, cases: list[BenchmarkCase], work: list[list[tuple]], limi
 
     The first round does not count. In it, a compiled case does the work of all rounds: every new size may compile.
     """
-    spawn = multiprocessing.get_context("spawn")
-    ends, processes = [], []
-    for case in cases:
-        end, other = spawn.Pipe()
-        process = spawn.Process(target=serve, args=(case, kind, other, torch.get_num_threads()), daemon=True)
-        process.start()
-        other.close()  # or recv would wait forever after the process has ended
-        ends.append(end)
-        processes.append(process)
-        if error := receive(end):  # one after the other: building several at once would need more memory
-            raise UserError(f"{case.name} cannot be measured: {error}")
     seen: list[list[tuple]] = [[] for _ in cases]
-    with Bar(len(work) * len(cases), kind) as bar:
+    spawn = multiprocessing.get_context("spawn")
+    with ExitStack() as stack, Bar(len(work) * len(cases), kind) as bar:
+        processes = [stack.enter_context(ProcessPoolExecutor(1, spawn)) for _ in cases]
+        for case, process in zip(cases, processes, strict=True):
+            call(case, process, build, case, kind, torch.get_num_threads())  # one by one, which needs less memory
         for number, jobs in enumerate(work):
-            for case, end, found in zip(cases, ends, seen, strict=True):
-                answers = []
+            for case, process, found in zip(cases, processes, seen, strict=True):
                 warms_up = number == 0 and "compile" in case.options
-                for job in chain(*work) if warms_up else jobs:
-                    end.send(job)
-                    answers.append(receive(end))
-                    if isinstance(answers[-1], str):
-                        raise UserError(f"{case.name} failed: {answers[-1]}")
+                answers = [call(case, process, measured, *job) for job in (chain(*work) if warms_up else jobs)]
                 bar.update()
                 if number:
                     seconds, computed, peaks = zip(*answers, strict=True)
                     peak = max(peak or 0 for peak in peaks)  # Windows does not tell
                     found.append((sum(seconds), sum(computed), peak, count_tokens(kind, jobs)))
-    for end, process in zip(ends, processes, strict=True):
-        end.send(None)
-        process.join()
     return [to_row(kind, *pair, work, limit) for pair in zip(cases, seen, strict=True)]
 
 
-def receive(end: Any) -> Any:
-    """What a case sends: None when it is built, measurements, or an error as text."""
+def call(case: BenchmarkCase, process: ProcessPoolExecutor, function: Callable, *arguments: Any) -> Any:
+    """What a function returns in the case's process. Raises UserError if it fails, or if the process ends."""
     try:
-        return end.recv()
-    except EOFError:
-        return "its process ended without an error; it may have run out of memory"
+        return process.submit(function, *arguments).result()
+    except BrokenProcessPool:
+        raise UserError(f"{case.name}: its process ended without an error; it may have run out of memory") from None
+    except Exception as error:
+        raise UserError(f"{case.name} failed: {type(error).__name__}: {error}") from None
 
 
 def count_tokens(kind: str, jobs: list[tuple]) -> int:

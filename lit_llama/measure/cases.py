@@ -85,26 +85,24 @@ class BenchmarkCase:
 # A step takes samples and returns the tokens it computed, padding included; decode takes a prompt and a count.
 Step = Callable[[list[TokenizedSample]], int]
 Decode = Callable[[list[int], int], int]
+work: Step | Decode  # of this process
 
 
-def serve(case: BenchmarkCase, kind: str, connection, threads: int) -> None:
-    """Build a case, then do and measure the work that ``connection`` sends, until it sends None."""
+def build(case: BenchmarkCase, kind: str, threads: int) -> None:
+    """Build a case in this process, for ``measured``."""
+    global work
     torch.set_num_threads(threads)
     torch.manual_seed(1)
+    work = {"ours": build_ours, "litgpt": build_litgpt, "peft": build_peft}[case.project](case, kind, default_device())
+
+
+def measured(*job: Any) -> tuple[float, int, int | None]:
+    """Do some work. Returns seconds, computed tokens, and the peak memory of this process."""
     device = default_device()
-    try:
-        build = {"ours": build_ours, "litgpt": build_litgpt, "peft": build_peft}[case.project]
-        work = build(case, kind, device)
-        connection.send(None)
-        while (job := connection.recv()) is not None:
-            started = time.perf_counter()
-            computed = work(*job)
-            synchronize(device)
-            connection.send((time.perf_counter() - started, computed, peak_memory(device)))
-    except EOFError:  # the benchmark has ended
-        pass
-    except Exception as error:
-        connection.send(f"{type(error).__name__}: {error}")
+    started = time.perf_counter()
+    computed = work(*job)
+    synchronize(device)
+    return time.perf_counter() - started, computed, peak_memory(device)
 
 
 def synchronize(device: torch.device) -> None:
@@ -155,11 +153,11 @@ def open_gates(model: torch.nn.Module) -> None:
 
 
 def padded_steps(
-    case: BenchmarkCase, params: list[Tensor], device: torch.device, loss_of: Callable[[Tensor, Tensor], Tensor]
+    case: BenchmarkCase, model: torch.nn.Module, device: torch.device, loss_of: Callable[[Tensor, Tensor], Tensor]
 ) -> Step:
     """Steps as the other projects take them: samples in order, and each micro-batch's loss the mean of its tokens."""
     size = case.micro_batch_samples
-    optimizer = torch.optim.AdamW(params, lr=1e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
     def step(samples: list[TokenizedSample]) -> int:
         computed = 0
@@ -187,7 +185,6 @@ def collate(samples: list[TokenizedSample], device: torch.device) -> tuple[Tenso
 def build_litgpt(case: BenchmarkCase, kind: str, device: torch.device) -> Step | Decode:
     """LitGPT's own modules, its chunked head and loss, and its decoding loop."""
     module = importlib.import_module(f"litgpt.{case.method}")
-    mark = {"adapter": "mark_only_adapter_as_trainable", "lora": "mark_only_lora_as_trainable"}[case.method]
     lora = dict(lora_r=8, lora_alpha=16, lora_dropout=0.05, lora_query=True, lora_value=True)
     names = {"smollm2-135m": "SmolLM2-135M", "smollm2-360m": "SmolLM2-360M", "tiny-llama-1.1b": "tiny-llama-1.1b"}
     names["Llama-2-7b"] = "Llama-2-7b-hf"
@@ -196,7 +193,7 @@ def build_litgpt(case: BenchmarkCase, kind: str, device: torch.device) -> Step |
     config = module.Config.from_name(names[case.model], **(lora if case.method == "lora" else {}))
     with case.tensors(device):
         model = module.GPT(config)
-    getattr(module, mark)(model)
+    getattr(module, f"mark_only_{case.method}_as_trainable")(model)
     open_gates(model)
     if kind == "decode":
         from litgpt.generate.base import generate as litgpt_generate
@@ -218,7 +215,7 @@ def build_litgpt(case: BenchmarkCase, kind: str, device: torch.device) -> Step |
                 block.attn.adapter_kv_cache = None
         return chunked_cross_entropy(model(ids, lm_head_chunk_size=128), targets)
 
-    return padded_steps(case, [p for p in model.parameters() if p.requires_grad], device, loss_of)
+    return padded_steps(case, model, device, loss_of)
 
 
 def build_peft(case: BenchmarkCase, kind: str, device: torch.device) -> Step | Decode:
@@ -234,8 +231,7 @@ def build_peft(case: BenchmarkCase, kind: str, device: torch.device) -> Step | D
         base: Any = LlamaForCausalLM(LlamaConfig(**sizes))
     adapter = AdaptionPromptConfig(adapter_len=10, adapter_layers=c.n_layer - 2, task_type="CAUSAL_LM")
     lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    configs: dict = {"adapter": adapter, "lora": lora}
-    model: Any = get_peft_model(base, configs[case.method])
+    model: Any = get_peft_model(base, adapter if case.method == "adapter" else lora)
     open_gates(model)
     if kind == "decode":
 
@@ -251,4 +247,4 @@ def build_peft(case: BenchmarkCase, kind: str, device: torch.device) -> Step | D
         logits = model(input_ids=ids, use_cache=False).logits.float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 
-    return padded_steps(case, [p for p in model.parameters() if p.requires_grad], device, loss_of)
+    return padded_steps(case, model, device, loss_of)

@@ -15,7 +15,7 @@ from lit_llama.common.files import read_json
 from lit_llama.measure.intervals import difference_interval, per_token, proportion_interval
 from lit_llama.methods.table import METHODS
 from lit_llama.train.run import COSTS_FILE, read_metrics
-from lit_llama.trained import read_method
+from lit_llama.trained import METHOD_FILE, read_method
 
 # Learning rates for --pilot, for steps of four or eight samples. A method that is not listed tries OTHER_RATES.
 PILOT_RATES = {
@@ -42,10 +42,9 @@ class ScriptRun:
     name: str
     method: str
     out_dir: Path
-    steps: int
+    steps: int  # none for features
+    seed: int
     flags: list[str] = field(default_factory=list)
-    validations: int = 2
-    seed: int = 0
 
     @property
     def label(self) -> str:
@@ -53,36 +52,44 @@ class ScriptRun:
 
     @property
     def trained(self) -> bool:
-        if self.method == "features":
-            return (self.out_dir / COSTS_FILE).exists()
-        return len(read_metrics(self.out_dir)) == self.steps and (self.out_dir / COSTS_FILE).exists()
+        """Whether the run took all steps and validated the last one."""
+        rows = read_metrics(self.out_dir)
+        complete = len(rows) == self.steps and all(row.get("val_loss") for row in rows[-1:])
+        return complete and (self.out_dir / COSTS_FILE).exists()
 
 
-def with_seeds(jobs: list[ScriptRun], seeds: Iterable[int]) -> list[ScriptRun]:
-    """All jobs with the first seed, then with the next one, in folders inside the first ones, and so on.
+def with_seeds(runs: list[ScriptRun], seeds: int) -> list[ScriptRun]:
+    """All runs with their own seed, then with the next one, in folders inside the first ones, and so on.
 
     Features has one run: nothing in it is random.
     """
-    first, *others = seeds
-    random = [job for job in jobs if job.method != "features"]
-    again = [replace(job, out_dir=job.out_dir / f"seed-{seed}", seed=seed) for seed in others for job in random]
-    return [replace(job, seed=first) for job in jobs] + again
+    again = [(run, run.seed + more) for more in range(1, seeds) for run in runs if run.method != "features"]
+    return runs + [replace(run, out_dir=run.out_dir / f"seed-{seed}", seed=seed) for run, seed in again]
 
 
-def pilot_jobs(folder: Path, methods: Iterable[str], steps: int) -> list[ScriptRun]:
-    """Three trials for each method that has a learning rate."""
+def pilot_runs(folder: Path, methods: Iterable[str], steps: int, seed: int) -> list[ScriptRun]:
+    """Three trials for each method that has a learning rate (features has none). They validate once."""
+    runs = []
+    for name in methods:
+        for rate in PILOT_RATES.get(name, OTHER_RATES) if name in METHODS else ():
+            flags = ["--train.learning_rate", f"{rate:g}", "--train.eval_every", str(steps)]
+            runs.append(ScriptRun(f"{name} at {rate:g}", name, folder / f"pilot/{name}-{rate:g}", steps, seed, flags))
+    return runs
 
-    def job(name: str, rate: str) -> ScriptRun:
-        flags = ["--train.learning_rate", rate]
-        return ScriptRun(f"{name} at {rate}", name, folder / "pilot" / f"{name}-{rate}", steps, flags, validations=1)
 
-    rates = {name: PILOT_RATES.get(name, OTHER_RATES) for name in METHODS}  # features has none
-    return [job(name, f"{rate:g}") for name in methods for rate in rates.get(name, ())]
+def pilot_flags(run: ScriptRun, trials: list[ScriptRun]) -> list[str]:
+    """The flag for the learning rate of the method's best trial, if one succeeded. A started run keeps its rate."""
+    tried = [trial for trial in trials if trial.method == run.method and trial.trained]
+    if not tried:
+        return []
+    best = min(tried, key=lambda trial: lowest_loss(trial.out_dir))
+    started = (run.out_dir / METHOD_FILE).exists()
+    return ["--train.learning_rate", str(learning_rate(run.out_dir if started else best.out_dir))]
 
 
-def variant_jobs(folder: Path, variants: dict[str, str], steps: int) -> list[ScriptRun]:
+def variant_runs(folder: Path, variants: dict[str, str], steps: int, seed: int) -> list[ScriptRun]:
     """Runs of a method with other flags. After a pilot they take the learning rate that is best for the method."""
-    jobs: dict[Path, ScriptRun] = {}
+    runs: dict[Path, ScriptRun] = {}
     for name, words in variants.items():
         try:
             method, *flags = shlex.split(words) or [""]
@@ -90,13 +97,13 @@ def variant_jobs(folder: Path, variants: dict[str, str], steps: int) -> list[Scr
             raise UserError(f"--variants {name!r}: {words!r}: {error}") from None
         out_dir = folder / "variants" / re.sub(r"[^\w.=-]+", "-", words.strip())
         fixed = {flag.split("=")[0] for flag in flags} & COMMON_FLAGS
-        if method not in METHODS or fixed or name in NAMES or name.startswith("base,") or out_dir in jobs:
+        if method not in METHODS or fixed or name in NAMES or name.startswith("base,") or out_dir in runs:
             raise UserError(
                 f"--variants {name!r}: {words!r} must be one of {', '.join(METHODS)} and its flags, without "
                 f"{', '.join(sorted(COMMON_FLAGS))}, under a new name, each given once"
             )
-        jobs[out_dir] = ScriptRun(name, method, out_dir, steps, flags)
-    return list(jobs.values())
+        runs[out_dir] = ScriptRun(name, method, out_dir, steps, seed, flags)
+    return list(runs.values())
 
 
 def lowest_loss(out_dir: Path) -> float:
@@ -109,10 +116,10 @@ def learning_rate(out_dir: Path) -> float:
     return read_method(out_dir)["train"]["learning_rate"]
 
 
-def read_results(files: list[Path]) -> list[dict[int, dict]]:
-    """The samples in files that scripts/evaluate.py wrote, by row: those with the same number of targets in all files.
+def read_results(files: list[Path]) -> tuple[list[int], dict[str, np.ndarray]]:
+    """The rows in files that scripts/evaluate.py wrote, and their "loss", "n_targets" and "right", each (files, rows).
 
-    The pieces of a long text are added up.
+    The pieces of a long text are added up. Rows that do not have the same number of targets in all files are left out.
     """
     read: list[dict[int, dict]] = []
     for file in files:
@@ -122,12 +129,8 @@ def read_results(files: list[Path]) -> list[dict[int, dict]]:
             row["loss"] += piece["loss"]
             row["n_targets"] += piece["n_targets"]
     common = [row for row in read[0] if len({one[row]["n_targets"] if row in one else 0 for one in read}) == 1]
-    return [{row: samples[row] for row in common} for samples in read]
-
-
-def values_of(samples: list[dict[int, dict]], key: str) -> np.ndarray:
-    """One value of each sample, (files, samples)."""
-    return np.array([[row[key] for row in one.values()] for one in samples], dtype=float)
+    keys = ("loss", "n_targets", "right")
+    return common, {key: np.array([[one[row][key] for row in common] for one in read], dtype=float) for key in keys}
 
 
 def quality(files: list[Path]) -> dict:
@@ -135,65 +138,69 @@ def quality(files: list[Path]) -> dict:
 
     Plain texts have only a loss.
     """
-    samples = read_results(files)
-    counts = values_of(samples, "n_targets")[0]
-    loss, interval = per_token(values_of(samples, "loss"), counts)
+    rows, values = read_results(files)
+    counts, right = values["n_targets"][0], values["right"]
+    loss, interval = per_token(values["loss"], counts)
     result = {"loss": loss, "loss_interval": interval, "n_test": len(counts), "seeds": len(files)}
-    asked = [{row: sample for row, sample in one.items() if sample["right"] is not None} for one in samples]
-    if asked[0]:
-        right = values_of(asked, "right")
+    asked = ~np.isnan(right[0])
+    if asked.any():
+        right = right[:, asked]
         result |= {"right": float(right.mean()), "right_interval": proportion_interval(right)}
-        result["answers"] = dict(zip(map(str, asked[0]), right.T.tolist(), strict=True))
+        result["answers"] = dict(zip(map(str, np.array(rows)[asked]), right.T.tolist(), strict=True))
     return result
 
 
-def loss_change(after: list[Path], before: list[Path]) -> tuple[float, tuple[float, float]]:
-    """The change of the loss per token on the same samples, and its interval.
+def loss_change(name: str, after: list[Path], before: list[Path]) -> dict:
+    """The change of the loss per token on the same samples, under ``name``, and its interval.
 
     There is a file for each seed. One file before, such as the base's, is compared with all.
     """
-    samples = read_results([*after, *before])
-    counts = values_of(samples, "n_targets")[0]
-    losses = values_of(samples, "loss")
-    return per_token(losses[: len(after)] - losses[len(after) :], counts)
+    _, values = read_results([*after, *before])
+    losses = values["loss"]
+    change, interval = per_token(losses[: len(after)] - losses[len(after) :], values["n_targets"][0])
+    return {name: change, f"{name}_interval": interval}
 
 
-def versus_full(row: dict, full: dict) -> tuple[float, tuple[float, float]]:
-    """The difference to full finetuning's exact match, on the samples that both answered, and its interval."""
+def versus_full(row: dict, full: dict) -> dict:
+    """The difference to full finetuning's exact match in points, on the samples that both answered."""
     both = [sample for sample in row["answers"] if sample in full["answers"]]
     ours, theirs = (np.array([one["answers"][sample] for sample in both]).T for one in (row, full))
-    return float(ours.mean() - theirs.mean()), difference_interval(ours, theirs)
+    interval = [100 * end for end in difference_interval(ours, theirs)]
+    return {"minus_full": 100 * float(ours.mean() - theirs.mean()), "minus_full_interval": interval}
+
+
+COLUMNS: dict[str, tuple[str, float, str]] = {  # header: key, unit, format
+    "trained": ("trained_parameters", 1, ",.0f"),
+    "of all": ("trained_share", 1, ".3%"),
+    "right, 95 %": ("right", 1, ".1%"),
+    "minus full": ("minus_full", 1, "+.1f"),
+    "loss, 95 %": ("loss", 1, ".4f"),
+    "minus the method's own": ("minus_method", 1, "+.4f"),
+    "rise on other data": ("forgetting", 1, "+.4f"),
+    "training loss": ("train_loss", 1, ".4f"),
+    "GFLOP/token": ("gflop_per_token", 1, ".2f"),
+    "minutes": ("seconds", 60, ".1f"),
+    "peak MB": ("peak_memory", 1e6, ",.0f"),  # unknown on Windows
+    "kept MB": ("kept_bytes", 1e6, ",.2f"),
+}
 
 
 def markdown(results: dict[str, dict]) -> str:
     """The table, with each method's exact match compared with full finetuning's on the same samples."""
-    header = ["", "trained", "of all", "right, 95 %", "minus full", "loss, 95 %", "minus the method's own"]
-    header += ["rise on other data", "training loss", "GFLOP/token", "minutes", "peak MB", "kept MB"]
-    rows, full = [], results.get("full")
+    full = results.get("full")
+    table = [["", *COLUMNS]]
     for name, row in results.items():
-        trains = "trained_parameters" in row
-        cells = [name, *((f"{row['trained_parameters']:,}", f"{row['trained_share']:.3%}") if trains else ("", ""))]
-        cells.append(with_interval(row["right"], row["right_interval"], ".1%") if "right" in row else "")
         if full and row is not full and "right" in row:
-            difference, interval = versus_full(row, full)
-            cells.append(with_interval(100 * difference, [100 * end for end in interval], "+.1f"))
-        else:
-            cells.append("")
-        for key, form in (("loss", ".4f"), ("minus_method", "+.4f"), ("forgetting", "+.4f")):
-            cells.append(with_interval(row[key], row[f"{key}_interval"], form) if key in row else "")
-        cells.append(f"{row['train_loss']:.4f}" if "train_loss" in row else "")
-        if "seconds" in row:
-            cells += [f"{row['gflop_per_token']:.2f}", f"{row['seconds'] / 60:.1f}"]
-            cells += ["" if row["peak_memory"] is None else f"{row['peak_memory'] / 1e6:,.0f}"]  # unknown on Windows
-            cells += [f"{row['kept_bytes'] / 1e6:,.2f}"]
-        else:
-            cells += [""] * 4
-        rows.append([cell.replace("%", " %") for cell in cells])
-    used = [i for i, name in enumerate(header) if not i or any(row[i] for row in rows)]  # drop empty columns
-    lines = [[row[i] for i in used] for row in (header, ["---"] * len(header), *rows)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+            row = row | versus_full(row, full)
+        table.append([name, *(cell(row, *column) for column in COLUMNS.values())])
+    table.insert(1, ["---"] * len(table[0]))
+    used = [i for i in range(len(table[0])) if not i or any(cells[i] for cells in table[2:])]  # drop empty columns
+    return "".join(f"| {' | '.join(cells[i] for i in used)} |\n" for cells in table)
 
 
-def with_interval(value: float, interval: Iterable[float], form: str) -> str:
-    low, high = interval
-    return f"{value:{form}} ({low:{form}} to {high:{form}})"
+def cell(row: dict, key: str, unit: float, form: str) -> str:
+    """A figure, with its interval if it has one; "" if the row lacks it."""
+    if row.get(key) is None:
+        return ""
+    value, *interval = (f"{number / unit:{form}}" for number in (row[key], *row.get(f"{key}_interval", ())))
+    return (f"{value} ({' to '.join(interval)})" if interval else value).replace("%", " %")

@@ -1,8 +1,5 @@
 """Plots of runs and comparisons, by matplotlib (``pip install -e ".[plot]"``)."""
 
-from __future__ import annotations
-
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,40 +7,35 @@ from lit_llama.common.errors import UserError
 from lit_llama.common.files import atomic_write
 
 
-def pyplot():
-    """matplotlib, drawing into files. If it is missing, print a line and return None."""
+def new_figure(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
+    """A figure and its axes. Raises UserError if matplotlib is missing."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure  # pyplot would open windows
     except ImportError:
-        print('no plots: matplotlib is missing; pip install -e ".[plot]"', file=sys.stderr)
-        return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
+        raise UserError('plots need matplotlib; run: pip install -e ".[plot]"') from None
+    figure = Figure(layout="constrained", **options)
+    return figure, figure.subplots(rows, columns, sharex=True)
 
-    return matplotlib.pyplot
+
+def save_figure(figure: Any, path: Path) -> None:
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120, format=path.suffix[1:])
 
 
 def plot_runs(path: Path, runs: dict[str, list[dict]]) -> None:
-    """Loss, validation loss, learning rate and tokens/s by step, a line per run. ``read_metrics`` returns such rows.
-
-    Raises UserError if matplotlib is missing.
-    """
-    plt = pyplot()
-    if plt is None:
-        raise UserError(f'{path} was not written; run: pip install -e ".[plot]"')
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained", sharex=True)
+    """Loss, validation loss, learning rate and tokens/s by step, a line per run. ``read_metrics`` returns such rows."""
+    figure, axes = new_figure(2, 2, figsize=(11, 7))
     (loss, validation), (rate, speed) = axes
     for name, rows in runs.items():
-        steps = [int(row["step"]) for row in rows]
-        losses = [float(row["loss"]) for row in rows]
+        steps, losses = column(rows, "step"), column(rows, "loss")
         (line,) = loss.plot(steps, running_mean(losses), label=name)
-        loss.plot(steps, losses, color=line.get_color(), alpha=0.2, linewidth=0.8)
-        validated = [(int(row["step"]), float(row["val_loss"])) for row in rows if row["val_loss"]]
-        validation.plot(*zip(*validated, strict=True) if validated else ([], []), marker="o", color=line.get_color())
-        rate.plot(steps, [float(row["lr"]) for row in rows], color=line.get_color())
-        tokens, seconds = ([float(row[key]) for row in rows] for key in ("tokens", "seconds"))
-        speeds = [t / s for t, s in zip(running_mean(tokens), running_mean(seconds), strict=True)]
-        speed.plot(steps, speeds, color=line.get_color())
+        color = line.get_color()
+        loss.plot(steps, losses, color=color, alpha=0.2, linewidth=0.8)
+        validated = [row for row in rows if row.get("val_loss")]
+        validation.plot(column(validated, "step"), column(validated, "val_loss"), marker="o", color=color)
+        rate.plot(steps, column(rows, "lr"), color=color)
+        means = (running_mean(column(rows, key)) for key in ("tokens", "seconds"))
+        speed.plot(steps, [tokens / seconds for tokens, seconds in zip(*means, strict=True)], color=color)
     loss.set(ylabel="training loss per token", yscale="log")
     loss.legend()
     validation.set(ylabel="validation loss per token", yscale="log")
@@ -52,12 +44,10 @@ def plot_runs(path: Path, runs: dict[str, list[dict]]) -> None:
     for ax in axes.flat:
         ax.grid(alpha=0.3)
     save_figure(figure, path)
-    plt.close(figure)
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=120, format=path.suffix[1:])
+def column(rows: list[dict], key: str) -> list[float]:
+    return [float(row[key]) for row in rows]
 
 
 def running_mean(values: list[float]) -> list[float]:
@@ -81,7 +71,6 @@ MARKERS = {
 }
 OTHER_MARKER = ("tab:purple", "h")
 
-
 AXES = {  # key: label, unit, scale
     "trained_parameters": ("trainable parameters", 1, "log"),
     "peak_memory": ("peak memory in training (GB)", 1e9, "linear"),
@@ -91,15 +80,13 @@ AXES = {  # key: label, unit, scale
 
 def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
     """Quality by trainable parameters, by peak memory and by forgetting, with the base's quality in the title."""
-    plt = pyplot()
-    if plt is None:
-        return
-    bases = [(name, row["right"]) for name, row in results.items() if "method" not in row and "right" in row]
+    answered = {name: row for name, row in results.items() if "right" in row}
+    bases = [f"{name}: {row['right']:.1%}" for name, row in answered.items() if "method" not in row]
     for key, (label, unit, scale) in AXES.items():
-        points = {name: row for name, row in results.items() if row.get(key) is not None and "right" in row}
+        points = {name: row for name, row in answered.items() if row.get(key) is not None}
         if not points:
             continue
-        figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+        figure, ax = new_figure(figsize=(8, 5))
         for row in points.values():
             color, marker = MARKERS.get(row["method"], OTHER_MARKER)
             low, high = (100 * end for end in row["right_interval"])
@@ -109,17 +96,16 @@ def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
                 ax.hlines(y, *row[f"{key}_interval"], color=color, alpha=0.5)
             ax.plot(x, y, color=color, marker=marker, markersize=8)
         ax.set(xscale=scale, xlabel=label, ylabel="right answers (%), with 95 % intervals")
-        ax.set_title(", ".join(f"{name}: {right:.1%}" for name, right in bases).replace("%", " %"), fontsize="small")
+        ax.set_title(", ".join(bases).replace("%", " %"), fontsize="small")
         ax.margins(0.15)
         ax.grid(alpha=0.3)
         label_points(ax, {name: (row[key] / unit, 100 * row["right"], row["method"]) for name, row in points.items()})
         save_figure(figure, folder / f"quality_by_{key}.png")
-        plt.close(figure)
 
 
 def label_points(ax: Any, points: dict[str, tuple[float, float, str]]) -> None:
     """Write each name next to its point (x, y) in its method's color, where no other name is."""
-    ax.figure.canvas.draw()  # from now on the axes stay where they are
+    ax.figure.draw_without_rendering()  # from now on the axes stay where they are
     offsets = [(side, height) for height in (4, -11, 15, -22, 26, -33, 37, -44) for side in (6, -6)]  # in points
     taken: list[Any] = []
     for name, (x, y, method) in points.items():
@@ -135,10 +121,10 @@ def label_points(ax: Any, points: dict[str, tuple[float, float, str]]) -> None:
 
 def plot_variants(folder: Path, results: dict[str, dict]) -> None:
     """The loss of each variant of a method minus the method's own."""
-    plt, points = pyplot(), [(name, row) for name, row in results.items() if "minus_method" in row]
-    if plt is None or not points:
+    points = [(name, row) for name, row in results.items() if "minus_method" in row]
+    if not points:
         return
-    figure, ax = plt.subplots(figsize=(8, 1 + 0.4 * len(points)), layout="constrained")
+    figure, ax = new_figure(figsize=(8, 1 + 0.4 * len(points)))
     for y, (_, row) in enumerate(points):
         color, marker = MARKERS.get(row["method"], OTHER_MARKER)
         ax.hlines(y, *row["minus_method_interval"], color=color)
@@ -149,4 +135,3 @@ def plot_variants(folder: Path, results: dict[str, dict]) -> None:
     ax.set(xlabel="test loss per token minus the method's own (left is better)")
     ax.grid(alpha=0.3)
     save_figure(figure, folder / "variants.png")
-    plt.close(figure)
