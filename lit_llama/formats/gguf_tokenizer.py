@@ -8,6 +8,7 @@ pre-tokenizer, which splits the text before the merges, is only named; llama.cpp
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from gguf import TokenType
@@ -46,80 +47,74 @@ ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # in t
 # ------------------------------------------------------------------------------------ fields -> tokenizer.json
 
 
-def write_tokenizer(meta: dict, folder: Path, legacy: bool = True) -> None:
-    """Write tokenizer.json and tokenizer_config.json for the fields ``meta``.
+def write_tokenizer(fields: dict, folder: Path, legacy: bool = True) -> None:
+    """Write tokenizer.json and tokenizer_config.json.
 
     With ``legacy``, sentencepiece also puts a space after a control token.
     Raises UserError if the kind of tokenizer or pre-tokenizer is unknown, or if fields are missing or inconsistent.
     """
-    model, tokens = meta.get("ggml.model"), meta.get("ggml.tokens", [])
+    model, pre = fields.get("ggml.model"), fields.get("ggml.pre")
     if model not in ("gpt2", "llama"):
         raise UserError(f"the GGUF's tokenizer is of kind {model!r}; known kinds: gpt2, llama")
-    types = meta.get("ggml.token_type", [TokenType.NORMAL] * len(tokens))
-    if not tokens or len(types) != len(tokens) or len(set(tokens)) != len(tokens):
-        raise UserError(f"the GGUF's {len(tokens)} tokens and {len(types)} token types do not form a vocabulary")
-    settings = special_tokens(tokens, meta)
-
-    tokenizer = byte_level(tokens, meta) if model == "gpt2" else sentencepiece(tokens, types, settings, meta, legacy)
-    for token, kind in zip(tokens, types, strict=True):
-        if kind in (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED):
-            special = kind != TokenType.USER_DEFINED  # user-defined tokens are found in text
-            tokenizer.add_tokens([AddedToken(token, normalized=False, special=special)])
-    if settings["add_bos_token"]:
-        bos = settings["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing([bos, "$A"], None, [(bos, tokens.index(bos))])
-
+    if model == "gpt2" and pre not in PRE_TOKENIZERS:
+        raise UserError(
+            f"the GGUF's pre-tokenizer is {pre!r}; known ones: {', '.join(PRE_TOKENIZERS)}. "
+            "Convert the model's safetensors and tokenizer.json instead"
+        )
+    try:
+        vocab = {token: i for i, token in enumerate(fields["ggml.tokens"])}
+        types = fields.get("ggml.token_type", [TokenType.NORMAL] * len(vocab))
+        settings = special_tokens(fields)
+        if model == "gpt2":
+            tokenizer = byte_level(vocab, fields)
+        else:
+            tokenizer = sentencepiece(vocab, types, settings["unk_token"], fields, legacy)
+        for token, kind in zip(vocab, types, strict=True):
+            if kind in (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED):
+                special = kind != TokenType.USER_DEFINED  # user-defined tokens are found in text
+                tokenizer.add_tokens([AddedToken(token, normalized=False, special=special)])
+        if settings["add_bos_token"]:
+            bos = settings["bos_token"]
+            tokenizer.post_processor = processors.TemplateProcessing([bos, "$A"], None, [(bos, vocab[bos])])
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise UserError(f"the GGUF's tokenizer is damaged: {error!r}") from None
     with atomic_write(folder / JSON_FILE) as temporary:
         tokenizer.save(str(temporary))
     write_json(folder / SETTINGS_FILE, {"tokenizer_class": "PreTrainedTokenizerFast", **settings})
 
 
-def special_tokens(tokens: list[str], meta: dict) -> dict:
+def special_tokens(fields: dict) -> dict:
     """The content of tokenizer_config.json, with llama.cpp's defaults for missing fields."""
-    is_llama = meta["ggml.model"] == "llama"
+    is_llama = fields["ggml.model"] == "llama"
     settings = {}
     for role, key in ROLES.items():
-        token_id = meta.get(f"ggml.{key}_token_id", LLAMA_IDS.get(key) if is_llama else None)
+        token_id = fields.get(f"ggml.{key}_token_id", LLAMA_IDS.get(key) if is_llama else None)
         if token_id is not None:
-            if token_id >= len(tokens):
-                raise UserError(f"the GGUF's {key} token is {token_id}, but it has {len(tokens)} tokens")
-            settings[f"{role}_token"] = tokens[token_id]
-    wants_bos = meta.get("ggml.add_bos_token", is_llama or meta.get("ggml.pre") in LLAMA3_NAMES)
+            settings[f"{role}_token"] = fields["ggml.tokens"][token_id]
+    wants_bos = fields.get("ggml.add_bos_token", is_llama or fields.get("ggml.pre") in LLAMA3_NAMES)
     settings["add_bos_token"] = bool(wants_bos) and "bos_token" in settings
-    if "chat_template" in meta:
-        settings["chat_template"] = meta["chat_template"]
+    if "chat_template" in fields:
+        settings["chat_template"] = fields["chat_template"]
     return settings
 
 
-def byte_level(tokens: list[str], meta: dict) -> TokenizersTokenizer:
+def byte_level(vocab: dict[str, int], fields: dict) -> TokenizersTokenizer:
     """Byte-level BPE (GPT-2's) with the file's merges."""
-    pre = meta.get("ggml.pre")
-    if pre not in PRE_TOKENIZERS:
-        raise UserError(
-            f"the GGUF's pre-tokenizer is {pre!r}; known ones: {', '.join(PRE_TOKENIZERS)}. "
-            "Convert the model's safetensors and tokenizer.json instead"
-        )
-    merges = [tuple(merge.split(" ", 1)) for merge in meta.get("ggml.merges", [])]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    try:  # Llama 3 does not split a word that is a token
-        tokenizer = TokenizersTokenizer(models.BPE(vocab, merges, ignore_merges=pre in LLAMA3_NAMES))
-    except Exception as error:  # the library raises nothing more specific
-        raise UserError(f"the GGUF's {len(merges)} merges do not fit its {len(tokens)} tokens: {error}") from None
+    pre, merges = fields["ggml.pre"], [tuple(merge.split(" ", 1)) for merge in fields.get("ggml.merges", [])]
+    # Llama 3 does not split a word that is a token.
+    tokenizer = TokenizersTokenizer(models.BPE(vocab, merges, ignore_merges=pre in LLAMA3_NAMES))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def sentencepiece(tokens: list[str], types: list[int], settings: dict, meta: dict, legacy: bool) -> TokenizersTokenizer:
+def sentencepiece(
+    vocab: dict[str, int], types: list[int], unknown: str, fields: dict, legacy: bool
+) -> TokenizersTokenizer:
     """Sentencepiece's BPE: no pre-tokenizer, spaces as U+2581, one of them in front, unknown characters as bytes."""
-    scores = meta.get("ggml.scores", [])
-    if len(scores) != len(tokens):
-        raise UserError(f"the GGUF has {len(tokens)} tokens but {len(scores)} scores")
-    vocab = {token: i for i, token in enumerate(tokens)}
-    merges = merges_by_score(tokens, types, scores)
-    unknown = settings["unk_token"]
+    merges = merges_by_score(vocab, types, fields["ggml.scores"])
     tokenizer = TokenizersTokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    prefix = bool(meta.get("ggml.add_space_prefix", True))
+    prefix = bool(fields.get("ggml.add_space_prefix", True))
     if legacy or not prefix:
         spaces = [normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")]
         tokenizer.normalizer = normalizers.Sequence(spaces)
@@ -130,7 +125,7 @@ def sentencepiece(tokens: list[str], types: list[int], settings: dict, meta: dic
     return tokenizer
 
 
-def merges_by_score(tokens: list[str], types: list[int], scores: list[float]) -> list[tuple[str, str]]:
+def merges_by_score(tokens: Iterable[str], types: list[int], scores: list[float]) -> list[tuple[str, str]]:
     """All pairs of tokens that join to a third, best score first: sentencepiece stores scores, and no merges.
 
     Control tokens and bytes are left out: the characters "</s>" must not become the control token.
