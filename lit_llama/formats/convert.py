@@ -7,7 +7,7 @@ tensors, fuses q, k and v, and writes them as they come. ``save_checkpoint`` che
 import math
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,12 +22,14 @@ from lit_llama.formats.layouts import CONFIG_NAMES, INTERLEAVED, layer_names, qk
 from lit_llama.model import LLaMAConfig
 from lit_llama.tokenizer import GENERATION_FILE, JSON_FILE, SENTENCEPIECE_FILE, Tokenizer, copy_tokenizer
 
-Tensors = Iterable[tuple[str, Tensor]]
+NamedTensors = Iterator[tuple[str, Tensor]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COMPUTED = ("rotary_emb.inv_freq", "rope.freqs", "rope_freqs.weight")  # tables that the model computes itself
 
 
-def write_model(folder: Path, config: LLaMAConfig, tensors: Tensors, source_format: str, dtype: str | None) -> None:
+def write_model(
+    folder: Path, config: LLaMAConfig, tensors: NamedTensors, source_format: str, dtype: str | None
+) -> None:
     """Write ``tensors``, named as in ``source_format`` (one of FORMATS), to ``folder``. ``dtype`` None keeps each's."""
     renamed = rename(tensors, source_format, config, dtype)
     fused = add_biases(fuse_qkv(renamed, config, source_format in INTERLEAVED), config)
@@ -35,9 +37,7 @@ def write_model(folder: Path, config: LLaMAConfig, tensors: Tensors, source_form
     save_checkpoint(folder, config, Bar(total, "converting", iterable=drop_tied_head(fused, config)))
 
 
-def rename(
-    tensors: Tensors, source_format: str, config: LLaMAConfig, dtype: str | None
-) -> Iterator[tuple[str, Tensor]]:
+def rename(tensors: NamedTensors, source_format: str, config: LLaMAConfig, dtype: str | None) -> NamedTensors:
     """Our names, and ``dtype``. Raises UserError for a tensor that is quantized or not a LLaMA's."""
     names = layer_names(source_format, "ours", config.n_layer)
     for name, tensor in tensors:
@@ -51,7 +51,7 @@ def rename(
         yield f"{names[layer]}.{kind}", tensor.to(DTYPES[dtype]) if dtype else tensor
 
 
-def fuse_qkv(tensors: Tensors, config: LLaMAConfig, interleaved: bool) -> Iterator[tuple[str, Tensor]]:
+def fuse_qkv(tensors: NamedTensors, config: LLaMAConfig, interleaved: bool) -> NamedTensors:
     """Fuse attn.q, attn.k and attn.v into attn.c_attn as soon as all three of a layer have arrived."""
     slices = qkv_slices(config)
     waiting: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -71,7 +71,7 @@ def fuse_qkv(tensors: Tensors, config: LLaMAConfig, interleaved: bool) -> Iterat
             yield fused, torch.cat([parts[part] for part in slices])  # (q, k, v rows, C)
 
 
-def add_biases(tensors: Tensors, config: LLaMAConfig) -> Iterator[tuple[str, Tensor]]:
+def add_biases(tensors: NamedTensors, config: LLaMAConfig) -> NamedTensors:
     """If only some layers have biases, the others get zeros: a model here has them on all layers or none."""
     missing = {name: shape for name, shape in tensor_shapes(config).items() if name.endswith(".bias")}
     dtype = torch.float32
@@ -82,7 +82,7 @@ def add_biases(tensors: Tensors, config: LLaMAConfig) -> Iterator[tuple[str, Ten
     yield from ((name, torch.zeros(shape, dtype=dtype)) for name, shape in missing.items())
 
 
-def drop_tied_head(tensors: Tensors, config: LLaMAConfig) -> Iterator[tuple[str, Tensor]]:
+def drop_tied_head(tensors: NamedTensors, config: LLaMAConfig) -> NamedTensors:
     """Leave out the head of a tied model. Raises UserError if the head differs from the embedding."""
     tied = []
     for name, tensor in tensors:
@@ -168,7 +168,7 @@ def hf_config(path: Path, name: str) -> LLaMAConfig:
         raise UserError(f"{path}: {error}") from None
 
 
-def hf_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def hf_tensors(folder: Path) -> NamedTensors:
     for path in hf_files(folder):
         tensors = read_tensors(path, foreign=True)[0] if path.suffix == ".safetensors" else load_pth(path)
         yield from tensors.items()
@@ -221,7 +221,7 @@ def check_params(path: Path, config: LLaMAConfig) -> None:
         raise UserError(f"{path} is not {config.name}'s: {'; '.join(wrong)}; pass the --name of this model")
 
 
-def meta_tensors(folder: Path, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
+def meta_tensors(folder: Path, vocab_size: int) -> NamedTensors:
     """Join the model-parallel shards tensor by tensor. The files are memory-mapped."""
     shards = [load_pth(path) for path in sorted(folder.glob("consolidated.*.pth"))]
     if not shards:

@@ -3,17 +3,14 @@
 At most one shard of the output is in memory.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
-
-from torch import Tensor
 
 from lit_llama.base import refuse_trained
 from lit_llama.checkpoint import CONFIG_FILE, load_model, tensor_shapes, write_shards
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import read_json, whole_folder, write_json
 from lit_llama.data.prompts import stop_ids, trained_template, write_chat_template
-from lit_llama.formats.convert import DTYPES
+from lit_llama.formats.convert import DTYPES, NamedTensors
 from lit_llama.formats.gguf_tokenizer import named_id, sentencepiece_fields, write_tokenizer
 from lit_llama.formats.layouts import CONFIG_NAMES, INTERLEAVED, layer_names, qkv_slices, to_interleaved
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -35,7 +32,7 @@ def load_whole(folder: Path) -> LLaMA:
     return load_model(folder, dtype=None)
 
 
-def exported_tensors(model: LLaMA, target_format: str) -> Iterator[tuple[str, Tensor]]:
+def exported_tensors(model: LLaMA, target_format: str) -> NamedTensors:
     """The tensors with the names of ``target_format`` (one of FORMATS), with q, k and v apart.
 
     Raises UserError for a head with a bias, unless it is zero.

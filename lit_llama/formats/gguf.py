@@ -4,7 +4,7 @@ Every quantization type that the gguf package dequantizes is read.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from lit_llama.common.files import atomic_write, check_new, whole_folder
 from lit_llama.common.progress import Bar
 from lit_llama.configs import LLAMA_31_SCALING, LLAMA_32_SCALING
 from lit_llama.data.prompts import BOS_LINE, SPACED_BOS_LINE
-from lit_llama.formats.convert import write_model
+from lit_llama.formats.convert import NamedTensors, write_model
 from lit_llama.formats.export import exported_template, exported_tensors, load_whole
 from lit_llama.formats.gguf_tokenizer import vocabulary_fields, write_tokenizer
 from lit_llama.formats.layouts import CONFIG_NAMES
@@ -55,10 +55,10 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, ReaderTensor]]:
         header = {key: field.contents() for key, field in reader.fields.items()}
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"{path} is not a complete GGUF file: {error}") from None
-    if (architecture := header.get("general.architecture")) != "llama":
-        raise UserError(f"{path} holds a model of architecture {architecture!r}; only 'llama' is supported")
     if (parts := header.get("split.count", 1)) > 1:
         raise UserError(f"{path} is one of {parts} parts; join them with llama-gguf-split --merge first")
+    if (architecture := header.get("general.architecture")) != "llama":
+        raise UserError(f"{path} holds a model of architecture {architecture!r}; only 'llama' is supported")
     if reader.byte_order != "I":
         raise UserError(f"{path} has another byte order than this machine; use a file made for it")
     return header, {tensor.name: tensor for tensor in reader.tensors}
@@ -157,7 +157,7 @@ def stored_type(tensor: Tensor, quantization: GGMLQuantizationType) -> GGMLQuant
     return quantization if tensor.size(1) % block == 0 else GGMLQuantizationType.F16
 
 
-def gguf_tensors(model: LLaMA) -> Iterator[tuple[str, Tensor]]:
+def gguf_tensors(model: LLaMA) -> NamedTensors:
     """The tensors with GGUF's names. Llama 3's scaling becomes a divisor for each rotary pair's frequency, (hs/2,)."""
     config = model.config
     if len(config.rope_scaling or ()) > 1:
