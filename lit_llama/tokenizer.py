@@ -1,7 +1,7 @@
 """The tokenizer of a checkpoint folder: tokenizer.json or tokenizer.model behind one small class.
 
 A control token spelled out in a text, such as "</s>" or "<|im_end|>", is encoded as its characters. Control tokens
-enter a sequence only by their ids (``bos_id``, ``eos_id``, ``control_id``), so data cannot forge a turn.
+enter a sequence only by their ids (``bos_id``, ``eos_id``, ``controls``), so data cannot forge a turn.
 """
 
 import json
@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 from sentencepiece import SentencePieceProcessor
@@ -26,6 +25,7 @@ JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer.mode
 TEMPLATE_FILE, GENERATION_FILE = "chat_template.jinja", "generation_config.json"
 ADDED_FILE, MAP_FILE = "added_tokens.json", "special_tokens_map.json"
 MAX_PADDING = 1024  # a model may have more rows than tokens, up to a round number
+MARK = "\ue000"
 
 
 class Tokenizer:
@@ -43,33 +43,32 @@ class Tokenizer:
 
     def __init__(self, checkpoint_dir: Path | str):
         folder = Path(checkpoint_dir)
-        self.settings = settings = read_settings(folder)
+        self.settings = read_settings(folder)
         self.chat_template = read_chat_template(folder)
         if (folder / JSON_FILE).exists():
-            self.backend: JSONBackend | SentencePieceBackend = JSONBackend(folder, settings, self.chat_template or "")
+            backend: JSONBackend | SentencePieceBackend = JSONBackend(folder, self.settings, self.chat_template or "")
         elif (folder / SENTENCEPIECE_FILE).exists():
-            self.backend = SentencePieceBackend(folder, settings)
+            backend = SentencePieceBackend(folder, self.settings)
         else:
             raise UserError(
                 f"{folder} holds neither {JSON_FILE} nor {SENTENCEPIECE_FILE}; copy the model's own there, "
                 "or convert the checkpoint again with scripts/convert.py"
             )
-        if self.backend.eos_id is None:
+        if backend.eos_id is None:
             raise UserError(f"{folder} does not say which token ends a text; name it in {SETTINGS_FILE} as eos_token")
-        self.vocab_size, self.bos_id, self.eos_id = self.backend.vocab_size, self.backend.bos_id, self.backend.eos_id
+        self.backend, self.vocab_size = backend, backend.vocab_size
+        self.bos_id, self.eos_id = backend.bos_id, backend.eos_id
         self.eos_ids = {self.eos_id, *generation_eos(folder)}
-        self.controls, self.strips = self.backend.controls, self.backend.strips
+        self.controls, self.strips = backend.controls, backend.strips
         self.spaced_start = self.encode("a") != self.encode_batch(["a"], after="control")[0]
         spelled = sorted(filter(None, self.controls), key=len, reverse=True)  # the longest match wins
         self.control_pattern = re.compile(f"({'|'.join(map(re.escape, spelled))})")
         rows = read_json(folder / CONFIG_FILE).get("vocab_size") if (folder / CONFIG_FILE).exists() else None
         if isinstance(rows, int) and not 0 <= rows - self.vocab_size < MAX_PADDING:
-            way_out = "copy the model's own tokenizer there"
-            if rows < self.vocab_size < rows + 100:
-                way_out = "add the missing embeddings with resize_token_embeddings in transformers, and convert again"
             raise UserError(
                 f"{folder}: the tokenizer has {self.vocab_size} tokens, but the model {rows} embeddings "
-                f"({CONFIG_FILE}); {way_out}"
+                f"({CONFIG_FILE}); copy the model's own tokenizer there, or add missing embeddings with "
+                "resize_token_embeddings in transformers and convert again"
             )
 
     def encode(self, text: str) -> list[int]:
@@ -83,7 +82,11 @@ class Tokenizer:
         """
         for text in texts:
             self.check(text)
-        return self.backend.encode_batch(texts, after)
+        if after not in self.backend.without_space:
+            return self.backend.encode_batch(texts)
+        # The dummy space comes before U+E000, whose bytes no token joins with others.
+        mark, *marked = self.backend.encode_batch([MARK, *(MARK + text for text in texts)])
+        return [ids[len(mark) :] for ids in marked]
 
     def check(self, text: str) -> None:
         """Raises UserError for a lone surrogate. Warns of bytes that the vocabulary lacks."""
@@ -98,18 +101,10 @@ class Tokenizer:
             names = " ".join(f"{byte:02x}" for byte in sorted(set(unknown)))
             warnings.warn(f"the vocabulary has no token for {len(unknown)} bytes ({names}): dropped", stacklevel=4)
 
-    def control_id(self, token: str | None) -> int | None:
-        """The id of a control token such as "<|im_end|>", or None."""
-        return None if token is None else self.backend.controls.get(token)
-
     def special_text(self, role: str) -> str:
         """The text of the "bos" or "eos" token, "" without one."""
         token_id = {"bos": self.bos_id, "eos": self.eos_id}[role]
         return token_text(self.settings.get(f"{role}_token")) or ("" if token_id is None else self.token(token_id))
-
-    def named_id(self, role: str) -> int | None:
-        """The id of the "bos", "unk" or "pad" token in tokenizer_config.json, or None."""
-        return self.control_id(token_text(self.settings.get(f"{role}_token")))
 
     def token(self, token_id: int) -> str:
         """The name of one token in the vocabulary."""
@@ -137,35 +132,40 @@ class JSONBackend:
             named = {token_text(settings.get(f"{role}_token")) for role in ("bos", "eos")}
             for token in content.get("added_tokens", []):  # what a template writes is a control token, special or not
                 token["special"] |= token["content"] in named or token["content"] in chat_template
-            self.tokenizer = load_tokenizer(content)
+            self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
         except Exception as error:  # the library raises nothing more specific
             raise UserError(f"{folder / JSON_FILE} is damaged ({error}); copy it from the weights again") from None
-        self.after = {"nothing": self.tokenizer}
-        for after, kept in (("control", ("always", "Prepend")), ("text", ())):
-            other = without_dummy_space(content, kept)
-            self.after[after] = self.tokenizer if other == content else load_tokenizer(other)
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True  # a control token in a text is encoded as its characters
+        # Rules that put a space before every text; the scheme "first" puts none after a control token.
+        always = ('"Prepend"', '"prepend_scheme": "always"', '"add_prefix_space": true')
+        rules = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
+        self.without_space = ["text"] if any(rule in rules for rule in always) else []
+        if '"prepend_scheme": "first"' in rules:
+            self.without_space = ["text", "control"]
         vocab = self.tokenizer.get_vocab(with_added_tokens=True)
         added = self.tokenizer.get_added_tokens_decoder()
-        self.controls = {token.content: i for i, token in added.items() if token.special}
-        self.controls |= {name: vocab[name] for name in named if name in vocab}
         self.strips = {side: {t.content for t in added.values() if getattr(t, side)} for side in ("lstrip", "rstrip")}
         # A normalizer that prepends a space does so after each added token too; the Metaspace pre-tokenizer does not.
         self.standalone = {i: t.content for i, t in added.items() if t.special or self.tokenizer.normalizer is not None}
         self.vocab_size = max(vocab.values()) + 1
         is_byte_level = isinstance(self.tokenizer.decoder, decoders.ByteLevel)
         self.known_bytes = byte_level_bytes(vocab) if is_byte_level else bytes(range(256))
-        eos = vocab.get(token_text(settings.get("eos_token")) or "")
-        self.eos_id = next(iter(generation_eos(folder)), None) if eos is None else eos
-        bos = vocab.get(token_text(settings.get("bos_token")) or "")
+        bos, eos = (vocab.get(token_text(settings.get(f"{role}_token")) or "") for role in ("bos", "eos"))
+        if eos is None:
+            eos = next(iter(generation_eos(folder)), None)
         in_front = self.tokenizer.encode("", add_special_tokens=True).ids[:1]  # what the post-processor adds
-        if bos is None and in_front != [self.eos_id]:
+        if bos is None and in_front != [eos]:
             bos = next(iter(in_front), None)
+        self.controls = {token.content: i for i, token in added.items() if token.special}
+        self.controls |= {self.token(i): i for i in (bos, eos) if i is not None}  # special or not
         wanted = settings.get("add_bos_token")
-        self.bos_id: int | None = bos if (in_front == [bos] if wanted is None else wanted) else None
-        self.controls |= {self.token(i): i for i in (self.bos_id, self.eos_id) if i is not None}  # special or not
+        self.bos_id = bos if (in_front == [bos] if wanted is None else wanted) else None
+        self.eos_id = eos
 
-    def encode_batch(self, texts: list[str], after: str) -> list[list[int]]:
-        return [encoding.ids for encoding in self.after[after].encode_batch_fast(texts, add_special_tokens=False)]
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def token(self, token_id: int) -> str:
         return self.tokenizer.id_to_token(token_id) or ""
@@ -181,78 +181,33 @@ class SentencePieceBackend:
 
     def __init__(self, folder: Path, settings: dict):
         try:
-            self.processor = SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE))
+            self.processor = processor = SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE))
         except (RuntimeError, OSError):
             raise UserError(
                 f"{folder / SENTENCEPIECE_FILE} is not a sentencepiece model; copy it again. For Llama 3 take "
                 f"{JSON_FILE} from the model's Hugging Face repository"
             ) from None
-        self.without_space = ("text",) if settings.get("legacy", True) else ("text", "control")
-        self.vocab_size = self.processor.vocab_size()
-        self.bos_id, self.eos_id = (i if i >= 0 else None for i in (self.processor.bos_id(), self.processor.eos_id()))
-        is_control = [self.processor.is_control(i) or self.processor.is_unknown(i) for i in range(self.vocab_size)]
-        self.standalone = {i: self.processor.id_to_piece(i) for i in range(self.vocab_size) if is_control[i]}
-        self.standalone |= added_tokens(folder, settings)
-        entries = [entry for entry in (settings.get("added_tokens_decoder") or {}).values() if isinstance(entry, dict)]
-        self.strips = {side: {token_text(it) for it in entries if it.get(side)} for side in ("lstrip", "rstrip")}
-        self.vocab_size = max([self.vocab_size - 1, *self.standalone]) + 1
+        self.without_space = ["text"] if settings.get("legacy", True) else ["text", "control"]
+        pieces = range(processor.vocab_size())
+        controls = [i for i in pieces if processor.is_control(i) or processor.is_unknown(i)]
+        added = read_json(folder / ADDED_FILE) if (folder / ADDED_FILE).exists() else {}
+        decoder = settings.get("added_tokens_decoder") or {}  # as the file: what Hugging Face adds to the model
+        self.standalone = {i: processor.id_to_piece(i) for i in controls} | {i: token for token, i in added.items()}
+        self.standalone |= {int(i): token["content"] for i, token in decoder.items()}
+        self.strips = {side: {t["content"] for t in decoder.values() if t.get(side)} for side in ("lstrip", "rstrip")}
+        self.vocab_size = max([len(pieces) - 1, *self.standalone]) + 1
         self.controls = {piece: i for i, piece in self.standalone.items()}
-        self.eos_id = self.controls.get(token_text(settings.get("eos_token")) or "", self.eos_id)
+        self.bos_id, eos_id = (i if i >= 0 else None for i in (processor.bos_id(), processor.eos_id()))
+        self.eos_id = self.controls.get(token_text(settings.get("eos_token")) or "", eos_id)
 
-    def encode_batch(self, texts: list[str], after: str) -> list[list[int]]:
-        if after not in self.without_space:
-            return self.processor.encode(texts)
-        # The dummy space comes before U+E000, whose bytes no token joins with others.
-        n = len(self.processor.encode("\ue000"))
-        return [ids[n:] for ids in self.processor.encode(["\ue000" + text for text in texts])]
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self.processor.encode(texts)
 
     def token(self, token_id: int) -> str:
         return self.standalone.get(token_id) or self.processor.id_to_piece(token_id)
 
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids)
-
-
-def load_tokenizer(content: dict) -> tokenizers.Tokenizer:
-    """A tokenizer.json as the library's object. It encodes control tokens in a text as their characters."""
-    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def without_dummy_space(content: Any, kept: tuple[str, ...]) -> Any:
-    """A tokenizer.json that puts no space before a text, unless the rule for it is named in ``kept``.
-
-    The rules: the normalizer Prepend, the pre-tokenizers Metaspace ("always", or "first": not after a control token)
-    and ByteLevel.
-    """
-    if isinstance(content, list):
-        return [without_dummy_space(it, kept) for it in content if not is_prepend(it) or "Prepend" in kept]
-    if not isinstance(content, dict):
-        return content
-    kept_as_is = ("model", "decoder", "post_processor", "added_tokens")
-    changed = {key: value if key in kept_as_is else without_dummy_space(value, kept) for key, value in content.items()}
-    if is_prepend(changed.get("normalizer")) and "Prepend" not in kept:
-        changed["normalizer"] = None
-    if changed.get("prepend_scheme", "never") not in kept:
-        changed |= {"prepend_scheme": "never"} if "prepend_scheme" in changed else {}
-    if changed.get("type") == "ByteLevel" and not kept:
-        changed["add_prefix_space"] = False
-    return changed
-
-
-def is_prepend(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "Prepend"
-
-
-def added_tokens(folder: Path, settings: dict) -> dict[int, str]:
-    """The tokens that a Hugging Face folder adds to a sentencepiece model, by id."""
-    path = folder / ADDED_FILE
-    added = {i: token for token, i in read_json(path).items()} if path.exists() else {}
-    decoder = settings.get("added_tokens_decoder") or {}
-    return added | {int(i): token_text(entry) or "" for i, entry in decoder.items()}
 
 
 def token_text(entry: object) -> str | None:

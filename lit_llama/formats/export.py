@@ -1,25 +1,20 @@
-"""Export whole models as Hugging Face folders. GGUF files: export_gguf.py.
+"""Export whole models as Hugging Face folders. GGUF files: gguf.py.
 
 At most one shard of the output is in memory.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from lit_llama.base import refuse_trained
-from lit_llama.checkpoint import CONFIG_FILE, check_headers, load_config, weight_files
+from lit_llama.checkpoint import CONFIG_FILE, load_model, tensor_shapes
 from lit_llama.common.errors import UserError
-from lit_llama.common.files import open_tensors, read_json, whole_folder, write_json
+from lit_llama.common.files import read_json, whole_folder, write_json
 from lit_llama.data.prompts import stop_ids, trained_template, write_chat_template
-from lit_llama.formats.convert import DTYPES
-from lit_llama.formats.gguf_tokenizer import write_tokenizer
-from lit_llama.formats.gguf_vocabulary import sentencepiece_fields
-from lit_llama.formats.layouts import CONFIG_NAMES, layer_names, to_interleaved
+from lit_llama.formats.convert import DTYPES, NamedTensors
+from lit_llama.formats.gguf_tokenizer import named_id, sentencepiece_fields, write_tokenizer
+from lit_llama.formats.layouts import CONFIG_NAMES, INTERLEAVED, layer_names, qkv_slices, to_interleaved
 from lit_llama.formats.shards import write_shards
-from lit_llama.model import CausalSelfAttention, LLaMAConfig
+from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.tokenizer import (
     GENERATION_FILE,
     JSON_FILE,
@@ -32,30 +27,25 @@ from lit_llama.tokenizer import (
 from lit_llama.trained import base_method
 
 
-def checked_config(folder: Path) -> LLaMAConfig:
-    """The config of a checkpoint folder. Raises UserError for a trained folder, and if the tensors do not fit."""
+def load_whole(folder: Path) -> LLaMA:
+    """The model of a checkpoint folder, mapped into memory. Raises UserError for a trained folder."""
     refuse_trained(folder)
-    config = load_config(folder)
-    check_headers(config, weight_files(folder), folder)
-    return config
+    return load_model(folder, dtype=None)
 
 
-def exported_tensors(
-    folder: Path, config: LLaMAConfig, target_format: str, interleaved: bool
-) -> Iterator[tuple[str, Tensor]]:
+def exported_tensors(model: LLaMA, target_format: str) -> NamedTensors:
     """The tensors with the names of ``target_format`` (one of FORMATS), with q, k and v apart.
 
-    ``interleaved`` says how to order the rows of q and k. Raises UserError for a head with a bias, unless it is zero.
+    Raises UserError for a head with a bias, unless it is zero.
     """
-    names = layer_names("ours", target_format, config.n_layer)
-    with torch.device("meta"):
-        slices = CausalSelfAttention(config).qkv_slices
-    for name, tensor in stored_tensors(folder):
-        layer, _, kind = name.rpartition(".")
+    config, tensors = model.config, model.state_dict()
+    names, slices = layer_names("ours", target_format, config.n_layer), qkv_slices(config)
+    for name in sorted(tensor_shapes(config)):
+        tensor, (layer, _, kind) = tensors[name], name.rpartition(".")
         if name == "lm_head.bias":
             if tensor.any():
                 raise UserError(
-                    f"{folder} has a bias on its head, which no other project's LLaMA has; train with "
+                    f"{config.name} has a bias on its head, which no other project's LLaMA has; train with "
                     "finetune/adapter_v2.py --scale_head false"
                 )
         elif not layer.endswith("attn.c_attn"):
@@ -63,15 +53,9 @@ def exported_tensors(
         else:
             for part, rows in slices.items():
                 weight = tensor[rows]
-                if interleaved and part != "v":
-                    weight = to_interleaved(weight, len(weight) // config.head_size)
+                if part != "v" and target_format in INTERLEAVED:
+                    weight = to_interleaved(weight, config.head_size)
                 yield f"{names[layer.replace('c_attn', part)]}.{kind}", weight
-
-
-def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for path in weight_files(folder):
-        with open_tensors(path) as file:
-            yield from ((name, file.get_tensor(name)) for name in file.keys())
 
 
 def export_hf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None, prompt_style: str | None = None) -> None:
@@ -79,21 +63,17 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None, pro
 
     The chat template is that of ``prompt_style``, else of training (finetune/full.py), else the tokenizer's.
     """
-    config, tokenizer, dtypes = checked_config(checkpoint_dir), Tokenizer(checkpoint_dir), set()
+    model, tokenizer = load_whole(checkpoint_dir), Tokenizer(checkpoint_dir)
     template = exported_template(checkpoint_dir, tokenizer, prompt_style)
-
-    def cast() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in exported_tensors(checkpoint_dir, config, "hf", interleaved=False):
-            tensor = tensor.to(DTYPES.get(dtype or "", tensor.dtype))
-            dtypes.add(tensor.dtype)
-            yield name, tensor
-
+    widest = max((tensor.dtype for tensor in model.state_dict().values()), key=lambda dtype: dtype.itemsize)
+    stored = dtype or str(widest).removeprefix("torch.")
+    tensors = exported_tensors(model, "hf")
     with whole_folder(out_dir) as folder:
-        write_shards(folder, cast(), foreign=True)
+        cast = ((name, tensor.to(DTYPES[dtype]) if dtype else tensor) for name, tensor in tensors)
+        write_shards(folder, cast, foreign=True)
         copy_tokenizer(checkpoint_dir, folder)
-        special = complete_tokenizer(folder, config, tokenizer, template)
-        stored = str(max(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
-        write_json(folder / CONFIG_FILE, {**llama_config(config), **special, "torch_dtype": stored, "dtype": stored})
+        ids = complete_tokenizer(folder, model.config, tokenizer, template)
+        write_json(folder / CONFIG_FILE, {**llama_config(model.config), **ids, "torch_dtype": stored, "dtype": stored})
 
 
 def exported_template(checkpoint_dir: Path, tokenizer: Tokenizer, prompt_style: str | None) -> str | None:
@@ -137,6 +117,6 @@ def complete_tokenizer(folder: Path, config: LLaMAConfig, tokenizer: Tokenizer, 
     path = folder / GENERATION_FILE
     generation = read_json(path) if path.exists() else {}
     eos_ids = stop_ids(template, tokenizer) if template else tokenizer.eos_ids
-    bos_id = tokenizer.named_id("bos") if tokenizer.bos_id is None else tokenizer.bos_id
+    bos_id = named_id(tokenizer, "bos")
     write_json(path, generation | {"bos_token_id": bos_id, "eos_token_id": sorted(eos_ids)})
     return {"bos_token_id": bos_id, "eos_token_id": tokenizer.eos_id}

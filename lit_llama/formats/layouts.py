@@ -4,7 +4,10 @@ Here and in Hugging Face's format these rows are half-split: rotary pair i of a 
 GGUF interleave them: pair i is rows 2i and 2i + 1.
 """
 
+import torch
 from torch import Tensor
+
+from lit_llama.model import CausalSelfAttention, LLaMAConfig
 
 # fmt: off
 FORMATS = ("ours",           "hf",                       "meta",            "gguf")
@@ -38,6 +41,7 @@ CONFIG_NAMES = [  # LLaMAConfig, Hugging Face's config.json, a GGUF's header
     ("rope_base",            "rope_theta",               "rope.freq_base"),
 ]
 # fmt: on
+INTERLEAVED = ("meta", "gguf")
 
 
 def layer_names(source: str, target: str, n_layer: int) -> dict[str, str]:
@@ -49,13 +53,19 @@ def layer_names(source: str, target: str, n_layer: int) -> dict[str, str]:
     return names
 
 
-def to_half_split(weight: Tensor, n_head: int) -> Tensor:
+def qkv_slices(config: LLaMAConfig) -> dict[str, slice]:
+    """The rows of q, k and v in attn.c_attn."""
+    with torch.device("meta"):
+        return CausalSelfAttention(config).qkv_slices
+
+
+def to_half_split(weight: Tensor, head_size: int) -> Tensor:
     """Reorder the rows of q or k from pairs (2i, 2i + 1) to pairs (i, i + hs/2). The shape stays (nh * hs, ...)."""
-    weight = weight.unflatten(0, (n_head, -1, 2))  # (nh * hs, C) -> (nh, hs/2, 2, C)
+    weight = weight.unflatten(0, (-1, head_size // 2, 2))  # (nh * hs, C) -> (nh, hs/2, 2, C)
     return weight.transpose(1, 2).flatten(0, 2)  # -> (nh, 2, hs/2, C) -> (nh * hs, C)
 
 
-def to_interleaved(weight: Tensor, n_head: int) -> Tensor:
+def to_interleaved(weight: Tensor, head_size: int) -> Tensor:
     """The inverse of ``to_half_split``."""
-    weight = weight.unflatten(0, (n_head, 2, -1))  # (nh * hs, C) -> (nh, 2, hs/2, C)
+    weight = weight.unflatten(0, (-1, 2, head_size // 2))  # (nh * hs, C) -> (nh, 2, hs/2, C)
     return weight.transpose(1, 2).flatten(0, 2)  # -> (nh, hs/2, 2, C) -> (nh * hs, C)

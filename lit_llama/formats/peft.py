@@ -21,7 +21,7 @@ from lit_llama import __version__
 from lit_llama.checkpoint import check_tensors, load_config
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import read_json, read_tensors, save_tensors, whole_folder, write_json
-from lit_llama.data.prompts import choose_template, describe_template, end_of_answer, trained_template
+from lit_llama.data.prompts import describe_template, trained_template
 from lit_llama.formats.convert import load_pth
 from lit_llama.formats.export import complete_tokenizer
 from lit_llama.formats.layouts import layer_names
@@ -56,9 +56,9 @@ def export_peft(
     """
     method, path = read_method(trained_dir), trained_dir / METHOD_FILE
     name, arguments = method["method"], method["arguments"]
-    if name not in TO_PEFT:
+    if name not in KINDS:
         raise UserError(
-            f"{trained_dir} was trained with {name}, which PEFT lacks; it has {', '.join(TO_PEFT)}. "
+            f"{trained_dir} was trained with {name}, which PEFT lacks; it has {', '.join(KINDS)}. "
             "For whole models, merged or from finetune/full.py: scripts/export.py --to hf"
         )
     base_dir = check_base(method["base"], checkpoint_dir, path)
@@ -66,11 +66,12 @@ def export_peft(
     tensors, about = read_tensors(trained_dir / TRAINED_FILE)
     check_header(method, about, path)
     check_tensors(shapes(tensors), kept_shapes(config, name, arguments), trained_dir / TRAINED_FILE)
-    settings, tensors = TO_PEFT[name](config, arguments, tensors)
-    settings |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True}
+    kind, to_peft, _ = KINDS[name]
+    settings, tensors = to_peft(config, arguments, tensors)
+    about = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True}
     with whole_folder(out_dir) as folder:
         save_tensors(folder / WEIGHTS_FILE, tensors, foreign=True)
-        write_json(folder / SETTINGS_FILE, settings)
+        write_json(folder / SETTINGS_FILE, {"peft_type": kind, **settings, **about})
         copy_tokenizer(base_dir, folder)
         tokenizer = Tokenizer(base_dir)
         complete_tokenizer(folder, config, tokenizer, trained_template(method, tokenizer))
@@ -90,20 +91,19 @@ def import_peft(
     path = source / WEIGHTS_FILE
     stored = read_tensors(path, foreign=True)[0] if path.exists() else load_pth(path.with_suffix(".bin"))
     given = {name: tensor.float() for name, tensor in stored.items()}
+    kind = settings["peft_type"]
+    name, from_peft = next((name, from_peft) for name, (theirs, _, from_peft) in KINDS.items() if theirs == kind)
     try:
-        method, arguments, tensors = FROM_PEFT[settings["peft_type"]](config, settings, given)
-        expected = kept_shapes(config, method, arguments)
-    except UserError:
-        raise
+        arguments, tensors = from_peft(config, settings, given)
+        expected = kept_shapes(config, name, arguments)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # such as a string for a number
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
-        raise UserError(f"{source / SETTINGS_FILE} does not fit {settings['peft_type']}: {reason}") from None
-    check_tensors(shapes(tensors), expected, source / WEIGHTS_FILE)
-    tokenizer, own = Tokenizer(checkpoint_dir), read_chat_template(source)
-    template = own if own and not prompt_style else choose_template(prompt_style, tokenizer)
-    end_of_answer(template, tokenizer)
+        raise UserError(f"{source} cannot be converted: {reason}") from None
+    check_tensors(shapes(tensors), expected, path)
+    tokenizer = Tokenizer(checkpoint_dir)
+    template = trained_template({"chat_template": read_chat_template(source)}, tokenizer, prompt_style)
     description = {
-        "method": method,
+        "method": name,
         "arguments": arguments,
         "trained_parameters": sum(tensor.numel() for tensor in tensors.values()),
         "base": describe_base(checkpoint_dir),
@@ -132,17 +132,18 @@ def kept_shapes(config: LLaMAConfig, method: str, arguments: dict) -> dict[str, 
 
 # These settings are names, or say how training began, or are read below. Any other must be off: a later PEFT may add
 # settings that change the result.
-ANY_TYPE = {"peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"}
-ANY_TYPE |= {"inference_mode", "tokenizer_kwargs"}
+ANY_TYPE = {"peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
+ANY_TYPE |= {"tokenizer_kwargs"}
 PROMPT_SIZES = {"num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim", "num_transformer_submodules"}
 KNOWN = {
     "ADAPTION_PROMPT": {"target_modules", "adapter_len", "adapter_layers"},
     "PREFIX_TUNING": PROMPT_SIZES | {"encoder_hidden_size", "prefix_projection", "init_weights"},
     "PROMPT_TUNING": PROMPT_SIZES | {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"},
-    "LORA": {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "init_lora_weights"}
-    | {"layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size"},
+    "LORA": {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "layers_pattern"}
+    | {"layers_to_transform", "megatron_core", "qalora_group_size"},
 }
 OFF: tuple = (None, False, "none", [], {})
+VALUES: dict[str, tuple] = {"task_type": (None, "CAUSAL_LM"), "init_lora_weights": (True, False, "gaussian")}
 
 
 def check_settings(settings: dict, path: Path) -> None:
@@ -150,11 +151,8 @@ def check_settings(settings: dict, path: Path) -> None:
     kind = settings.get("peft_type")
     if kind not in KNOWN:
         raise UserError(f"{path}: peft_type {kind!r} is none of {', '.join(KNOWN)}")
-    foreign = [key for key, value in settings.items() if key not in KNOWN[kind] | ANY_TYPE and value not in OFF]
-    if settings.get("task_type") not in (None, "CAUSAL_LM"):
-        foreign.append("task_type")
-    if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):  # "pissa" changes the base's weights
-        foreign.append("init_lora_weights")
+    harmless = KNOWN[kind] | ANY_TYPE
+    foreign = [key for key, it in settings.items() if key not in harmless and it not in VALUES.get(key, OFF)]
     if foreign:
         found = ", ".join(f"{key} {settings[key]!r}" for key in foreign)
         raise UserError(
@@ -191,52 +189,52 @@ def adapter_to_peft(config: LLaMAConfig, arguments: dict, tensors: Tensors) -> t
         theirs |= {peft_prompt: tensors[prompt][None], peft_gate: gates[:1]}
     layers = config.n_layer - arguments["start_layer"]
     settings = {"adapter_len": arguments["prompt_length"], "adapter_layers": layers, "target_modules": "self_attn"}
-    return {"peft_type": "ADAPTION_PROMPT", **settings}, theirs
+    return settings, theirs
 
 
-def adapter_from_peft(config: LLaMAConfig, settings: dict, tensors: Tensors) -> tuple[str, dict, Tensors]:
+def adapter_from_peft(config: LLaMAConfig, settings: dict, tensors: Tensors) -> tuple[dict, Tensors]:
     ours, start_layer = dict(tensors), config.n_layer - settings["adapter_layers"]
     for i in range(max(start_layer, 0), config.n_layer):
         prompt, gate, peft_prompt, peft_gate = adapter_names(config, i)
         ours[prompt], ours[gate] = ours.pop(peft_prompt).squeeze(0), ours.pop(peft_gate).view(-1, 1, 1)
-    return "adapter", dict(prompt_length=settings["adapter_len"], start_layer=start_layer, gate="layer"), ours
+    return dict(prompt_length=settings["adapter_len"], start_layer=start_layer, gate="layer"), ours
 
 
 # ---------------------------------------------------------------------------------------------- prefix, soft_prompt
 
 
-def prompt_settings(config: LLaMAConfig, kind: str, K: int, heads: int, width: int) -> dict:
+def prompt_settings(config: LLaMAConfig, K: int, heads: int, width: int) -> dict:
     sizes = {"num_virtual_tokens": K, "num_layers": config.n_layer, "num_attention_heads": heads, "token_dim": width}
-    return {"peft_type": kind, **sizes, "num_transformer_submodules": 1}
+    return {**sizes, "num_transformer_submodules": 1}
 
 
 def prefix_to_peft(config: LLaMAConfig, arguments: dict, tensors: Tensors) -> tuple[dict, Tensors]:
     blocks = torch.stack([tensors[f"transformer.h.{i}.attn.prefix"] for i in range(config.n_layer)])
     rows = blocks.permute(3, 0, 1, 2, 4).flatten(1)  # (N, 2, nkv, K, hs) -> (K, N * 2 * nkv * hs)
     width = config.n_kv_head * config.head_size
-    return prompt_settings(config, "PREFIX_TUNING", len(rows), config.n_kv_head, width), {PROMPT: rows}
+    return prompt_settings(config, len(rows), config.n_kv_head, width), {PROMPT: rows}
 
 
-def prefix_from_peft(config: LLaMAConfig, settings: dict, tensors: Tensors) -> tuple[str, dict, Tensors]:
+def prefix_from_peft(config: LLaMAConfig, settings: dict, tensors: Tensors) -> tuple[dict, Tensors]:
     ours = dict(tensors)
     rows = ours.pop(PROMPT)
     width = 2 * config.n_layer * config.n_kv_head * config.head_size
-    if rows.dim() != 2 or rows.size(1) != width:
+    if rows.shape[1:] != (width,):
         raise UserError(f"{PROMPT} has shape {tuple(rows.shape)}; over {config.name} a prefix has {width} columns")
     blocks = rows.view(-1, config.n_layer, 2, config.n_kv_head, config.head_size).permute(1, 2, 3, 0, 4)
     ours |= {f"transformer.h.{i}.attn.prefix": block for i, block in enumerate(blocks)}  # (2, nkv, K, hs)
-    return "prefix", dict(prompt_length=settings["num_virtual_tokens"]), ours
+    return dict(prompt_length=settings["num_virtual_tokens"]), ours
 
 
 def soft_prompt_to_peft(config: LLaMAConfig, arguments: dict, tensors: Tensors) -> tuple[dict, Tensors]:
     (rows,) = tensors.values()
-    return prompt_settings(config, "PROMPT_TUNING", len(rows), config.n_head, config.n_embd), {PROMPT: rows}
+    return prompt_settings(config, len(rows), config.n_head, config.n_embd), {PROMPT: rows}
 
 
-def soft_prompt_from_peft(config: LLaMAConfig, settings: dict, tensors: Tensors) -> tuple[str, dict, Tensors]:
+def soft_prompt_from_peft(config: LLaMAConfig, settings: dict, tensors: Tensors) -> tuple[dict, Tensors]:
     ours = dict(tensors)
     ours["transformer.wte.soft_prompt"] = ours.pop(PROMPT)
-    return "soft_prompt", dict(prompt_length=settings["num_virtual_tokens"]), ours
+    return dict(prompt_length=settings["num_virtual_tokens"]), ours
 
 
 # ---------------------------------------------------------------------------------------------- lora
@@ -255,7 +253,6 @@ def lora_names(config: LLaMAConfig, arguments: dict) -> dict[str, str]:
 def lora_to_peft(config: LLaMAConfig, arguments: dict, tensors: Tensors) -> tuple[dict, Tensors]:
     names = lora_names(config, arguments)
     settings = {
-        "peft_type": "LORA",
         "r": arguments["r"],
         "lora_alpha": arguments["alpha"],
         "lora_dropout": arguments["dropout"],
@@ -268,7 +265,7 @@ def lora_to_peft(config: LLaMAConfig, arguments: dict, tensors: Tensors) -> tupl
     return settings, {names[name]: tensor for name, tensor in tensors.items()}
 
 
-def lora_from_peft(config: LLaMAConfig, settings: dict, tensors: Tensors) -> tuple[str, dict, Tensors]:
+def lora_from_peft(config: LLaMAConfig, settings: dict, tensors: Tensors) -> tuple[dict, Tensors]:
     arguments = dict(r=settings["r"], alpha=settings["lora_alpha"], dropout=settings.get("lora_dropout", 0.0))
     arguments |= dict(targets=list(TARGETS), rslora=bool(settings.get("use_rslora")))
     if (layers := settings.get("layers_to_transform")) not in (None, []):
@@ -282,18 +279,12 @@ def lora_from_peft(config: LLaMAConfig, settings: dict, tensors: Tensors) -> tup
         raise UserError(f"{foreign[0]} has no place over {config.name}: LoRA here can change {', '.join(modules)}")
     renamed = {ours[name]: tensor for name, tensor in tensors.items()}
     arguments["targets"] = [target for target in TARGETS if any(f".lora.{target}." in name for name in renamed)]
-    return "lora", arguments, renamed
+    return arguments, renamed
 
 
-TO_PEFT = {
-    "adapter": adapter_to_peft,
-    "prefix": prefix_to_peft,
-    "soft_prompt": soft_prompt_to_peft,
-    "lora": lora_to_peft,
-}
-FROM_PEFT = {
-    "ADAPTION_PROMPT": adapter_from_peft,
-    "PREFIX_TUNING": prefix_from_peft,
-    "PROMPT_TUNING": soft_prompt_from_peft,
-    "LORA": lora_from_peft,
+KINDS = {  # by method: PEFT's type, and how settings and tensors are converted
+    "adapter": ("ADAPTION_PROMPT", adapter_to_peft, adapter_from_peft),
+    "prefix": ("PREFIX_TUNING", prefix_to_peft, prefix_from_peft),
+    "soft_prompt": ("PROMPT_TUNING", soft_prompt_to_peft, soft_prompt_from_peft),
+    "lora": ("LORA", lora_to_peft, lora_from_peft),
 }

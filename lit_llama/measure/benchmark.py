@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lit_llama.common.errors import UserError
 from lit_llama.data.batches import TokenizedSample
-from lit_llama.devices.launch import PRECISIONS, default_device
+from lit_llama.devices.launch import PRECISIONS, Bar, default_device
 from lit_llama.measure.cases import BenchmarkCase, build, measured, synchronize
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig

