@@ -9,6 +9,7 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from io import TextIOWrapper
 from itertools import takewhile
 from pathlib import Path
 from typing import NoReturn, get_args
@@ -28,6 +29,9 @@ def run(main: Callable, leading: str | None = None) -> None:
     code 2; Ctrl-C ends it with 130. If several processes fail, one reports it.
     """
     global _settings
+    for stream in (sys.stdout, sys.stderr):  # Windows' code pages lack most characters
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     warn_of_other_clone(Path(main.__code__.co_filename))
     try:
         parser = parser_of(main)

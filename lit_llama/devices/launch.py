@@ -114,11 +114,13 @@ def base_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """The key of PRECISIONS for a ``--precision``."""
+    """The key of PRECISIONS for a ``--precision``. Prints a note if it is slow on this device."""
     if precision == "auto":
         return "bf16-true" if multiplies_bf16(device) else "32-true"
     if precision not in PRECISIONS:
         raise UserError(f"--precision {precision!r} is none of auto, {', '.join(PRECISIONS)}")
+    if precision == "bf16-true" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        log_rank0("note: this CPU has no bfloat16 instructions; --precision 32-true is many times faster")
     return precision
 
 
@@ -151,6 +153,14 @@ def log_rank0(text: str) -> None:
     """Print ``text`` on rank 0 to stderr, for everything that is not a result."""
     if rank() == 0:
         print(text, file=sys.stderr)
+
+
+def barrier(fabric: Fabric, what: str) -> None:
+    """Wait for all ranks. ``what`` completes the error message "waited for the others to ..."."""
+    try:
+        fabric.barrier()
+    except RuntimeError as error:
+        raise RuntimeError(f"rank {rank()} waited for the others to {what}: {error}") from None
 
 
 def let_rank0_report() -> None:

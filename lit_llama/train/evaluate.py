@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -129,10 +130,11 @@ class BeforeAfter:
         """Print some samples with their answers, then the exact match at each point."""
         if not self.samples:
             return
+        bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
         for i, sample in enumerate(self.samples[:n_examples]):
             print_rank0(f"\nprompt    {user_text(sample.prompt[-1])}\nexpected  {sample.answer}")
             for when, answers in self.answers.items():
-                print_rank0(f"{when:8}  {answers[i]}")
+                print_rank0(f"{when:8}  {bold}{answers[i]}{plain}")
         print_rank0()
         for when, answers in self.answers.items():
             right = sum(is_right(*pair) for pair in zip(answers, self.samples, strict=True))

@@ -46,7 +46,7 @@ from lit_llama.common.files import (
 )
 from lit_llama.data.prompts import describe_template, write_chat_template
 from lit_llama.data.task import Task
-from lit_llama.devices.launch import Bar, log_rank0, print_rank0
+from lit_llama.devices.launch import Bar, barrier, log_rank0, print_rank0
 from lit_llama.devices.memory import peak_memory
 from lit_llama.model import LLaMA
 from lit_llama.settings import TrainArgs
@@ -111,7 +111,7 @@ class Run:
             raise UserError("--allow_changes is for --resume: give both or neither")
         self.check_folder(overwrite)
         self.writes_settings = not resume or self.check_settings(allow_changes)
-        fabric.barrier()  # no rank writes before all have looked
+        barrier(fabric, f"check {out_dir}")  # no rank writes before all have looked
 
     def check_folder(self, overwrite: bool) -> None:
         """Raises UserError if ``out_dir`` holds something that this run must not change."""
@@ -197,7 +197,7 @@ class Run:
 
     def load_best(self, model: LLaMA) -> None:
         """Load the best validated step into ``model``."""
-        self.fabric.barrier()
+        barrier(self.fabric, "finish the last step")
         if model.reparametrization is not None:
             model.reparametrization.flatten(model)
         load_parameters(model, self.out_dir / self.trained_file)
@@ -263,7 +263,7 @@ class Run:
             about = {"step": self.step, "best_loss": self.best_loss, "best_step": self.best_step, "goal": self.loss_key}
             save_tensors(self.out_dir / STATE_FILE, tensors, about)
             self.save_costs(self.seconds)
-        self.fabric.barrier()  # no rank may end the job before the file is complete
+        barrier(self.fabric, "save the state")  # no rank may end the job before the file is complete
 
     def save_costs(self, seconds: float) -> None:
         """Write the seconds of training, and the peak memory of rank 0 in bytes."""
