@@ -232,8 +232,9 @@ def pieces(messages: list[Message], template: str, tokenizer: Tokenizer) -> Iter
         if place is not None:
             if shape[place][0] != "assistant":
                 continue
-            opening = PLACES.split(text[:end])[-1]
-            prompt = PLACES.split(marked(template, shape[:place], tokenizer))[-1] if place else ""
+            texts = text[:end], marked(template, shape[:place], tokenizer) if place else ""
+            # how they end, after the last message
+            opening, prompt = (it.rpartition("\ue001")[2].removeprefix("\u2003") for it in texts)
             if not opening.startswith(prompt):
                 raise UserError(f"the chat template does not end a prompt as it begins an answer; {WAY_OUT}")
             rest = opening.removeprefix(prompt)  # a space with Llama 2; much if it ignores add_generation_prompt
