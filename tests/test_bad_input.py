@@ -45,20 +45,6 @@ def tensors_with(change: Callable[[dict], object]) -> Callable[[Path], object]:
     return change_file
 
 
-def header_with(**changes) -> Callable[[Path], object]:
-    """Changes the entries of all tensors in a safetensors file's header and leaves its data."""
-
-    def change_file(path: Path) -> None:
-        content = path.read_bytes()
-        (length,) = struct.unpack("<Q", content[:8])
-        header = json.loads(content[8 : 8 + length])
-        entries = {name: {**entry, **changes} for name, entry in header.items() if name.startswith("transformer")}
-        text = json.dumps({**header, **entries}).encode()
-        path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
-
-    return change_file
-
-
 def bytes_with(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(change(path.read_bytes()))
 
@@ -74,8 +60,6 @@ TENSORS = [
     (lambda path: (path.unlink(), path.mkdir()), NOT_WHOLE),
     (bytes_with(lambda b: b[:-9]), NOT_WHOLE),
     (bytes_with(lambda b: struct.pack("<Q", 2**26) + b[8:]), NOT_WHOLE),  # a header longer than the file
-    (header_with(shape=[2**40, 2**20]), NOT_WHOLE),
-    (header_with(data_offsets=[0, 4]), NOT_WHOLE),
     (bytes_with(lambda b: b[:-100] + bytes([b[-100] ^ 16]) + b[-99:]), "is damaged: its checksum does not match"),
     (tensors_with(lambda t: t.update({k: v.double() for k, v in t.items()})), "has dtype F64, not F32"),
     (tensors_with(lambda t: t.update(extra=torch.ones(1))), "extra is not expected"),
@@ -90,7 +74,6 @@ FILES = {  # a file and the command that reads it: its content or a function tha
     ("base/model.safetensors.index.json", BASE): [
         ('{"weight_map": {"a": "x.st"}}', "x.st is missing"),
         ('{"weight_map": {"a": "../x"}}', "file names of its own folder"),
-        ('{"weight_map": {"a": ".."}}', "file names of its own folder"),
         ('{"weight_map": {"a": ["x"]}}', "file names of its own folder"),
     ],
     ("base/config.json", BASE): [
@@ -177,8 +160,6 @@ FLAGS = [  # the command, further flags, message; test_cli.py and test_methods.p
     (FINETUNE, ["--checkpoint_dir", "none"], "none is missing; fetch a base"),
     (FINETUNE, ["--checkpoint_dir", "out"], "out holds what adapter learned over base, not a base"),
     (FINETUNE, ["--data", "none"], "--data none is missing"),
-    (FINETUNE, ["--data", "base"], "base holds no train file"),
-    (FINETUNE, ["--data", "base/model.safetensors"], "data files end in .json"),
     (FINETUNE, ["--config", "data/train.json"], "Unexpected config: "),
     (FINETUNE, ["--out_dir", "loop"], "loop cannot be written"),
     (FINETUNE, ["--out_dir", "data/train.json"], "--out_dir data/train.json is a file"),
@@ -196,9 +177,7 @@ FLAGS = [  # the command, further flags, message; test_cli.py and test_methods.p
     (FEATURES, ["--max_seq_length", 0], "--max_seq_length 0 must be between 1 and"),
     (LABELS, [], "a classifier needs rows with one of its labels"),
     (("scripts/compare_methods.py", *FINETUNE[1:7]), ["--pilot_samples", -1], "--pilot_samples -1 must be between"),
-    (BASE, ["--checkpoint_dir", "none"], "none is missing; fetch a base with"),
     (BASE, ["--checkpoint_dir", "hf"], "hf holds neither|config.json is missing"),
-    (BASE, ["--checkpoint_dir", "out"], "out holds what adapter learned over base, not a base"),
     (BASE, ["--prompt", "a" * 600], "do not fit the context of 512 tokens; shorten"),
     (BASE, ["--prompt", "", "--prompt_style", "plain"], "the prompt is empty"),
     (BASE, ["--prompt", "a\udcff"], "lone surrogate, .* at character"),
@@ -210,7 +189,6 @@ FLAGS = [  # the command, further flags, message; test_cli.py and test_methods.p
     (BATCH, [], "requests.jsonl cannot be read as UTF-8 text: .*No such file"),
     (EVALUATE, ["--batch_size", 0], "batch_size 0 must be between 1 and"),
     (EVALUATE, ["--split", "test"], "holds no test file"),
-    (EVALUATE, ["--prompt_style", "llama3"], "'llama3' is none of"),
     (["scripts/merge_lora.py", *TRAINED[1:3]], ["--out_dir", "base"], "which cannot be merged"),
     (("scripts/export.py", "--to", "peft"), ["--out_dir", "new"], "--to peft needs --trained_dir"),
     (CONVERT, ["--source", "hf"], "hf is neither a .gguf file nor a folder with config.json"),

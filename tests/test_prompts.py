@@ -48,10 +48,7 @@ def write_tokenizer(folder, kind, bos, eos, controls, **settings):
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*words, pre_tokenizers.Metaspace(prepend_scheme="never")])
         tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
         special += [f"<0x{byte:02X}>" for byte in range(256)]
-    text = [
-        " ".join(message["content"] for message in [SYSTEM, *TALK]),
-        " user assistant system USER: ASSISTANT: [INST]",
-    ]
+    text = [message["content"] for message in [SYSTEM, *TALK]] + [" user assistant system USER: ASSISTANT: [INST]"]
     trainer = trainers.BpeTrainer(
         vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
