@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 
 from lit_llama import cli
+from lit_llama.common.files import atomic_write
 
 SPLITS = ("train", "validation")
 BOOKING_ROWS = {"train": 1800, "validation": 200}
@@ -320,8 +321,6 @@ def write_messages(rng: random.Random, phrasings: list[str], split: str, count: 
 
 
 def save_rows(path: Path, rows: list[dict]) -> None:
-    from lit_llama.common.files import atomic_write
-
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     with atomic_write(path) as temporary:
         temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8", newline="\n")

@@ -13,7 +13,10 @@ import urllib.request
 from pathlib import Path
 
 from lit_llama import cli
-from lit_llama.common.errors import UserError
+from lit_llama.common.errors import UserError, check_range
+from lit_llama.common.files import atomic_write, check_writable
+from lit_llama.data.samples import parse_json, to_sample
+from lit_llama.data.task import hash_fraction
 
 URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/761dc5bfbdeeffa89b8bff5d038781a4055f796a/alpaca_data.json"
 SHA256 = "2eddafc6b977608d778aaab8dfc7e50e547b3af9826dfb9e909d9fc362e4a419"
@@ -36,34 +39,27 @@ def main(
         n_records: Number of records it must hold.
         val_fraction: The part held out, chosen by a hash of each record.
     """
-    from lit_llama.common.files import atomic_write, check_writable
-    from lit_llama.data.samples import parse_json, to_sample
-    from lit_llama.data.task import hash_fraction
-
-    if not 0 < val_fraction < 1:
-        raise UserError(f"--val_fraction {val_fraction} must be between 0 and 1")
+    check_range("--val_fraction", val_fraction, 1e-6, 1 - 1e-6)
     check_writable(Path(out_dir) / "train.json")
     content = fetch(source)
     found = hashlib.sha256(content).hexdigest()
     print(f"{source}: {len(content):,} bytes, sha256 {found}")
     if source.startswith("https://") and found != sha256:
         raise UserError(f"{source} has sha256 {found} instead of {sha256}; pass the expected one to --sha256")
-    try:
-        records = parse_json(content.decode("utf-8"), Path(source).name)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source} is not UTF-8: {error}") from None
+    records = parse_json(content, Path(source).name)
+    splits: dict[str, list[dict]] = {"train": [], "validation": []}
     for number, record in enumerate(records, 1):
-        to_sample(record, f"{source}, record {number}")
+        to_sample(record, f"{source}, record {number}")  # raises UserError if its form is wrong
+        held_out = hash_fraction(json.dumps(record, sort_keys=True)) < val_fraction
+        splits["validation" if held_out else "train"].append(record)
     if len(records) != n_records:
         raise UserError(f"{source} holds {len(records):,} records instead of {n_records:,}; is it the whole file?")
-    out = Path(out_dir)
-    held_out = [hash_fraction(json.dumps(record, sort_keys=True)) < val_fraction for record in records]
-    for name, part in (("train", False), ("validation", True)):
-        rows = [record for record, out_of_train in zip(records, held_out, strict=True) if out_of_train is part]
-        with atomic_write(out / f"{name}.json") as temporary:
-            lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    for name, rows in splits.items():
+        path = Path(out_dir) / f"{name}.json"
+        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        with atomic_write(path) as temporary:
             temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-        print(f"{out / name}.json: {len(rows):,} records")
+        print(f"{path}: {len(rows):,} records")
 
 
 def fetch(source: str) -> bytes:

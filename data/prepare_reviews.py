@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lit_llama import cli
 from lit_llama.common.errors import UserError
+from lit_llama.common.files import atomic_write, check_writable
 
 URL = "https://www.cs.cornell.edu/people/pabo/movie-review-data/rt-polaritydata.tar.gz"
 # SHA-256 of the sentences in UTF-8, stripped and joined by line feeds. The original files are in Latin-1.
@@ -38,27 +39,26 @@ def main(out_dir: str = "data/reviews", source: str = URL, seed: int = 1337) -> 
         source: Address of the archive, or a folder that holds its two files.
         seed: Random seed of the split.
     """
-    from lit_llama.common.files import atomic_write, check_writable
-
     check_writable(Path(out_dir) / "train.json")
-    rows, seen = [], set()
+    by_text: dict[str, dict] = {}  # by sentence: of two copies, one could land in train and the other in test
     for label, content in read_source(source).items():
         sentences = [line.strip() for line in decode(content).split("\n") if line.strip()]
         found = hashlib.sha256("\n".join(sentences).encode()).hexdigest()
         if found != SHA256[label]:
             raise UserError(f"{source}: the sentences of {FILES[label]} have sha256 {found} instead of {SHA256[label]}")
         for text in sentences:
-            if text not in seen:  # a few occur twice: one copy could land in train, the other in test
-                seen.add(text)
-                rows.append({"instruction": INSTRUCTION, "input": text, "output": label, "text": text, "label": label})
+            row = {"instruction": INSTRUCTION, "input": text, "output": label, "text": text, "label": label}
+            by_text.setdefault(text, row)
+    rows = list(by_text.values())
     random.Random(seed).shuffle(rows)
     held_out = TEST + VALIDATION
     splits = {"test": rows[:TEST], "validation": rows[TEST:held_out], "train": rows[held_out:]}
     for name, part in splits.items():
-        with atomic_write(Path(out_dir) / f"{name}.json") as temporary:
-            lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in part)
+        path = Path(out_dir) / f"{name}.json"
+        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in part)
+        with atomic_write(path) as temporary:
             temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-        print(f"{Path(out_dir) / name}.json: {len(part):,} sentences")
+        print(f"{path}: {len(part):,} sentences")
 
 
 def decode(content: bytes) -> str:

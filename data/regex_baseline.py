@@ -23,11 +23,7 @@ NOISE = [rf"(?i)[^.?!]*{ASIDE}[^.?!]*[.?!]?", r"\bf\w+ the [A-Z]\w+ [A-Z]\w+|\bi
          r"(?i)(\b(many|much) )?\b(thanks|thank you|thx|app?r?\w+ed)[.!]?\s*$"]
 
 DAY = rf"(?i)\b(?:on |this )*({'|'.join(DAYS)}|mon|tue|wed|thu|fri|sat|sun)\b(?: evening)?"
-PART = r"(?: o'clock)?(?: ?(am|pm)\b| in the (morning|afternoon|evening))?"
-TIMES = [r"(?i)\b(?P<hour>noon)\b", rf"(?i)\b(?P<quarter>half|quarter) (?P<to>past|to) (?P<hour>\w+){PART}",
-         rf"(?i)\b(?P<hour>\d\d?)(?:[:.h]?(?P<minute>\d\d)h?|h)(?!\d){PART}",
-         rf"(?i)\b(?P<hour>\d\d?|{'|'.join(NUMBERS)})(?= ?[ap]m\b| o'clock| in the ){PART}"]
-MORE_GUESTS = rf"(?i)\b(?:me|myself) (?:and|plus) (?:{NUMBER}|a)(?: friends?| others)?"  # and the writer
+TIME = r"\b(?P<hour>\d\d?)(?:[:.h]?(?P<minute>\d\d)h?|h)(?!\d)"
 GUESTS = [r"(?i)\b(just me)\b", rf"(?i){NUMBER} (?:people|person|guests|ppl|of us|seats|chairs|covers)\b",
           rf"(?i)\b(?:party|group|table|we are|we'll be) (?:of |for )?{NUMBER}",
           rf"(?i)\b(?:guests|count|size): {NUMBER}", rf"(?i)\bfor {NUMBER}", rf"(?i){NUMBER}"]
@@ -73,31 +69,19 @@ def to_number(text: str) -> int:
     return 1 if text.lower() == "just me" else NUMBERS.index(text.lower()) + 1 if text.isalpha() else int(text)
 
 
-def read_time(match: re.Match, evening_said: bool) -> str:
-    if match[0].lower() == "noon":
-        return "12:00"
-    found = {key: (value or "").lower() for key, value in match.groupdict().items()}
-    hour, minute = to_number(found["hour"]), {"half": "30", "quarter": "15"}.get(found.get("quarter"), "00")
-    if found.get("to") == "to":
-        hour, minute = (hour - 2) % 12 + 1, "45"
-    after_noon = evening_said or re.search(r"(?i)pm|afternoon|evening", match[0])
-    return f"{hour + 12 if hour < 12 and after_noon else hour}:{found.get('minute') or minute}"
-
-
 def read_booking(message: str) -> dict:
     text = message
     for noise in NOISE:
         text = re.sub(noise, "", text).strip()
     day, text = cut([DAY], lower_starts(text))
-    time, text = cut(TIMES, text)
-    more, text = cut([MORE_GUESTS], text)
-    guests, text = (more, text) if more else cut(GUESTS, text)
+    time, text = cut([TIME], text)
+    guests, text = cut(GUESTS, text)
     name, text = cut(NAME_CUES, text)
     place, text = cut(PLACE_CUES, text)
     return {"name": name[1] if name else (re.findall(TITLE, text) or [""])[-1], "place": place[1] if place else "",
             "day": next(full for full in DAYS if full.lower().startswith(day[1].lower())) if day else "",
-            "time": read_time(time, bool(day) and day[0].lower().endswith("evening")) if time else "",
-            "guests": to_number(guests[1] or "1") + bool(more) if guests else 1}
+            "time": f"{time['hour']}:{time['minute'] or '00'}" if time else "",
+            "guests": to_number(guests[1]) if guests else 1}
 
 
 def exact_match(data: str | Path) -> float:

@@ -12,17 +12,7 @@ LLAMA2 = (
     "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
     "{% elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-LLAMA3 = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}"
-    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
-    "+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
-    "{% endif %}{{ content }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
-)
 LLAMA31 = """{{- bos_token }}
-{%- if not tools is defined %}
-    {%- set tools = none %}
-{%- endif %}
 {%- if messages[0]['role'] == 'system' %}
     {%- set system_message = messages[0]['content']|trim %}
     {%- set messages = messages[1:] %}
@@ -35,12 +25,8 @@ LLAMA31 = """{{- bos_token }}
 {{- system_message }}
 {{- "<|eot_id|>" }}
 {%- for message in messages %}
-    {%- if not (message.role == 'ipython' or 'tool_calls' in message) %}
-        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
-        {{- message['content'] | trim + '<|eot_id|>' }}
-    {%- elif 'tool_calls' in message %}
-        {{- raise_exception("This model only supports single tool-calls at once!") }}
-    {%- endif %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
@@ -67,10 +53,6 @@ SMOLLM2 = (
     "{% endif %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' "
-    "+ '\\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 VICUNA = (
     "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + ' ' }}{% set rest = messages[1:] %}"
     "{% else %}{{ 'A chat between a curious user and an artificial intelligence assistant. ' }}"
@@ -78,13 +60,6 @@ VICUNA = (
     "{% if message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
     "{% elif message['role'] == 'assistant' %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-MISTRAL = (
-    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
-    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
 MISTRAL_V3 = """{%- if messages[0]["role"] == "system" %}
     {%- set system_message = messages[0]["content"] %}
@@ -105,40 +80,22 @@ MISTRAL_V3 = """{%- if messages[0]["role"] == "system" %}
     {%- endif %}
 {%- endfor %}
 """
-ALPACA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\\n\\n' }}"
-    "{% set rest = messages[1:] %}{% else %}{{ 'Below is an instruction that describes a task.\\n\\n' }}"
-    "{% set rest = messages %}{% endif %}{% for message in rest %}{% if message['role'] == 'user' %}"
-    "{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}{% else %}"
-    "{{ '### Response:\\n' + message['content'] + eos_token + '\\n\\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
-)
 GENERATION = (  # as for TRL's assistant_only_loss
     "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\\n' }}"
     "{%- if message['role'] == 'assistant' %}{%- generation %}{{- message['content'] + '<|im_end|>' }}"
     "{%- endgeneration %}{%- else %}{{- message['content'] + '<|im_end|>' }}{%- endif %}{{- '\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
-OPENCHAT = (
-    "{{ bos_token }}{% for message in messages %}{{ 'GPT4 Correct ' + message['role'].title() + ': ' "
-    "+ message['content'] + '<|end_of_turn|>'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'GPT4 Correct Assistant:' }}{% endif %}"
-)
 
 # name: (template, bos, eos, further control tokens, whether it takes a system message)
 HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 TEMPLATES = {
     "llama2": (LLAMA2, "<s>", "</s>", (), True),
-    "llama3": (LLAMA3, "<|begin_of_text|>", "<|eot_id|>", HEADERS, True),
     "llama3.1": (LLAMA31, "<|begin_of_text|>", "<|eot_id|>", HEADERS, True),
     "llama3.2": (LLAMA32, "<|begin_of_text|>", "<|eot_id|>", HEADERS, True),
     "zephyr": (ZEPHYR, "<s>", "</s>", (), True),
     "smollm2": (SMOLLM2, "<|im_start|>", "<|im_end|>", (), True),
-    "chatml": (CHATML, "<s>", "<|im_end|>", ("<|im_start|>",), True),
     "vicuna": (VICUNA, "<s>", "</s>", (), True),
-    "mistral": (MISTRAL, "<s>", "</s>", (), False),
     "mistral-v0.3": (MISTRAL_V3, "<s>", "</s>", ("[INST]", "[/INST]"), False),
-    "alpaca": (ALPACA, "<s>", "</s>", (), True),
     "generation": (GENERATION, "<s>", "<|im_end|>", ("<|im_start|>",), True),
-    "openchat": (OPENCHAT, "<s>", "<|end_of_turn|>", (), True),
 }

@@ -45,20 +45,6 @@ def tensors_with(change: Callable[[dict], object]) -> Callable[[Path], object]:
     return change_file
 
 
-def header_with(**changes) -> Callable[[Path], object]:
-    """Changes the entries of all tensors in a safetensors file's header and leaves its data."""
-
-    def change_file(path: Path) -> None:
-        content = path.read_bytes()
-        (length,) = struct.unpack("<Q", content[:8])
-        header = json.loads(content[8 : 8 + length])
-        entries = {name: {**entry, **changes} for name, entry in header.items() if name.startswith("transformer")}
-        text = json.dumps({**header, **entries}).encode()
-        path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
-
-    return change_file
-
-
 def bytes_with(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(change(path.read_bytes()))
 
@@ -70,13 +56,10 @@ def rows(*rows: dict) -> str:
 NOT_WHOLE, NOT_JSON = "is not a complete safetensors file", "is not valid JSON"
 TENSORS = [
     (Path.unlink, "safetensors is missing"),
-    (b"", NOT_WHOLE),
     ("weights " * 99, NOT_WHOLE),
     (lambda path: (path.unlink(), path.mkdir()), NOT_WHOLE),
     (bytes_with(lambda b: b[:-9]), NOT_WHOLE),
     (bytes_with(lambda b: struct.pack("<Q", 2**26) + b[8:]), NOT_WHOLE),  # a header longer than the file
-    (header_with(shape=[2**40, 2**20]), NOT_WHOLE),
-    (header_with(data_offsets=[0, 4]), NOT_WHOLE),
     (bytes_with(lambda b: b[:-100] + bytes([b[-100] ^ 16]) + b[-99:]), "is damaged: its checksum does not match"),
     (tensors_with(lambda t: t.update({k: v.double() for k, v in t.items()})), "has dtype F64, not F32"),
     (tensors_with(lambda t: t.update(extra=torch.ones(1))), "extra is not expected"),
@@ -90,7 +73,6 @@ FILES = {  # a file and the command that reads it: its content or a function tha
     ("base/model.safetensors.index.json", BASE): [
         ('{"weight_map": {"a": "x.st"}}', "x.st is missing"),
         ('{"weight_map": {"a": "../x"}}', "file names of its own folder"),
-        ('{"weight_map": {"a": ".."}}', "file names of its own folder"),
         ('{"weight_map": {"a": ["x"]}}', "file names of its own folder"),
     ],
     ("base/config.json", BASE): [
@@ -128,7 +110,6 @@ FILES = {  # a file and the command that reads it: its content or a function tha
         (json_with(arguments={"prompt_length": 10**30}), "arguments do not fit adapter"),
         (json_with(arguments={"prompt_length": "ten"}), "arguments do not fit adapter"),
         (json_with(arguments={"start_layer": 1, "gate_init": 0.5}), "gate_init.*0.5.*, but trained"),
-        (json_with(arguments={"rows": 4}), "arguments do not fit adapter"),
         (json_with(arguments={"model": 4}), "arguments do not fit adapter"),
         (json_with(arguments={"labels": "yes no"}), "arguments do not fit adapter|answers with a label"),
         (json_with(prompt_style="plain"), "prompt_style is plain, but .* was trained with template"),
@@ -137,45 +118,23 @@ FILES = {  # a file and the command that reads it: its content or a function tha
         (json_with(base=ELSEWHERE), "trained on tiny in .*none, which is missing; pass --checkpoint_dir"),
         (json_with(base=PASSWD), "passwd"),
     ],
-    ("rows.jsonl", (*FINETUNE, "--data", "rows.jsonl")): [
-        (b'{"text": "a"}\n{"text": "\xff"}', "rows.jsonl:2: not UTF-8"),
-        ("\n\n", "rows.jsonl holds no rows"),
+    ("rows.jsonl", (*FINETUNE, "--data", "rows.jsonl")): [  # test_data.py tests what else rows and files may lack
+        ('{"instruction": "a", "output": null}', "rows.jsonl:1: a message needs a role .* and a text"),
         ('{"instruction": "a", "output": "b"}', "1 rows are too few, or too much alike, to split off some"),
-        ('{"text": ' * 10**5, "rows.jsonl:1: not valid JSON"),
-        ('{"text": NaN}', "rows.jsonl:1: text must be a string, got NaN"),
-        ('{"instruction": "a", "output": null}', "output must be a string, got null"),
-        ('{"text": 1' + "0" * 5000 + "}", "rows.jsonl:1: "),
-        ('{"messages": "a"}', "must be a list of objects"),
         (rows(*({"instruction": str(i), "output": ""} for i in range(40))), "none of .* samples has an answer"),
         (rows(*({"instruction": f"{i}\ud83d", "output": "b"} for i in range(40))), "lone surrogate"),
-        (
-            rows(*({"instruction": f"{i}{'x' * 10**7}", "output": "b"} for i in range(2))),
-            "too few|none of .* samples",
-        ),
+        (rows(*({"instruction": f"{i}{'x' * 10**7}", "output": "b"} for i in range(2))), "too few|none of"),
     ],
-    ("rows.csv", (*FINETUNE, "--data", "rows.csv")): [
-        ("instruction,output\na\n", "rows.csv:2: the row does not have the header's 2 columns"),
-        ('instruction,output\na,"b\n', "rows.csv:1: unexpected end of data"),
-        ("instruction,output\na,\0\n" * 3, "rows.csv|none of"),
-        (
-            "instruction\na\n",
-            "has the columns 'instruction'; name those to read: --columns",
-        ),
-    ],
-    ("data/train.jsonl", FINETUNE): [("", "train.json and train.jsonl; keep one")],
     ("requests.jsonl", BATCH): [
-        ("", "requests.jsonl holds no rows"),
         ('{"prompt": ', "requests.jsonl:1: not valid JSON"),
         ('{"prompt": "x"}\n{"input": "a"}', 'requests.jsonl:2: a request needs a "prompt"'),
         ('{"prompt": 3}', 'requests.jsonl:1: a request needs a "prompt"'),
-        (b'{"prompt": "\xff"}', "requests.jsonl:1: not UTF-8"),
         ('{"prompt": "a", "trained_dir": "none"}', "no finetune script wrote none"),
     ],
 }
 FILE_CASES = [(file, command, *case) for (file, command), cases in FILES.items() for case in cases]
 
 FLAGS = [  # the command, further flags, message; test_cli.py and test_methods.py test the bounds of numbers
-    (FINETUNE, ["--train.batch_size", 0], "--train.batch_size 0 must be between 1 and 65536"),
     (FINETUNE, ["--train.warmup_steps", 9], "warmup_steps 9 must be less than the 2 steps in all"),
     (FINETUNE, ["--train.max_seq_length", 600], "600 exceeds the base's context of 512"),
     (FINETUNE, ["--precision", "8-bit"], "--precision '8-bit' is none of auto"),
@@ -186,17 +145,11 @@ FLAGS = [  # the command, further flags, message; test_cli.py and test_methods.p
     (FINETUNE, ["--prompt_style", "vicuna"], "'vicuna' is none of alpaca, plain, template"),
     (FINETUNE, ["--gate_lr_scale", "1e300"], "--gate_lr_scale 1e.300 must be between 0 and 100"),
     (FINETUNE, ["--gate_init", 1], "--prompt_init text needs --gate_init 0; pass --prompt_init normal"),
-    (
-        ("finetune/prefix.py",),
-        ["--mlp_size", 8, "--prompt_init", "text"],
-        "does not work with an MLP: pass --mlp_size 0",
-    ),
+    (("finetune/prefix.py",), ["--mlp_size", 8, "--prompt_init", "text"], "an MLP: pass --mlp_size 0"),
     (("finetune/soft_prompt.py",), ["--init_text", "a"], "--init_text needs --prompt_init text"),
     (FINETUNE, ["--checkpoint_dir", "none"], "none is missing; fetch a base"),
     (FINETUNE, ["--checkpoint_dir", "out"], "out holds what adapter learned over base, not a base"),
     (FINETUNE, ["--data", "none"], "--data none is missing"),
-    (FINETUNE, ["--data", "base"], "base holds no train file"),
-    (FINETUNE, ["--data", "base/model.safetensors"], "data files end in .json"),
     (FINETUNE, ["--config", "data/train.json"], "Unexpected config: "),
     (FINETUNE, ["--out_dir", "loop"], "File exists: 'loop'"),
     (FINETUNE, ["--out_dir", "data/train.json"], "data/train.json/method.json cannot be written .Not a directory"),
@@ -207,31 +160,25 @@ FLAGS = [  # the command, further flags, message; test_cli.py and test_methods.p
     (FINETUNE, ["--resume"], "nothing to resume: new/state/state.safetensors is missing; start again without --resume"),
     (FINETUNE, ["--resume", "--overwrite"], "give one of them"),
     (FINETUNE, ["--allow_changes"], "--allow_changes is for --resume"),
-    (FINETUNE, ["--out_dir", "out", "--resume", "--prompt_length", 3], "prompt_length was 10, now 3.*--overwrite"),
-    (FINETUNE, ["--out_dir", "out", "--resume", "--allow_changes", "--prompt_length", 3], "now 3.*--overwrite"),
+    (FINETUNE, ["--out_dir", "out", "--resume", "--allow_changes", "--prompt_length", 3], "was 10, now 3.*--overwrite"),
     (FINETUNE, ["--out_dir", "out", "--resume", "--gate_lr_scale", 0.5], "lr_scale was 0.25, now 0.5"),
     (FINETUNE, ["--out_dir", "out", "--resume", "--data", "data/train.json"], "data_fingerprint was"),
     (FINETUNE, ["--out_dir", "out", "--resume", "--checkpoint_dir", "other"], "base.fingerprint was"),
     (FEATURES, ["--max_seq_length", 0], "--max_seq_length 0 must be between 1 and"),
     (LABELS, [], "a classifier needs rows with one of its labels"),
     (("scripts/compare_methods.py", *FINETUNE[1:7]), ["--pilot_samples", -1], "--pilot_samples -1 must be between"),
-    (BASE, ["--checkpoint_dir", "none"], "none is missing; fetch a base with"),
     (BASE, ["--checkpoint_dir", "hf"], "hf holds neither|config.json is missing"),
-    (BASE, ["--checkpoint_dir", "out"], "out holds what adapter learned over base, not a base"),
     (BASE, ["--prompt", "a" * 600], "do not fit the context of 512 tokens; shorten"),
     (BASE, ["--prompt", "", "--prompt_style", "plain"], "the prompt is empty"),
     (BASE, ["--prompt", "a\udcff"], "lone surrogate, .* at character"),
     (BASE, ["--compile", "--devices", 2], "a sharded base works with neither --compile nor --quantize"),
-    (TRAINED, ["--max_new_tokens", 0], "choose max_new_tokens from 1 to"),
     (TRAINED, ["--max_new_tokens", 10**9], "choose max_new_tokens from 1 to"),
     (TRAINED, ["--checkpoint_dir", "other"], "trained on tiny .fingerprint"),
-    (TRAINED, ["--trained_dir", "none"], "no finetune script wrote"),
     (["generate/chat.py", *TRAINED[1:3]], ["--prompt_style", "alpaca"], "out keeps its prompt style from training"),
     (["generate/classify.py", *TRAINED[1:3]], ["--prompt", "a"], "see generate.adapter"),
-    (BATCH, [], "requests.jsonl is missing"),
+    (BATCH, [], "requests.jsonl cannot be read as UTF-8 text: .*No such file"),
     (EVALUATE, ["--batch_size", 0], "batch_size 0 must be between 1 and"),
     (EVALUATE, ["--split", "test"], "holds no test file"),
-    (EVALUATE, ["--prompt_style", "llama3"], "'llama3' is none of"),
     (["scripts/merge_lora.py", *TRAINED[1:3]], ["--out_dir", "base"], "which cannot be merged"),
     (("scripts/export.py", "--to", "peft"), ["--out_dir", "new"], "--to peft needs --trained_dir"),
     (CONVERT, ["--source", "hf"], "hf is neither a .gguf file nor a folder with config.json"),

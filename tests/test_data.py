@@ -1,10 +1,10 @@
 """Reading, splitting, masking, truncating and batching."""
 
+import csv
 import gzip
 import hashlib
 import json
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -18,34 +18,19 @@ from lit_llama.common.errors import UserError
 from lit_llama.data.batches import IGNORE, TokenizedSample, epoch_order, micro_batches, pack, step_indices
 from lit_llama.data.prompts import choose_template, style_of
 from lit_llama.data.samples import UNSUPPORTED, DataOptions, Sample, read_samples, to_sample
-from lit_llama.data.task import hash_fraction, load_splits, load_task, tokenize_samples
+from lit_llama.data.task import encode_samples, hash_fraction, load_splits, load_task
 from lit_llama.formats.shards import save_checkpoint
 from lit_llama.tokenizer import Tokenizer
 
-CONVERSATION = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "one"},
-    {"role": "assistant", "content": "1"},
-    {"role": "user", "content": "two"},
-    {"role": "assistant", "content": "2!"},
-]
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base") / "tiny")
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return Tokenizer(make_base(tmp_path_factory.mktemp("base") / "tiny"))
-
-
-def answers(encoded: TokenizedSample, tokenizer: Tokenizer) -> str:
-    return tokenizer.decode([target for target in encoded.targets if target != IGNORE])
-
-
-def encode_sample(sample: Sample, style: str, tokenizer: Tokenizer, max_seq_length: int) -> TokenizedSample | None:
-    """The ids and targets as lists; another sample, which fits three tokens, is encoded at the same time."""
-    template = choose_template(style, tokenizer)
-    _, found = tokenize_samples([Sample("some", [], text="ab"), sample], template, tokenizer, max_seq_length)
-    (found,) = found or [None]
-    return found and replace(found, ids=found.ids.tolist(), targets=found.targets.tolist())
+def tokenizer(base):
+    return Tokenizer(base)
 
 
 def sample_of(row: dict) -> Sample:
@@ -55,53 +40,57 @@ def sample_of(row: dict) -> Sample:
 # reading
 
 
-def test_the_same_rows_in_every_format(tmp_path):
+def test_the_same_rows_in_files_of_every_kind(tmp_path):
+    given = 'a, "b"\n\tc\u2028d\x0ce'  # only a line feed ends a line
     rows = [
-        {"instruction": 'say "a, b"', "input": "x\ny", "output": "ü"},
-        {"instruction": "b", "input": "", "output": "c"},
+        {"instruction": "a", "input": given, "output": "ü"},
+        {"instruction": "b", "input": "", "output": "c" * 200_000},
     ]
+    lines = "\n\n".join(map(json.dumps, rows))
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=1), encoding="utf-8-sig")
-    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
-    csv = 'instruction,input,output\n"say ""a, b""","x\ny",ü\nb,,c\n'
-    (tmp_path / "a.csv").write_text(csv, encoding="utf-8")
+    (tmp_path / "b.json").write_text(json.dumps({"version": 1, "data": rows}))
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    for suffix, delimiter in ((".csv", ","), (".tsv", "\t")):
+        with open(tmp_path / f"a{suffix}", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file, delimiter=delimiter).writerows([rows[0], *(row.values() for row in rows)])
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "a.parquet")
     for path in tmp_path.iterdir():
         samples, _ = read_samples(path)
-        assert [sample.answer for sample in samples] == ["ü", "c"]
-        assert samples[0].prompt == [{"role": "user", "content": 'say "a, b"', "input": "x\ny"}]
-
-
-def test_text_label_and_plain_text_rows(tmp_path):
-    (tmp_path / "a.txt").write_text("first line\n\nsecond line\n")
-    assert [sample.text for sample in read_samples(tmp_path / "a.txt")[0]] == ["first line", "second line"]
-    sample = sample_of({"text": "move my table", "label": "change"})
-    assert (sample.text, sample.label, sample.answer) == ("move my table", "change", "change")
+        assert samples[0].prompt == [{"role": "user", "content": "a", "input": given}], path
+        assert [sample.answer for sample in samples] == ["ü", "c" * 200_000], path
+    (tmp_path / "a.txt").write_bytes("first\u2028line\r\n\nsecond line\n".encode())
+    assert [sample.text for sample in read_samples(tmp_path / "a.txt")[0]] == ["first\u2028line", "second line"]
 
 
 BAD = {
-    "missing.json": (None, "is missing"),
+    "missing.json": (None, "missing.json cannot be read as UTF-8 text: .*No such file"),
     "a.xml": ("<a/>", "data files end in .json"),
     "empty.json": ("[]", "holds no rows"),
     "object.json": ('{"a": 1}', "object.json: a .json file must hold an array"),
-    "broken.json": ('[\n{"instruction": "a", "output": "b"},\n{"instruction": }\n]', "broken.json:3: not valid JSON"),
-    "number.json": ('[{"text": "a"},\n\n 7]', "number.json, row 2: a row must be an object, got int"),
-    "keys.json": ('[{"question": "a"}]', "keys.json, row 1: no format .* 'question'; name those to read: --columns '"),
-    "type.jsonl": ('{"text": "a"}\n{"text": 5}\n', "type.jsonl:2: text must be a string, got 5"),
-    "line.jsonl": ('{"text": "a"}\n\n{"text": \n', "line.jsonl:3: not valid JSON"),
-    "ragged.csv": ("text,label\na,b\nc\n", "ragged.csv:3: the row does not have the header's 2 columns"),
-    "latin1.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "latin1.jsonl:2: not UTF-8"),
-    "role.jsonl": ('{"messages": [{"role": "boss", "content": "a"}]}', "role.jsonl:1: a message needs a role"),
-    "silent.jsonl": ('{"messages": [{"role": "user", "content": "a"}]}', "silent.jsonl:1: messages hold no assistant"),
-    "semicolons.csv": ("instruction;output\na;b\n", "semicolons.csv: the header 'instruction;output' has semicolons"),
-    "twice.csv": ("text,text\na,b\n", "twice.csv: the header names a column twice: text, text"),
-    "rated.jsonl": ('{"prompt": "a", "completion": "b", "label": false}', "rated completions are not supported"),
-    "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}')[:-9], "cut.jsonl.gz is not a complete .gz file"),
-    "a.parquet": ("PAR1", "a.parquet is not a parquet file"),
-    "weight.jsonl": (
-        '{"messages": [{"role": "bot", "content": "a", "weight": 2}]}',
-        "weight of a message must be 0 or 1",
-    ),
-    "history.jsonl": ('{"instruction": "a", "output": "b", "history": ["c"]}', "history must be a list of"),
+    "broken.json": ('[\n{"instruction": "a", "output": "b"},\n{"instruction": }\n]', "not valid JSON: .*line 3"),
     "deep.json": ("[" * 100_000, "deep.json: not valid JSON: .*recursion"),
+    "number.json": ('[{"text": "a"},\n\n 7]', "number.json, row 2: a row must be an object, got int"),
+    "keys.json": ('[{"question": "a"}]', "keys.json, row 1: no format .* the columns 'question'; name .* --columns"),
+    "type.jsonl": ('{"text": "a"}\n{"text": 5}\n', "type.jsonl:2: text must be a string, got 5"),
+    "null.jsonl": ('{"instruction": "a", "output": null}', "a message needs a role .* and a text, got .*None"),
+    "line.jsonl": ('{"text": "a"}\n\n{"text": \n', "line.jsonl:3: not valid JSON"),
+    "digits.jsonl": ('{"text": 1' + "0" * 5000 + "}", "digits.jsonl:1: "),
+    "latin1.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "latin1.jsonl cannot be read as UTF-8 text: .*position 24"),
+    "label.jsonl": ('{"text": "a", "label": ["b"]}', "label must be a string, got .'b'."),
+    "messages.jsonl": ('{"messages": "a"}', "messages must be a list of objects with role and content"),
+    "turns.jsonl": ('{"messages": ["a"]}', "messages must be objects with role and content, got 'a'"),
+    "role.jsonl": ('{"messages": [{"role": "boss", "content": "a"}]}', "role.jsonl:1: a message needs a role"),
+    "tool.jsonl": ('{"messages": [{"role": "bot", "content": "a", "tool_calls": [1]}]}', "tool_calls is not supported"),
+    "silent.jsonl": ('{"messages": [{"role": "user", "content": "a"}]}', "silent.jsonl:1: messages hold no assistant"),
+    "rated.jsonl": ('{"prompt": "a", "completion": "b", "label": false}', "rated completions are not supported"),
+    "weight.jsonl": ('{"messages": [{"role": "bot", "content": "a", "weight": 2}]}', "weight .* must be 0 or 1"),
+    "history.jsonl": ('{"instruction": "a", "output": "b", "history": ["c"]}', "history must be a list of"),
+    "ragged.csv": ("text,label\na,b\nc\n", "ragged.csv:3: the row does not have the header's 2 columns"),
+    "twice.csv": ("text,text\na,b\n", "twice.csv: the header names a column twice: text, text"),
+    "quote.csv": ('text,label\na,"b\n', "quote.csv:1: unexpected end of data"),
+    "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}')[:-9], "cut.jsonl.gz cannot be read .*Compressed file ended"),
+    "a.parquet": ("PAR1", "a.parquet is not a parquet file"),
 }
 
 
@@ -112,11 +101,6 @@ def test_bad_files_are_named_with_line_and_reason(tmp_path, name):
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message):
         read_samples(tmp_path / name)
-
-
-def test_csv_rows_end_at_line_ends_alone(tmp_path):
-    (tmp_path / "a.csv").write_text("text,label\none\u2028two\x0cthree,x\n" + "y" * 200_000 + ",z\n", encoding="utf-8")
-    assert [sample.label for sample in read_samples(tmp_path / "a.csv")[0]] == ["x", "z"]
 
 
 USER, ANSWER, SYSTEM = ({"role": role, "content": role[0]} for role in ("user", "assistant", "system"))
@@ -147,62 +131,48 @@ def test_rows_as_the_field_writes_them(row, messages):
             sample_of({**row, key: ["something"]})
 
 
-@pytest.mark.parametrize("turn", [{"role": "tool", "content": "x"}, {**ANSWER, "tool_calls": [1]}, {"role": "user"}])
-def test_a_turn_that_is_not_supported_is_refused(turn):
-    with pytest.raises(UserError, match="test:1: (a message needs a role|tool_calls is not supported)"):
-        sample_of({"messages": [USER, turn, ANSWER]})
-
-
-def test_files_of_every_kind(tmp_path):
-    row = {"instruction": "a\tb", "output": "c"}
-    (tmp_path / "a.json").write_text(json.dumps({"version": 1, "data": [row]}))
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(row).encode()))
-    (tmp_path / "a.tsv").write_text('instruction\toutput\n"a\tb"\tc\n')
-    parquet.write_table(Table.from_pylist([row]), tmp_path / "a.parquet")
-    for path in tmp_path.iterdir():
-        assert [sample.messages[0]["content"] for sample in read_samples(path)[0]] == ["a\tb"], path
-
-
-def test_what_a_validation_file_leaves_out_is_noted_too(tmp_path):
+def test_what_is_not_read_is_noted(tmp_path):
     turns = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
     write_rows(tmp_path / "train.json", [{"question": str(i), "answer": "a"} for i in range(20)])
-    write_rows(tmp_path / "val.json", [{"messages": turns, "source": "web"}, {"messages": turns[:2]}, {"messages": []}])
+    write_rows(tmp_path / "dev.json", [{"messages": turns, "source": "web"}, {"messages": turns[:2]}, {"messages": []}])
+    write_rows(tmp_path / "test.json", sums(3))
+    write_rows(tmp_path / "more.json", sums(3))
     train, validation, notes = load_splits(tmp_path, DataOptions(skip_bad_rows=True))
     assert len(train) == 20 and [len(sample.messages) for sample in validation] == [2, 2]
-    assert notes[:2] == [
-        "val.json: columns ignored: source",
-        "val.json: turns after the last answer ignored in 1 rows",
+    assert notes == [
+        "dev.json: source ignored in 1 rows",
+        "dev.json: turns after the last answer ignored in 1 rows",
+        f"dev.json: 1 bad rows left out; the first: {tmp_path / 'dev.json'}, row 3: messages hold no assistant turn to "
+        "learn",
+        f"{tmp_path}: files ignored: more.json",
+        f"{tmp_path / 'test.json'} is left for scripts/evaluate.py --split test",
     ]
-    assert notes[2].startswith("val.json: 1 bad rows left out; the first: ") and len(notes) == 3
 
 
-def test_columns_are_renamed_and_what_is_not_read_is_noted(tmp_path):
-    rows = [{"query": f"q{i}", "reply": "r", "id": i} for i in range(30)] + [{"query": 5, "reply": "r", "id": 0}]
+def test_columns_are_renamed(tmp_path):
+    rows = [{"query": f"q{i}", "reply": "r", "output": i} for i in range(30)] + [{"query": 5, "reply": "r"}]
     path = write_rows(tmp_path / "a.json", rows)
     columns = {"instruction": "query", "output": "reply"}
-    with pytest.raises(UserError, match="row 31: instruction must be a string, got 5"):
+    with pytest.raises(UserError, match="row 31: a message needs a role .* and a text, got .*5"):
         load_splits(path, DataOptions(columns))
     train, validation, notes = load_splits(path, DataOptions(columns, skip_bad_rows=True))
-    assert len(train) + len(validation) == 30 and len(validation) == 10
-    assert notes[0] == "a.json: columns ignored: id"
-    assert notes[1].startswith(f"a.json: 1 bad rows left out; the first: {path}, row 31: instruction must")
+    assert len(train) + len(validation) == 30 and len(validation) == 10 and train[0].answer == "r"
+    assert len(notes) == 1 and notes[0].startswith(f"a.json: 1 bad rows left out; the first: {path}, row 31: a message")
     with pytest.raises(UserError, match="none of 31 rows can be read; the first: .*, row 1: no format"):
         load_splits(path, DataOptions(skip_bad_rows=True))
-    with pytest.raises(UserError, match="row 1: --columns names ask; the row has query, reply, id"):
+    with pytest.raises(UserError, match="row 1: --columns names ask; the row has query, reply, output"):
         load_splits(path, DataOptions({"instruction": "ask"}))
 
 
-def test_a_folder_is_read_by_the_usual_names(tmp_path, base):
-    write_rows(tmp_path / "train.json", sums(20))
-    write_rows(tmp_path / "dev.json", sums(25)[20:])
-    write_rows(tmp_path / "test.json", sums(3))
-    write_rows(tmp_path / "more.json", sums(3))
-    summary = load_task(tmp_path, base, None, 100).summary
-    assert "20 training samples, 5 for validation" in summary and "\nnote: " in summary
-    assert "files ignored: more.json" in summary and "test.json is left for scripts/evaluate.py --split test" in summary
-    write_rows(tmp_path / "eval.json", sums(3))
-    with pytest.raises(UserError, match="holds dev.json and eval.json; keep one"):
+def test_a_folder_needs_one_file_for_each_split(tmp_path):
+    with pytest.raises(UserError, match="no train file"):
         load_splits(tmp_path)
+    for names in (("dev.json", "eval.json"), ("train.json", "train.txt")):
+        for name in names:
+            write_rows(tmp_path / name, sums(3))
+        with pytest.raises(UserError, match=f"holds {names[0]} and {names[1]}; keep one"):
+            load_splits(tmp_path)
+        (tmp_path / names[1]).unlink()
 
 
 def test_a_folder_of_texts_is_a_document_each_and_long_ones_train_whole(tmp_path, base):
@@ -227,11 +197,6 @@ def test_what_is_probably_not_meant_is_warned_of(tmp_path):
     summary = load_task(sums(30), untrained, None, 64).summary
     assert "warning: the base has not learned <|im_start|>, as" in summary
     assert "warning" not in load_task(sums(30), untrained, "plain", 64).summary
-
-
-def test_the_first_sample_is_shown_with_its_trained_tokens(base):
-    summary = load_task(sums(30), base, "plain", 100, DataOptions(show_sample=True)).summary
-    assert "in brackets:\na|d|d|" in summary and summary.endswith("[<|im_end|>]")
 
 
 # splitting
@@ -263,27 +228,14 @@ def test_rows_from_python_are_split_as_those_of_a_file(tmp_path):
         load_splits(rows[:1])
 
 
-def test_a_folder_needs_a_train_file_and_only_one(tmp_path):
-    with pytest.raises(UserError, match="no train file"):
-        load_splits(tmp_path)
-    write_rows(tmp_path / "train.json", sums(3))
-    (tmp_path / "train.txt").write_text("a\n")
-    with pytest.raises(UserError, match="train.json and train.txt"):
-        load_splits(tmp_path)
-
-
-@pytest.fixture
-def base(tmp_path):
-    return make_base(tmp_path / "tiny")
-
-
-def test_summary_counts_what_is_dropped_cut_and_in_both_splits(tmp_path, base):
+def test_the_summary_says_what_was_found_and_shows_a_sample(tmp_path, base):
     rows = sums(5) + [{"instruction": "x" * 300, "output": "dropped"}, {"instruction": "a", "output": "y" * 300}]
-    write_rows(tmp_path / "data" / "train.json", rows)
-    write_rows(tmp_path / "data" / "validation.json", sums(2))
-    summary = load_task(tmp_path / "data", base, None, 100).summary
-    assert "6 training samples, 2 for validation, prompt style template" in summary
-    assert "1 dropped" in summary and "1 cut" in summary and "2 of validation also in training" in summary
+    write_rows(tmp_path / "train.json", rows)
+    write_rows(tmp_path / "validation.json", sums(2))
+    summary = load_task(tmp_path, base, "plain", 100, DataOptions(show_sample=True)).summary
+    assert "6 training samples, 2 for validation, prompt style plain; 1 dropped: nothing to learn" in summary
+    assert "; 1 cut to max_seq_length; 2 of validation also in training" in summary
+    assert "in brackets:\na|d|d|" in summary and summary.endswith("[<|im_end|>]")
 
 
 def test_held_out_samples_have_a_prompt_and_their_whole_answer(tmp_path, base):
@@ -304,62 +256,53 @@ def test_the_fingerprint_is_that_of_earlier_versions(base):
     assert task.fingerprint == hashlib.sha256("".join(map(json.dumps, rows)).encode()).hexdigest()
 
 
-def test_rows_that_the_template_refuses_can_be_left_out(tmp_path):
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"messages": [USER, USER, ANSWER]}, "the chat template refuses this: .* roles"),
+        ({"text": "\ud83d"}, "the text holds a lone surrogate"),
+    ],
+)
+def test_rows_that_cannot_be_encoded_are_named_or_left_out(tmp_path, bad, message):
     base = make_base(tmp_path / "base")
-    (base / "chat_template.jinja").write_text(TEMPLATES["mistral"][0])
-    rows = [*sums(30), {"messages": [SYSTEM, USER, ANSWER]}]
-    write_rows(tmp_path / "train.json", rows)
-    write_rows(tmp_path / "validation.json", rows[:3])
-    with pytest.raises(UserError, match="train.json, row 31: the chat template refuses this: .* roles"):
-        load_task(tmp_path, base, None, 100)
-    summary = load_task(tmp_path, base, None, 100, DataOptions(skip_bad_rows=True)).summary
-    assert "30 training samples" in summary and "1 dropped: " in summary
-
-
-@pytest.mark.parametrize("bad", [{"text": "\ud83d"}, {"messages": CONVERSATION[:1] + CONVERSATION[2:3]}])
-def test_a_row_that_cannot_be_encoded_is_named(tokenizer, bad):
-    samples = [sample_of({"text": "a"}), to_sample(bad, "test:2")]
-    with pytest.raises(UserError, match="^test:2: "):
-        tokenize_samples(samples, TEMPLATES["llama2"][0], tokenizer, 100)
-
-
-# masking
+    (base / "chat_template.jinja").write_text(TEMPLATES["llama2"][0])
+    with pytest.raises(UserError, match=f"^row 31: {message}"):
+        load_task([*sums(30), bad], base, None, 100)
+    assert "; 1 dropped: " in load_task([*sums(30), bad], base, None, 100, DataOptions(skip_bad_rows=True)).summary
 
 
 def test_truncation_keeps_the_end_of_the_answer(tokenizer):
-    row = {"instruction": "q", "output": "abcdefghij"}
-    whole = encode_sample(sample_of(row), "plain", tokenizer, 512)
-    assert answers(whole, tokenizer) == "abcdefghij<|im_end|>"
-    for length in range(3, 12):
-        cut = encode_sample(sample_of(row), "plain", tokenizer, length)
-        assert answers(cut, tokenizer) == "abcdefghij"[: length - 2] + "<|im_end|>"
-        assert len(cut.ids) == length - 1
+    template = choose_template("plain", tokenizer)
+
+    def encoded(question: str, answer: str, length: int) -> list[TokenizedSample]:
+        """With another sample, which fits three tokens."""
+        samples = [Sample("some", [], text="ab"), sample_of({"instruction": question, "output": answer})]
+        kept, found = encode_samples(samples, template, tokenizer, length)
+        return [ids for sample, ids in zip(kept, found, strict=True) if sample is samples[1]]
+
+    for length in (*range(3, 12), 512):
+        (sample,) = encoded("q", "abcdefghij", length)
+        text = tokenizer.decode([target for target in sample.targets if target != IGNORE])
+        assert text == "abcdefghij"[: length - 2] + "<|im_end|>" and len(sample.ids) == min(length - 1, 11)
     with pytest.raises(UserError, match="none of 1 samples has an answer that begins within max_seq_length 2"):
-        tokenize_samples([sample_of(row)], choose_template("plain", tokenizer), tokenizer, 2)
-    assert encode_sample(sample_of({"instruction": "long prompt", "output": "a"}), "plain", tokenizer, 8) is None
-    assert encode_sample(sample_of({"instruction": "q", "output": ""}), "plain", tokenizer, 8) is None
+        encode_samples([sample_of({"instruction": "q", "output": "a"})], template, tokenizer, 2)
+    assert encoded("long prompt", "a", 8) == [] and encoded("q", "", 8) == []
 
 
 # batches
 
 
-def test_each_epoch_is_a_permutation_and_steps_are_a_pure_function():
-    for epochs in (None, 2):
-        steps = [step_indices(step, 4, 10, seed=1, epochs=epochs) for step in range(5)]
-        stream = sum(steps, [])
-        assert sorted(stream[:10]) == sorted(stream[10:20]) == list(range(10)) and stream[:10] != stream[10:20]
-        assert step_indices(3, 4, 10, seed=1, epochs=epochs) == steps[3]
-    assert step_indices(0, 4, 10, seed=2) != step_indices(0, 4, 10, seed=1)
-    assert len(step_indices(7, 4, 10, seed=1, epochs=3)) == 2 and len(step_indices(7, 4, 10, seed=1)) == 4
-
-
-def test_the_order_of_an_epoch_is_drawn_once():
+def test_steps_take_the_samples_of_an_epoch_in_an_order_that_is_drawn_once():
     epoch_order.cache_clear()
-    steps = [step_indices(step, 4, 100, seed=5) for step in range(25)]
+    steps = [step_indices(step, 4, 10, seed=5, epochs=1) for step in range(3)]
     assert epoch_order.cache_info().misses == 1
-    order = list(range(100))
+    order = list(range(10))
     random.Random("5 0").shuffle(order)  # the order that earlier versions trained in
-    assert sum(steps, []) == order
+    assert sum(steps, []) == order and len(steps[2]) == 2
+    assert step_indices(2, 4, 10, seed=5)[:2] == order[8:] and len(step_indices(2, 4, 10, seed=5)) == 4
+    second = sum((step_indices(step, 5, 10, seed=5) for step in (2, 3)), [])
+    assert sorted(second) == sorted(order) and second != order
+    assert step_indices(0, 4, 10, seed=6) != steps[0]
 
 
 @pytest.mark.parametrize("max_tokens", [1, 150, 1024])

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lit_llama.common.errors import UserError
-from lit_llama.data.batches import IGNORE
+from lit_llama.data.batches import IGNORE, TokenizedSample
 from lit_llama.data.prompts import STYLES, choose_template, encode_prompt, end_of_answer
 from lit_llama.data.samples import SUFFIXES, Sample, read_samples, to_sample
-from lit_llama.data.task import tokenize_samples
+from lit_llama.data.task import encode_samples
 from lit_llama.tokenizer import Tokenizer
 
 fuzz = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -99,18 +99,18 @@ def test_targets_are_the_answers_and_their_ends(tokenizer, style, turns, system,
         expected = expected[1:]  # what nothing precedes cannot be predicted
     others = [to_sample({"text": "ab"}, "here")] * 2  # encoded at the same time, and trained on at any length
 
-    def encoded(length: int) -> list:
-        found = tokenize_samples([others[0], sample, others[1]], template, tokenizer, length)
-        return [parts or [None] for parts in found]
+    def encoded(length: int) -> TokenizedSample | None:
+        kept, found = encode_samples([others[0], sample, others[1]], template, tokenizer, length)
+        return next((ids for one, ids in zip(kept, found, strict=True) if one is sample), None)
 
-    _, (whole, *_), _ = encoded(10**6)
+    whole = encoded(10**6)
     if len(expected) < 2:  # a single, empty answer teaches nothing
         assert whole is None
     else:
         assert [target for target in whole.targets if target != IGNORE] == expected
         prompt = encode_prompt(messages[:-1], template, tokenizer)
         assert whole.ids[: len(prompt)].tolist() == prompt  # what generation asks is what training masks
-    _, (cut, *_), _ = encoded(max_seq_length)
+    cut = encoded(max_seq_length)
     if cut is not None:
         trained = [target for target in cut.targets if target != IGNORE]
         assert len(cut.ids) < max_seq_length and trained[-1:] == end

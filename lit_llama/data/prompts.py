@@ -5,7 +5,7 @@ content, it shows which parts of the text are its own. Control tokens are read o
 becomes one. What follows an answer, up to the first control token, ends the answer and is trained with it. An example:
 
     messages   user: Hi                         assistant: Hello
-    layout     "<|im_start|>user\n" Field "<|im_end|>\n<|im_start|>assistant\n" Field "<|im_end|>\n"
+    marked     <|im_start|>user\n(0)<|im_end|>\n<|im_start|>assistant\n(1)<|im_end|>\n
     pieces     <|im_start|>, user\nHi, <|im_end|>, \n, <|im_start|>, assistant\n, Hello, <|im_end|>, \n
     trains                                                                        -----  ----------
 """
@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -33,12 +35,13 @@ Message = dict  # {"role": "system" | "user" | "assistant", "content": str}; in 
 STYLES = ("alpaca", "plain", "template")
 WAY_OUT = "pass --prompt_style alpaca or plain"
 
+# The first line of our own templates, if the tokenizer begins a text with a token. The second is for the plain style,
+# if the tokenizer put a space before a text in pretraining.
 BOS_LINE = "{{- bos_token }}\n"
 SPACED_BOS_LINE = "{{- bos_token + ' ' }}\n"
 
 # As in Stanford Alpaca, for bases without a template. "{{-" and "{%-" remove the whitespace in front.
 ALPACA = r"""
-{{- bos_token }}
 {%- for message in messages %}
     {%- if message['role'] == 'assistant' %}
         {{- message['content'] + eos_token }}
@@ -57,7 +60,6 @@ ALPACA = r"""
 
 # Nothing between prompt and answer: the model continues a text.
 PLAIN = r"""
-{{- bos_token }}
 {%- for message in messages %}
     {{- message['content'] + (eos_token if message['role'] == 'assistant' else '') }}
 {%- endfor %}
@@ -72,35 +74,29 @@ CHATML = (
 )
 
 
-def choose_template(style: str | None, tokenizer: Tokenizer) -> str:
-    """The chat template of a style: by default the tokenizer's own, or else alpaca.
+def choose_template(style: str | None, tokenizer: Tokenizer, own: str | None = None) -> str:
+    """The chat template of a style: by default the model's ``own`` or the tokenizer's, or else alpaca.
 
     Raises UserError if there is no such style or template, or if the template does not fit the tokenizer.
     """
-    if style is None:
-        style = "template" if tokenizer.chat_template else "alpaca"
+    own = own or tokenizer.chat_template
+    style = style or ("template" if own else "alpaca")
     if style not in STYLES:
-        raise UserError(f"--prompt_style {style!r} is none of {', '.join(STYLES)}")
-    if style == "template" and not tokenizer.chat_template:
+        raise UserError(f"the prompt style {style!r} is none of {', '.join(STYLES)}")
+    bos = "" if tokenizer.bos_id is None else BOS_LINE
+    template = {"alpaca": bos + ALPACA, "plain": bos + PLAIN, "template": own}[style]
+    if template is None:
         raise UserError(f"the base has no chat template; {WAY_OUT}")
-    template = {"alpaca": ALPACA, "plain": PLAIN, "template": tokenizer.chat_template or ""}[style]
-    if style != "template" and tokenizer.bos_id is None:
-        template = template.removeprefix(BOS_LINE)
-    return fitted(template, tokenizer)
-
-
-def fitted(template: str, tokenizer: Tokenizer) -> str:
-    """The template, checked. The plain one writes the space that the tokenizer put before a text in pretraining."""
-    if template == PLAIN and tokenizer.spaced_start:
-        template = template.replace(BOS_LINE, SPACED_BOS_LINE)
-    end_of_answer(template, tokenizer)
+    if template == BOS_LINE + PLAIN and tokenizer.spaced_start:
+        template = SPACED_BOS_LINE + PLAIN
+    end_of_answer(template, tokenizer)  # refuses what does not fit
     return template
 
 
 def style_of(template: str) -> str:
     """The style that a template belongs to, for messages."""
-    with_bos = BOS_LINE + template.removeprefix(BOS_LINE).removeprefix(SPACED_BOS_LINE)
-    return {ALPACA: "alpaca", PLAIN: "plain"}.get(with_bos, "template")
+    without_bos = template.removeprefix(BOS_LINE).removeprefix(SPACED_BOS_LINE)
+    return {ALPACA: "alpaca", PLAIN: "plain"}.get(without_bos, "template")
 
 
 def describe_template(template: str) -> dict:
@@ -110,18 +106,12 @@ def describe_template(template: str) -> dict:
 
 
 def trained_template(method: dict, tokenizer: Tokenizer, prompt_style: str | None = None) -> str:
-    """The template for prompting a trained model: that of ``prompt_style``, else the one it was trained with.
-
-    For a base, ``method`` is {}.
-    """
-    if prompt_style:
-        return choose_template(prompt_style, tokenizer)
+    """The template of ``prompt_style``, else the one that the model was trained with. A base's ``method`` is {}."""
     style = method.get("prompt_style")
-    if template := method.get("chat_template") or {"chatml": CHATML}.get(style or ""):
-        return fitted(template, tokenizer)
-    if style in ("llama2", "llama3"):
-        raise UserError(f"the prompt style {style} of earlier versions is gone; train again with the base's template")
-    return choose_template(style, tokenizer)
+    own = method.get("chat_template") or (CHATML if style == "chatml" else None)
+    if prompt_style or not own:
+        return choose_template(prompt_style or style, tokenizer)
+    return choose_template("template", tokenizer, own)
 
 
 def write_chat_template(folder: Path, template: str) -> None:
@@ -147,16 +137,9 @@ def raise_exception(message: str) -> None:
     raise TemplateError(message)
 
 
-def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """JSON as transformers writes it: Jinja's own filter escapes HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
 STARTED = datetime.now()  # one date for all prompts of a process
-ENVIRONMENT = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols], cache_size=0
-)
-ENVIRONMENT.filters["tojson"] = tojson
+ENVIRONMENT = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+ENVIRONMENT.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes HTML
 ENVIRONMENT.globals |= {"raise_exception": raise_exception, "strftime_now": STARTED.strftime}
 compiled = lru_cache(maxsize=16)(ENVIRONMENT.from_string)
 
@@ -170,61 +153,15 @@ def render(template: str, messages: list[Message], tokenizer: Tokenizer) -> str:
             bos_token=tokenizer.special_text("bos"),
             eos_token=tokenizer.special_text("eos"),
         )
-    except TemplateError as error:
-        raise UserError(f"the chat template refuses this: {error}") from None
-    except (TypeError, KeyError, AttributeError, ValueError, IndexError) as error:
-        raise UserError(f"the chat template fails ({error}); {WAY_OUT}") from None
+    except Exception as error:  # a template is a program, and may fail in any way
+        raise UserError(f"the chat template refuses this: {error}; {WAY_OUT}") from None
 
 
-# ---------------------------------------------------------------------------------------------- layout
+# The place of a message's content or input in a rendered text. A blank is gone where the template strips the text.
+PLACE = "\u2003\ue000{} {}\ue001\u2003"
+PLACES = re.compile("(\u2003?)\ue000(\\d+) (content|input)\ue001(\u2003?)")
 
-# A field's place in a rendered text. The blanks show whether the template strips the field.
-PLACE = "\u2003\ue000{}\ue001\u2003"
-FOUND = re.compile("(\u2003?)\ue000(\\d+)([ci])\ue001(\u2003?)")
-
-
-class Field(NamedTuple):
-    """Where a template puts a message's content ("c") or input ("i"), and which sides of it are stripped."""
-
-    message: int
-    key: str
-    strips: tuple[bool, bool]
-
-    def text(self, messages: list[Message]) -> str:
-        text = messages[self.message]["content" if self.key == "c" else "input"]
-        text = text.lstrip() if self.strips[0] else text
-        return text.rstrip() if self.strips[1] else text
-
-
-Shape = tuple[tuple[str, bool], ...]  # of messages: each one's role, and whether it has an input of its own
-Layout = tuple["str | Field", ...]  # the template's own texts, with a field between two of them
-
-
-@lru_cache(maxsize=1024)
-def layout(template: str, shape: Shape, tokenizer: Tokenizer) -> Layout:
-    """What a template makes of messages with this shape: its texts and the fields between them.
-
-    Raises UserError if the template does not write every field once, unchanged or stripped.
-    """
-    marked = [
-        {"role": role, "content": PLACE.format(f"{i}c")} | ({"input": PLACE.format(f"{i}i")} if has_input else {})
-        for i, (role, has_input) in enumerate(shape)
-    ]
-    parts: list[str | Field] = []
-    text, end = render(template, marked, tokenizer), 0
-    for match in FOUND.finditer(text):
-        parts.append(text[end : match.start()])
-        parts.append(Field(int(match[2]), match[3], (not match[1], not match[4])))
-        end = match.end()
-    places = sorted(part[:2] for part in parts if isinstance(part, Field))
-    wanted = [(i, key) for i, (_, has_input) in enumerate(shape) for key in ("ci" if has_input else "c")]
-    if places != wanted:
-        i, key = next(place for place in wanted if places.count(place) != 1)
-        raise UserError(
-            f"the chat template does not write the {shape[i][0]} message {i + 1} of {len(shape)} once, as it is; "
-            f"leave it out, or {WAY_OUT}"
-        )
-    return (*parts, text[end:])
+Shape = tuple[tuple[str, ...], ...]  # of messages: each one's role, "content", and "input" if it has one
 
 
 def user_text(message: Message) -> str:
@@ -232,57 +169,45 @@ def user_text(message: Message) -> str:
     return "\n\n".join(filter(None, [message["content"], message.get("input")]))
 
 
-def for_template(messages: list[Message], template: str) -> list[Message]:
-    """Role and content of each message. Its input becomes part of the content, unless the template reads it."""
-    if "message['input']" in template:
-        return [{key: message.get(key, "") for key in ("role", "content", "input")} for message in messages]
-    return [{"role": message["role"], "content": user_text(message)} for message in messages]
-
-
-def shape_of(messages: list[Message]) -> Shape:
-    return tuple((message["role"], bool(message.get("input"))) for message in messages)
+def for_template(message: Message, template: str) -> Message:
+    """The message as the template reads it: most know no input, so there it becomes part of the content."""
+    if message.get("input") and "message['input']" in template:
+        return {key: message[key] for key in ("role", "content", "input")}
+    return {"role": message["role"], "content": user_text(message)}
 
 
 @lru_cache(maxsize=1024)
-def answer_opening(template: str, shape: Shape, tokenizer: Tokenizer) -> tuple[str, str]:
-    """How a prompt of this shape ends, and the whitespace between it and the answer: a space with Llama 2, else "".
+def marked(template: str, shape: Shape, tokenizer: Tokenizer) -> str:
+    """What a template makes of messages with this shape, with a PLACE for each text of theirs.
 
-    Raises UserError if a prompt ends differently from the text before an answer.
+    Raises UserError if the template does not write every text once, unchanged or stripped.
     """
-    answered = layout(template, (*shape, ("assistant", False)), tokenizer)
-    place = next(i for i, part in enumerate(answered) if isinstance(part, Field) and part.message == len(shape))
-    before, prompt = str(answered[place - 1]), str(layout(template, shape, tokenizer)[-1]) if shape else ""
-    if not before.startswith(prompt):
-        raise UserError(
-            f"the chat template ends a prompt with {prompt[-40:]!r}, but has {before[-40:]!r} before an answer; "
-            f"{WAY_OUT}"
-        )
-    rest = before.removeprefix(prompt)
-    return (prompt, rest) if rest.isspace() else (before, "")  # some templates ignore add_generation_prompt
+    messages = [{"role": role} | {key: PLACE.format(i, key) for key in keys} for i, (role, *keys) in enumerate(shape)]
+    text = render(template, messages, tokenizer)
+    written = Counter((int(place[2]), place[3]) for place in PLACES.finditer(text))
+    for i, (role, *keys) in enumerate(shape):
+        if any(written[i, key] != 1 for key in keys):
+            raise UserError(f"the chat template does not write the {role} message once, as it is; {WAY_OUT}")
+    return text
 
 
-def check_rendering(parts: Layout, messages: list[Message], template: str, tokenizer: Tokenizer) -> None:
-    """Raises UserError if the template changes a text, though it did not change a placeholder."""
-    expected = "".join(part.text(messages) if isinstance(part, Field) else part for part in parts)
-    if render(template, messages, tokenizer) != expected:
-        raise UserError(
-            "the chat template changes the text of a message, here one of "
-            f"{', '.join(repr(message['content'][:30]) for message in messages)}; {WAY_OUT}"
-        )
+def fill(text: str, messages: list[Message]) -> str:
+    """A marked text with what the messages say."""
 
+    def content(place: re.Match) -> str:
+        said = messages[int(place[2])][place[3]]
+        said = said if place[1] else said.lstrip()
+        return said if place[4] else said.rstrip()
 
-# ---------------------------------------------------------------------------------------------- pieces
-
-
-class Control(str):
-    """A control token, such as <|im_end|>: a single id."""
+    return PLACES.sub(content, text)
 
 
 class Piece(NamedTuple):
-    """A part of a prompt that is encoded by itself: a Control, a text, or an answer whose ids are known."""
+    """A part of a prompt that is encoded by itself. The ``ids`` of a control token and an earlier answer are known."""
 
     text: str
     trains: bool
+    after: str = "nothing"  # or "control" or "text": what precedes it decides whether the tokenizer adds a space
     ids: list[int] | None = None
 
 
@@ -292,87 +217,58 @@ def pieces(messages: list[Message], template: str, tokenizer: Tokenizer) -> Iter
     No piece holds both prompt and answer. A message with "weight" 0 is not trained on; "ids" are those of its content.
     Raises UserError if the template refuses the messages or changes a text.
     """
-    given = for_template(messages, template)
-    shape = shape_of(given)
-    parts = layout(template, shape, tokenizer)
-    check_rendering(parts, given, template, tokenizer)
+    given = [for_template(message, template) for message in messages]
+    shape = tuple((message["role"], *(key for key in message if key != "role")) for message in given)
+    if render(template, given, tokenizer) != fill(marked(template, shape, tokenizer), given):
+        raise UserError(f"the chat template changes the text of a message; {WAY_OUT}")
     if shape[-1][0] != "assistant":
-        parts = (*parts[:-1], answer_opening(template, shape, tokenizer)[0])
-    text, trains, ids = "", False, None  # the piece so far
-    for before, part, following in zip(("", *parts[:-1]), parts, (*parts[1:], ""), strict=True):
-        if isinstance(part, Field):
-            text += part.text(given)
-            continue
-        answer = following.message if is_answer(following, shape) else None  # it begins at the end of this part
-        separator = "" if answer is None else answer_opening(template, shape[:answer], tokenizer)[1]
-        first, *others = tokenizer.control_pattern.split(part.removesuffix(separator))
-        if is_answer(before, shape) and not others:
+        shape = (*shape, ("assistant", "content"))
+    text = marked(template, shape, tokenizer)
+    begin, answer, before, after = 0, None, None, "nothing"  # of the next piece
+    for match in re.finditer(f"{PLACES.pattern}|{tokenizer.control_pattern.pattern}|\\Z", text):
+        place, control, end = None if match[2] is None else int(match[2]), match[5], match.start()
+        if answer is not None and control is None:
             raise UserError(f"the chat template does not end an answer with a control token; {WAY_OUT}")
-        text += first
-        for control, text_after in zip(others[::2], others[1::2], strict=True):
-            if text or ids:
-                yield Piece(text, trains, ids)
-            yield Piece(Control(control), trains)
-            text, trains, ids = text_after, False, None
-        if answer is not None:
-            if text:
-                yield Piece(text, trains)
-            text, trains, ids = separator, messages[answer].get("weight") != 0, messages[answer].get("ids")
-    if text:
-        yield Piece(text, trains)
-
-
-def is_answer(part: str | Field, shape: Shape) -> TypeGuard[Field]:
-    return isinstance(part, Field) and shape[part.message][0] == "assistant"
+        if place is not None:
+            if shape[place][0] != "assistant":
+                continue
+            texts = text[:end], marked(template, shape[:place], tokenizer) if place else ""
+            # how they end, after the last message
+            opening, prompt = (it.rpartition("\ue001")[2].removeprefix("\u2003") for it in texts)
+            if not opening.startswith(prompt):
+                raise UserError(f"the chat template does not end a prompt as it begins an answer; {WAY_OUT}")
+            rest = opening.removeprefix(prompt)  # a space with Llama 2; much if it ignores add_generation_prompt
+            end -= len(rest) if rest.isspace() else 0
+        part = fill(text[begin:end], given)
+        part = part.lstrip() if before in tokenizer.strips["rstrip"] else part  # the token takes whitespace with it
+        part = part.rstrip() if control in tokenizer.strips["lstrip"] else part
+        message: Message = {"weight": 0} if answer is None else messages[answer]
+        trains, ids = message.get("weight") != 0, message.get("ids")
+        if part or ids:
+            yield Piece(part, trains, after, ids)
+            before, after = None, "text"
+        if control is not None:
+            yield Piece(control, trains, after, [tokenizer.controls[control]])
+            before, after, end = control, "control", match.end()
+        if place == len(messages):
+            return
+        begin, answer = end, place
 
 
 def encode_pieces(rows: Iterable[Iterable[Piece]], tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
-    """The token ids of each row, and for each id whether it is trained on. All texts are encoded at once.
-
-    Some tokenizers put a space before a text, depending on what precedes it: nothing, a control token, or more text.
-    """
-    stripped = (without_stripped(list(row), tokenizer) for row in rows)
-    places = [[*zip(row, preceding(row), strict=True)] for row in stripped]
+    """The token ids of each row, and for each id whether it is trained on. All texts are encoded at once."""
+    listed = [list(row) for row in rows]
     ids_of: dict[tuple[str, str], list[int]] = {}
     for after in ("nothing", "control", "text"):
-        found = (piece.text for row in places for piece, place in row if place == after and not piece.ids)
+        found = (piece.text for row in listed for piece in row if piece.after == after and not piece.ids)
         texts = list(dict.fromkeys(found))
         ids_of |= {(after, text): ids for text, ids in zip(texts, tokenizer.encode_batch(texts, after), strict=True)}
     encoded = []
-    for row in places:
-        ids: list[int] = []
-        trains: list[bool] = []
-        for piece, after in row:
-            new = piece.ids or ([tokenizer.controls[piece.text]] if after == "" else ids_of[after, piece.text])
-            ids += new
-            trains += [piece.trains] * len(new)
-        encoded.append((ids, trains))
+    for row in listed:
+        ids = [piece.ids or ids_of[piece.after, piece.text] for piece in row]
+        trains = ([piece.trains] * len(own) for piece, own in zip(row, ids, strict=True))
+        encoded.append(([*chain.from_iterable(ids)], [*chain.from_iterable(trains)]))
     return encoded
-
-
-def without_stripped(row: list[Piece], tokenizer: Tokenizer) -> list[Piece]:
-    """The pieces without the whitespace that a control token next to them takes with it."""
-    if not any(tokenizer.strips.values()):
-        return row
-    kept = []
-    texts = [piece.text for piece in row]
-    for before, piece, following in zip(["", *texts[:-1]], row, [*texts[1:], ""], strict=True):
-        text: str = piece.text
-        if not isinstance(text, Control) and not piece.ids:
-            text = text.lstrip() if isinstance(before, Control) and before in tokenizer.strips["rstrip"] else text
-            text = text.rstrip() if isinstance(following, Control) and following in tokenizer.strips["lstrip"] else text
-        if text:
-            kept.append(piece._replace(text=text))
-    return kept
-
-
-def preceding(row: list[Piece]) -> Iterator[str]:
-    """For each piece, what its text follows: "nothing", "control" or "text"; "" for a control token."""
-    after = "nothing"
-    for piece in row:
-        is_control = isinstance(piece.text, Control)
-        yield "" if is_control else after
-        after = "control" if is_control else "text"
 
 
 def encode_prompt(messages: list[Message], template: str, tokenizer: Tokenizer) -> list[int]:
@@ -384,7 +280,7 @@ def encode_prompt(messages: list[Message], template: str, tokenizer: Tokenizer) 
 def control_pieces(template: str, tokenizer: Tokenizer) -> list[Piece]:
     """The control tokens around a question and its answer. Raises UserError if the template does not fit."""
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    return [piece for piece in pieces(talk, template, tokenizer) if isinstance(piece.text, Control)]
+    return [piece for piece in pieces(talk, template, tokenizer) if piece.ids]
 
 
 def end_of_answer(template: str, tokenizer: Tokenizer) -> int:

@@ -7,7 +7,6 @@ import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 from lit_llama.checkpoint import load_config, weight_files
@@ -15,7 +14,6 @@ from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import open_tensors, tensor_headers
 from lit_llama.data.batches import IGNORE, TokenizedSample
 from lit_llama.data.prompts import (
-    Control,
     Piece,
     choose_template,
     control_pieces,
@@ -24,7 +22,7 @@ from lit_llama.data.prompts import (
     pieces,
     style_of,
 )
-from lit_llama.data.samples import SUFFIXES, DataOptions, Sample, read_samples
+from lit_llama.data.samples import SUFFIXES, DataOptions, Sample, Source, read_samples
 from lit_llama.tokenizer import Tokenizer
 
 MIN_VALIDATION = 10  # samples split off
@@ -33,7 +31,7 @@ MAX_VALIDATION = 2000  # also of samples kept to be answered
 # ---------------------------------------------------------------------------------------------- splits
 
 
-def check_data(data: Path | str | list[dict]) -> None:
+def check_data(data: Source) -> None:
     """Raises UserError if the path does not exist."""
     if not isinstance(data, list) and not Path(data).exists():
         raise UserError(
@@ -41,25 +39,28 @@ def check_data(data: Path | str | list[dict]) -> None:
         )
 
 
-def load_splits(
-    data: Path | str | list[dict], options: DataOptions = DataOptions()
-) -> tuple[list[Sample], list[Sample], list[str]]:
+def load_splits(data: Source, options: DataOptions = DataOptions()) -> tuple[list[Sample], list[Sample], list[str]]:
     """Training samples, validation samples, and notes on what was ignored.
 
     They come from a folder's two files, or from one file, list or folder of texts, split by hash.
     """
     check_data(data)
-    train_file = val_file = None
+    files: dict[str, Path | None] = {}
     if not isinstance(data, list) and Path(data).is_dir():
-        train_file, val_file = split_file(Path(data), "train"), split_file(Path(data), "validation")
-        if train_file is None and not any(Path(data).glob("*.txt")):
+        files = {split: split_file(Path(data), split) for split in SPLITS}
+        if files["train"] is None and not any(Path(data).glob("*.txt")):
             raise UserError(f"{data} holds no train file, such as train.jsonl, nor texts (.txt)")
+    train_file, val_file = files.get("train"), files.get("validation")
+    train, notes = read_samples(train_file or data, options)
     if train_file and val_file:
         validation, val_notes = read_samples(val_file, options)
-        train, notes = read_samples(train_file, options)
-        return train, validation, val_notes + notes
-    samples, notes = read_samples(train_file or data, options)
-    train, validation = split_by_hash(samples, "data" if isinstance(data, list) else str(data), options.val_fraction)
+        notes += val_notes
+    else:
+        train, validation = split_by_hash(train, "data" if isinstance(data, list) else str(data), options.val_fraction)
+    if train_file:
+        others = {path for path in train_file.parent.iterdir() if path.name.endswith(SUFFIXES)} - {*files.values()}
+        notes += [f"{data}: files ignored: {', '.join(sorted(path.name for path in others))}"] if others else []
+        notes += [f"{files['test']} is left for scripts/evaluate.py --split test"] if files["test"] else []
     return train, validation, notes
 
 
@@ -73,16 +74,6 @@ def split_file(folder: Path, split: str) -> Path | None:
     if len(files) > 1:
         raise UserError(f"{folder} holds {' and '.join(file.name for file in files)}; keep one")
     return files[0] if files else None
-
-
-def unread_files(data: Path | str | list[dict]) -> list[str]:
-    """Notes on a folder's data files that training does not read."""
-    if isinstance(data, list) or not Path(data).is_dir() or split_file(Path(data), "train") is None:
-        return []
-    used = [split_file(Path(data), split) for split in SPLITS]
-    others = [path.name for path in sorted(Path(data).iterdir()) if path.name.endswith(SUFFIXES) and path not in used]
-    notes = [f"{data}: files ignored: {', '.join(others)}"] if others else []
-    return notes + ([f"{used[2]} is left for scripts/evaluate.py --split test"] if used[2] else [])
 
 
 def split_by_hash(samples: list[Sample], where: str, val_fraction: float) -> tuple[list[Sample], list[Sample]]:
@@ -114,36 +105,42 @@ def hash_fraction(key: str) -> float:
 # ---------------------------------------------------------------------------------------------- token ids
 
 
-def tokenize_samples(
-    samples: Iterable[Sample], template: str, tokenizer: Tokenizer, max_seq_length: int, skip_bad_rows: bool = False
-) -> list[list[TokenizedSample]]:
-    """Each sample's token ids with only the answers as targets; [] if nothing of its answer is left to learn.
+def encode_samples(
+    samples: list[Sample], template: str, tokenizer: Tokenizer, max_seq_length: int, skip_bad_rows: bool = False
+) -> tuple[list[Sample], list[TokenizedSample]]:
+    """The samples that have something to learn, and their token ids with only the answers as targets.
 
-    A plain text is trained on as a whole, in as many pieces as it needs. Raises UserError if no sample has
-    anything to learn.
+    A plain text is trained on as a whole, in as many pieces as it needs, and returned with each of them. Raises
+    UserError if no sample has anything to learn.
     """
 
     def pieces_of(sample: Sample) -> Iterable[Piece]:
         return pieces(sample.messages, template, tokenizer) if sample.messages else text_pieces(sample.text or "")
 
     def text_pieces(text: str) -> list[Piece]:
-        bos = [] if tokenizer.bos_id is None else [Piece(Control(tokenizer.token(tokenizer.bos_id)), False)]
-        text = f" {text}" if text and bos and tokenizer.spaced_start else text  # as in pretraining
-        return [*bos, Piece(text, True), Piece(Control(tokenizer.token(tokenizer.eos_id)), True)]
+        eos = Piece(tokenizer.token(tokenizer.eos_id), True, ids=[tokenizer.eos_id])
+        if tokenizer.bos_id is None:
+            return [Piece(text, True), eos]
+        bos = Piece(tokenizer.token(tokenizer.bos_id), False, ids=[tokenizer.bos_id])
+        text = f" {text}" if text and tokenizer.spaced_start else text  # as in pretraining
+        return [bos, Piece(text, True, "control"), eos]
 
-    tokenized = []
+    kept: list[Sample] = []
+    encoded: list[TokenizedSample] = []
     for sample, ids, trains in encode_in_batches(samples, pieces_of, tokenizer, skip_bad_rows):
         if sample.messages:
             end = end_of_answer(template, tokenizer)
-            tokenized.append(cut_conversation(ids, trains, max_seq_length, end, sample.where))
+            found = cut_conversation(ids, trains, max_seq_length, end, sample.where)
         else:
-            tokenized.append(cut_text(ids, trains, max_seq_length, sample.where))
-    if not any(tokenized):
+            found = cut_text(ids, trains, max_seq_length, sample.where)
+        kept += [sample] * len(found)
+        encoded += found
+    if not encoded:
         raise UserError(
-            f"none of {len(tokenized)} samples has an answer that begins within max_seq_length {max_seq_length}; "
+            f"none of {len(samples)} samples has an answer that begins within max_seq_length {max_seq_length}; "
             "raise it, or fill in the answers"
         )
-    return tokenized
+    return kept, encoded
 
 
 def cut_conversation(
@@ -153,16 +150,14 @@ def cut_conversation(
 
     A model that never sees an end never learns to stop.
     """
-    drop_untrained_end(ids, trains)
-    cut = len(ids) > max_seq_length
+    cut = True in trains[max_seq_length:]
     if cut and trains[max_seq_length - 1]:
         ids[max_seq_length - 1] = end
         trains[max_seq_length - 1] = trains[max_seq_length - 2]  # no end directly after a prompt
-    ids, trains = ids[:max_seq_length], trains[:max_seq_length]
-    drop_untrained_end(ids, trains)
-    if not ids:
-        return []
-    sample = shifted(ids, trains, where, cut)
+    trains = trains[:max_seq_length]
+    while trains and not trains[-1]:  # what follows the last answer teaches nothing
+        trains.pop()
+    sample = shifted(ids[: len(trains)], trains, where, cut)
     return [sample] if sample.n_targets > 1 else []  # one target is an end without an answer
 
 
@@ -181,7 +176,7 @@ def shifted(ids: list[int], trains: list[bool], where: str, cut: bool = False) -
 
 
 def tokenize_labels(
-    samples: Iterable[Sample], template: str, tokenizer: Tokenizer, max_seq_length: int, labels: list[str]
+    samples: list[Sample], template: str, tokenizer: Tokenizer, max_seq_length: int, labels: list[str]
 ) -> list[TokenizedSample]:
     """Each sample's prompt, with the number of its label as the target of the last token, for a classifier's head.
 
@@ -205,7 +200,7 @@ def tokenize_labels(
 
 
 def encode_in_batches(
-    samples: Iterable[Sample],
+    samples: list[Sample],
     pieces_of: Callable[[Sample], Iterable[Piece]],
     tokenizer: Tokenizer,
     skip_bad_rows: bool = False,
@@ -215,8 +210,8 @@ def encode_in_batches(
 
     With ``skip_bad_rows`` a sample that the template refuses has no ids.
     """
-    samples = iter(samples)
-    while batch := list(islice(samples, size)):
+    for i in range(0, len(samples), size):
+        batch = samples[i : i + size]
         try:
             encoded = encode_pieces(map(pieces_of, batch), tokenizer)
         except UserError as error:
@@ -226,25 +221,9 @@ def encode_in_batches(
                 yield batch[0], [], []
             else:
                 raise UserError(f"{batch[0].where}: {error}") from None
-            continue
-        for sample, (ids, trains) in zip(batch, encoded, strict=True):
-            yield sample, ids, trains
-
-
-def drop_untrained_end(ids: list[int], trains: list[bool]) -> None:
-    """Remove, in place, what follows the last answer: it teaches nothing."""
-    while trains and not trains[-1]:
-        ids.pop()
-        trains.pop()
-
-
-def encode_samples(
-    samples: list[Sample], template: str, tokenizer: Tokenizer, max_seq_length: int, skip_bad_rows: bool = False
-) -> tuple[list[Sample], list[TokenizedSample]]:
-    """The samples that have something to learn within ``max_seq_length``, and their ids."""
-    tokenized = tokenize_samples(samples, template, tokenizer, max_seq_length, skip_bad_rows)
-    kept = [sample for sample, parts in zip(samples, tokenized, strict=True) for _ in parts]
-    return kept, [ids for parts in tokenized for ids in parts]
+        else:
+            for sample, (ids, trains) in zip(batch, encoded, strict=True):
+                yield sample, ids, trains
 
 
 def can_be_asked(sample: Sample, encoded: TokenizedSample) -> bool:
@@ -283,7 +262,7 @@ class Task:
 
 
 def load_task(
-    data: Path | str | list[dict],
+    data: Source,
     checkpoint_dir: Path | str,
     prompt_style: str | None,
     max_seq_length: int,
@@ -299,54 +278,49 @@ def load_task(
     if max_seq_length > block_size:
         raise UserError(f"--train.max_seq_length {max_seq_length} exceeds the base's context of {block_size} tokens")
     check_range("--prompt_length", n_virtual, 0, block_size - 1)
-    name = "rows" if isinstance(data, list) else str(data)
     train, validation, notes = load_splits(data, options)
-    notes += unread_files(data)
-    only_texts = not any(sample.messages for split in (validation, train) for sample in split)
+    notes = [f"note: {text}" for text in notes]
+    only_texts = not any(sample.messages for sample in validation + train)
     template = choose_template("plain" if only_texts and not prompt_style else prompt_style, tokenizer)
-    if classify:
-        labels = sorted({sample.label for sample in train if sample.label is not None})
-        train_ids = tokenize_labels(train, template, tokenizer, max_seq_length, labels)
-        val_ids = tokenize_labels(validation, template, tokenizer, max_seq_length, labels)
-        summary = f"{name}: {len(train_ids)} training samples, {len(val_ids)} for validation, labels {labels}"
-        summary += "".join(f"\nnote: {text}" for text in notes)
-        answers = [replace(s, messages=[*s.prompt, {"role": "assistant", "content": s.label}]) for s in validation]
-        return Task(name, tokenizer, template, train_ids, val_ids, answers[:MAX_VALIDATION], summary, labels)
-
-    tokenized = tokenize_samples(train, template, tokenizer, max_seq_length, options.skip_bad_rows)
-    train_ids = [ids for parts in tokenized for ids in parts]
-    kept, val_ids = encode_samples(validation, template, tokenizer, max_seq_length, options.skip_bad_rows)
-    longest = max(len(sample.ids) for sample in train_ids + val_ids)
-    if longest + n_virtual > block_size:
-        raise UserError(
-            f"the longest sample has {longest} tokens, and {n_virtual} in front of it leave {block_size - n_virtual} "
-            f"of the base's context of {block_size}; pass --train.max_seq_length {block_size - n_virtual}"
+    labels = sorted({sample.label for sample in train if sample.label is not None}) if classify else None
+    if labels is not None:
+        train_ids, val_ids = (
+            tokenize_labels(split, template, tokenizer, max_seq_length, labels) for split in (train, validation)
         )
-    in_train = {hash(sample.ids.tobytes()) for sample in train_ids}
-    n_kept = len({id(sample) for sample in kept})  # a long text is kept as several pieces
-    dropped = sum(not parts for parts in tokenized) + len(validation) - n_kept
-    counts = [
-        (dropped, "dropped: nothing to learn within max_seq_length (an empty answer?), or refused by the template"),
-        (sum(sample.cut for sample in train_ids + val_ids), "cut to max_seq_length"),
-        (sum(hash(sample.ids.tobytes()) in in_train for sample in val_ids), "of validation also in training"),
-    ]
-    summary = f"{name}: {len(train_ids)} training samples, {len(val_ids)} for validation"
-    summary += f", prompt style {style_of(template)}"
-    summary += "".join(f"; {count} {what}" for count, what in counts if count)
-    summary += "".join(f"\nnote: {text}" for text in notes)
-    summary += "".join(f"\nwarning: {text}" for text in warnings_of(train, checkpoint_dir, template, tokenizer))
-    if options.show_sample:
-        summary += f"\n{bracket_targets(train_ids[0], tokenizer)}"
-    held_out = [sample for sample, ids in zip(kept, val_ids, strict=True) if can_be_asked(sample, ids)]
-    return Task(name, tokenizer, template, train_ids, val_ids, held_out[:MAX_VALIDATION], summary)
+        found = f", labels {labels}"
+        held_out = [replace(s, messages=[*s.prompt, {"role": "assistant", "content": s.label}]) for s in validation]
+    else:
+        train_kept, train_ids = encode_samples(train, template, tokenizer, max_seq_length, options.skip_bad_rows)
+        val_kept, val_ids = encode_samples(validation, template, tokenizer, max_seq_length, options.skip_bad_rows)
+        longest, room = max(len(sample.ids) for sample in train_ids + val_ids), block_size - n_virtual
+        if longest > room:
+            raise UserError(
+                f"the longest sample has {longest} tokens, and {n_virtual} in front of it leave {room} of the base's "
+                f"context of {block_size}; pass --train.max_seq_length {room}"
+            )
+        n_kept = len({id(sample) for sample in train_kept + val_kept})  # a long text is kept as several pieces
+        dropped = len(train) + len(validation) - n_kept
+        in_train = {hash(sample.ids.tobytes()) for sample in train_ids}
+        counts = [
+            (dropped, "dropped: nothing to learn within max_seq_length (an empty answer?), or refused by the template"),
+            (sum(sample.cut for sample in train_ids + val_ids), "cut to max_seq_length"),
+            (sum(hash(sample.ids.tobytes()) in in_train for sample in val_ids), "of validation also in training"),
+        ]
+        found = f", prompt style {style_of(template)}"
+        found += "".join(f"; {count} {what}" for count, what in counts if count)
+        notes += [f"warning: {text}" for text in warnings_of(train, checkpoint_dir, template, tokenizer)]
+        notes += [bracket_targets(train_ids[0], tokenizer)] if options.show_sample else []
+        held_out = [sample for sample, ids in zip(val_kept, val_ids, strict=True) if can_be_asked(sample, ids)]
+    name = "rows" if isinstance(data, list) else str(data)
+    summary = f"{name}: {len(train_ids)} training samples, {len(val_ids)} for validation{found}"
+    summary = "\n".join([summary, *notes])
+    return Task(name, tokenizer, template, train_ids, val_ids, held_out[:MAX_VALIDATION], summary, labels)
 
 
-def warnings_of(
-    samples: Iterable[Sample], checkpoint_dir: Path | str, template: str, tokenizer: Tokenizer
-) -> list[str]:
+def warnings_of(samples: list[Sample], checkpoint_dir: Path | str, template: str, tokenizer: Tokenizer) -> list[str]:
     """What is probably not meant: control tokens spelled in plain texts, or that the base never learned."""
     found = []
-    texts = (sample.text for sample in islice(samples, 1000) if sample.text and not sample.messages)
+    texts = (sample.text for sample in samples[:1000] if sample.text and not sample.messages)
     if spelled := next(filter(None, map(tokenizer.control_pattern.search, texts)), None):
         found.append(
             f"plain texts spell control tokens such as {spelled[0]}, which stay text there; give conversations as rows "
