@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -43,6 +44,9 @@ def load_config(folder: Path | str) -> LLaMAConfig:
             f"{path} is not a config of this project: missing or unknown are {', '.join(sorted(wrong))}; convert the "
             "checkpoint with scripts/convert.py"
         )
+    for name in ("norm_eps", "rope_base"):
+        if not isinstance(content[name], int | float) or not 0 < content[name] < math.inf:
+            raise UserError(f"{path}: {name} must be a number above 0, got {content[name]!r}")
     try:
         return LLaMAConfig(**content)
     except (TypeError, ValueError) as error:

@@ -86,12 +86,19 @@ def save_settings(folder: Path) -> None:
             temporary.write_text(_settings, encoding="utf-8")
 
 
+class Parser(ArgumentParser):
+    """Reads a --config as UTF-8, as it is written; jsonargparse would use the locale's encoding."""
+
+    def parse_path(self, path, *args, **kwargs) -> Namespace:
+        return self.parse_string(Path(path).read_text(encoding="utf-8"), str(path), *args, **kwargs)
+
+
 def parser_of(main: Callable) -> ArgumentParser:
     """A flag for each argument of ``main``. Its help is a line of the docstring's Args or of SHARED_FLAGS.
 
     The default base is shown relative to the current folder, if it lies inside.
     """
-    parser = auto_parser(main, as_positional=False)
+    parser = auto_parser(main, as_positional=False, parser_class=Parser)
     parser.exit_on_error = False  # argparse would print a screenful of usage before the error
     parser.allow_abbrev = False
     for action in parser._actions:
@@ -110,7 +117,7 @@ def parse(parser: ArgumentParser, args: list[str]) -> Namespace:
             raise UserError(f"unknown flag {name}; {nearest_flag(name, flags)}")
     try:
         config = parser.parse_args(bare_switches(parser, args))
-    except (ArgumentError, ValueError) as error:
+    except (ArgumentError, ValueError, OverflowError) as error:
         raise UserError(" ".join(str(error).split())[:500]) from None  # it may quote a whole file
     for action in parser._actions:  # jsonargparse accepts null in a --config for every type
         kind = getattr(action, "_typehint", None)

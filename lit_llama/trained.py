@@ -16,7 +16,8 @@ from lit_llama.settings import ROOT
 
 TRAINED_FILE, METHOD_FILE = "trained.safetensors", "method.json"
 DTYPES = {torch.float32: "F32", torch.float64: "F64"}  # trainable parameters are float32; tests also use float64
-METHOD_FIELDS, BASE_FIELDS = ("method", "arguments", "base", "prompt_style"), ("checkpoint_dir", "name", "fingerprint")
+METHOD_FIELDS = {"method": str, "arguments": dict, "base": dict, "prompt_style": str}
+BASE_FIELDS = {"checkpoint_dir": str, "name": str, "fingerprint": str}
 HEADER_KEYS = ("method", "arguments", "prompt_style")  # parts of method.json that the tensors' header repeats
 
 
@@ -84,7 +85,7 @@ def check_initial(trained_dir: Path | str, settings: dict, reparametrized: bool)
     check_base(method["base"], settings["base"]["checkpoint_dir"], path)
 
 
-def check_trained(tensors: dict[str, Tensor], path: Path, prefix: str = "") -> None:
+def check_trained(tensors: dict[str, Tensor], path: Path, prefix: str) -> None:
     """Raises UserError unless a safetensors file holds exactly ``tensors``. Reads only its header."""
     headers = {name[len(prefix) :]: it for name, it in tensor_headers(path).items() if name.startswith(prefix)}
     expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -114,13 +115,13 @@ def read_method(trained_dir: Path | str) -> dict:
         raise UserError(f"{path} is missing, so no finetune script wrote {trained_dir}; run one, or pass its --out_dir")
     method = with_defaults(read_json(path))
     for fields, content in ((METHOD_FIELDS, method), (BASE_FIELDS, method.get("base", {}))):
-        if missing := [field for field in fields if field not in content]:
-            raise UserError(f"{path} lacks {', '.join(missing)}; copy the trained folder again")
+        if wrong := [field for field, kind in fields.items() if not isinstance(content.get(field), kind)]:
+            raise UserError(f"{path} lacks {', '.join(wrong)}, or holds another type; copy the trained folder again")
     if not Path(method["base"]["checkpoint_dir"]).exists():  # a relative path may be one from the clone
         method["base"]["checkpoint_dir"] = str(ROOT / method["base"]["checkpoint_dir"])
     method.setdefault("trained_parameters", method.get("trained_numbers"))  # its name in older folders
     method.setdefault("quantize", "none")  # older folders lack it
-    method.setdefault("train", {"max_seq_length": 512})
+    method["train"] = {"max_seq_length": 512} | method.get("train", {})
     return method
 
 

@@ -67,7 +67,6 @@ def main(
         micro_batch_samples: Samples of the others' micro-batches, padded to the longest.
         new_tokens: Tokens of a round of decoding, after a prompt of 64.
         results: A .jsonl file to append the results to.
-        yes: Do not ask before a download.
     """
     sizes = dict(micro_batch_tokens=micro_batch_tokens, micro_batch_samples=micro_batch_samples)
     counts = dict(rounds=rounds, steps=steps, batch_size=batch_size, new_tokens=new_tokens)

@@ -22,13 +22,12 @@ from typing import Literal
 from lit_llama import cli
 from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_config
-from lit_llama.cli import save_settings
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import atomic_write, check_writable, read_json, write_json
 from lit_llama.data.samples import read_samples
 from lit_llama.data.task import load_splits, load_task, split_file
 from lit_llama.devices.launch import Bar, check_launcher
-from lit_llama.measure.benchmark import flops_per_token, weightless
+from lit_llama.measure.benchmark import flops_per_token
 from lit_llama.measure.compare import (
     NAMES,
     ScriptRun,
@@ -43,6 +42,7 @@ from lit_llama.measure.compare import (
     with_seeds,
 )
 from lit_llama.measure.plots import plot_comparison, plot_variants
+from lit_llama.methods.table import weightless
 from lit_llama.settings import DEFAULT_BASE, MAX_COUNT, MAX_SAMPLES, MAX_SEED, ROOT
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train.run import COSTS_FILE, STATE_FILE, differences, read_metrics
@@ -77,7 +77,6 @@ def main(
         methods: The methods to compare; features needs rows with a label.
         n_samples: Training samples that each method sees, in as many epochs as that takes.
         batch_size: Samples per optimizer step. The scripts' own learning rates are for two or four, see --pilot.
-        checkpoint_dir: Folder of the base. The default one is offered for download if it is missing.
         out_dir: Folder for the results. Default: out/compare/ and the name of the data.
         variants: More runs by name, each a method and its script's flags: '{"lora r=4": "lora --r 4"}'.
         shots: Also measure the base, with so many examples in its prompt.
@@ -89,7 +88,6 @@ def main(
         devices: Processes of each run, one per device. Memory is that of the first. Features uses one device.
         strategy: Strategy on several devices: ddp, fsdp (full uses ddp, as it trains every block), or auto.
         seed: Random seed for data order, initialization and dropout.
-        yes: Do not ask before a download.
     """
     check_range("--n_samples", n_samples, 1, MAX_COUNT)
     check_range("--pilot_samples", pilot_samples, 1, MAX_COUNT)
@@ -133,7 +131,7 @@ def main(
     if changes := "; ".join(differences(before, settings).values()):
         raise UserError(f"{folder} holds a comparison with other settings: {changes}; pass another --out_dir")
     write_json(folder / "settings.json", settings)
-    save_settings(folder)
+    cli.save_settings(folder)
 
     # Tests: the files and flags of scripts/evaluate.py. Other data is the same tokens for all methods: in the base's
     # prompt style, cut at the same length.

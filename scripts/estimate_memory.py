@@ -14,8 +14,7 @@ from lit_llama.common.errors import UserError, check_range
 from lit_llama.devices.launch import PRECISIONS
 from lit_llama.devices.memory import step_memory
 from lit_llama.measure.cases import check_method, config_of
-from lit_llama.methods.table import METHODS
-from lit_llama.model import LLaMA
+from lit_llama.methods.table import weightless
 from lit_llama.settings import MAX_TOKENS
 
 
@@ -38,6 +37,7 @@ def main(
         model: Folder of a base, or the name of a released model in lit_llama/configs.py.
         method: Name of a finetune script.
         arguments: Arguments of the method's function in lit_llama/methods, as YAML.
+        precision: Precision of the frozen base's weights.
         devices: Devices on all nodes together.
         micro_batch_tokens: Tokens of one forward and backward pass.
         seq_length: Tokens of each sample.
@@ -46,12 +46,12 @@ def main(
     check_method(method)
     for name, value in dict(devices=devices, micro_batch_tokens=micro_batch_tokens, seq_length=seq_length).items():
         check_range(f"--{name}", value, 1, MAX_TOKENS)
-    with torch.device("meta"):
-        llama = LLaMA(config_of(model)).to(PRECISIONS[precision]).requires_grad_(False)
-        try:
-            METHODS[method](llama, **arguments)
-        except TypeError as error:
-            raise UserError(f"--arguments {arguments} do not fit {method}: {error}") from None
+    try:
+        llama = weightless(config_of(model), method, **arguments)
+    except TypeError as error:
+        raise UserError(f"--arguments {arguments} do not fit {method}: {error}") from None
+    for param in llama.parameters():
+        param.data = param.data.to(torch.float32 if param.requires_grad else PRECISIONS[precision])
     tokens, shards = max(seq_length, micro_batch_tokens), devices if strategy == "fsdp" else 1
     memory = step_memory(llama, device, tokens, seq_length, checkpointing, quantize, shards)
     print(f"{method} on {llama.config.name}, {precision}, micro-batches of {tokens} tokens, on each device:\n")

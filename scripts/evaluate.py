@@ -96,7 +96,7 @@ def main(
             f"{trained_dir} answers with labels: --only_loss, --shots, --prompt_style, --max_seq_length, --quantize, "
             "--compile and fsdp do not apply"
         )
-    check_fsdp_flags(strategy, compile, quantize or "none")
+    check_fsdp_flags(strategy, compile, quantize)
     file = split_file(Path(data), split) if Path(data).is_dir() else Path(data)
     if file is None:
         raise UserError(f"{data} holds no {split} file; give the file to evaluate, or another --split")

@@ -11,10 +11,10 @@ import torch
 from helpers import TINY, make_base, metrics, refuse, run, succeed, tiny_model
 
 from lit_llama.data.batches import TokenizedSample
-from lit_llama.measure.benchmark import flops_per_token, weightless
+from lit_llama.measure.benchmark import flops_per_token
 from lit_llama.measure.compare import loss_change, markdown, pilot_runs, quality, variant_runs, versus_full
 from lit_llama.measure.intervals import difference_interval, mean_interval, per_token, proportion_interval
-from lit_llama.methods.table import METHODS
+from lit_llama.methods.table import METHODS, weightless
 
 COMPARE = "scripts/compare_methods.py"
 

@@ -73,7 +73,7 @@ BAD = {
     "number.json": ('[{"text": "a"},\n\n 7]', "number.json, row 2: a row must be an object, got int"),
     "keys.json": ('[{"question": "a"}]', "keys.json, row 1: no format .* the columns 'question'; name .* --columns"),
     "type.jsonl": ('{"text": "a"}\n{"text": 5}\n', "type.jsonl:2: text must be a string, got 5"),
-    "null.jsonl": ('{"instruction": "a", "output": null}', "a message needs a role .* and a text, got .*None"),
+    "null.jsonl": ('{"instruction": "a", "output": null}', "output must be a string, got None"),
     "line.jsonl": ('{"text": "a"}\n\n{"text": \n', "line.jsonl:3: not valid JSON"),
     "digits.jsonl": ('{"text": 1' + "0" * 5000 + "}", "digits.jsonl:1: "),
     "latin1.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "latin1.jsonl cannot be read as UTF-8 text: .*position 24"),
@@ -153,7 +153,7 @@ def test_columns_are_renamed(tmp_path):
     rows = [{"query": f"q{i}", "reply": "r", "output": i} for i in range(30)] + [{"query": 5, "reply": "r"}]
     path = write_rows(tmp_path / "a.json", rows)
     columns = {"instruction": "query", "output": "reply"}
-    with pytest.raises(UserError, match="row 31: a message needs a role .* and a text, got .*5"):
+    with pytest.raises(UserError, match="row 31: instruction must be a string, got 5"):
         load_splits(path, DataOptions(columns))
     train, validation, notes = load_splits(path, DataOptions(columns, skip_bad_rows=True))
     assert len(train) + len(validation) == 30 and len(validation) == 10 and train[0].answer == "r"

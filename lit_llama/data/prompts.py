@@ -157,11 +157,11 @@ def render(template: str, messages: list[Message], tokenizer: Tokenizer) -> str:
         raise UserError(f"the chat template refuses this: {error}; {WAY_OUT}") from None
 
 
-# The place of a message's content or input in a rendered text. A blank is gone where the template strips the text.
+# The place of a message's content or input in a rendered text. The blanks show whether the template strips it.
 PLACE = "\u2003\ue000{} {}\ue001\u2003"
 PLACES = re.compile("(\u2003?)\ue000(\\d+) (content|input)\ue001(\u2003?)")
 
-Shape = tuple[tuple[str, ...], ...]  # of messages: each one's role, "content", and "input" if it has one
+Shape = tuple[tuple[str, ...], ...]  # for each message: its role, "content", and "input" if it has one
 
 
 def user_text(message: Message) -> str:
@@ -224,7 +224,7 @@ def pieces(messages: list[Message], template: str, tokenizer: Tokenizer) -> Iter
     if shape[-1][0] != "assistant":
         shape = (*shape, ("assistant", "content"))
     text = marked(template, shape, tokenizer)
-    begin, answer, before, after = 0, None, None, "nothing"  # of the next piece
+    begin, answer, before, after = 0, None, None, "nothing"  # about the next piece
     for match in re.finditer(f"{PLACES.pattern}|{tokenizer.control_pattern.pattern}|\\Z", text):
         place, control, end = None if match[2] is None else int(match[2]), match[5], match.start()
         if answer is not None and control is None:
@@ -233,11 +233,11 @@ def pieces(messages: list[Message], template: str, tokenizer: Tokenizer) -> Iter
             if shape[place][0] != "assistant":
                 continue
             texts = text[:end], marked(template, shape[:place], tokenizer) if place else ""
-            # how they end, after the last message
+            # what follows the last message in each
             opening, prompt = (it.rpartition("\ue001")[2].removeprefix("\u2003") for it in texts)
             if not opening.startswith(prompt):
                 raise UserError(f"the chat template does not end a prompt as it begins an answer; {WAY_OUT}")
-            rest = opening.removeprefix(prompt)  # a space with Llama 2; much if it ignores add_generation_prompt
+            rest = opening.removeprefix(prompt)  # a space with Llama 2; all without add_generation_prompt
             end -= len(rest) if rest.isspace() else 0
         part = fill(text[begin:end], given)
         part = part.lstrip() if before in tokenizer.strips["rstrip"] else part  # the token takes whitespace with it

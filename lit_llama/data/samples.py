@@ -34,7 +34,7 @@ class Sample:
     text: str | None = None
     label: str | None = None
     row: int = 0  # number in the file
-    unread: tuple[str, ...] = ()  # columns that its format does not have
+    unread: tuple[str, ...] = ()  # columns and turns that are ignored
 
     @property
     def prompt(self) -> list[Message]:
@@ -54,7 +54,7 @@ class DataOptions:
     """How data is read and split."""
 
     columns: dict[str, str] | None = None  # our keys: the file's
-    val_fraction: float = 0.1  # of a single file is split off for validation
+    val_fraction: float = 0.1  # part of a single file that is split off for validation
     skip_bad_rows: bool = False  # leave out rows that fit no format
     show_sample: bool = False  # print the first sample as tokens
 
@@ -222,6 +222,9 @@ def read_row(row: Any, columns: dict[str, str]) -> dict:
     elif all(isinstance(row[key], list) for key in keys):  # TRL writes a prompt and a completion as messages, too
         turns = [turn for key in keys for turn in row[key]]
     elif len(keys) == 2:
+        for key in (*keys, "input", "context"):
+            if not isinstance(row.get(key, ""), str) and (row[key] is not None or key in keys):
+                raise UserError(f"{key} must be a string, got {row[key]!r:.40}")
         turns = question_turns(row, *keys)
     else:
         raise UserError(f"{keys[0]} must be a list of objects with role and content")

@@ -138,7 +138,7 @@ def encode_samples(
     if not encoded:
         raise UserError(
             f"none of {len(samples)} samples has an answer that begins within max_seq_length {max_seq_length}; "
-            "raise it, or fill in the answers"
+            "raise it, fill in the answers, or pass fewer --shots"
         )
     return kept, encoded
 
@@ -292,11 +292,11 @@ def load_task(
     else:
         train_kept, train_ids = encode_samples(train, template, tokenizer, max_seq_length, options.skip_bad_rows)
         val_kept, val_ids = encode_samples(validation, template, tokenizer, max_seq_length, options.skip_bad_rows)
-        longest, room = max(len(sample.ids) for sample in train_ids + val_ids), block_size - n_virtual
-        if longest > room:
+        longest, most = max(len(sample.ids) for sample in train_ids + val_ids), block_size - n_virtual
+        if longest > most:
             raise UserError(
-                f"the longest sample has {longest} tokens, and {n_virtual} in front of it leave {room} of the base's "
-                f"context of {block_size}; pass --train.max_seq_length {room}"
+                f"the longest sample has {longest} tokens, and {n_virtual} in front of it leave {most} of the base's "
+                f"context of {block_size}; pass --train.max_seq_length {most}"
             )
         n_kept = len({id(sample) for sample in train_kept + val_kept})  # a long text is kept as several pieces
         dropped = len(train) + len(validation) - n_kept

@@ -90,7 +90,9 @@ def check_launcher(devices: int, num_nodes: int, strategy: str = "auto") -> None
         world = os.environ["SLURM_NTASKS"]
         per_node = os.environ.get("SLURM_NTASKS_PER_NODE", world)
     else:  # Fabric starts the processes: on a CPU, at most one for each core
-        check_range("--devices", devices, 1, torch.cuda.device_count() or os.cpu_count() or 1)
+        most = torch.cuda.device_count() or os.cpu_count() or 1
+        if not 1 <= devices <= most:
+            raise UserError(f"--devices {devices} must be between 1 and {most}, the GPUs or else the cores here")
         world, per_node = devices * num_nodes, devices
     if (int(per_node), int(world)) != (devices, devices * num_nodes):
         raise UserError(
@@ -164,7 +166,7 @@ def barrier(fabric: Fabric, what: str) -> None:
 
 
 def let_rank0_report() -> None:
-    """Let rank 0 report a fault first: other ranks wait ten seconds, and exit if rank 0, their parent, has ended."""
+    """Let rank 0 report a fault first: other ranks wait ten seconds, exit if their parent (Fabric's rank 0) ends."""
     for _ in range(10 if rank() > 0 else 0):
         time.sleep(1)
         if os.getppid() != PARENT:

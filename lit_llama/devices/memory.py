@@ -113,10 +113,14 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Free memory in bytes, of the GPU or of this machine. None if neither CUDA nor Linux can tell."""
+    """Free memory in bytes, of the GPU, or of this machine or container. None if neither CUDA nor Linux can tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     path = Path("/proc/meminfo")
     if not path.exists():
         return None
-    return int(path.read_text(encoding="utf-8").split("MemAvailable:")[1].split()[0]) * 1024
+    free_bytes = int(path.read_text(encoding="utf-8").split("MemAvailable:")[1].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")  # in a container
+    if limit.exists() and limit.read_text().strip() != "max":
+        free_bytes = min(free_bytes, int(limit.read_text()) - int(used.read_text()))
+    return free_bytes

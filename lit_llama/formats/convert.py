@@ -145,6 +145,8 @@ def hf_config(path: Path, name: str) -> LLaMAConfig:
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         given = {**rope, **{key: value for key, value in raw.items() if value is not None}}
         given["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+        if given["rope_type"] == "default" and set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
+            raise ValueError(f"the rotary embedding {rope} is not supported")
         if given.get("sliding_window", 0) >= given.get("max_position_embeddings", math.inf):
             given.pop("sliding_window", None)  # as long as the context, it hides nothing
         for key, known in SUPPORTED.items():

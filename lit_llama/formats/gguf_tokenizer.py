@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as TokenizersTokenizer
 
 from lit_llama.common.errors import UserError
-from lit_llama.common.files import atomic_write, write_json
+from lit_llama.common.files import atomic_write, read_json, write_json
 from lit_llama.tokenizer import (
     JSON_FILE,
     SENTENCEPIECE_FILE,
@@ -50,8 +50,8 @@ ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # in t
 def write_tokenizer(fields: dict, folder: Path, legacy: bool = True) -> None:
     """Write tokenizer.json and tokenizer_config.json.
 
-    With ``legacy``, sentencepiece also puts a space after a control token.
-    Raises UserError if the kind of tokenizer or pre-tokenizer is unknown, or if fields are missing or inconsistent.
+    With ``legacy``, sentencepiece also puts a space after a control token. Raises UserError if the kind of tokenizer or
+    pre-tokenizer is unknown, or if fields are missing or inconsistent.
     """
     model, pre = fields.get("ggml.model"), fields.get("ggml.pre")
     if model not in ("gpt2", "llama"):
@@ -77,7 +77,7 @@ def write_tokenizer(fields: dict, folder: Path, legacy: bool = True) -> None:
             bos = settings["bos_token"]
             tokenizer.post_processor = processors.TemplateProcessing([bos, "$A"], None, [(bos, vocab[bos])])
     except Exception as error:  # tokenizers raises nothing more specific
-        raise UserError(f"the GGUF's tokenizer is damaged: {error!r}") from None
+        raise UserError(f"the tokenizer's fields are inconsistent: {error!r}") from None
     with atomic_write(folder / JSON_FILE) as temporary:
         tokenizer.save(str(temporary))
     write_json(folder / SETTINGS_FILE, {"tokenizer_class": "PreTrainedTokenizerFast", **settings})
@@ -197,7 +197,7 @@ def named_id(tokenizer: Tokenizer, role: str) -> int | None:
 
 def json_fields(path: Path, tokenizer: Tokenizer) -> dict:
     """The fields of a tokenizer.json: byte-level BPE, or sentencepiece's BPE."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
     model, added = content["model"], {token["id"]: token for token in content["added_tokens"]}
     if model.get("type") != "BPE":
         raise UserError(f"{path} is of kind {model.get('type')!r}; a GGUF of a LLaMA needs BPE")

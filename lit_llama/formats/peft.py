@@ -27,8 +27,8 @@ from lit_llama.formats.export import complete_tokenizer
 from lit_llama.formats.layouts import layer_names
 from lit_llama.methods.adapter import ACTIVATIONS
 from lit_llama.methods.lora import TARGETS
-from lit_llama.methods.table import METHODS
-from lit_llama.model import LLaMA, LLaMAConfig
+from lit_llama.methods.table import weightless
+from lit_llama.model import LLaMAConfig
 from lit_llama.settings import MAX_TOKENS
 from lit_llama.tokenizer import Tokenizer, copy_tokenizer, read_chat_template
 from lit_llama.trained import (
@@ -82,8 +82,8 @@ def import_peft(
 ) -> None:
     """Convert PEFT's adapter folder ``source`` to a trained folder over the base in ``checkpoint_dir``.
 
-    The default chat template is the adapter folder's, or else the base's. Raises
-    UserError if this project lacks the type or a setting, or if tensors do not fit the base.
+    The default chat template is the adapter folder's, or else the base's. Raises UserError if this project lacks the
+    type or a setting, or if tensors do not fit the base.
     """
     config, settings = load_config(checkpoint_dir), read_json(source / SETTINGS_FILE)
     check_range("--max_seq_length", max_seq_length, 1, MAX_TOKENS)
@@ -122,10 +122,7 @@ def shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
 
 def kept_shapes(config: LLaMAConfig, method: str, arguments: dict) -> dict[str, tuple[int, ...]]:
     """The shapes in the method's trained folder over a base of this config."""
-    with torch.device("meta"):
-        model = LLaMA(config).requires_grad_(False)
-        METHODS[method](model, **arguments)
-        return shapes(kept_tensors(model))
+    return shapes(kept_tensors(weightless(config, method, **arguments)))
 
 
 # ---------------------------------------------------------------------------------------------- adapter_config.json
@@ -143,6 +140,7 @@ KNOWN = {
     | {"layers_to_transform", "megatron_core", "qalora_group_size"},
 }
 OFF: tuple = (None, False, "none", [], {})
+# Values that are allowed. PEFT's init_lora_weights "pissa", for one, changes the base's weights.
 VALUES: dict[str, tuple] = {"task_type": (None, "CAUSAL_LM"), "init_lora_weights": (True, False, "gaussian")}
 
 

@@ -36,7 +36,7 @@ def write_shards(
     """
     shapes: dict[str, tuple[int, ...]] = {}
     total_bytes = 0
-    names: list[list[str]] = []  # of the tensors in each part
+    names: list[list[str]] = []  # tensor names, one list per part
     for shard in split_by_bytes(tensors, shard_bytes):
         save_tensors(folder / f"part-{len(names)}", shard, foreign=foreign)
         shapes |= {name: tuple(tensor.shape) for name, tensor in shard.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +13,10 @@ from lit_llama.checkpoint import MODEL_FILE, load_model
 from lit_llama.common.errors import UserError
 from lit_llama.data.prompts import trained_template
 from lit_llama.devices.blocks import check_fsdp_flags, shard
-from lit_llama.devices.launch import base_dtype, default_device, launch, log_rank0
+from lit_llama.devices.launch import base_dtype, check_launcher, default_device, launch, log_rank0
 from lit_llama.devices.prepack import prepare_for_inference
 from lit_llama.devices.quantize import quantization, quantize_base
-from lit_llama.methods.table import METHODS
+from lit_llama.methods.table import METHODS, weightless
 from lit_llama.model import LLaMA
 from lit_llama.settings import DEFAULT_BASE
 from lit_llama.tokenizer import Tokenizer
@@ -25,6 +26,8 @@ from lit_llama.trained import (
     base_method,
     check_base,
     check_header,
+    check_trained,
+    kept_tensors,
     load_parameters,
     read_method,
     trainable_parameters,
@@ -54,6 +57,8 @@ def tokenizer_dir(trained_dir: Path | str, checkpoint_dir: Path | str | None, me
 def launch_sharded(devices: int, num_nodes: int, quantize: str | None, compile: bool) -> Fabric | None:
     """Fabric for several devices that answer with a sharded base. None for one: importing Fabric takes seconds."""
     if (devices, num_nodes) == (1, 1):
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # an sbatch script has SLURM's variables without srun
+            check_launcher(devices, num_nodes, "auto")
         return None
     check_fsdp_flags("fsdp", compile, quantize)
     return launch(devices, num_nodes, "fsdp")
@@ -122,17 +127,19 @@ def load_trained_folder(
 def add_trained(model: LLaMA, trained_dir: Path | str, method: dict) -> None:
     """Freeze ``model``, a base, and add what a trained folder with this method.json holds.
 
-    If it raises UserError, the model is of no further use.
+    After a UserError the model may be half changed: discard it.
     """
     path, tensors_path = Path(trained_dir) / METHOD_FILE, Path(trained_dir) / TRAINED_FILE
     if method["method"] not in METHODS:
         raise UserError(f"{path} names the method {method['method']!r}, not one of {', '.join(METHODS)}")
     model.requires_grad_(False)
     try:
-        METHODS[method["method"]](model, **method["arguments"])
+        on_meta = weightless(model.config, method["method"], **method["arguments"])  # a false size allocates nothing
     except Exception as error:  # arguments that no script wrote may raise anything
         reason = str(error).split("\n")[0]
         raise UserError(f"{path}: the arguments do not fit {method['method']}: {reason}") from None
+    check_trained(kept_tensors(on_meta), tensors_path, prefix="")
+    METHODS[method["method"]](model, **method["arguments"])
     if model.reparametrization is not None:
         model.reparametrization.flatten(model)
     for tensor in trainable_parameters(model).values():

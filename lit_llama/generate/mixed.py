@@ -30,13 +30,13 @@ from lit_llama.methods.soft_prompt import SoftPromptEmbedding
 from lit_llama.model import CausalSelfAttention, LLaMA
 
 MIXABLE = ("adapter", "prefix", "soft_prompt", "lora")
-Rows = dict[Path | None, list[int]]  # the rows of the current batch that use a trained folder; None is the base
+RowsByTask = dict[Path | None, list[int]]  # the rows of the current batch that use a trained folder; None is the base
 
 
 class MixedAttention(CausalSelfAttention):
     """The base's attention, with the adapters and prefixes of some rows."""
 
-    def __init__(self, attn: CausalSelfAttention, rows: Rows) -> None:
+    def __init__(self, attn: CausalSelfAttention, rows: RowsByTask) -> None:
         self.__dict__.update(attn.__dict__)  # adopt the layer: its modules under the same keys, no weight is copied
         self.rows = rows
         self.adapters: dict[Path, tuple[Tensor, Tensor, Tensor]] = {}  # keys, values (1, nkv, K, hs), gates (nh, 1, 1)
@@ -66,7 +66,7 @@ class Mixer:
 
     def __init__(self, model: LLaMA) -> None:
         self.model = model
-        self.rows: Rows = {}
+        self.rows: RowsByTask = {}
         self.front: dict[Path | None, list[int]] = {None: []}  # ids before each task's texts
         wte = model.transformer.wte
         model.transformer.wte = SoftPromptEmbedding(wte, wte.weight[:1])  # one unused row, then soft prompts

@@ -24,7 +24,7 @@ from lit_llama.common.errors import UserError
 from lit_llama.data.batches import TokenizedSample
 from lit_llama.devices.launch import PRECISIONS, Bar, default_device
 from lit_llama.measure.cases import BenchmarkCase, build, measured, synchronize
-from lit_llama.methods.table import METHODS
+from lit_llama.methods.table import weightless
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.train.loss import target_loss, target_vectors
 
@@ -67,15 +67,6 @@ def limit_of(kind: str, case: BenchmarkCase, limit: dict[str, float], samples: l
     in_blocks = 1 if "int8" in case.options else 0.5 if "nf4" in case.options else itemsize
     blocks = sum(p.numel() for p in model.transformer.h.parameters()) * in_blocks
     return limit["read"] / (blocks + model.lm_head.weight.numel() * itemsize)
-
-
-def weightless(config: LLaMAConfig, method: str = "", **arguments: Any) -> LLaMA:
-    """A model on the meta device, with a method if it changes the model. A pass through it computes only shapes."""
-    with torch.device("meta"):
-        model = LLaMA(config).requires_grad_(False)
-        if method in METHODS:
-            METHODS[method](model, **arguments)
-    return model
 
 
 def flops_per_token(model: LLaMA, samples: list[TokenizedSample]) -> float:

@@ -45,7 +45,7 @@ def config_of(model: str) -> LLaMAConfig:
 
 def check_method(method: str) -> None:
     if method not in METHODS:
-        raise UserError(f"--method {method} is none of {', '.join(METHODS)}")
+        raise UserError(f"the method {method} is none of {', '.join(METHODS)}")
 
 
 @dataclass
@@ -85,22 +85,24 @@ class BenchmarkCase:
 # A step takes samples and returns the tokens it computed, padding included; decode takes a prompt and a count.
 Step = Callable[[list[TokenizedSample]], int]
 Decode = Callable[[list[int], int], int]
-work: Step | Decode  # of this process
+run_case: Step | Decode  # set by ``build``
 
 
 def build(case: BenchmarkCase, kind: str, threads: int) -> None:
     """Build a case in this process, for ``measured``."""
-    global work
+    global run_case
     torch.set_num_threads(threads)
     torch.manual_seed(1)
-    work = {"ours": build_ours, "litgpt": build_litgpt, "peft": build_peft}[case.project](case, kind, default_device())
+    run_case = {"ours": build_ours, "litgpt": build_litgpt, "peft": build_peft}[case.project](
+        case, kind, default_device()
+    )
 
 
-def measured(*job: Any) -> tuple[float, int, int | None]:
+def measured(*arguments: Any) -> tuple[float, int, int | None]:
     """Do some work. Returns seconds, computed tokens, and the peak memory of this process."""
     device = default_device()
     started = time.perf_counter()
-    computed = work(*job)
+    computed = run_case(*arguments)
     synchronize(device)
     return time.perf_counter() - started, computed, peak_memory(device)
 

@@ -42,6 +42,7 @@ from lit_llama.common.files import (
     read_tensors,
     remove_unfinished,
     save_tensors,
+    write_error,
     write_json,
 )
 from lit_llama.data.prompts import describe_template, write_chat_template
@@ -367,8 +368,11 @@ def append_row(path: Path, row: dict) -> None:
     if set(row) - set(columns):
         write_rows(path, [*read_metrics(path.parent), row])
         return
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        csv.DictWriter(file, columns, lineterminator="\n").writerow(row)
+    try:
+        with open(path, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, columns, lineterminator="\n").writerow(row)
+    except OSError as error:
+        raise write_error(path, error) from None
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
