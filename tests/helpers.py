@@ -397,7 +397,8 @@ def command(script: str, *flags: object) -> list[str]:
 
 
 def run_process(script: str, *flags: object) -> subprocess.CompletedProcess:
-    return subprocess.run(command(script, *flags), cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    options = dict(capture_output=True, encoding="utf-8", stdin=subprocess.DEVNULL)
+    return subprocess.run(command(script, *flags), cwd=ROOT, **options)
 
 
 def run(script: str, *flags: object, cwd: Path = ROOT, stdin: str = "") -> subprocess.CompletedProcess:

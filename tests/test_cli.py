@@ -197,6 +197,12 @@ def test_a_log_gets_lines_and_a_terminal_a_bar(monkeypatch, terminal):
         assert lines[0].startswith("step 10/20 |") and lines[-1].startswith("step 20/20 |") and "loss 9" in lines[-1]
 
 
+def test_pipes_hold_utf_8_whatever_the_locale(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    assert "prompt: é→\n" in run_process("generate/base.py", "--prompt", "é→", "--print_config").stdout
+    assert "flag --é→" in run_process("generate/base.py", "--é→").stderr
+
+
 def test_a_script_says_that_another_clone_is_imported(tmp_path, capsys):
     (tmp_path / "lit_llama").mkdir()
     cli.warn_of_other_clone(tmp_path / "finetune/lora.py")

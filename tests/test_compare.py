@@ -3,6 +3,7 @@
 import json
 import math
 import subprocess
+from contextlib import contextmanager
 from statistics import NormalDist
 
 import numpy as np
@@ -31,9 +32,9 @@ def test_a_failed_method_is_reported_and_the_others_go_on(folder, tmp_path):
     assert list(content["results"]) == ["lora"] and "start_layer" in content["failed"]["adapter, seed 1337"]
 
 
-@pytest.fixture(scope="module")
-def here():
-    """Popen runs a script in this process."""
+@contextmanager
+def in_this_process():
+    """Popen runs a script here."""
 
     def popen(command, stdout, **_):
         process = run(*command[1:])
@@ -47,12 +48,13 @@ def here():
 
 
 @pytest.fixture(scope="module")
-def compared(folder, here):
+def compared(folder):
     out = folder / "compared"
     flags = ["--checkpoint_dir", folder / "base", "--data", folder / "words", "--n_samples", 12, "--batch_size", 3]
     flags += ["--methods", "[features, full, lora]", "--variants", '{"lora r=2": "lora --r 2"}']
     flags += ["--shots", "[0, 1]", "--seeds", 2, "--other_data", folder / "sums/validation.json", "--out_dir", out]
-    return out, flags, succeed(COMPARE, *flags)
+    with in_this_process():
+        return out, flags, succeed(COMPARE, *flags)
 
 
 def test_every_figure_is_there(compared):
@@ -88,7 +90,7 @@ def test_every_figure_is_there(compared):
         assert (out / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_finished_is_not_run_again(compared, here):
+def test_what_is_finished_is_not_run_again(compared):
     out, flags, _ = compared
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".csv", ".log")}
     assert times
@@ -97,10 +99,11 @@ def test_what_is_finished_is_not_run_again(compared, here):
     refuse(COMPARE, *flags, "--n_samples", 15, message="a comparison with other settings: n_samples was 12, now 15")
 
 
-def test_a_pilot_keeps_the_rate_of_the_lowest_loss(folder, here, tmp_path):
+def test_a_pilot_keeps_the_rate_of_the_lowest_loss(folder, tmp_path):
     flags = ["--checkpoint_dir", folder / "base", "--data", folder / "sums", "--n_samples", 6, "--batch_size", 3]
     flags += ["--methods", "[features, lora]", "--shots", "[]", "--pilot", "--pilot_samples", 6]
-    printed = succeed(COMPARE, *flags, "--out_dir", tmp_path)
+    with in_this_process():
+        printed = succeed(COMPARE, *flags, "--out_dir", tmp_path)
     assert "features is left out" in printed
     row = json.loads((tmp_path / "results.json").read_text())["results"]["lora"]
     losses = {}

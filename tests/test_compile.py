@@ -1,4 +1,6 @@
-"""--compile in training and in generation, in every precision. What compiled blocks compute: test_blocks.py."""
+"""--compile in training, evaluation and the chat, in every precision. What compiled blocks compute: test_blocks.py."""
+
+import re
 
 import pytest
 import torch
@@ -26,13 +28,25 @@ def nothing_compiled_yet():
     torch._dynamo.reset()
 
 
+def check_compiled(precision: str, *command: object, stdin: str = "") -> None:
+    """In float32 the script prints what it prints without --compile; in bfloat16 other roundings may end an answer."""
+    plain, compiled = (run(*command, "--precision", precision, *more, stdin=stdin) for more in ([], ["--compile"]))
+    assert compiled.returncode == 0 and "error" not in compiled.stderr, compiled.stderr
+    if precision == "32-true":
+        assert re.sub(r"\d+ ms", "", compiled.stdout) == re.sub(r"\d+ ms", "", plain.stdout)
+
+
 @every_kind
 def test_evaluate(precision, kind, folder):
     flags = ["--trained_dir", folder / "trained", "--data", folder / "data", "--batch_size", 3, "--quantize", kind]
-    plain, compiled = (run("scripts/evaluate.py", *flags, "--precision", precision, *it) for it in ([], ["--compile"]))
-    assert compiled.returncode == 0, compiled.stderr
-    if precision == "32-true":  # in bfloat16 other roundings may end an answer
-        assert compiled.stdout == plain.stdout
+    check_compiled(precision, "scripts/evaluate.py", *flags)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_chat(precision, folder):
+    said = f"add 3 and 9\n/load {folder / 'trained'}\nadd 4 and 1\n/load\nand 5?\n"
+    flags = ["--checkpoint_dir", folder / "base", "--max_new_tokens", 8]
+    check_compiled(precision, "generate/chat.py", *flags, stdin=said)
 
 
 @every_kind

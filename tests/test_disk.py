@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +35,8 @@ def files(folder: Path) -> dict[Path, bytes]:
 @contextmanager
 def small_files():
     """No file may grow beyond 900 bytes: writes stop half-way, as on a full disk."""
+    import resource  # POSIX alone has it
+
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (900, limits[1]))
     try:

@@ -111,6 +111,10 @@ def test_targets_are_the_answers_and_their_ends(tokenizer, style, turns, system,
         prompt = encode_prompt(messages[:-1], template, tokenizer)
         assert whole.ids[: len(prompt)].tolist() == prompt  # what generation asks is what training masks
     cut = encoded(max_seq_length)
+    if whole is not None and len(whole.ids) < max_seq_length:
+        assert (cut.ids, cut.targets) == (whole.ids, whole.targets)
+    elif whole is not None and sum(target != IGNORE for target in whole.targets[: max_seq_length - 1]) > 2:
+        assert cut is not None  # with something of an answer
     if cut is not None:
         trained = [target for target in cut.targets if target != IGNORE]
         assert len(cut.ids) < max_seq_length and trained[-1:] == end

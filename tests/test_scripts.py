@@ -187,10 +187,14 @@ def test_a_whole_model_is_asked_as_it_was_trained(folder, tmp_path):
     assert read_json(tmp_path / "lora/method.json")["prompt_style"] == "alpaca"
 
 
-def test_examples_in_the_prompt(folder):
+def test_examples_in_the_prompt(folder, tmp_path):
     flags = ["--checkpoint_dir", folder / "base", "--data", folder / "sums", "--max_samples", 4]
-    without, with_two = (succeed("scripts/evaluate.py", *flags, "--shots", shots) for shots in (0, 2))
-    assert without != with_two and "\n4 samples\n" in with_two
+    printed, targets = [], []
+    for shots in (0, 2):
+        printed.append(succeed("scripts/evaluate.py", *flags, "--shots", shots, "--results", tmp_path / "results.json"))
+        targets.append([row["n_targets"] for row in read_json(tmp_path / "results.json")["samples"]])
+    assert printed[0] != printed[1] and "\n4 samples\n" in printed[1]
+    assert targets[0] == targets[1]  # those of the examples do not count
     refuse("scripts/evaluate.py", *flags, "--shots", 41, message="holds 40 rows")
     refuse("scripts/evaluate.py", *flags[:2], "--data", folder / "sums/train.json", "--shots", 1, message="folder")
 
@@ -338,6 +342,7 @@ def test_prepare_reviews_checks_what_it_is_given(tmp_path):
 # The real model
 
 
+@pytest.mark.weights
 def test_the_base_answers_sensibly(smollm2_dir):
     printed = succeed("generate/base.py", "--checkpoint_dir", smollm2_dir, "--prompt", "What is the capital of France?")
     assert printed.strip() == "The capital of France is Paris."
