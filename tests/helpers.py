@@ -46,7 +46,6 @@ from lit_llama.trained import describe_base, kept_tensors, trainable_parameters
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [path for name in ("finetune", "generate", "scripts", "data") for path in sorted((ROOT / name).glob("*.py"))]
-SOME_BASE = {"checkpoint_dir": "base", "name": "tiny", "fingerprint": ""}  # of a method.json whose base is not read
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
