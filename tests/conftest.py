@@ -13,6 +13,7 @@ from lit_llama.base import ensure_base
 from lit_llama.devices import launch
 from lit_llama.formats.download import fetch_default_gguf
 from lit_llama.settings import DEFAULT_BASE
+from lit_llama.tokenizer import Tokenizer
 
 # Tiny products gain nothing from threads, and threads that wait for a busy core cost many times what they save.
 torch.set_num_threads(1)
@@ -60,6 +61,17 @@ def smollm2_gguf() -> Path:
     folder.parent.mkdir(exist_ok=True)
     with FileLock(folder.parent / ".tests.lock"):
         return fetch_default_gguf(folder)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """A tiny base that a test must leave as it is."""
+    return make_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base) -> Tokenizer:
+    return Tokenizer(base)
 
 
 @pytest.fixture(scope="module")

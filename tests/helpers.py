@@ -46,7 +46,6 @@ from lit_llama.trained import describe_base, kept_tensors, trainable_parameters
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [path for name in ("finetune", "generate", "scripts", "data") for path in sorted((ROOT / name).glob("*.py"))]
-SOME_BASE = {"checkpoint_dir": "base", "name": "tiny", "fingerprint": ""}  # of a method.json whose base is not read
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -397,7 +396,8 @@ def command(script: str, *flags: object) -> list[str]:
 
 
 def run_process(script: str, *flags: object) -> subprocess.CompletedProcess:
-    return subprocess.run(command(script, *flags), cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    options = dict(capture_output=True, encoding="utf-8", stdin=subprocess.DEVNULL)
+    return subprocess.run(command(script, *flags), cwd=ROOT, **options)
 
 
 def run(script: str, *flags: object, cwd: Path = ROOT, stdin: str = "") -> subprocess.CompletedProcess:

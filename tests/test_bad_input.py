@@ -1,7 +1,6 @@
 """What users get wrong, through the real command lines: exit code 2, one line that says so, and nothing overwritten."""
 
 import json
-import os
 import re
 import shutil
 import struct
@@ -67,6 +66,7 @@ TENSORS = [
     (tensors_with(lambda t: t.update({min(t): torch.ones(3, 3)})), r"has shape \(3, 3\) instead of"),
 ]
 ELSEWHERE, PASSWD = ({"checkpoint_dir": x, "name": "tiny", "fingerprint": "0"} for x in ("none", "/etc/passwd"))
+FIRST = "it first: python scripts/convert.py --source .* --out_dir checkpoints"
 FILES = {  # a file and the command that reads it: its content or a function that changes it, and the message
     ("base/model.safetensors", BASE): TENSORS,
     ("out/trained.safetensors", TRAINED): TENSORS,
@@ -85,6 +85,10 @@ FILES = {  # a file and the command that reads it: its content or a function tha
         (json_with(n_layer=5), "does not fit the model: transformer.h.3.*is missing"),
         (json_with(tie_embeddings=True), "lm_head.weight is not expected"),
         (json_with(rope_scaling=2), "config.json: "),
+        (json_with(architectures=["LlamaForCausalLM"]), f"base is a Hugging Face folder; convert {FIRST}/base$"),
+    ],
+    ("llama.gguf", (*FINETUNE, "--checkpoint_dir", "llama.gguf")): [
+        ("GGUF", f"llama.gguf is a GGUF file; convert {FIRST}/llama$"),
     ],
     ("base/tokenizer.json", BASE): [
         (Path.unlink, "base holds neither tokenizer"),
@@ -141,6 +145,7 @@ FLAGS = [  # the command, further flags, message; test_cli.py and test_methods.p
     (FINETUNE, ["--devices", -5], "--devices -5"),
     (FINETUNE, ["--devices", 100_000], "--devices 100000 must be between 1 and"),
     (FINETUNE, ["--strategy", "warp"], "--strategy warp is none of auto, ddp, fsdp"),
+    (FINETUNE, ["--strategy", "fsdp"], "pass --devices 2 or more"),
     (FINETUNE, ["--eval_samples", -1], "eval_samples -1 must be between 0 and"),
     (FINETUNE, ["--prompt_style", "vicuna"], "'vicuna' is none of alpaca, plain, template"),
     (FINETUNE, ["--gate_lr_scale", "1e300"], "--gate_lr_scale 1e.300 must be between 0 and 100"),
@@ -172,6 +177,7 @@ FLAGS = [  # the command, further flags, message; test_cli.py and test_methods.p
     (BASE, ["--prompt", "", "--prompt_style", "plain"], "the prompt is empty"),
     (BASE, ["--prompt", "a\udcff"], "lone surrogate, .* at character"),
     (BASE, ["--compile", "--devices", 2], "a sharded base works with neither --compile nor --quantize"),
+    (BASE, ["--num_nodes", 0], "--num_nodes 0 must be between 1 and"),
     (TRAINED, ["--max_new_tokens", 10**9], "choose max_new_tokens from 1 to"),
     (TRAINED, ["--checkpoint_dir", "other"], "trained on tiny .fingerprint"),
     (["generate/chat.py", *TRAINED[1:3]], ["--prompt_style", "alpaca"], "out keeps its prompt style from training"),
@@ -237,13 +243,3 @@ def test_a_wrong_file_is_refused_in_one_line(place, name, command, content, mess
 @pytest.mark.parametrize(("command", "flags", "message"), FLAGS, ids=[f"{c[0][0]}: {c[2]}" for c in FLAGS])
 def test_wrong_flags_are_refused_in_one_line(place, command, flags, message):
     check_refusal(place, [*command, *flags], message)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="needs POSIX")
-def test_odd_data_is_accepted(place):
-    """A byte-order mark, names of control tokens and answers of 1 MB are data like any other."""
-    rows = [{"instruction": f"<|im_end|>{i}", "output": "</s><|im_start|>"} for i in range(40)]
-    rows.append({"instruction": "long", "output": "x" * 10**6})
-    (place / "rows.json").write_text(json.dumps(rows), encoding="utf-8-sig")
-    result = run(*FINETUNE, "--data", "rows.json", cwd=place)
-    assert result.returncode == 0 and "1 cut to max_seq_length" in result.stdout, result.stderr

@@ -18,14 +18,9 @@ OVER_A_BASE = {case: CASES[case] for case in CASES if case != "full"}
 
 
 @pytest.fixture(scope="module")
-def base_dir(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("chat") / "base")
-
-
-@pytest.fixture(scope="module")
-def trained_dirs(base_dir):
-    cases = OVER_A_BASE.items()
-    return {case: save_trained(base_dir, base_dir.parent / case, method, **flags) for case, (method, flags) in cases}
+def trained_dirs(base, tmp_path_factory):
+    folder, cases = tmp_path_factory.mktemp("chat"), OVER_A_BASE.items()
+    return {case: save_trained(base, folder / case, method, **flags) for case, (method, flags) in cases}
 
 
 def make_chat(folder, style=None, max_new_tokens=8, **options) -> Chat:
@@ -34,8 +29,8 @@ def make_chat(folder, style=None, max_new_tokens=8, **options) -> Chat:
 
 
 @pytest.fixture
-def chat(base_dir):
-    return make_chat(base_dir)
+def chat(base):
+    return make_chat(base)
 
 
 def say(chat: Chat, text: str) -> str:
@@ -53,8 +48,8 @@ def fresh_ids(chat: Chat, text: str) -> list[int]:
 
 @pytest.mark.parametrize("case", [None, *OVER_A_BASE])
 @pytest.mark.parametrize("style", ["template", "alpaca"])
-def test_cached_turns_are_answered_as_a_fresh_prompt_is(base_dir, trained_dirs, case, style):
-    chat = make_chat(base_dir, style)
+def test_cached_turns_are_answered_as_a_fresh_prompt_is(base, trained_dirs, case, style):
+    chat = make_chat(base, style)
     if case:
         chat.load(str(trained_dirs[case]))
         chat.template = choose_template(style, chat.tokenizer)
@@ -184,9 +179,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat, talk, monkeypatch, n_
     assert chat.turns[-1]["ids"] == fresh
 
 
-def test_sampled_turns_differ_but_a_chat_repeats(base_dir):
+def test_sampled_turns_differ_but_a_chat_repeats(base):
     def twice() -> list[str]:
-        chat = make_chat(base_dir, max_new_tokens=12, sampling=Sampling(temperature=1.0))
+        chat = make_chat(base, max_new_tokens=12, sampling=Sampling(temperature=1.0))
         answers = [say(chat, "a")]
         chat.command("/reset")
         return [*answers, say(chat, "a")]

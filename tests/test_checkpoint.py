@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_base, make_trained, refuse
+from helpers import make_base, make_trained
 from safetensors.torch import load_file
 
 from lit_llama import trained
 from lit_llama.checkpoint import fingerprint, load_config, load_model, tensor_shapes, weight_files
 from lit_llama.common.errors import UserError
-from lit_llama.common.files import atomic_write, read_json, save_tensors, whole_folder, write_json
+from lit_llama.common.files import read_json, save_tensors, write_json
 from lit_llama.formats.shards import save_checkpoint
 from lit_llama.generate.load import load_trained_folder
 
@@ -22,23 +22,6 @@ def base(tmp_path):
 
 
 # files
-
-
-def test_a_file_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):
-    (tmp_path / "a").write_text("old")
-    with pytest.raises(RuntimeError), atomic_write(tmp_path / "a") as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
-
-
-def test_a_folder_is_whole_or_absent(tmp_path):
-    with pytest.raises(RuntimeError), whole_folder(tmp_path / "new") as temporary:
-        (temporary / "half").write_text("x")
-        raise RuntimeError
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match="exists already"), whole_folder(tmp_path):
-        pass
 
 
 def test_tensors_are_readable_by_others(tmp_path):
@@ -91,15 +74,10 @@ def test_a_checkpoint_that_lacks_a_tensor_is_not_written_silently(tmp_path):
 # trained folders
 
 
-def test_the_base_may_move_but_not_change(base, tmp_path):
+def test_the_base_may_move(base, tmp_path):
     make_trained(tmp_path / "out", base)
     base.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="tiny in .*base, which is missing; pass --checkpoint_dir"):
-        load_trained_folder(tmp_path / "out")
     load_trained_folder(tmp_path / "out", tmp_path / "moved")
-    other = make_base(tmp_path / "other", seed=2)
-    with pytest.raises(UserError, match="trained on tiny .fingerprint .* but .*other holds tiny"):
-        load_trained_folder(tmp_path / "out", other)
 
 
 def test_fingerprint_tells_a_single_tensor_apart(base):
@@ -116,18 +94,6 @@ def test_a_base_written_before_biases_is_still_the_same_base(base, tmp_path):
     assert config.pop("bias") is False
     write_json(base / "config.json", config)
     load_trained_folder(tmp_path / "out")
-
-
-def test_a_base_in_another_format_is_refused(base, tmp_path):
-    (tmp_path / "llama.gguf").write_bytes(b"GGUF")
-    write_json(base / "config.json", read_json(base / "config.json") | {"architectures": ["LlamaForCausalLM"]})
-    convert = "it first: python scripts/convert.py --source .* --out_dir checkpoints"
-    message = f"llama.gguf is a GGUF file; convert {convert}/llama$"
-    refuse("finetune/lora.py", "--checkpoint_dir", tmp_path / "llama.gguf", message=message)
-    message = f"base is a Hugging Face folder; convert {convert}/base$"
-    refuse("generate/base.py", "--checkpoint_dir", base, "--prompt", "x", message=message)
-    with pytest.raises(UserError, match=message):
-        load_model(base)
 
 
 def test_a_relative_base_is_found_from_any_folder(base, tmp_path, monkeypatch):

@@ -1,16 +1,20 @@
-"""scripts/compare_methods.py on a tiny base: what it measures, what it leaves alone, what it says of a failure."""
+"""scripts/compare_methods.py on a tiny base: what it measures and says of a failure; curves of runs; TensorBoard."""
 
 import json
 import math
 import subprocess
+import sys
+from contextlib import contextmanager
 from statistics import NormalDist
 
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, make_base, metrics, refuse, run, succeed, tiny_model
+from helpers import TINY, finetune, make_base, metrics, refuse, run, succeed, tiny_model
 
+from lit_llama.common.errors import UserError
 from lit_llama.data.batches import TokenizedSample
+from lit_llama.devices import launch
 from lit_llama.measure.benchmark import flops_per_token
 from lit_llama.measure.compare import loss_change, markdown, pilot_runs, quality, variant_runs, versus_full
 from lit_llama.measure.intervals import difference_interval, mean_interval, per_token, proportion_interval
@@ -31,9 +35,9 @@ def test_a_failed_method_is_reported_and_the_others_go_on(folder, tmp_path):
     assert list(content["results"]) == ["lora"] and "start_layer" in content["failed"]["adapter, seed 1337"]
 
 
-@pytest.fixture(scope="module")
-def here():
-    """Popen runs a script in this process."""
+@contextmanager
+def in_this_process():
+    """Popen runs a script here."""
 
     def popen(command, stdout, **_):
         process = run(*command[1:])
@@ -47,12 +51,13 @@ def here():
 
 
 @pytest.fixture(scope="module")
-def compared(folder, here):
+def compared(folder):
     out = folder / "compared"
     flags = ["--checkpoint_dir", folder / "base", "--data", folder / "words", "--n_samples", 12, "--batch_size", 3]
     flags += ["--methods", "[features, full, lora]", "--variants", '{"lora r=2": "lora --r 2"}']
     flags += ["--shots", "[0, 1]", "--seeds", 2, "--other_data", folder / "sums/validation.json", "--out_dir", out]
-    return out, flags, succeed(COMPARE, *flags)
+    with in_this_process():
+        return out, flags, succeed(COMPARE, *flags)
 
 
 def test_every_figure_is_there(compared):
@@ -88,7 +93,7 @@ def test_every_figure_is_there(compared):
         assert (out / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_finished_is_not_run_again(compared, here):
+def test_what_is_finished_is_not_run_again(compared):
     out, flags, _ = compared
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".csv", ".log")}
     assert times
@@ -97,10 +102,11 @@ def test_what_is_finished_is_not_run_again(compared, here):
     refuse(COMPARE, *flags, "--n_samples", 15, message="a comparison with other settings: n_samples was 12, now 15")
 
 
-def test_a_pilot_keeps_the_rate_of_the_lowest_loss(folder, here, tmp_path):
+def test_a_pilot_keeps_the_rate_of_the_lowest_loss(folder, tmp_path):
     flags = ["--checkpoint_dir", folder / "base", "--data", folder / "sums", "--n_samples", 6, "--batch_size", 3]
     flags += ["--methods", "[features, lora]", "--shots", "[]", "--pilot", "--pilot_samples", 6]
-    printed = succeed(COMPARE, *flags, "--out_dir", tmp_path)
+    with in_this_process():
+        printed = succeed(COMPARE, *flags, "--out_dir", tmp_path)
     assert "features is left out" in printed
     row = json.loads((tmp_path / "results.json").read_text())["results"]["lora"]
     losses = {}
@@ -215,3 +221,48 @@ def test_a_run_that_ends_without_a_validation_is_no_candidate(tmp_path):
         (trial.out_dir / "metrics.csv").write_text(f"step,val_loss\n1,{loss}\n")
         (trial.out_dir / "costs.json").write_text("{}")
     assert [trial.trained for trial in trials] == [True, True, False]
+
+
+@pytest.fixture(scope="module")
+def run_dir(folder):
+    finetune(folder, folder / "out", logger="tensorboard")
+    return folder / "out"
+
+
+def test_tensorboard_shows_what_metrics_csv_holds(run_dir):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    rows = metrics(run_dir)
+    assert {"loss", "lr", "val_loss", "grad_norm"} < set(rows[0])
+    for column in set(rows[0]) - {"step"}:
+        shown = {event.step: event.value for event in events.Scalars(column)}
+        assert shown == pytest.approx({int(row["step"]): float(row[column]) for row in rows if row[column]}, rel=1e-5)
+
+
+def test_a_logger_that_is_missing_or_unknown(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="'aim' is none of tensorboard, wandb, mlflow"):
+        launch.make_loggers("aim", tmp_path)
+    loggers = pytest.importorskip("lightning.fabric.loggers.tensorboard")
+    monkeypatch.setattr(loggers, "_TENSORBOARD_AVAILABLE", False)
+    monkeypatch.setattr(loggers, "_TENSORBOARDX_AVAILABLE", False)
+    with pytest.raises(UserError, match="run: pip install tensorboard"):
+        launch.make_loggers("tensorboard", tmp_path)
+    assert launch.make_loggers(None, tmp_path) == []
+
+
+def test_runs_are_drawn_side_by_side(run_dir, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "running").mkdir()  # no validation yet, and a line that is being written
+    (tmp_path / "running/metrics.csv").write_text("step,loss,lr,tokens,seconds\n1,3.5,0.1,40,0.2\n2,0.5")
+    printed = succeed("scripts/plot_runs.py", run_dir, tmp_path / "running", "--out_file", tmp_path / "new/runs.png")
+    assert printed.strip() == f"wrote {tmp_path / 'new/runs.png'}"
+    assert (tmp_path / "new/runs.png").read_bytes().startswith(b"\x89PNG")
+    succeed("scripts/plot_runs.py", "--runs", f"[{run_dir}]", "--out_file", tmp_path / "one.svg")
+    refuse("scripts/plot_runs.py", run_dir.parent / "sums", message="sums: no step in a metrics.csv there")
+
+
+def test_without_matplotlib_the_way_out_is_named(run_dir, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it fails
+    flags = [run_dir, "--out_file", tmp_path / "a.png"]
+    refuse("scripts/plot_runs.py", *flags, message=r'pip install -e "\.\[plot\]"')

@@ -29,9 +29,6 @@ from lit_llama.configs import CONFIGS
 from lit_llama.formats.convert import convert_hf, convert_meta
 from lit_llama.model import LLaMAConfig
 
-CONVERT = ["scripts/convert.py", "--source"]
-
-
 # ---------------------------------------------------------------------------------------------- Hugging Face
 
 
@@ -271,13 +268,11 @@ def test_meta_refused(tmp_path, monkeypatch):
     refused("no consolidated", out, convert_meta, source, out, "tiny")
 
 
-def test_the_script_tells_the_format_by_what_it_finds(tmp_path, monkeypatch):
+def test_the_script_knows_metas_folder(tmp_path, monkeypatch):
     monkeypatch.setitem(CONFIGS, "tiny", dict(HF_TINY))
-    theirs = tiny_hf()
-    theirs.save_pretrained(tmp_path / "hf")
+    theirs, out = tiny_hf(), tmp_path / "ours"
     write_meta(tmp_path / "meta", theirs, 1, 0)
-    for source, flags in (("hf", ["--dtype", "float32"]), ("meta", ["--name", "tiny"])):
-        out = tmp_path / f"from_{source}"
-        assert succeed(*CONVERT, tmp_path / source, "--out_dir", out, *flags) == f"wrote {out}\n"
-        check_logits(out, theirs)
-    refuse(*CONVERT, tmp_path / "meta", "--out_dir", tmp_path / "out", message="Meta's folder needs --name")
+    convert = ["scripts/convert.py", "--source", tmp_path / "meta", "--out_dir"]
+    assert succeed(*convert, out, "--name", "tiny") == f"wrote {out}\n"
+    check_logits(out, theirs)
+    refuse(*convert, tmp_path / "other", message="Meta's folder needs --name")

@@ -154,7 +154,7 @@ def test_compiled_blocks_agree(checkpointing):
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_narrow_blocks_compute_their_rounded_weights(kind):
+def test_quantized_blocks_compute_their_rounded_weights(kind):
     if kind == "nf4":
         pytest.importorskip("bitsandbytes")
     model = adapted(quantize=kind)

@@ -20,17 +20,6 @@ from lit_llama.data.prompts import choose_template, style_of
 from lit_llama.data.samples import UNSUPPORTED, DataOptions, Sample, read_samples, to_sample
 from lit_llama.data.task import encode_samples, hash_fraction, load_splits, load_task
 from lit_llama.formats.shards import save_checkpoint
-from lit_llama.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(base):
-    return Tokenizer(base)
 
 
 def sample_of(row: dict) -> Sample:

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +15,6 @@ from finetune import adapter
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import (
     atomic_write,
-    check_new,
-    check_writable,
     open_tensors,
     read_tensors,
     remove_unfinished,
@@ -36,6 +33,8 @@ def files(folder: Path) -> dict[Path, bytes]:
 @contextmanager
 def small_files():
     """No file may grow beyond 900 bytes: writes stop half-way, as on a full disk."""
+    import resource  # POSIX alone has it
+
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (900, limits[1]))
     try:
@@ -88,19 +87,6 @@ def test_every_output_is_written_whole_or_not_at_all(tmp_path, name, write):
     with small_files(), pytest.raises(UserError, match=f"{name}.* cannot be written .*: free some space and try again"):
         write(tmp_path / name)
     assert files(tmp_path) == before
-
-
-def test_an_output_is_checked_before_the_work(tmp_path):
-    (tmp_path / "file").touch()
-    check_writable(tmp_path / "new/folders/a.json")
-    check_writable(tmp_path / "file")
-    before = sorted(tmp_path.rglob("*"))
-    for place, reason in ((tmp_path, "Is a directory"), (tmp_path / "file/a.json", "Not a directory")):
-        with pytest.raises(UserError, match=f"cannot be written .{reason}.: choose a folder that you can write to"):
-            check_writable(place)
-    with pytest.raises(UserError, match="exists already"):
-        check_new(tmp_path / "file")
-    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

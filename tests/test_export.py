@@ -8,7 +8,6 @@ import torch
 from helpers import (
     CONTROLS,
     EXPORT_SHAPES,
-    SOME_BASE,
     TALK,
     check_logits,
     make_base,
@@ -24,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from lit_llama.checkpoint import load_config
 from lit_llama.common.files import read_json, write_json
-from lit_llama.data.prompts import CHATML, encode_prompt
 from lit_llama.formats import export
 from lit_llama.formats.convert import convert_hf
 from lit_llama.formats.export import export_hf
@@ -97,16 +95,6 @@ def test_the_tokenizers_own_template_stays(tmp_path):
     assert theirs.apply_chat_template(TALK[1:2], tokenize=False) == "Two and two?!"
     generation = GenerationConfig.from_pretrained(tmp_path / "hf")
     assert (generation.eos_token_id, generation.temperature) == ([0, CONTROLS.index("<|im_end|>")], 0.5)
-
-
-def test_a_fully_finetuned_folder_has_the_template_it_was_trained_with(tmp_path):
-    base = make_base(tmp_path / "base")
-    (base / "chat_template.jinja").write_text("another")
-    write_json(base / "method.json", {"method": "full", "arguments": {}, "base": SOME_BASE, "prompt_style": "chatml"})
-    export_hf(base, tmp_path / "hf")
-    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), Tokenizer(base)
-    found = theirs.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
-    assert found == encode_prompt(TALK, CHATML, ours)
 
 
 @pytest.mark.parametrize("scale_head", [False, True])

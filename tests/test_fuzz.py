@@ -1,13 +1,9 @@
 """Whatever bytes come: data files are read or refused, and prompts never leak into targets."""
 
-import csv
-import io
 import json
 import tempfile
 from pathlib import Path
 
-import pytest
-from helpers import make_base
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +12,6 @@ from lit_llama.data.batches import IGNORE, TokenizedSample
 from lit_llama.data.prompts import STYLES, choose_template, encode_prompt, end_of_answer
 from lit_llama.data.samples import SUFFIXES, Sample, read_samples, to_sample
 from lit_llama.data.task import encode_samples
-from lit_llama.tokenizer import Tokenizer
 
 fuzz = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 text = st.text(st.characters(codec="utf-8"), max_size=30)
@@ -29,11 +24,6 @@ rows = st.one_of(
     st.fixed_dictionaries({"messages": st.lists(st.dictionaries(keys, scalar, max_size=3), max_size=4)}),
     anything,
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return Tokenizer(make_base(tmp_path_factory.mktemp("fuzz") / "base"))
 
 
 # the data reader
@@ -63,17 +53,6 @@ as_jsonl = st.lists(rows, max_size=4).map(lambda content: "\n".join(map(json.dum
 def test_any_bytes_are_read_or_refused(content, suffix, at, change):
     read(content, suffix)
     read(content[:at] + change + content[at + len(change) :], suffix)
-
-
-@fuzz
-@given(st.lists(st.lists(text, min_size=2, max_size=2), min_size=1, max_size=4), st.booleans())
-def test_json_and_csv_bring_back_what_was_written(content, as_csv):
-    out = io.StringIO()
-    csv.writer(out).writerows([["instruction", "output"], *content])
-    lines = "\n".join(json.dumps({"instruction": a, "output": b}) for a, b in content)
-    samples = read(out.getvalue().encode(), ".csv") if as_csv else read(lines.encode(), ".jsonl")
-    if samples or not as_csv:
-        assert [[sample.prompt[0]["content"], sample.answer] for sample in samples] == content
 
 
 # prompts and masks
@@ -111,6 +90,10 @@ def test_targets_are_the_answers_and_their_ends(tokenizer, style, turns, system,
         prompt = encode_prompt(messages[:-1], template, tokenizer)
         assert whole.ids[: len(prompt)].tolist() == prompt  # what generation asks is what training masks
     cut = encoded(max_seq_length)
+    if whole is not None and len(whole.ids) < max_seq_length:
+        assert (cut.ids, cut.targets) == (whole.ids, whole.targets)
+    elif whole is not None and sum(target != IGNORE for target in whole.targets[: max_seq_length - 1]) > 2:
+        assert cut is not None  # with something of an answer
     if cut is not None:
         trained = [target for target in cut.targets if target != IGNORE]
         assert len(cut.ids) < max_seq_length and trained[-1:] == end

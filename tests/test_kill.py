@@ -80,13 +80,14 @@ def kill_somewhere(folder, out_dir, method, seconds) -> bool:
 def test_a_killed_run_resumes_to_the_same_bytes(folder, tmp_path):
     for method in METHODS:
         run_child(train, folder, tmp_path / method, method)
-    rng, kills = random.Random(1), 0
+    rng, kills, ends = random.Random(1), 0, set()
     while kills < 20:
         method = METHODS[kills % 2]
         whole, out_dir = tmp_path / method, tmp_path / f"{kills} {time.monotonic_ns()}"
         if not kill_somewhere(folder, out_dir, method, rng.uniform(0, 1)):
             continue
         kills += 1
+        ends.add(len(rows_so_far(out_dir)))
         assert all((out_dir / name).exists() for name in ("method.json", "metrics.csv", "state/state.safetensors"))
         for path in out_dir.rglob("[!.]*"):  # every file under a final name is whole
             if path.suffix == ".safetensors":
@@ -99,6 +100,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(folder, tmp_path):
             if path.is_file() and path.name not in ("metrics.csv", "costs.json", ".lock"):
                 assert (out_dir / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
         assert not list(out_dir.rglob(".*tmp*"))  # what the killed run had begun to write
+    assert len(ends) > 3  # steps
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]

@@ -12,7 +12,7 @@ import torch
 from helpers import ROOT, metrics, run_process, succeed
 
 from lit_llama.common.errors import UserError
-from lit_llama.devices.launch import base_dtype, check_launcher
+from lit_llama.devices.launch import barrier, base_dtype, check_launcher
 
 
 @pytest.fixture
@@ -74,6 +74,16 @@ def test_auto_is_bfloat16_where_a_cpu_multiplies_it(monkeypatch, cpus_own_auto, 
     assert base_dtype("auto", torch.device("cpu")) == dtype
 
 
+def test_a_barrier_that_fails_says_what_for():
+    class Alone:
+        def barrier(self):
+            raise RuntimeError("Timed out waiting 1800000ms")
+
+    with pytest.raises(RuntimeError, match="^rank 0 waited for the others to save the state: Timed out .*ms"):
+        barrier(Alone(), "save the state")
+
+
+@pytest.mark.processes
 def test_a_mistake_is_told_once(flags, tmp_path):
     wrong = ["--devices", 2, "--train.batch_size", 1, "--start_layer", 7, "--out_dir", tmp_path / "o"]
     result = run_process("finetune/adapter.py", *flags, *wrong)

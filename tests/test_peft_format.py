@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SCALING, logits_of, make_base, refused, save_trained, succeed, transformers_model
+from helpers import SCALING, logits_of, make_base, refused, save_trained, transformers_model
 from peft import (
     AdaptionPromptConfig,
     AutoPeftModelForCausalLM,
@@ -169,11 +169,3 @@ def test_prompts_of_another_base_are_refused(tmp_path, case):
     smaller = make_base(tmp_path / "smaller", n_layer=2, n_embd=16, n_head=2, n_kv_head=1)
     train_theirs(make_base(tmp_path / "base"), tmp_path / "peft", case)
     refused(OTHER_BASE[case], tmp_path / "ours", import_peft, tmp_path / "peft", smaller, tmp_path / "ours")
-
-
-def test_scripts(tmp_path):
-    base, peft = make_base(tmp_path / "base"), tmp_path / "peft"
-    trained = train_ours(base, tmp_path / "trained", "lora")
-    assert succeed("scripts/export.py", "--to", "peft", "--trained_dir", trained, "--out_dir", peft).endswith("peft\n")
-    flags = ["--source", peft, "--checkpoint_dir", base, "--out_dir", tmp_path / "ours"]
-    assert succeed("scripts/convert.py", *flags).endswith("ours\n")

@@ -184,20 +184,6 @@ AS_IT_IS = chatml_with("{{ message['content'] }}")
 
 
 @pytest.mark.parametrize(
-    "template, text",
-    [
-        (chatml_with("{{ message['content'] | trim }}"), "both"),
-        (chatml_with("{{ message['content'].lstrip() }}"), "both  "),
-        (AS_IT_IS, "  both  "),
-    ],
-)
-def test_a_template_that_strips_is_followed(tmp_path, template, text):
-    ours = write_tokenizer(tmp_path, "byte-level", "<s>", "<|im_end|>", [], chat_template=template)
-    ids = encode_prompt([{"role": "user", "content": "  both  "}], template, ours)
-    assert ours.decode(ids) == f"<|im_start|>user {text}<|im_end|><|im_start|>assistant "
-
-
-@pytest.mark.parametrize(
     "template, message",
     [
         (chatml_with("hi"), "does not write the user message once, as it is; pass --prompt_style"),

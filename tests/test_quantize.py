@@ -22,7 +22,7 @@ from helpers import (
 from lit_llama.common.errors import UserError
 from lit_llama.devices import quantize
 from lit_llama.devices.launch import PRECISIONS
-from lit_llama.devices.prepack import PrepackedLinear, can_prepack, prepack
+from lit_llama.devices.prepack import PrepackedLinear, prepack
 from lit_llama.devices.quantize import Int8Linear, QuantizedLinear, kernel_fits, quantization, quantize_base
 from lit_llama.generate.decode import generate
 from lit_llama.generate.load import load_for_generation, load_trained_folder
@@ -92,6 +92,13 @@ def test_the_input_gets_the_gradient_of_the_rounded_weight(dtype):
 # ---------------------------------------------------------------------------------------------- the model
 
 
+def packable(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's x86 builds prepack it on this CPU."""
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
 def test_the_blocks_are_quantized_under_the_same_keys_and_the_rest_is_as_it_was():
     base, model = tiny_model(tie_embeddings=True), tiny_model(tie_embeddings=True)
     quantize_base(model, "int8")
@@ -124,7 +131,7 @@ def test_a_prepacked_model_answers_alike(case, dtype, kind):
     plain_layers = sum(type(layer) is Linear for layer in packed.modules())
     prepack(packed)
     prepacked = sum(isinstance(layer, PrepackedLinear) for layer in packed.modules())
-    assert prepacked == (plain_layers if can_prepack(dtype) else 0)
+    assert prepacked == (plain_layers if packable(dtype) else 0)
     tolerance = dict(atol=0.1, rtol=0.05) if dtype == torch.bfloat16 else dict(atol=1e-5, rtol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(logits_of(packed, tokens()), logits_of(model, tokens()), **tolerance)
@@ -142,7 +149,7 @@ def test_compiled_blocks_answer_alike_and_are_not_prepacked(kind, precision, tmp
         loaded = load_for_generation(None, base, "plain", precision, kind, compiled)
         block, head = loaded.model.transformer.h[0], loaded.model.lm_head
         assert hasattr(block.forward, "_torchdynamo_orig_callable") == compiled
-        prepacks = can_prepack(PRECISIONS[precision])
+        prepacks = packable(PRECISIONS[precision])
         assert isinstance(head, PrepackedLinear) == prepacks
         assert isinstance(block.mlp.c_proj, PrepackedLinear) == (prepacks and not compiled and kind == "none")
         answers.append(list(generate(loaded.model, [5, 6, 7], 8, stop=set())))

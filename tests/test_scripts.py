@@ -34,10 +34,6 @@ from transformers import AutoTokenizer
 from lit_llama.checkpoint import load_model
 from lit_llama.common.files import read_json, write_json
 from lit_llama.data.prompts import STYLES, choose_template, encode_prompt, stop_ids, style_of
-from lit_llama.formats.convert import convert_hf
-from lit_llama.formats.export import export_hf
-from lit_llama.formats.gguf import convert_gguf, export_gguf
-from lit_llama.formats.peft import export_peft, import_peft
 from lit_llama.generate.load import load_trained_folder
 from lit_llama.methods.features import fit_logistic, probabilities
 from lit_llama.tokenizer import Tokenizer
@@ -187,10 +183,14 @@ def test_a_whole_model_is_asked_as_it_was_trained(folder, tmp_path):
     assert read_json(tmp_path / "lora/method.json")["prompt_style"] == "alpaca"
 
 
-def test_examples_in_the_prompt(folder):
+def test_examples_in_the_prompt(folder, tmp_path):
     flags = ["--checkpoint_dir", folder / "base", "--data", folder / "sums", "--max_samples", 4]
-    without, with_two = (succeed("scripts/evaluate.py", *flags, "--shots", shots) for shots in (0, 2))
-    assert without != with_two and "\n4 samples\n" in with_two
+    printed, targets = [], []
+    for shots in (0, 2):
+        printed.append(succeed("scripts/evaluate.py", *flags, "--shots", shots, "--results", tmp_path / "results.json"))
+        targets.append([row["n_targets"] for row in read_json(tmp_path / "results.json")["samples"]])
+    assert printed[0] != printed[1] and "\n4 samples\n" in printed[1]
+    assert targets[0] == targets[1]  # those of the examples do not count
     refuse("scripts/evaluate.py", *flags, "--shots", 41, message="holds 40 rows")
     refuse("scripts/evaluate.py", *flags[:2], "--data", folder / "sums/train.json", "--shots", 1, message="folder")
 
@@ -291,20 +291,29 @@ def test_prompts_are_those_of_training_after_merge_export_and_import(tmp_path, s
         template = AutoTokenizer.from_pretrained(tmp_path / name).apply_chat_template
         assert [template(talk, add_generation_prompt=True, return_dict=False) for talk in TALKS] == expected
 
+    def export(to: str, source: str, out: str, *flags: object) -> None:
+        where = ["--trained_dir" if to == "peft" else "--checkpoint_dir", tmp_path / source]
+        where += ["--out_file" if to == "gguf" else "--out_dir", tmp_path / out]
+        assert succeed("scripts/export.py", "--to", to, *where, *flags) == f"wrote {tmp_path / out}\n"
+
+    def convert(source: str, out: str, *flags: object) -> None:
+        where = ["--source", tmp_path / source, "--out_dir", tmp_path / out]
+        assert succeed("scripts/convert.py", *where, *flags).endswith(f"{out}\n")
+
     succeed("scripts/merge_lora.py", "--trained_dir", folder, "--out_dir", tmp_path / "merged")
     check_ours("merged")
-    export_hf(tmp_path / "merged", tmp_path / "hf")
+    export("hf", "merged", "hf")
     check_transformers("hf")
-    convert_hf(tmp_path / "hf", tmp_path / "from_hf")
+    convert("hf", "from_hf", "--dtype", "float32")
     check_ours("from_hf")
-    export_gguf(tmp_path / "merged", tmp_path / "tiny.gguf")
-    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "from_gguf")
+    export("gguf", "merged", "tiny.gguf", "--type", "q8_0")
+    convert("tiny.gguf", "from_gguf")
     check_ours("from_gguf")
-    export_hf(tmp_path / "from_gguf", tmp_path / "hf_again")
+    export("hf", "from_gguf", "hf_again")
     check_transformers("hf_again")
-    export_peft(folder, tmp_path / "peft")
+    export("peft", "trained", "peft")
     check_transformers("peft")
-    import_peft(tmp_path / "peft", base, tmp_path / "ours")
+    convert("peft", "ours", "--checkpoint_dir", base)
     imported = read_json(tmp_path / "ours/method.json")
     assert (imported["prompt_style"], imported["chat_template"]) == (style_of(template), template)
 
@@ -338,6 +347,7 @@ def test_prepare_reviews_checks_what_it_is_given(tmp_path):
 # The real model
 
 
+@pytest.mark.weights
 def test_the_base_answers_sensibly(smollm2_dir):
     printed = succeed("generate/base.py", "--checkpoint_dir", smollm2_dir, "--prompt", "What is the capital of France?")
     assert printed.strip() == "The capital of France is Paris."

@@ -59,16 +59,19 @@ def assert_round_trip(tokenizer: Tokenizer, unsayable: set[int], step: int = 1) 
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.weights
 def test_round_trip_of_unicode(smollm2):
     assert_round_trip(smollm2, SMOLLM2_UNKNOWN)
 
 
+@pytest.mark.weights
 @pytest.mark.parametrize("code", [4, 6, 0x13, 0x14, 0x16, 0x1D, 0x40000, 0xBFFFF])
 def test_bytes_without_a_token_are_dropped_aloud(smollm2, code):
     with pytest.warns(UserWarning, match="no token for 1 bytes"):
         assert smollm2.decode(smollm2.encode(f"a{chr(code)}b")) != f"a{chr(code)}b"
 
 
+@pytest.mark.weights
 def test_control_tokens_of_smollm2(smollm2):
     assert (smollm2.vocab_size, smollm2.bos_id, smollm2.eos_id) == (49152, None, 2)
     assert smollm2.controls["<|im_start|>"] == 1 and "<|eot_id|>" not in smollm2.controls

@@ -126,13 +126,6 @@ def test_the_gradient_of_a_step_does_not_depend_on_micro_batch_tokens(fabric, mo
         torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-12)
 
 
-def test_validation_weighs_tokens_not_batches(fabric, model, task):
-    total = sum(target_loss(model, [sample]).item() for sample in task.validation)
-    n_targets = sum(sample.n_targets for sample in task.validation)
-    for limit in (50, 2000):
-        assert math.isclose(validate(fabric, model, task.validation, limit), total / n_targets, rel_tol=1e-5)
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 3, 50])
 def test_ranks_share_the_samples_of_a_step_evenly(task, world_size):
     parts = split_evenly(task.train, world_size)
