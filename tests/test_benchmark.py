@@ -91,4 +91,4 @@ def test_a_step_is_profiled(folder):
     flags = ["--model", folder / "base", "--batch_size", 3, "--warm_up", 1, "--precision", "32-true"]
     printed = succeed("scripts/profile_step.py", *flags)
     assert re.match(r"ours adapter 32-true: \d+ tokens in ", printed) and "aten::mm" in printed
-    refuse("scripts/profile_step.py", "--method", "adapters", message="--method adapters is none of")
+    refuse("scripts/profile_step.py", "--method", "adapters", message="the method adapters is none of")

@@ -146,7 +146,8 @@ def test_columns_are_renamed(tmp_path):
         load_splits(path, DataOptions(columns))
     train, validation, notes = load_splits(path, DataOptions(columns, skip_bad_rows=True))
     assert len(train) + len(validation) == 30 and len(validation) == 10 and train[0].answer == "r"
-    assert len(notes) == 1 and notes[0].startswith(f"a.json: 1 bad rows left out; the first: {path}, row 31: a message")
+    assert len(notes) == 1
+    assert notes[0].startswith(f"a.json: 1 bad rows left out; the first: {path}, row 31: instruction")
     with pytest.raises(UserError, match="none of 31 rows can be read; the first: .*, row 1: no format"):
         load_splits(path, DataOptions(skip_bad_rows=True))
     with pytest.raises(UserError, match="row 1: --columns names ask; the row has query, reply, output"):

@@ -90,4 +90,4 @@ def test_the_script_prints_a_table(folder):
     assert "lora on tiny, bf16-true, micro-batches of 64 tokens" in printed and "activations" in printed
     refuse("scripts/estimate_memory.py", *flags, "--arguments", "{rank: 4}", message="do not fit lora")
     refuse("scripts/estimate_memory.py", "--model", "8B", message="neither a folder with a base nor one of 7B, 13B")
-    refuse("scripts/estimate_memory.py", "--model", "7B", "--method", "ia5", message="--method ia5 is none of")
+    refuse("scripts/estimate_memory.py", "--model", "7B", "--method", "ia5", message="the method ia5 is none of")

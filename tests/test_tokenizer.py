@@ -209,11 +209,11 @@ def test_a_tokenizer_has_as_many_tokens_as_the_model_or_few_less(tmp_path):
     [
         ({"ggml.model": "rwkv"}, "of kind 'rwkv'; known kinds: gpt2, llama"),
         ({"ggml.pre": "qwen2"}, "pre-tokenizer is 'qwen2'; known ones: .*smollm"),
-        ({"ggml.model": "llama"}, "damaged: KeyError.'ggml.scores'"),
-        ({"ggml.token_type": [1]}, "damaged: ValueError.*argument"),
-        ({"ggml.tokens": ["a", "a"]}, "damaged: "),
-        ({"ggml.merges": ["no such"]}, "damaged: .*out of vocabulary"),
-        ({"ggml.eos_token_id": 600}, "damaged: IndexError"),
+        ({"ggml.model": "llama"}, "inconsistent: KeyError.'ggml.scores'"),
+        ({"ggml.token_type": [1]}, "inconsistent: ValueError.*argument"),
+        ({"ggml.tokens": ["a", "a"]}, "inconsistent: "),
+        ({"ggml.merges": ["no such"]}, "inconsistent: .*out of vocabulary"),
+        ({"ggml.eos_token_id": 600}, "inconsistent: IndexError"),
     ],
 )
 def test_errors_of_a_gguf(tmp_path, change, message):
