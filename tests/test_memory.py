@@ -5,8 +5,9 @@ import torch
 from helpers import TINY, every_case, finetune, refuse, succeed, to_samples, tuned
 
 from lit_llama.common.errors import UserError
-from lit_llama.devices.memory import step_memory
-from lit_llama.methods.table import METHODS
+from lit_llama.devices import memory
+from lit_llama.devices.memory import free_memory, step_memory
+from lit_llama.methods.table import METHODS, weightless
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.train.loss import target_loss
 from lit_llama.trained import trainable_parameters
@@ -16,9 +17,7 @@ CONFIG = {**TINY, "n_embd": 192, "n_head": 4, "n_kv_head": 4, "head_size": 48, "
 
 
 def estimate(method: str, checkpointing=False, quantize="none", shards=1, **arguments) -> dict[str, float]:
-    with torch.device("meta"):
-        model = LLaMA(LLaMAConfig(**CONFIG)).requires_grad_(False)
-        METHODS[method](model, **arguments)
+    model = weightless(LLaMAConfig(**CONFIG), method, **arguments)
     return step_memory(model, "cpu", 128, 32, checkpointing, quantize, shards)
 
 
@@ -91,3 +90,19 @@ def test_the_script_prints_a_table(folder):
     refuse("scripts/estimate_memory.py", *flags, "--arguments", "{rank: 4}", message="do not fit lora")
     refuse("scripts/estimate_memory.py", "--model", "8B", message="neither a folder with a base nor one of 7B, 13B")
     refuse("scripts/estimate_memory.py", "--model", "7B", "--method", "ia5", message="the method ia5 is none of")
+
+
+def test_free_memory_of_a_container(tmp_path, monkeypatch):
+    """Page cache counts as used, but the kernel gives it back before it kills a process."""
+    monkeypatch.setattr(memory, "Path", lambda path: tmp_path / path[1:])
+    files = {"proc/meminfo": "MemFree: 1 kB\nMemAvailable: 9000 kB\n", "sys/fs/cgroup/memory.max": "max\n"}
+    files |= {
+        "sys/fs/cgroup/memory.current": "5000000\n",
+        "sys/fs/cgroup/memory.stat": "anon 1\ninactive_file 2000000\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert free_memory(torch.device("cpu")) == 9000 * 1024
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("8000000\n")
+    assert free_memory(torch.device("cpu")) == 8_000_000 - 5_000_000 + 2_000_000

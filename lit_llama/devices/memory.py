@@ -120,7 +120,9 @@ def free_memory(device: torch.device) -> int | None:
     if not path.exists():
         return None
     free_bytes = int(path.read_text(encoding="utf-8").split("MemAvailable:")[1].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")  # in a container
-    if limit.exists() and limit.read_text().strip() != "max":
-        free_bytes = min(free_bytes, int(limit.read_text()) - int(used.read_text()))
+    cgroup = Path("/sys/fs/cgroup")  # of a container
+    if (cgroup / "memory.max").exists() and (limit := (cgroup / "memory.max").read_text().strip()) != "max":
+        used, stat = (cgroup / "memory.current").read_text(), (cgroup / "memory.stat").read_text()
+        reclaimable = int(dict(line.split() for line in stat.splitlines())["inactive_file"])
+        free_bytes = min(free_bytes, int(limit) - int(used) + reclaimable)
     return free_bytes
