@@ -59,7 +59,11 @@ def tensor_shapes(config: LLaMAConfig) -> dict[str, tuple[int, ...]]:
         state = LLaMA(config).state_dict()
     if config.tie_embeddings:
         del state["lm_head.weight"]
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return shapes_of(state)
+
+
+def shapes_of(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def check_tensors(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], where: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_llama.checkpoint import check_dtypes, check_tensors, fingerprint, load_config
+from lit_llama.checkpoint import check_dtypes, check_tensors, fingerprint, load_config, shapes_of
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import read_json, read_tensors, tensor_headers
 from lit_llama.devices.quantize import count_parameters
@@ -88,8 +88,7 @@ def check_initial(trained_dir: Path | str, settings: dict, reparametrized: bool)
 def check_trained(tensors: dict[str, Tensor], path: Path, prefix: str) -> None:
     """Raises UserError unless a safetensors file holds exactly ``tensors``. Reads only its header."""
     headers = {name[len(prefix) :]: it for name, it in tensor_headers(path).items() if name.startswith(prefix)}
-    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    check_tensors({name: shape for name, (shape, _) in headers.items()}, expected, path)
+    check_tensors({name: shape for name, (shape, _) in headers.items()}, shapes_of(tensors), path)
     check_dtypes(headers, tuple({DTYPES[tensor.dtype] for tensor in tensors.values()}), path)
 
 

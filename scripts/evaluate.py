@@ -80,7 +80,6 @@ def main(
         devices: GPUs per node. Each evaluates its part of the samples.
         num_nodes: Number of machines.
         strategy: ddp or auto: the model on every device; fsdp: sharded, if it does not fit on one.
-        precision: Precision of the base's weights: bf16-true, 32-true, or auto for the faster one.
         quantize: Data type of the base's weights: none, int8, or on CUDA nf4. Default: as in training; none with fsdp.
         compile: Compile the blocks with torch.compile: minutes once; no gain in float32 on a CPU.
         results: A .json file for each sample's loss and answer.

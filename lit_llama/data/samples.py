@@ -212,19 +212,19 @@ def read_row(row: Any, columns: dict[str, str]) -> dict:
         raise UserError("rated completions are not supported; keep the good ones, without label")
     unread = tuple(key for key in row if key not in keys + FORMATS[keys])
     row = {key: value for key, value in row.items() if key not in unread}
+    if isinstance(row.get("label"), int | float):
+        row["label"] = json.dumps(row["label"])  # a number is its own text
+    in_lists = all(isinstance(row[key], list) for key in keys)  # TRL writes a prompt and a completion as messages, too
+    asks = len(keys) == 2 and not in_lists
+    for key in ("text", "label", *((*keys, "input", "context") if asks else ())):
+        if not isinstance(row.get(key, ""), str) and (row[key] is not None or key in keys):
+            raise UserError(f"{key} must be a string, got {row[key]!r:.40}")
     text, label = row.get("text"), row.get("label")
-    label = json.dumps(label) if isinstance(label, int | float) else label  # a number is its own text
-    for key, value in (("text", text), ("label", label)):
-        if not isinstance(value, str) and (value is not None or key in keys):
-            raise UserError(f"{key} must be a string, got {value!r:.40}")
     if text is not None:
         turns = [] if label is None else [{"role": "user", "content": text}, {"role": "assistant", "content": label}]
-    elif all(isinstance(row[key], list) for key in keys):  # TRL writes a prompt and a completion as messages, too
+    elif in_lists:
         turns = [turn for key in keys for turn in row[key]]
-    elif len(keys) == 2:
-        for key in (*keys, "input", "context"):
-            if not isinstance(row.get(key, ""), str) and (row[key] is not None or key in keys):
-                raise UserError(f"{key} must be a string, got {row[key]!r:.40}")
+    elif asks:
         turns = question_turns(row, *keys)
     else:
         raise UserError(f"{keys[0]} must be a list of objects with role and content")

@@ -168,7 +168,7 @@ def piece_type(processor: SentencePieceProcessor, i: int) -> int:
     return int(TokenType.NORMAL)
 
 
-def vocabulary_fields(folder: Path, rows: int, template: str | None = None) -> dict:
+def vocabulary_fields(folder: Path, rows: int, template: str | None) -> dict:
     """The fields of a checkpoint folder's tokenizer, with a token for each of the embedding's ``rows``.
 
     Raises UserError if llama.cpp has no such tokenizer.

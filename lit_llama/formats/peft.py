@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lit_llama import __version__
-from lit_llama.checkpoint import check_tensors, load_config
+from lit_llama.checkpoint import check_tensors, load_config, shapes_of
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import read_json, read_tensors, save_tensors, whole_folder, write_json
 from lit_llama.data.prompts import describe_template, trained_template
@@ -65,7 +65,7 @@ def export_peft(
     config = load_config(base_dir)
     tensors, about = read_tensors(trained_dir / TRAINED_FILE)
     check_header(method, about, path)
-    check_tensors(shapes(tensors), kept_shapes(config, name, arguments), trained_dir / TRAINED_FILE)
+    check_tensors(shapes_of(tensors), kept_shapes(config, name, arguments), trained_dir / TRAINED_FILE)
     kind, to_peft, _ = KINDS[name]
     settings, tensors = to_peft(config, arguments, tensors)
     about = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True}
@@ -99,7 +99,7 @@ def import_peft(
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # such as a string for a number
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
         raise UserError(f"{source} cannot be converted: {reason}") from None
-    check_tensors(shapes(tensors), expected, path)
+    check_tensors(shapes_of(tensors), expected, path)
     tokenizer = Tokenizer(checkpoint_dir)
     template = trained_template({"chat_template": read_chat_template(source)}, tokenizer, prompt_style)
     description = {
@@ -116,13 +116,9 @@ def import_peft(
         write_json(folder / METHOD_FILE, description)
 
 
-def shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
 def kept_shapes(config: LLaMAConfig, method: str, arguments: dict) -> dict[str, tuple[int, ...]]:
     """The shapes in the method's trained folder over a base of this config."""
-    return shapes(kept_tensors(weightless(config, method, **arguments)))
+    return shapes_of(kept_tensors(weightless(config, method, **arguments)))
 
 
 # ---------------------------------------------------------------------------------------------- adapter_config.json

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lit_llama.checkpoint import CONFIG_FILE, INDEX_FILE, MODEL_FILE, check_tensors, tensor_shapes
+from lit_llama.checkpoint import CONFIG_FILE, INDEX_FILE, MODEL_FILE, check_tensors, shapes_of, tensor_shapes
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import save_tensors, write_json
 from lit_llama.model import LLaMAConfig
@@ -39,7 +39,7 @@ def write_shards(
     names: list[list[str]] = []  # tensor names, one list per part
     for shard in split_by_bytes(tensors, shard_bytes):
         save_tensors(folder / f"part-{len(names)}", shard, foreign=foreign)
-        shapes |= {name: tuple(tensor.shape) for name, tensor in shard.items()}
+        shapes |= shapes_of(shard)
         total_bytes += sum(tensor.nbytes for tensor in shard.values())
         names.append(list(shard))
     if len(names) == 1:

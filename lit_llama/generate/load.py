@@ -58,7 +58,7 @@ def launch_sharded(devices: int, num_nodes: int, quantize: str | None, compile: 
     """Fabric for several devices that answer with a sharded base. None for one: importing Fabric takes seconds."""
     if (devices, num_nodes) == (1, 1):
         if "TORCHELASTIC_RUN_ID" in os.environ:  # an sbatch script has SLURM's variables without srun
-            check_launcher(devices, num_nodes, "auto")
+            check_launcher(devices, num_nodes)
         return None
     check_fsdp_flags("fsdp", compile, quantize)
     return launch(devices, num_nodes, "fsdp")
