@@ -16,12 +16,11 @@ from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import check_range
 from lit_llama.common.files import save_tensors
 from lit_llama.data.prompts import describe_template
-from lit_llama.data.samples import DataOptions
 from lit_llama.data.task import check_data, load_task
 from lit_llama.devices.launch import Bar, base_dtype, launch
 from lit_llama.generate.decode import text_vectors
 from lit_llama.methods.features import fit_logistic, probabilities
-from lit_llama.settings import DEFAULT_BASE, MAX_COUNT, MAX_TOKENS, Data
+from lit_llama.settings import DEFAULT_BASE, MAX_COUNT, MAX_TOKENS, Data, DataOptions
 from lit_llama.train.run import Run, default_out_dir
 from lit_llama.trained import TRAINED_FILE, describe_base
 
@@ -29,12 +28,8 @@ from lit_llama.trained import TRAINED_FILE, describe_base
 def main(
     checkpoint_dir: str = DEFAULT_BASE,
     data: Data = "data/intents",
-    columns: dict[str, str] | None = None,
-    val_fraction: float = 0.1,
-    skip_bad_rows: bool = False,
-    show_sample: bool = False,
+    data_options: DataOptions = DataOptions(),  # --columns, --val_fraction, --prompt_style, ... (settings.py)
     out_dir: str | None = None,
-    prompt_style: str | None = None,
     max_samples: int | None = None,
     max_seq_length: int = 512,
     precision: str = "auto",
@@ -53,8 +48,7 @@ def main(
     check_data(data)  # before anything is fetched
     ensure_base(checkpoint_dir, yes)
     fabric = launch()
-    options = DataOptions(columns, val_fraction, skip_bad_rows, show_sample)
-    task = load_task(data, checkpoint_dir, prompt_style, max_seq_length, options, classify=True)
+    task = load_task(data, checkpoint_dir, max_seq_length, data_options, classify=True)
     print(task.summary)
     settings = {
         "method": "features",

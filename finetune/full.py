@@ -14,14 +14,14 @@ import torch
 from lit_llama import cli
 from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_model
+from lit_llama.common.errors import UserError
 from lit_llama.data.batches import step_indices
-from lit_llama.data.samples import DataOptions
 from lit_llama.data.task import check_data, load_task
 from lit_llama.devices.blocks import unwrap_blocks, wrap_blocks
 from lit_llama.devices.launch import base_dtype, launch, print_rank0
 from lit_llama.devices.memory import check_memory
 from lit_llama.methods.full import add_full
-from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
+from lit_llama.settings import DEFAULT_BASE, Data, DataOptions, Hardware, TrainArgs
 from lit_llama.train.evaluate import BeforeAfter, validate
 from lit_llama.train.loss import broadcast_trained, check_finite, split_by_tokens, sum_gradients, target_loss
 from lit_llama.train.run import Run, default_out_dir, describe_run
@@ -34,19 +34,11 @@ def main(
         epochs=1, batch_size=4, learning_rate=3e-5, weight_decay=0.01, eval_every=150, save_every=150
     ),
     data: Data = "data/bookings",
-    columns: dict[str, str] | None = None,
-    val_fraction: float = 0.1,
-    skip_bad_rows: bool = False,
-    show_sample: bool = False,
+    data_options: DataOptions = DataOptions(),  # --columns, --val_fraction, --prompt_style, ... (settings.py)
     checkpoint_dir: str = DEFAULT_BASE,
     out_dir: str | None = None,
-    prompt_style: str | None = None,
     eval_samples: int = 200,
-    devices: int = 1,
-    num_nodes: int = 1,
-    precision: str = "auto",
-    compile: bool = False,
-    checkpointing: bool = False,
+    hardware: Hardware = Hardware(),  # --devices, --strategy, --precision, --quantize, ... (settings.py)
     logger: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -58,21 +50,22 @@ def main(
     Args:
         head: Keep the "language" head, or train a new "classifier" with a row for each label.
     """
+    if hardware.strategy == "fsdp" or hardware.quantize != "none":
+        raise UserError("every weight trains here, so the base can be neither sharded (fsdp) nor quantized")
     out_dir = out_dir or default_out_dir("full", data)
     check_data(data)
     ensure_base(checkpoint_dir, yes)  # before launch, where other processes wait for this one
-    fabric = launch(devices, num_nodes, "auto", logger, out_dir)
+    fabric = launch(hardware, logger, out_dir)
 
     # Data: token ids, with a target only where the answer is
-    options = DataOptions(columns, val_fraction, skip_bad_rows, show_sample)
-    task = load_task(data, checkpoint_dir, prompt_style, train.max_seq_length, options, classify=head == "classifier")
+    task = load_task(data, checkpoint_dir, train.max_seq_length, data_options, classify=head == "classifier")
     total_steps = train.total_steps(len(task.train))
     print_rank0(f"{task.summary}\n{train.summary(len(task.train), fabric.world_size)}")
 
     # Run: the folder that everything is written to
     arguments = dict(labels=task.labels)
-    dtype = base_dtype(precision, fabric.device)
-    settings = describe_run("full", add_full, arguments, checkpoint_dir, task, train, dtype)
+    dtype = base_dtype(hardware.precision, fabric.device)
+    settings = describe_run("full", add_full, arguments, task, train, dtype)
     whole = None if task.labels else checkpoint_dir  # a language model becomes a checkpoint folder of its own
     run = Run(fabric, out_dir, settings, resume, overwrite, allow_changes, whole)
 
@@ -84,8 +77,8 @@ def main(
     add_full(model, **arguments)
     print_rank0(count_trainable(model))
     broadcast_trained(fabric, model)
-    check_memory(fabric, model, train, task.longest, checkpointing)
-    wrap_blocks(model, compile, checkpointing)
+    check_memory(fabric, model, train, task.longest, hardware.checkpointing)
+    wrap_blocks(model, hardware.compile, hardware.checkpointing)
 
     # Optimizer
     optimizer = torch.optim.AdamW(

@@ -14,14 +14,13 @@ from lit_llama import cli
 from lit_llama.base import ensure_base
 from lit_llama.checkpoint import load_model
 from lit_llama.data.batches import step_indices
-from lit_llama.data.samples import DataOptions
 from lit_llama.data.task import check_data, load_task
-from lit_llama.devices.blocks import check_fsdp_flags, shard, unwrap_blocks, wrap_blocks
+from lit_llama.devices.blocks import shard, unwrap_blocks, wrap_blocks
 from lit_llama.devices.launch import base_dtype, launch, print_rank0
 from lit_llama.devices.memory import check_memory
 from lit_llama.devices.quantize import quantize_base
 from lit_llama.methods.output_layers import add_output_layers
-from lit_llama.settings import DEFAULT_BASE, Data, TrainArgs
+from lit_llama.settings import DEFAULT_BASE, Data, DataOptions, Hardware, TrainArgs
 from lit_llama.train.evaluate import BeforeAfter, validate
 from lit_llama.train.loss import broadcast_trained, check_finite, split_by_tokens, sum_gradients, target_loss
 from lit_llama.train.run import Run, default_out_dir, describe_run
@@ -33,22 +32,12 @@ def main(
     head: Literal["language", "classifier"] = "language",
     train: TrainArgs = TrainArgs(epochs=1, batch_size=4, learning_rate=1e-3, weight_decay=0.01, eval_every=150),
     data: Data = "data/bookings",
-    columns: dict[str, str] | None = None,
-    val_fraction: float = 0.1,
-    skip_bad_rows: bool = False,
-    show_sample: bool = False,
+    data_options: DataOptions = DataOptions(),  # --columns, --val_fraction, --prompt_style, ... (settings.py)
     checkpoint_dir: str = DEFAULT_BASE,
     out_dir: str | None = None,
     init_from: str | None = None,
-    prompt_style: str | None = None,
     eval_samples: int = 200,
-    devices: int = 1,
-    num_nodes: int = 1,
-    strategy: str = "auto",
-    precision: str = "auto",
-    compile: bool = False,
-    checkpointing: bool = False,
-    quantize: str = "none",
+    hardware: Hardware = Hardware(),  # --devices, --strategy, --precision, --quantize, ... (settings.py)
     logger: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -61,29 +50,27 @@ def main(
         n_blocks: Number of blocks to train, from the top.
         head: Keep the "language" head, or train a new "classifier" with a row for each label.
     """
-    check_fsdp_flags(strategy, compile, quantize)
     out_dir = out_dir or default_out_dir("output_layers", data)
     check_data(data)
     ensure_base(checkpoint_dir, yes)  # before launch, where other processes wait for this one
-    fabric = launch(devices, num_nodes, strategy, logger, out_dir)
+    fabric = launch(hardware, logger, out_dir)
 
     # Data: token ids, with a target only where the answer is
-    options = DataOptions(columns, val_fraction, skip_bad_rows, show_sample)
-    task = load_task(data, checkpoint_dir, prompt_style, train.max_seq_length, options, classify=head == "classifier")
+    task = load_task(data, checkpoint_dir, train.max_seq_length, data_options, classify=head == "classifier")
     total_steps = train.total_steps(len(task.train))
     print_rank0(f"{task.summary}\n{train.summary(len(task.train), fabric.world_size)}")
 
     # Run: the folder that everything is written to
     arguments = dict(n_blocks=n_blocks, labels=task.labels)
-    dtype = base_dtype(precision, fabric.device)
+    dtype = base_dtype(hardware.precision, fabric.device)
     settings = describe_run(
-        "output_layers", add_output_layers, arguments, checkpoint_dir, task, train, dtype, quantize, init_from
+        "output_layers", add_output_layers, arguments, task, train, dtype, hardware.quantize, init_from
     )
     run = Run(fabric, out_dir, settings, resume, overwrite, allow_changes)
 
     # Model: freeze the base, then add the method; what requires a gradient afterwards is trained
-    model = load_model(checkpoint_dir, dtype, fabric.device, sharded=strategy == "fsdp").requires_grad_(False)
-    quantize_base(model, quantize)
+    model = load_model(checkpoint_dir, dtype, fabric.device, sharded=hardware.strategy == "fsdp").requires_grad_(False)
+    quantize_base(model, hardware.quantize)
     answers = BeforeAfter(fabric, task, eval_samples)
     answers.ask("before", model)
     torch.manual_seed(train.seed)
@@ -92,12 +79,12 @@ def main(
         load_initial(model, init_from)
     if model.config.tie_embeddings and task.labels is None:
         print_rank0("the head shared the embedding's weight; it has its own now, so the embedding stays frozen")
-    if strategy == "fsdp":
+    if hardware.strategy == "fsdp":
         shard(fabric, model, dtype)
     print_rank0(count_trainable(model))
     broadcast_trained(fabric, model)
-    check_memory(fabric, model, train, task.longest, checkpointing)
-    wrap_blocks(model, compile, checkpointing)
+    check_memory(fabric, model, train, task.longest, hardware.checkpointing)
+    wrap_blocks(model, hardware.compile, hardware.checkpointing)
 
     # Optimizer
     optimizer = torch.optim.AdamW(

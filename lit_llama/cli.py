@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from difflib import get_close_matches
 from io import TextIOWrapper
-from itertools import takewhile
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import NoReturn, get_args, get_type_hints
 
-from jsonargparse import ArgumentParser, Namespace, auto_parser
+from jsonargparse import ArgumentParser, Namespace
 
 from lit_llama.common.errors import Interrupted, UserError
 from lit_llama.common.files import atomic_write
 from lit_llama.devices.launch import let_rank0_report, log_rank0, rank
-from lit_llama.settings import DEFAULT_BASE, ROOT, SHARED_FLAGS
+from lit_llama.settings import DEFAULT_BASE, FLAT, ROOT, SHARED_FLAGS
 
 
-def run(main: Callable, leading: str | None = None) -> None:
-    """Call ``main`` with the command line's flags. Arguments before the first flag become the list ``leading``.
+def run(main: Callable, positional: str = "") -> None:
+    """Call ``main`` with the command line's flags. Arguments before the first flag are the list ``positional``.
 
     A UserError, a file that cannot be read or written, or too little memory ends the program with one line and exit
     code 2; Ctrl-C ends it with 130. If several processes fail, one reports it.
@@ -34,11 +33,13 @@ def run(main: Callable, leading: str | None = None) -> None:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     warn_of_other_clone(Path(main.__code__.co_filename))
     try:
-        parser = parser_of(main)
-        config = parse(parser, gather(sys.argv[1:], leading) if leading else sys.argv[1:])
+        parser = parser_of(main, positional)
+        config = parse(parser, sys.argv[1:])
         _settings = parser.dump(Namespace({k: v for k, v in vars(config).items() if k not in ONE_OFF}))
-        arguments = parser.instantiate(config)
-        arguments.pop("config", None)
+        arguments = vars(parser.instantiate(config))
+        del arguments["config"]
+        for name, kind in flat_arguments(main).items():
+            arguments[name] = kind(**{field.name: arguments.pop(field.name) for field in fields(kind)})
         main(**arguments)
     except (UserError, OSError) as error:
         fail(str(error))
@@ -93,19 +94,30 @@ class Parser(ArgumentParser):
         return self.parse_string(Path(path).read_text(encoding="utf-8"), str(path), *args, **kwargs)
 
 
-def parser_of(main: Callable) -> ArgumentParser:
+def parser_of(main: Callable, positional: str = "") -> ArgumentParser:
     """A flag for each argument of ``main``. Its help is a line of the docstring's Args or of SHARED_FLAGS.
 
     The default base is shown relative to the current folder, if it lies inside.
     """
-    parser = auto_parser(main, as_positional=False, parser_class=Parser)
-    parser.exit_on_error = False  # argparse would print a screenful of usage before the error
-    parser.allow_abbrev = False
+    # argparse itself would print a screenful of usage before an error
+    parser = Parser(description=(inspect.getdoc(main) or "").split("\n")[0], exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="A YAML file with flags, such as a run's config.yaml.")
+    if positional:
+        parser.add_argument(positional, type=str, nargs="+")
+    flat = flat_arguments(main)
+    parser.add_function_arguments(main, as_group=False, skip={positional, *flat})
+    for kind in flat.values():
+        parser.add_class_arguments(kind, as_group=False)
     for action in parser._actions:
         action.help = action.help or SHARED_FLAGS.get(action.dest)
         if action.default == DEFAULT_BASE and Path(DEFAULT_BASE).is_relative_to(Path.cwd()):
             action.default = Path(DEFAULT_BASE).relative_to(Path.cwd()).as_posix()
     return parser
+
+
+def flat_arguments(main: Callable) -> dict[str, type]:
+    """The arguments of ``main`` whose fields are flags of their own."""
+    return {name: kind for name, kind in get_type_hints(main).items() if kind in FLAT}
 
 
 def parse(parser: ArgumentParser, args: list[str]) -> Namespace:
@@ -132,12 +144,6 @@ def nearest_flag(name: str, flags: Iterable[str]) -> str:
     last_part = name.strip("-").replace("-", "_").split(".")[-1]
     alike = get_close_matches(last_part, by_last_part, n=1)
     return f"did you mean {by_last_part[alike[0]]}?" if alike else "--help lists them"
-
-
-def gather(args: list[str], flag: str) -> list[str]:
-    """``a b --out c`` as ``--flag ["a", "b"] --out c``."""
-    leading = list(takewhile(lambda arg: not arg.startswith("-"), args))
-    return [f"--{flag}", json.dumps(leading), *args[len(leading) :]] if leading else args
 
 
 def bare_switches(parser: ArgumentParser, args: list[str]) -> list[str]:

@@ -39,6 +39,7 @@ SHARED_FLAGS = {
     "overwrite": "Replace the run in out_dir.",
     "allow_changes": "With --resume: continue although the data, the base or training settings have changed.",
     "trained_dir": "Folder that a finetune script wrote.",
+    "runs": "Folders that finetune scripts wrote.",
     "input": "The text that the instruction is about, as in an Alpaca record.",
     "max_new_tokens": "Maximum length of the answer.",
     "sampling": "How the next token is chosen.",
@@ -136,6 +137,39 @@ class TrainArgs:
                 "devices; raise it, and --train.learning_rate with it"
             )
         return text
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How data is read, split, and made into prompts."""
+
+    columns: dict[str, str] | None = None
+    val_fraction: float = 0.1
+    skip_bad_rows: bool = False
+    show_sample: bool = False
+    prompt_style: str | None = None
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where a finetune script runs, and how it fits there."""
+
+    devices: int = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: str = "auto"
+    compile: bool = False
+    checkpointing: bool = False
+    quantize: str = "none"
+
+    def __post_init__(self):
+        if self.strategy == "fsdp" and (self.compile or self.quantize != "none"):
+            raise UserError(
+                "a sharded base works with neither --compile nor --quantize; leave them out, or use one device"
+            )
+
+
+FLAT = (DataOptions, Hardware)  # their fields are flags of their own: --devices, explained in SHARED_FLAGS
 
 
 @dataclass

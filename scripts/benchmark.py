@@ -93,7 +93,7 @@ def main(
     if results is not None:
         check_writable(results)
     ensure_base(checkpoint_dir, yes)
-    task = load_task(data, checkpoint_dir, None, min(512, load_config(checkpoint_dir).block_size))
+    task = load_task(data, checkpoint_dir, min(512, load_config(checkpoint_dir).block_size))
     limit = limits({case.precision for case in ours}, config, micro_batch_tokens)
     rates = [f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in limit.items() if name != "read"]
     print(f"{torch.get_num_threads()} threads, {', '.join(rates)}, {limit['read'] / 1e9:,.1f} GB/s")

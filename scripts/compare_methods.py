@@ -166,7 +166,7 @@ def main(
     failed = {label: error for label, error in errors.items() if error}
 
     # Results
-    first_step = load_task(data, checkpoint_dir, None, 512).train[:batch_size]
+    first_step = load_task(data, checkpoint_dir, 512).train[:batch_size]
     results = method_results(runs, first_step, test_file, other_file, folder)
     results |= {f"base, {count} examples": quality([file]) for count, file in bases.items() if file.exists()}
     write_json(folder / "results.json", {"settings": settings, "results": results, "failed": failed})

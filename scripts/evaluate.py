@@ -25,14 +25,13 @@ from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import check_writable, write_json
 from lit_llama.data.batches import TokenizedSample, micro_batches
 from lit_llama.data.prompts import trained_template
-from lit_llama.data.samples import DataOptions, Sample, read_samples
+from lit_llama.data.samples import Sample, read_samples
 from lit_llama.data.task import can_be_asked, encode_samples, split_file, tokenize_labels
-from lit_llama.devices.blocks import check_fsdp_flags
 from lit_llama.devices.launch import Bar, base_dtype, launch, print_rank0
 from lit_llama.generate.classify import is_classifier, load_classifier
 from lit_llama.generate.load import LoadedModel, load_for_generation
 from lit_llama.model import LLaMA
-from lit_llama.settings import DEFAULT_BASE, MAX_COUNT
+from lit_llama.settings import DEFAULT_BASE, MAX_COUNT, DataOptions, Hardware
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train.evaluate import answer_samples, is_right, longest_answer, map_over_ranks
 from lit_llama.train.loss import target_vectors
@@ -95,7 +94,7 @@ def main(
             f"{trained_dir} answers with labels: --only_loss, --shots, --prompt_style, --max_seq_length, --quantize, "
             "--compile and fsdp do not apply"
         )
-    check_fsdp_flags(strategy, compile, quantize)
+    hardware = Hardware(devices, num_nodes, strategy, compile=compile, quantize=quantize or "none")
     file = split_file(Path(data), split) if Path(data).is_dir() else Path(data)
     if file is None:
         raise UserError(f"{data} holds no {split} file; give the file to evaluate, or another --split")
@@ -105,7 +104,7 @@ def main(
     asked = add_shots(samples, Path(data), DataOptions(columns), shots, shots_seed) if shots else samples
     if not trained_dir:
         ensure_base(checkpoint_dir or DEFAULT_BASE)
-    fabric = launch(devices, num_nodes, strategy)
+    fabric = launch(hardware)
     if labels:
         dtype = base_dtype(precision, fabric.device)
         rows = evaluate_labels(fabric, samples, trained_dir, checkpoint_dir, dtype)

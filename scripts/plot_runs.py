@@ -19,7 +19,7 @@ def main(runs: list[str], out_file: str = "out/runs.png") -> None:
     """Draw the curves of one run, or of several to compare.
 
     Args:
-        runs: Folders that finetune scripts write; they may stand in front, without the flag.
+        runs: Folders that finetune scripts write.
         out_file: The picture to write: .png, .svg or .pdf.
     """
     if Path(out_file).suffix not in (".png", ".svg", ".pdf"):
@@ -33,4 +33,4 @@ def main(runs: list[str], out_file: str = "out/runs.png") -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, leading="runs")
+    cli.run(main, positional="runs")

@@ -40,7 +40,7 @@ from lit_llama.formats.shards import save_checkpoint
 from lit_llama.methods.lora import TARGETS
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.settings import TrainArgs
+from lit_llama.settings import DataOptions, Hardware, TrainArgs
 from lit_llama.train.loss import target_loss
 from lit_llama.trained import describe_base, kept_tensors, trainable_parameters
 
@@ -437,14 +437,20 @@ ARGS = dict(max_steps=6, batch_size=5, learning_rate=0.02, warmup_steps=2, eval_
 
 
 def finetune(folder: Path, out_dir: Path, method: str = "adapter", **flags) -> None:
-    """``main`` of finetune/METHOD.py over folder/base and folder/sums; settings of TrainArgs may be among the flags."""
-    settings = {name: flags.pop(name) for name in list(flags) if name in TrainArgs.__dataclass_fields__}
-    defaults = dict(data=str(folder / "sums"), eval_samples=0, precision="32-true")
+    """``main`` of finetune/METHOD.py over folder/base and folder/sums. ``flags`` are those of the command line."""
+    kinds = dict(train=TrainArgs, hardware=Hardware, data_options=DataOptions)
+    values = {**ARGS, "precision": "32-true", **flags}
+    groups = {
+        group: kind(**{name: values[name] for name in values if name in kind.__dataclass_fields__})
+        for group, kind in kinds.items()
+    }
+    flags = {name: value for name, value in flags.items() if not any(hasattr(one, name) for one in groups.values())}
+    defaults = dict(data=str(folder / "sums"), eval_samples=0)
     if method == "adapter":
         defaults |= dict(prompt_length=4, start_layer=1, prompt_init="normal")
     where = dict(checkpoint_dir=str(folder / "base"), out_dir=str(out_dir))
     main = importlib.import_module(f"finetune.{method}").main
-    main(**where, train=TrainArgs(**{**ARGS, **settings}), **{**defaults, **flags})
+    main(**where, **groups, **{**defaults, **flags})
 
 
 def bytes_of(out_dir: Path) -> list[bytes]:

@@ -15,7 +15,7 @@ from lit_llama.data.task import load_task
 from lit_llama.devices.blocks import is_shard, shard
 from lit_llama.devices.launch import PRECISIONS, launch
 from lit_llama.methods.table import METHODS
-from lit_llama.settings import TrainArgs
+from lit_llama.settings import Hardware, TrainArgs
 from lit_llama.train.evaluate import BeforeAfter
 from lit_llama.train.loss import split_by_tokens, sum_gradients, target_loss
 from lit_llama.trained import trainable_parameters
@@ -46,7 +46,7 @@ def save_gradients(fabric, base: str, data: str, folder: Path, strategy: str, me
         shards = [param for block in model.transformer.h for param in block.parameters() if is_shard(param)]
         held = sum(param.to_local().numel() for param in shards)
         assert len(shards) == 7 * len(model.transformer.h) and held * 2 == sum(param.numel() for param in shards)
-    task = load_task(data, base, None, 512)
+    task = load_task(data, base, 512)
     for name, samples in (("even", task.train[:7]), ("uneven", task.train[7:9])):
         loss, n_targets = torch.zeros(()), sum(sample.n_targets for sample in samples)
         for batch in split_by_tokens(samples, ARGS["micro_batch_tokens"], fabric, model):
@@ -80,9 +80,8 @@ def run_script(fabric, base: str, data: str, folder: Path, devices: int, strateg
         show(answers)
 
     BeforeAfter.show = show_and_write
-    flags = dict(ARGUMENTS[method], devices=devices, train=TrainArgs(**ARGS), precision="64-true")
-    if method != "full":
-        flags["strategy"] = strategy
+    hardware = Hardware(devices, strategy="auto" if method == "full" else strategy, precision="64-true")
+    flags = dict(ARGUMENTS[method], hardware=hardware, train=TrainArgs(**ARGS))
     if method == "adapter":
         flags["prompt_init"] = "normal"
     script.main(**flags, checkpoint_dir=base, data=data, out_dir=str(folder / "run"), eval_samples=1)
@@ -90,7 +89,7 @@ def run_script(fabric, base: str, data: str, folder: Path, devices: int, strateg
 
 
 def main(base: str, data: str, out_dir: str, devices: str, strategy: str, *methods: str) -> None:
-    fabric = launch(int(devices), strategy=strategy)
+    fabric = launch(Hardware(int(devices), strategy=strategy))
     for method in methods:
         for precision in ("32-true", "bf16-true"):
             save_gradients(fabric, base, data, Path(out_dir) / method, strategy, method, precision)

@@ -258,7 +258,7 @@ def test_runs_are_drawn_side_by_side(run_dir, tmp_path):
     printed = succeed("scripts/plot_runs.py", run_dir, tmp_path / "running", "--out_file", tmp_path / "new/runs.png")
     assert printed.strip() == f"wrote {tmp_path / 'new/runs.png'}"
     assert (tmp_path / "new/runs.png").read_bytes().startswith(b"\x89PNG")
-    succeed("scripts/plot_runs.py", "--runs", f"[{run_dir}]", "--out_file", tmp_path / "one.svg")
+    succeed("scripts/plot_runs.py", run_dir, "--out_file", tmp_path / "one.svg")
     refuse("scripts/plot_runs.py", run_dir.parent / "sums", message="sums: no step in a metrics.csv there")
 
 

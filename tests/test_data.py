@@ -17,9 +17,10 @@ from lit_llama.checkpoint import load_config
 from lit_llama.common.errors import UserError
 from lit_llama.data.batches import IGNORE, TokenizedSample, epoch_order, micro_batches, pack, step_indices
 from lit_llama.data.prompts import choose_template, style_of
-from lit_llama.data.samples import UNSUPPORTED, DataOptions, Sample, read_samples, to_sample
+from lit_llama.data.samples import UNSUPPORTED, Sample, read_samples, to_sample
 from lit_llama.data.task import encode_samples, hash_fraction, load_splits, load_task
 from lit_llama.formats.shards import save_checkpoint
+from lit_llama.settings import DataOptions
 
 
 def sample_of(row: dict) -> Sample:
@@ -168,7 +169,7 @@ def test_a_folder_needs_one_file_for_each_split(tmp_path):
 def test_a_folder_of_texts_is_a_document_each_and_long_ones_train_whole(tmp_path, base):
     for i in range(12):
         (tmp_path / f"{i}.txt").write_text(f"{i}: " + "word " * 30)
-    task = load_task(tmp_path, base, None, 64)
+    task = load_task(tmp_path, base, 64)
     texts = "".join(task.tokenizer.decode(sample.targets) for sample in task.train + task.validation)
     assert texts.count("word ") == 12 * 30 and texts.count("<|im_end|>") == 12
     assert max(len(sample.ids) for sample in task.train) == 63 and style_of(task.chat_template) == "plain"
@@ -177,16 +178,16 @@ def test_a_folder_of_texts_is_a_document_each_and_long_ones_train_whole(tmp_path
 def test_what_is_probably_not_meant_is_warned_of(tmp_path):
     base = make_base(tmp_path / "base")
     rows = [{"text": f"<|im_start|>user {i}<|im_end|>"} for i in range(30)]
-    assert "warning: plain texts spell control tokens such as <|im_start|>" in load_task(rows, base, None, 64).summary
-    assert "warning" not in load_task(sums(30), base, None, 64).summary
+    assert "warning: plain texts spell control tokens such as <|im_start|>" in load_task(rows, base, 64).summary
+    assert "warning" not in load_task(sums(30), base, 64).summary
     untrained = make_base(tmp_path / "untrained")
     tensors = load_file(untrained / "model.safetensors")
     tensors["transformer.wte.weight"][CONTROLS.index("<|im_start|>")] = 0
     config = load_config(untrained)
     save_checkpoint(untrained, config, tensors.items())
-    summary = load_task(sums(30), untrained, None, 64).summary
+    summary = load_task(sums(30), untrained, 64).summary
     assert "warning: the base has not learned <|im_start|>, as" in summary
-    assert "warning" not in load_task(sums(30), untrained, "plain", 64).summary
+    assert "warning" not in load_task(sums(30), untrained, 64, DataOptions(prompt_style="plain")).summary
 
 
 # splitting
@@ -222,7 +223,7 @@ def test_the_summary_says_what_was_found_and_shows_a_sample(tmp_path, base):
     rows = sums(5) + [{"instruction": "x" * 300, "output": "dropped"}, {"instruction": "a", "output": "y" * 300}]
     write_rows(tmp_path / "train.json", rows)
     write_rows(tmp_path / "validation.json", sums(2))
-    summary = load_task(tmp_path, base, "plain", 100, DataOptions(show_sample=True)).summary
+    summary = load_task(tmp_path, base, 100, DataOptions(show_sample=True, prompt_style="plain")).summary
     assert "6 training samples, 2 for validation, prompt style plain; 1 dropped: nothing to learn" in summary
     assert "; 1 cut to max_seq_length; 2 of validation also in training" in summary
     assert "in brackets:\na|d|d|" in summary and summary.endswith("[<|im_end|>]")
@@ -233,15 +234,15 @@ def test_held_out_samples_have_a_prompt_and_their_whole_answer(tmp_path, base):
     long = {"instruction": "a", "output": "y" * 300}
     write_rows(tmp_path / "train.json", sums(5))
     write_rows(tmp_path / "validation.json", [greeting, long, *sums(8)[6:]])
-    task = load_task(tmp_path, base, None, 100)
+    task = load_task(tmp_path, base, 100)
     assert len(task.validation) == 4
     assert [sample.answer for sample in task.held_out] == [row["output"] for row in sums(8)[6:]]
-    texts = load_task([{"text": f"line {i}"} for i in range(50)], base, None, 100)
+    texts = load_task([{"text": f"line {i}"} for i in range(50)], base, 100)
     assert style_of(texts.chat_template) == "plain" and not texts.held_out
 
 
 def test_the_fingerprint_is_that_of_earlier_versions(base):
-    task = load_task(sums(60), base, None, 100)
+    task = load_task(sums(60), base, 100)
     rows = [[list(sample.ids), list(sample.targets)] for sample in task.train + task.validation]
     assert task.fingerprint == hashlib.sha256("".join(map(json.dumps, rows)).encode()).hexdigest()
 
@@ -257,8 +258,8 @@ def test_rows_that_cannot_be_encoded_are_named_or_left_out(tmp_path, bad, messag
     base = make_base(tmp_path / "base")
     (base / "chat_template.jinja").write_text(TEMPLATES["llama2"][0])
     with pytest.raises(UserError, match=f"^row 31: {message}"):
-        load_task([*sums(30), bad], base, None, 100)
-    assert "; 1 dropped: " in load_task([*sums(30), bad], base, None, 100, DataOptions(skip_bad_rows=True)).summary
+        load_task([*sums(30), bad], base, 100)
+    assert "; 1 dropped: " in load_task([*sums(30), bad], base, 100, DataOptions(skip_bad_rows=True)).summary
 
 
 def test_truncation_keeps_the_end_of_the_answer(tokenizer):

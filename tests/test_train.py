@@ -34,7 +34,7 @@ LOOPS = [path for path in SCRIPTS if path.parent.name == "finetune" and path.ste
 
 @pytest.fixture(scope="module")
 def task(folder):
-    return load_task(folder / "sums", folder / "base", None, 512)
+    return load_task(folder / "sums", folder / "base", 512)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from typing import Any
 
 from lit_llama.common.errors import UserError
 from lit_llama.data.prompts import Message
+from lit_llama.settings import DataOptions
 
 Source = Path | str | list[dict]  # a file, a folder of texts, or rows
 Rows = Iterator[tuple[str, Any]]  # each with its place for messages: file and line, or file and row
@@ -47,16 +48,6 @@ class Sample:
     def key(self) -> str:
         """The content as one string. Duplicates have the same key, and the split hashes it."""
         return json.dumps([self.messages, self.text], sort_keys=True)
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """How data is read and split."""
-
-    columns: dict[str, str] | None = None  # our keys: the file's
-    val_fraction: float = 0.1  # part of a single file that is split off for validation
-    skip_bad_rows: bool = False  # leave out rows that fit no format
-    show_sample: bool = False  # print the first sample as tokens
 
 
 def read_samples(source: Source, options: DataOptions = DataOptions()) -> tuple[list[Sample], list[str]]:

@@ -22,7 +22,8 @@ from lit_llama.data.prompts import (
     pieces,
     style_of,
 )
-from lit_llama.data.samples import SUFFIXES, DataOptions, Sample, Source, read_samples
+from lit_llama.data.samples import SUFFIXES, Sample, Source, read_samples
+from lit_llama.settings import DataOptions
 from lit_llama.tokenizer import Tokenizer
 
 MIN_VALIDATION = 10  # samples split off
@@ -239,6 +240,7 @@ class Task:
     """The data of a run: token ids to train and validate on, and the held-out samples to answer."""
 
     data: str
+    checkpoint_dir: str  # of the base that the ids are for
     tokenizer: Tokenizer
     chat_template: str
     train: list[TokenizedSample]
@@ -264,7 +266,6 @@ class Task:
 def load_task(
     data: Source,
     checkpoint_dir: Path | str,
-    prompt_style: str | None,
     max_seq_length: int,
     options: DataOptions = DataOptions(),
     classify: bool = False,
@@ -281,7 +282,7 @@ def load_task(
     train, validation, notes = load_splits(data, options)
     notes = [f"note: {text}" for text in notes]
     only_texts = not any(sample.messages for sample in validation + train)
-    template = choose_template("plain" if only_texts and not prompt_style else prompt_style, tokenizer)
+    template = choose_template(options.prompt_style or ("plain" if only_texts else None), tokenizer)
     labels = sorted({sample.label for sample in train if sample.label is not None}) if classify else None
     if labels is not None:
         train_ids, val_ids = (
@@ -314,7 +315,8 @@ def load_task(
     name = "rows" if isinstance(data, list) else str(data)
     summary = f"{name}: {len(train_ids)} training samples, {len(val_ids)} for validation{found}"
     summary = "\n".join([summary, *notes])
-    return Task(name, tokenizer, template, train_ids, val_ids, held_out[:MAX_VALIDATION], summary, labels)
+    base, held_out = str(checkpoint_dir), held_out[:MAX_VALIDATION]
+    return Task(name, base, tokenizer, template, train_ids, val_ids, held_out, summary, labels)
 
 
 def warnings_of(samples: list[Sample], checkpoint_dir: Path | str, template: str, tokenizer: Tokenizer) -> list[str]:

@@ -66,12 +66,6 @@ def first_trained(model: LLaMA) -> int:
     return trains.index(True) if True in trains else len(trains)
 
 
-def check_fsdp_flags(strategy: str, compile: bool, quantize: str | None) -> None:
-    """Raises UserError for flags that cannot be combined."""
-    if strategy == "fsdp" and (compile or quantize not in (None, "none")):
-        raise UserError("a sharded base works with neither --compile nor --quantize; leave them out, or use one device")
-
-
 def shard(fabric: Fabric, model: LLaMA, dtype: torch.dtype) -> None:
     """Shard the frozen weights of each block, cast to ``dtype``, across the ranks' devices.
 

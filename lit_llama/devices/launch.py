@@ -17,6 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from lit_llama.common.errors import UserError, check_range
+from lit_llama.settings import Hardware
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -27,13 +28,7 @@ STRATEGIES = {"auto": "auto", "ddp": "ddp", "fsdp": "ddp"}
 PRECISIONS = {"bf16-true": torch.bfloat16, "32-true": torch.float32}
 
 
-def launch(
-    devices: int = 1,
-    num_nodes: int = 1,
-    strategy: str = "auto",
-    logger: str | None = None,
-    out_dir: Path | str = "",
-) -> Fabric:
+def launch(hardware: Hardware = Hardware(), logger: str | None = None, out_dir: Path | str = "") -> Fabric:
     """Start Fabric with one process per device, or join the processes that torchrun or srun started.
 
     Fabric's own precision stays float32: its "bf16-true" would also cast trainable parameters. ``--precision`` applies
@@ -41,6 +36,7 @@ def launch(
     """
     from lightning.fabric import Fabric  # it takes seconds to import; --help does not need it
 
+    devices, num_nodes, strategy = hardware.devices, hardware.num_nodes, hardware.strategy
     check_launcher(devices, num_nodes, strategy)
     loggers = make_loggers(logger, Path(out_dir))
     try:

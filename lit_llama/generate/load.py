@@ -12,13 +12,13 @@ import torch
 from lit_llama.checkpoint import MODEL_FILE, load_model
 from lit_llama.common.errors import UserError
 from lit_llama.data.prompts import trained_template
-from lit_llama.devices.blocks import check_fsdp_flags, shard
+from lit_llama.devices.blocks import shard
 from lit_llama.devices.launch import base_dtype, check_launcher, default_device, launch, log_rank0
 from lit_llama.devices.prepack import prepare_for_inference
 from lit_llama.devices.quantize import quantization, quantize_base
 from lit_llama.methods.table import METHODS, weightless
 from lit_llama.model import LLaMA
-from lit_llama.settings import DEFAULT_BASE
+from lit_llama.settings import DEFAULT_BASE, Hardware
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.trained import (
     METHOD_FILE,
@@ -60,8 +60,7 @@ def launch_sharded(devices: int, num_nodes: int, quantize: str | None, compile: 
         if "TORCHELASTIC_RUN_ID" in os.environ:  # an sbatch script has SLURM's variables without srun
             check_launcher(devices, num_nodes)
         return None
-    check_fsdp_flags("fsdp", compile, quantize)
-    return launch(devices, num_nodes, "fsdp")
+    return launch(Hardware(devices, num_nodes, "fsdp", compile=compile, quantize=quantize or "none"))
 
 
 def load_for_generation(

@@ -321,7 +321,6 @@ def describe_run(
     method: str,
     add: Callable[..., None],
     arguments: dict,
-    checkpoint_dir: Path | str,
     task: Task,
     train: TrainArgs,
     dtype: torch.dtype,
@@ -334,12 +333,12 @@ def describe_run(
     UserError if the arguments do not fit the base, which is checked without loading weights.
     """
     with torch.device("meta"):
-        model = LLaMA(load_config(checkpoint_dir)).requires_grad_(False)
+        model = LLaMA(load_config(task.checkpoint_dir)).requires_grad_(False)
         add(model, **arguments)
     settings = {
         "method": method,
         "arguments": arguments,
-        "base": describe_base(checkpoint_dir),
+        "base": describe_base(task.checkpoint_dir),
         "base_dtype": str(dtype).removeprefix("torch."),
         "quantize": quantize,
         **describe_template(task.chat_template),
