@@ -53,7 +53,7 @@ def test_flags_that_are_not_the_launchers_are_refused(monkeypatch, environment):
 
 
 @pytest.mark.parametrize("instructions", [True, False])
-def test_auto_is_bfloat16_where_a_cpu_multiplies_it(monkeypatch, instructions):
+def test_a_cpu_with_bfloat16_instructions_is_recognized(monkeypatch, instructions):
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: instructions)
     assert multiplies_bf16(torch.device("cpu")) == instructions
