@@ -312,6 +312,14 @@ def test_overwrite_replaces_the_run_and_nothing_else(folder, tmp_path):
     assert len(metrics(tmp_path)) == 3 and (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_a_base_in_the_clone_is_not_overwritten_from_another_folder(folder, tmp_path, monkeypatch):
+    for module in ("lit_llama.trained", "lit_llama.train.run"):
+        monkeypatch.setattr(f"{module}.ROOT", folder)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is the base itself"):
+        finetune(folder, folder / "base", overwrite=True)
+
+
 def test_a_run_continues_with_other_settings_if_that_is_allowed(folder, tmp_path, capsys):
     finetune(folder, tmp_path)
     more = dict(resume=True, max_steps=9, batch_size=3)
