@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_llama.checkpoint import check_dtypes, check_tensors, fingerprint, load_config, shapes_of
+from lit_llama.checkpoint import check_headers, fingerprint, load_config, shapes_of
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import read_json, read_tensors, tensor_headers
 from lit_llama.devices.quantize import count_parameters
@@ -65,31 +65,14 @@ def load_parameters(model: LLaMA, path: Path, prefix: str = "") -> tuple[dict[st
 
 
 def load_initial(model: LLaMA, trained_dir: Path | str) -> None:
-    """Start from the tensors of a trained folder. ``check_initial`` has checked that it fits the run."""
+    """Start from the tensors of a trained folder. ``describe_run`` has checked that it fits the run."""
     load_parameters(model, Path(trained_dir) / TRAINED_FILE)
-
-
-def check_initial(trained_dir: Path | str, settings: dict, reparametrized: bool) -> None:
-    """Raises UserError unless a run with these settings can begin with what a trained folder holds.
-
-    It must have the same method, arguments and base. A ``reparametrized`` prefix cannot: folders do not keep its MLP.
-    """
-    path, method = Path(trained_dir) / METHOD_FILE, read_method(trained_dir)
-    ours = {"method": settings["method"], **settings["arguments"]}
-    theirs = {"method": method["method"], **method["arguments"]}
-    for key in ours:
-        if key in theirs and key != "dropout" and ours[key] != theirs[key]:
-            raise UserError(f"--init_from {trained_dir}: its {key} is {theirs[key]}, here {ours[key]}; pass the same")
-    if reparametrized:
-        raise UserError(f"--init_from {trained_dir} holds prefixes without their MLP; pass --mlp_size 0")
-    check_base(method["base"], settings["base"]["checkpoint_dir"], path)
 
 
 def check_trained(tensors: dict[str, Tensor], path: Path, prefix: str) -> None:
     """Raises UserError unless a safetensors file holds exactly ``tensors``. Reads only its header."""
     headers = {name[len(prefix) :]: it for name, it in tensor_headers(path).items() if name.startswith(prefix)}
-    check_tensors({name: shape for name, (shape, _) in headers.items()}, shapes_of(tensors), path)
-    check_dtypes(headers, tuple({DTYPES[tensor.dtype] for tensor in tensors.values()}), path)
+    check_headers(headers, shapes_of(tensors), tuple({DTYPES[tensor.dtype] for tensor in tensors.values()}), path)
 
 
 def with_defaults(method: dict) -> dict:

@@ -12,29 +12,24 @@ from helpers import make_base, sums, write_rows
 from lit_llama.base import ensure_base
 from lit_llama.devices import launch
 from lit_llama.formats.download import fetch_default_gguf
-from lit_llama.settings import DEFAULT_BASE
+from lit_llama.settings import DEFAULT_BASE, ROOT
 from lit_llama.tokenizer import Tokenizer
 
 # Tiny products gain nothing from threads, and threads that wait for a busy core cost many times what they save.
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # for the processes that tests start
 
 
 @pytest.fixture(scope="session", autouse=True)
 def auto_is_float32():
     """``--precision auto`` is float32 on every CPU, so that a test computes the same on all of them.
 
-    Gives what decides otherwise. A process that a test starts needs the flag.
+    A process that a test starts needs the flag.
     """
     multiplies_bf16 = launch.multiplies_bf16
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "multiplies_bf16", lambda device: device.type != "cpu" and multiplies_bf16(device))
-        yield multiplies_bf16
-
-
-@pytest.fixture
-def cpus_own_auto(monkeypatch, auto_is_float32) -> None:
-    monkeypatch.setattr(launch, "multiplies_bf16", auto_is_float32)
+        yield
 
 
 @pytest.fixture(params=["32-true", "bf16-true"])

@@ -1,20 +1,22 @@
 """Shared by the tests: tiny bases, models and tokenizers; functions that run a script and read what it wrote."""
 
-import csv
 import functools
-import importlib
 import importlib.util
 import io
 import json
+import os
 import random
 import re
 import runpy
+import signal
 import subprocess
 import sys
+import time
 import traceback
 import unicodedata
 from array import array
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,7 @@ from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.settings import DataOptions, Hardware, TrainArgs
 from lit_llama.train.loss import target_loss
+from lit_llama.train.run import read_metrics
 from lit_llama.trained import describe_base, kept_tensors, trainable_parameters
 
 ROOT = Path(__file__).parent.parent
@@ -86,10 +89,6 @@ def save_trained(base: Path, folder: Path, method: str, **arguments) -> Path:
     about = {"base": describe_base(base), "prompt_style": "template", "train": {"max_seq_length": 64}}
     write_json(folder / "method.json", {"method": method, "arguments": arguments, **about})
     return folder
-
-
-def make_trained(folder: Path, base: Path) -> None:
-    save_trained(base, folder, "adapter", prompt_length=3, start_layer=1)
 
 
 def write_rows(path: Path, rows: list) -> Path:
@@ -224,15 +223,6 @@ def check_cached_decoding(model: LLaMA) -> None:
             model.set_kv_cache(2, 20)
             parts = [model(ids[:, a:b], torch.arange(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
             torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-9, rtol=1e-9)
-
-
-def equal_to(theirs, model: LLaMA) -> None:
-    """The same logits as ``theirs``, and others than the base's."""
-    idx = torch.randint(0, TINY["vocab_size"], (2, 20), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        ours = logits_of(model.eval(), idx)
-        torch.testing.assert_close(ours, theirs.eval()(idx).logits, atol=1e-4, rtol=1e-4)
-        assert (ours - tiny_model()(idx)).abs().max() > 0.01
 
 
 # ----------------------------------------------------------------------------- Foreign checkpoints
@@ -391,13 +381,36 @@ def train_sentencepiece(folder, **options) -> sentencepiece.SentencePieceProcess
 # -------------------------------------------------------------------- Scripts as a user types them
 
 
-def command(script: str, *flags: object) -> list[str]:
-    return [sys.executable, str(ROOT / script), *map(str, flags)]
+def command(script: str, *flags: object, torchrun: Sequence = ()) -> list[str]:
+    """``torchrun``: its flags, where it starts the script's processes."""
+    launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
+    return [sys.executable, *map(str, [*launcher, ROOT / script, *flags])]
 
 
-def run_process(script: str, *flags: object) -> subprocess.CompletedProcess:
+def run_process(script: str, *flags: object, torchrun: Sequence = ()) -> subprocess.CompletedProcess:
     options = dict(capture_output=True, encoding="utf-8", stdin=subprocess.DEVNULL)
-    return subprocess.run(command(script, *flags), cwd=ROOT, **options)
+    return subprocess.run(command(script, *flags, torchrun=torchrun), cwd=ROOT, **options)
+
+
+@contextmanager
+def job(script: str, *flags: object, torchrun: Sequence = ()) -> Iterator[subprocess.Popen]:
+    """A script that runs during the block, and the processes that it starts."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = command(script, *flags, torchrun=torchrun)
+    process = subprocess.Popen(started, cwd=ROOT, start_new_session=True, **pipes)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):  # all have ended
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for_steps(process: subprocess.Popen, out_dir: Path, steps: int) -> None:
+    """Until a run in another process has taken so many steps."""
+    deadline = time.monotonic() + 300
+    while len(read_metrics(out_dir)) < steps:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def run(script: str, *flags: object, cwd: Path = ROOT, stdin: str = "") -> subprocess.CompletedProcess:
@@ -458,6 +471,9 @@ def bytes_of(out_dir: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(out_dir.rglob("*.safetensors"))]
 
 
-def metrics(out_dir: Path) -> list[dict]:
-    with open(out_dir / "metrics.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+metrics = read_metrics
+
+
+def timeless_metrics(out_dir: Path) -> list[dict]:
+    """The rows of metrics.csv without the seconds: what a run must repeat."""
+    return [{**row, "seconds": ""} for row in metrics(out_dir)]

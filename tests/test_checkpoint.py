@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_base, make_trained
+from helpers import make_base, save_trained
 from safetensors.torch import load_file
 
 from lit_llama import trained
@@ -74,12 +74,6 @@ def test_a_checkpoint_that_lacks_a_tensor_is_not_written_silently(tmp_path):
 # trained folders
 
 
-def test_the_base_may_move(base, tmp_path):
-    make_trained(tmp_path / "out", base)
-    base.rename(tmp_path / "moved")
-    load_trained_folder(tmp_path / "out", tmp_path / "moved")
-
-
 def test_fingerprint_tells_a_single_tensor_apart(base):
     before = fingerprint(base)
     tensors = load_file(base / "model.safetensors")
@@ -88,18 +82,19 @@ def test_fingerprint_tells_a_single_tensor_apart(base):
     assert fingerprint(base) != before
 
 
-def test_a_base_written_before_biases_is_still_the_same_base(base, tmp_path):
-    make_trained(tmp_path / "out", base)
+def test_the_base_may_move_and_may_be_from_before_biases(base, tmp_path):
+    save_trained(base, tmp_path / "out", "adapter")
     config = read_json(base / "config.json")
     assert config.pop("bias") is False
     write_json(base / "config.json", config)
-    load_trained_folder(tmp_path / "out")
+    base.rename(tmp_path / "moved")
+    load_trained_folder(tmp_path / "out", tmp_path / "moved")
 
 
 def test_a_relative_base_is_found_from_any_folder(base, tmp_path, monkeypatch):
     """A trained folder names a base inside the clone by its path from there."""
     monkeypatch.setattr(trained, "ROOT", tmp_path)
-    make_trained(tmp_path / "out", base)
+    save_trained(base, tmp_path / "out", "adapter")
     assert read_json(tmp_path / "out/method.json")["base"]["checkpoint_dir"] == "base"
     (tmp_path / "elsewhere").mkdir()
     for folder in (tmp_path, tmp_path / "elsewhere"):

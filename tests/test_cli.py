@@ -11,7 +11,7 @@ import torch
 from helpers import ROOT, SCRIPTS, run_process, script_parser
 
 from lit_llama import cli
-from lit_llama.cli import bare_switches, parse, parser_of
+from lit_llama.cli import parse
 from lit_llama.common.errors import UserError
 from lit_llama.devices import launch
 from lit_llama.settings import TRAIN_RANGES, Sampling, TrainArgs
@@ -120,16 +120,6 @@ def test_a_value_that_begins_with_a_dash():
     assert parse(parser, ["--prompt=--hi"]).prompt == "--hi"
 
 
-def outcome(monkeypatch, capsys, main, *args: str) -> tuple[int, str]:
-    """The exit code and stderr."""
-    monkeypatch.setattr(sys, "argv", ["script.py", *args])
-    with pytest.raises(SystemExit) as stop:
-        cli.run(main)
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    return stop.value.code, captured.err
-
-
 @pytest.mark.parametrize(
     "error",
     [
@@ -147,9 +137,12 @@ def test_too_little_memory_is_one_line(monkeypatch, capsys, error):
             raise error
         torch.empty(2**50)
 
-    code, printed = outcome(monkeypatch, capsys, main)
-    assert code == 2 and printed.count("\n") == 1
-    assert printed.startswith("error: not enough memory; docs/memory.md names the flags that need less. ")
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1
+    assert printed.err.startswith("error: not enough memory; docs/memory.md names the flags that need less. ")
 
 
 def test_other_runtime_errors_are_raised(monkeypatch):
@@ -162,15 +155,11 @@ def test_other_runtime_errors_are_raised(monkeypatch):
 
 
 def test_switches_need_no_value():
-    def main(resume: bool = False, yes: bool = True, data: str = ""):
-        pass
-
-    parser = parser_of(main)
-    assert bare_switches(parser, []) == []
-    assert bare_switches(parser, ["--resume"]) == ["--resume", "true"]
-    spelled = ["--resume", "true", "--data", "x", "--yes", "true"]
-    assert bare_switches(parser, ["--resume", "--data", "x", "--yes"]) == spelled
-    assert bare_switches(parser, ["--resume", "false", "--yes=false"]) == ["--resume", "false", "--yes=false"]
+    parser = script_parser(ROOT / "finetune/adapter.py")
+    for args in ("--resume", "--resume --data x --yes", "--data x --resume", "--resume true", "--resume=true"):
+        assert parse(parser, args.split()).resume is True
+    for args in ("", "--resume false --yes", "--resume=false"):
+        assert parse(parser, args.split()).resume is False
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -13,13 +13,7 @@ from helpers import bytes_of, finetune, make_base, refuse
 
 from finetune import adapter
 from lit_llama.common.errors import UserError
-from lit_llama.common.files import (
-    atomic_write,
-    open_tensors,
-    read_tensors,
-    remove_unfinished,
-    save_tensors,
-)
+from lit_llama.common.files import atomic_write, open_tensors, read_tensors, remove_unfinished, save_tensors
 from lit_llama.formats.export import export_hf
 from lit_llama.formats.gguf import export_gguf
 from lit_llama.measure.plots import plot_runs
@@ -66,15 +60,13 @@ def test_a_run_on_a_full_disk_keeps_its_last_state_and_resumes(folder, tmp_path,
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
 
-def plot(path: Path) -> None:
-    row = dict.fromkeys(("step", "loss", "lr", "tokens", "seconds", "val_loss"), "1")
-    plot_runs(path, {"run": [row]})
+ROW = dict.fromkeys(("step", "loss", "lr", "tokens", "seconds", "val_loss"), "1")
 
 
 @pytest.mark.parametrize(
     ("name", "write"),
     [
-        ("a.png", plot),
+        ("a.png", lambda path: plot_runs(path, {"run": [ROW]})),
         ("new.gguf", lambda path: export_gguf(path.parent / "base", path)),
         ("new", lambda path: export_hf(path.parent / "base", path)),
     ],

@@ -6,17 +6,15 @@ import random
 import signal
 import subprocess
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, command, finetune, metrics, succeed
+from helpers import finetune, job, metrics, succeed, timeless_metrics, wait_for_steps
 
 import lit_llama.common.files
 from finetune import adapter
 from lit_llama.common.files import read_json, read_tensors
-from lit_llama.train.run import read_metrics
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 
@@ -58,22 +56,17 @@ def run_child(function, *args) -> None:
     assert child.exitcode == 0
 
 
-def rows_so_far(out_dir: Path) -> list[dict]:
-    """The rows of metrics.csv without the seconds."""
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in read_metrics(out_dir)]
-
-
 def kill_somewhere(folder, out_dir, method, seconds) -> bool:
     """Start a run and kill it so many seconds after its first step; False if it ended before that."""
     child = children.Process(target=train, args=(folder, out_dir, method, False, True))
     child.start()
-    while child.is_alive() and not rows_so_far(out_dir):
+    while child.is_alive() and not metrics(out_dir):
         time.sleep(0.001)
     time.sleep(seconds)
     child.kill()
     child.join()
     assert child.exitcode in (0, -9)
-    return child.exitcode == -9 and len(rows_so_far(out_dir)) < FLAGS["max_steps"]
+    return child.exitcode == -9 and len(metrics(out_dir)) < FLAGS["max_steps"]
 
 
 @pytest.mark.processes
@@ -87,7 +80,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(folder, tmp_path):
         if not kill_somewhere(folder, out_dir, method, rng.uniform(0, 1)):
             continue
         kills += 1
-        ends.add(len(rows_so_far(out_dir)))
+        ends.add(len(metrics(out_dir)))
         assert all((out_dir / name).exists() for name in ("method.json", "metrics.csv", "state/state.safetensors"))
         for path in out_dir.rglob("[!.]*"):  # every file under a final name is whole
             if path.suffix == ".safetensors":
@@ -95,7 +88,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(folder, tmp_path):
             elif path.suffix == ".json":
                 read_json(path)
         run_child(train, folder, out_dir, method, True)
-        assert rows_so_far(out_dir) == rows_so_far(whole)
+        assert timeless_metrics(out_dir) == timeless_metrics(whole)
         for path in whole.rglob("*"):
             if path.is_file() and path.name not in ("metrics.csv", "costs.json", ".lock"):
                 assert (out_dir / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
@@ -103,52 +96,33 @@ def test_a_killed_run_resumes_to_the_same_bytes(folder, tmp_path):
     assert len(ends) > 3  # steps
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-
-
 @pytest.mark.processes
-@pytest.mark.parametrize(("launcher", "strategy"), [([], "fsdp"), (TORCHRUN, "ddp")], ids=["plain", "torchrun"])
-def test_a_killed_rank_ends_the_job_within_a_minute_and_one_process_resumes_it(folder, tmp_path, launcher, strategy):
+@pytest.mark.parametrize(("torchrun", "strategy"), [([], "fsdp"), (["--standalone", "--nproc_per_node", 2], "ddp")])
+def test_a_killed_rank_ends_the_job_within_a_minute_and_one_process_resumes_it(folder, tmp_path, torchrun, strategy):
     flags = ["--checkpoint_dir", folder / "base", "--data", folder / "sums", "--start_layer", 1, "--eval_samples", 0]
     flags += ["--train.max_steps", 300, "--train.eval_every", 300, "--train.save_every", 5, "--precision", "32-true"]
-    python, *script = command("finetune/adapter.py", *flags, "--out_dir", tmp_path)
-    several = [python, *map(str, launcher), *script, "--devices", "2", "--strategy", strategy]
-    job = subprocess.Popen(several, cwd=ROOT, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 300
-        while not ((tmp_path / "metrics.csv").exists() and len(metrics(tmp_path)) >= 7):
-            assert job.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        children = subprocess.check_output(["pgrep", "-f", "-P", str(job.pid), "finetune/adapter.py"], text=True)
-        os.kill(int(children.split()[-1]), signal.SIGKILL)  # rank 1
-        assert job.wait(timeout=60) != 0
-    finally:
-        with suppress(ProcessLookupError):  # all have ended
-            os.killpg(job.pid, signal.SIGKILL)
+    flags += ["--out_dir", tmp_path]
+    with job("finetune/adapter.py", *flags, "--devices", 2, "--strategy", strategy, torchrun=torchrun) as process:
+        wait_for_steps(process, tmp_path, 7)
+        ranks = subprocess.check_output(["pgrep", "-f", "-P", str(process.pid), "finetune/adapter.py"], text=True)
+        os.kill(int(ranks.split()[-1]), signal.SIGKILL)  # rank 1
+        assert process.wait(timeout=60) != 0
     assert len(metrics(tmp_path)) < 300
-    succeed("finetune/adapter.py", *flags, "--out_dir", tmp_path, "--resume")
+    succeed("finetune/adapter.py", *flags, "--resume")
     assert [int(row["step"]) for row in metrics(tmp_path)] == list(range(1, 301))
-
-
-def measure_memory(folder, out_dir, pipe) -> None:
-    """In a child: train, and note after each step what the process holds."""
-    held, check_finite = [], adapter.check_finite
-
-    def look(*args):
-        held.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
-        return check_finite(*args)
-
-    adapter.check_finite = look
-    finetune(folder, out_dir, **{**FLAGS, "max_steps": 2000})
-    pipe.send(held)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
-def test_memory_stays_flat_over_thousands_of_steps(folder, tmp_path):
-    here, there = multiprocessing.Pipe()
-    run_child(measure_memory, folder, tmp_path, there)
-    held = here.recv()
-    assert len(held) == 2000
-    early, late = max(held[200:400]), max(held[-200:])  # after every kind of step was taken, saves and validations
-    assert late < 1.01 * early, f"{early:,} bytes became {late:,}"
+def test_memory_stays_flat_over_thousands_of_steps(folder, tmp_path, monkeypatch):
+    pages, check_finite = [], adapter.check_finite
+
+    def look(*args):
+        pages.append(int(Path("/proc/self/statm").read_text().split()[1]))  # that this process holds
+        return check_finite(*args)
+
+    monkeypatch.setattr(adapter, "check_finite", look)
+    finetune(folder, tmp_path, **{**FLAGS, "max_steps": 2000})
+    assert len(pages) == 2000
+    # The first steps, saves and validations are over.
+    assert max(pages[-200:]) < 1.01 * max(pages[200:400])

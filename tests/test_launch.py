@@ -1,18 +1,13 @@
 """How a job of several processes starts, ends and fails: launchers, mistakes, deaths, and going on afterwards."""
 
-import os
-import signal
 import socket
-import subprocess
-import sys
-from contextlib import suppress
 
 import pytest
 import torch
-from helpers import ROOT, metrics, run_process, succeed
+from helpers import job, metrics, run_process, succeed
 
 from lit_llama.common.errors import UserError
-from lit_llama.devices.launch import barrier, base_dtype, check_launcher
+from lit_llama.devices.launch import barrier, check_launcher, multiplies_bf16
 
 
 @pytest.fixture
@@ -26,23 +21,13 @@ def test_two_nodes_are_two_devices(flags, tmp_path):
     flags += ["--precision", "32-true", "--out_dir"]
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1]
-    torchrun += ["--master_addr", "127.0.0.1", "--master_port", port]
-    options = dict(cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    agents, printed = [], []
-    for node in range(2):
-        command = [*torchrun, "--node_rank", node, "finetune/adapter.py", "--num_nodes", 2, *flags, tmp_path / "two"]
-        agents.append(subprocess.Popen([*map(str, command)], **options))
-    try:
-        for agent in agents:
-            stdout, stderr = agent.communicate(timeout=300)
-            assert agent.returncode == 0, stderr
-            printed.append(stdout)
-    finally:
-        for agent in agents:
-            with suppress(ProcessLookupError):  # all of its processes have ended
-                os.killpg(agent.pid, signal.SIGKILL)
-    assert "exact match after" in printed[0] and printed[1] == ""  # rank 0 alone speaks
+    torchrun = ["--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", port]
+    script = ["finetune/adapter.py", "--num_nodes", 2, *flags, tmp_path / "two"]
+    first, second = (job(*script, torchrun=[*torchrun, "--node_rank", node]) for node in range(2))
+    with first as agent, second as other:
+        (printed, stderr), (nothing, _) = agent.communicate(timeout=300), other.communicate(timeout=300)
+    assert agent.returncode == other.returncode == 0, stderr
+    assert "exact match after" in printed and nothing == ""  # rank 0 alone speaks
     succeed("finetune/adapter.py", *flags, tmp_path / "one")
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert float(one["loss"]) == pytest.approx(float(two["loss"]), abs=1e-5)
@@ -67,11 +52,11 @@ def test_flags_that_are_not_the_launchers_are_refused(monkeypatch, environment):
     check_launcher(devices=1, num_nodes=1)
 
 
-@pytest.mark.parametrize("instructions, dtype", [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_is_bfloat16_where_a_cpu_multiplies_it(monkeypatch, cpus_own_auto, instructions, dtype):
+@pytest.mark.parametrize("instructions", [True, False])
+def test_a_cpu_with_bfloat16_instructions_is_recognized(monkeypatch, instructions):
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: instructions, raising=False)
-    assert base_dtype("auto", torch.device("cpu")) == dtype
+        monkeypatch.setattr(torch.cpu, name, lambda: instructions)
+    assert multiplies_bf16(torch.device("cpu")) == instructions
 
 
 def test_a_barrier_that_fails_says_what_for():

@@ -1,13 +1,11 @@
 """Several processes, by gloo on the CPU: a step means the same on one, two and three, and over a sharded base."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, make_base, metrics, run_process, succeed, sums, write_rows
+from helpers import make_base, metrics, run_process, save_trained, succeed, sums, write_rows
 from safetensors.torch import load_file
 
 from lit_llama.checkpoint import load_model
@@ -16,28 +14,24 @@ from lit_llama.common.files import read_json
 from lit_llama.devices.blocks import shard
 
 pytestmark = pytest.mark.processes
-WORKER = ROOT / "tests" / "ranks_worker.py"
 METHODS = ("adapter", "lora", "full")
 CASES = [(name, devices, "ddp") for name in METHODS for devices in (2, 3)]
 CASES += [(name, 2, "fsdp") for name in METHODS if name != "full"]
-every_case = pytest.mark.parametrize("method, devices, strategy", CASES)
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    write_rows(folder / "data" / "train.json", sums(23))
-    write_rows(folder / "data" / "validation.json", sums(40)[31:])
+    write_rows(folder / "sums" / "train.json", sums(23))
+    write_rows(folder / "sums" / "validation.json", sums(40)[31:])
     make_base(folder / "base")
     return folder
 
 
-def run_on(devices: int, script: str | Path, *flags: object) -> subprocess.CompletedProcess:
+def run_on(devices: int, script: str, *flags: object) -> subprocess.CompletedProcess:
     """By torchrun where there may be more processes than cores: a script itself starts no more."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", devices] if devices > 2 else []
-    command = [sys.executable, *torchrun, ROOT / script, *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # for the scripts in finetune/
-    return subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, env=environment)
+    torchrun = ["--standalone", "--nproc_per_node", devices] if devices > 2 else []
+    return run_process(script, *flags, torchrun=torchrun)
 
 
 def work(places: Path, devices: int = 1, strategy: str = "auto") -> Path:
@@ -45,24 +39,14 @@ def work(places: Path, devices: int = 1, strategy: str = "auto") -> Path:
     out_dir = places / f"{strategy}-{devices}"
     if not out_dir.exists():
         names = METHODS if strategy != "fsdp" else METHODS[:2]
-        result = run_on(devices, WORKER, places / "base", places / "data", out_dir, devices, strategy, *names)
+        result = run_on(devices, "tests/ranks_worker.py", places, out_dir, devices, strategy, *names)
         assert result.returncode == 0, result.stderr
     return out_dir
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-@every_case
-def test_a_step_has_one_loss_and_gradient(places, method, devices, strategy, precision):
-    for step in ("even", "uneven"):  # 7 micro-batches, and 2: with three ranks one has none
-        one = load_file(work(places) / method / f"{step}-{precision}-0.safetensors")
-        assert any(gradient.abs().max() > 1e-3 for gradient in one.values())
-        for rank in range(devices):
-            several = load_file(work(places, devices, strategy) / method / f"{step}-{precision}-{rank}.safetensors")
-            torch.testing.assert_close(several, one, rtol=1e-5, atol=1e-5)
-
-
-@every_case
+@pytest.mark.parametrize("method, devices, strategy", CASES)
 def test_a_run_in_float64_ends_in_the_same_place(places, method, devices, strategy):
+    """Losses, norms of gradients, AdamW's moments, which are made of gradients, and what is trained."""
     one, several = work(places) / method, work(places, devices, strategy) / method
     names = [sorted(str(path.relative_to(folder)) for path in (folder / "run").rglob("*")) for folder in (one, several)]
     assert names[0] == names[1] and len(names[0]) > 5
@@ -73,8 +57,9 @@ def test_a_run_in_float64_ends_in_the_same_place(places, method, devices, strate
             first, second = (load_file(folder / name) for folder in (one, several))
             torch.testing.assert_close(second, first, rtol=1e-6, atol=1e-6)
     for first, second in zip(metrics(one / "run"), metrics(several / "run"), strict=True):
-        assert float(second["loss"]) == pytest.approx(float(first["loss"]), abs=1e-5)
-        assert float(second["val_loss"] or 0) == pytest.approx(float(first["val_loss"] or 0), abs=1e-5)
+        assert float(first["grad_norm"]) > 1e-3
+        for name in ("loss", "grad_norm", "val_loss"):
+            assert float(second[name] or 0) == pytest.approx(float(first[name] or 0), abs=1e-5)
     assert len(metrics(one / "run")) == 4 and metrics(one / "run")[-1]["val_loss"]
     assert read_json(several / "answers-0.json") == read_json(one / "answers-0.json")
     assert len(read_json(several / "answers-0.json")["before"]) == 1
@@ -82,27 +67,23 @@ def test_a_run_in_float64_ends_in_the_same_place(places, method, devices, strate
 
 
 def test_an_evaluation_counts_each_sample_once(places, tmp_path):
-    trained, found, base = tmp_path / "lora", [], ["--checkpoint_dir", places / "base", "--data", places / "data"]
-    flags = [*base, "--train.max_steps", 3, "--eval_samples", 0, "--precision", "32-true"]
-    succeed("finetune/lora.py", *flags, "--out_dir", trained)
-    for name, n, several in (("one", 1, []), ("two", 2, ["--devices", 2, "--strategy", "fsdp"])):
-        flags = [*base, "--trained_dir", trained, "--precision", "32-true", "--results", tmp_path / name]
-        result = run_on(n, "scripts/evaluate.py", *flags, *several)
+    trained, found = save_trained(places / "base", tmp_path / "lora", "lora"), []
+    for name, several in (("one", []), ("two", ["--devices", 2, "--strategy", "fsdp"])):
+        flags = ["--trained_dir", trained, "--data", places / "sums", "--precision", "32-true"]
+        result = run_process("scripts/evaluate.py", *flags, "--results", tmp_path / name, *several)
         assert result.returncode == 0, result.stderr
         printed = result.stdout
         assert printed.count("exact match") == printed.count("perplexity") == 1
         found.append(read_json(tmp_path / name)["samples"])
     assert [row["row"] for row in found[1]] == list(range(9))
     for one, other in zip(*found, strict=True):
-        assert other.pop("loss") == pytest.approx(one.pop("loss"), abs=1e-4)
+        assert other.pop("loss") == pytest.approx(one.pop("loss"), rel=1e-5)
         assert other == one
 
 
 def test_an_answer_from_a_sharded_model_is_the_same(places, tmp_path):
-    trained, base = tmp_path / "adapter", ["--checkpoint_dir", places / "base"]
-    few = ["--train.max_steps", 3, "--eval_samples", 0, "--data", places / "data", "--precision", "32-true"]
-    succeed("finetune/adapter.py", *base, *few, "--out_dir", trained)
-    asked = [*base, "--prompt", "What?", "--max_new_tokens", 12, "--precision", "32-true"]
+    trained = save_trained(places / "base", tmp_path / "adapter", "adapter", start_layer=1)
+    asked = ["--checkpoint_dir", places / "base", "--prompt", "What?", "--max_new_tokens", 12, "--precision", "32-true"]
     sampled = ["--sampling.temperature", 0.8]
     for script, flags in (("adapter", ["--trained_dir", trained]), ("base", sampled)):
         one = succeed(f"generate/{script}.py", *asked, *flags)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ARGS, SCRIPTS, bytes_of, finetune, metrics, shake, sums, write_rows
+from helpers import ARGS, SCRIPTS, bytes_of, finetune, metrics, shake, sums, timeless_metrics, write_rows
 from lightning.fabric import Fabric
 
 from finetune import adapter
@@ -25,7 +25,7 @@ from lit_llama.methods.adapter import add_adapter
 from lit_llama.settings import TrainArgs
 from lit_llama.train.evaluate import validate
 from lit_llama.train.loss import FrozenHeadLoss, head_loss, split_by_tokens, split_evenly, target_loss
-from lit_llama.train.run import STATE_FILE, Run, read_metrics
+from lit_llama.train.run import STATE_FILE, Run
 from lit_llama.train.run import write_rows as write_metrics
 from lit_llama.trained import trainable_parameters
 
@@ -191,17 +191,6 @@ def test_metrics_hold_every_step_and_the_best_is_kept(fabric, folder, task, tmp_
     assert method["base"]["name"] == "tiny" and method["prompt_style"] == "template"
 
 
-def test_a_new_figure_becomes_a_column(folder, tmp_path, monkeypatch):
-    log = Run.log
-
-    def log_more(self, step, **figures):
-        log(self, step, **figures, **({"new": 7.5} if step >= 4 else {}))
-
-    monkeypatch.setattr(Run, "log", log_more)
-    finetune(folder, tmp_path)
-    assert [row["new"] for row in metrics(tmp_path)] == ["", "", "", "", "7.5", "7.5"]
-
-
 def test_the_best_step_wins_over_the_last_one(folder, tmp_path, monkeypatch):
     losses, after = iter([3.0, 1.0, 2.0]), []
     monkeypatch.setattr(adapter, "validate", lambda *_: next(losses))
@@ -286,8 +275,7 @@ def test_interrupted_and_resumed_is_the_run_that_was_never_stopped(folder, tmp_p
     torch.rand(7)  # whatever else draws random numbers in between
     finetune(folder, tmp_path / "parts", method, resume=True, **flags)
     assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")
-    columns = [[{**row, "seconds": ""} for row in metrics(tmp_path / name)] for name in ("whole", "parts")]
-    assert columns[0] == columns[1]
+    assert timeless_metrics(tmp_path / "parts") == timeless_metrics(tmp_path / "whole")
     assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -296,7 +284,7 @@ def test_a_second_ctrl_c_stops_at_once_and_the_last_save_is_resumed(folder, tmp_
     hook(lambda model: (first(model), second(model)))
     with pytest.raises(KeyboardInterrupt):
         finetune(folder, tmp_path, micro_batch_tokens=1)  # every sample is a micro-batch
-    assert not read_metrics(tmp_path)  # in the middle of the first step
+    assert not metrics(tmp_path)  # in the middle of the first step
     finetune(folder, tmp_path, resume=True, micro_batch_tokens=1)
     assert len(metrics(tmp_path)) == 6
 
@@ -322,6 +310,14 @@ def test_overwrite_replaces_the_run_and_nothing_else(folder, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     finetune(folder, tmp_path, overwrite=True, max_steps=3)
     assert len(metrics(tmp_path)) == 3 and (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_base_in_the_clone_is_not_overwritten_from_another_folder(folder, tmp_path, monkeypatch):
+    for module in ("lit_llama.trained", "lit_llama.train.run"):
+        monkeypatch.setattr(f"{module}.ROOT", folder)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is the base itself"):
+        finetune(folder, folder / "base", overwrite=True)
 
 
 def test_a_run_continues_with_other_settings_if_that_is_allowed(folder, tmp_path, capsys):
@@ -371,16 +367,14 @@ def test_a_folder_of_an_earlier_version_resumes(folder, tmp_path, hook):
     assert load_trained_folder(tmp_path / "parts")[1]["trained_parameters"] == 264
 
 
-def test_a_lora_run_from_before_rslora_goes_on_without_it(folder, tmp_path, hook):
-    hook(stop_at(3), "lora")
-    with pytest.raises(Interrupted):
-        finetune(folder, tmp_path, "lora")
+def test_a_lora_run_from_before_rslora_goes_on_without_it(folder, tmp_path):
+    finetune(folder, tmp_path, "lora")
     method = read_json(tmp_path / "method.json")
     del method["arguments"]["rslora"]
     write_json(tmp_path / "method.json", method)
     with pytest.raises(UserError, match="arguments.rslora was False, now True"):
         finetune(folder, tmp_path, "lora", resume=True, rslora=True)
-    finetune(folder, tmp_path, "lora", resume=True)
+    finetune(folder, tmp_path, "lora", resume=True, allow_changes=True, max_steps=9)
     assert load_trained_folder(tmp_path)[1]["arguments"]["rslora"] is False
 
 
@@ -409,8 +403,13 @@ def test_a_new_run_begins_with_a_trained_folder(folder, tmp_path, monkeypatch):
     first, second = (read_tensors(tmp_path / name / "trained.safetensors")[0] for name in ("first", "second"))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     assert read_json(tmp_path / "second/method.json")["init_from"] == str(tmp_path / "first")
-    with pytest.raises(UserError, match="--init_from .*first: its prompt_length is 4, here 5; pass the same"):
+    with pytest.raises(UserError, match="--init_from .*first: arguments.prompt_length was 4, now 5; pass the same"):
         finetune(folder, tmp_path / "third", init_from=str(tmp_path / "first"), prompt_length=5)
-    with pytest.raises(UserError, match="--init_from .*first: its method is adapter, here lora; pass the same"):
+    with pytest.raises(UserError, match="--init_from .*first: method was 'adapter', now 'lora'; .*; pass the same"):
         finetune(folder, tmp_path / "third", "lora", init_from=str(tmp_path / "first"))
     assert not (tmp_path / "third").exists()
+    finetune(folder, tmp_path / "mlp", "prefix", max_steps=3, prompt_length=4, mlp_size=6)
+    further = dict(init_from=str(tmp_path / "mlp"), max_steps=3, prompt_length=4)
+    with pytest.raises(UserError, match="without their MLP; pass --mlp_size 0"):
+        finetune(folder, tmp_path / "flat", "prefix", mlp_size=6, **further)
+    finetune(folder, tmp_path / "flat", "prefix", **further)

@@ -106,12 +106,12 @@ def place(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
 
 
 @contextmanager
-def keep_in_step(fabric: Fabric | None, model: LLaMA) -> Iterator[None]:
+def keep_in_step(fabric: Fabric | None, model: LLaMA | None) -> Iterator[None]:
     """Let ranks run a sharded model, without gradients, a different number of times.
 
     Before each pass the ranks count those still at work. A rank that has finished runs empty passes until all have.
     """
-    if fabric is None or not is_sharded(model):
+    if fabric is None or model is None or not is_sharded(model):
         yield
         return
     hidden_states, device = model.hidden_states, fabric.device

@@ -129,8 +129,7 @@ def multiplies_bf16(device: torch.device) -> bool:
     long as in float32, and its backward pass sixty times as long.
     """
     if device.type == "cpu":
-        checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-        return any(check is not None and check() for check in checks)
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +32,7 @@ def map_over_ranks(fabric: Fabric, model: LLaMA | None, items: list, work: Calla
     A sharded ``model`` that ``work`` runs is kept in step.
     """
     own = items[fabric.global_rank :: fabric.world_size]
-    with nullcontext() if model is None else keep_in_step(fabric, model):
+    with keep_in_step(fabric, model):
         done = work(own) if own else []
     if fabric.world_size == 1:
         return done

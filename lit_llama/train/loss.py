@@ -37,7 +37,9 @@ def target_loss(model: LLaMA, samples: list[TokenizedSample], chunk_size: int = 
     """
     hidden, targets = target_vectors(model, samples)
     head = model.lm_head
-    if hidden.requires_grad and is_frozen_linear(head):
+    hooks = head._forward_hooks or head._forward_pre_hooks
+    frozen = type(head) is Linear and not hooks and not any(p.requires_grad for p in head.parameters())
+    if frozen and hidden.requires_grad:
         return FrozenHeadLoss.apply(hidden, head.weight, head.bias, targets, chunk_size)
     if len(targets) <= chunk_size:
         return head_loss(head, hidden, targets)
@@ -48,21 +50,15 @@ def target_loss(model: LLaMA, samples: list[TokenizedSample], chunk_size: int = 
 def target_vectors(model: LLaMA, samples: list[TokenizedSample]) -> tuple[Tensor, Tensor]:
     """The vectors (n, C) at the n positions that have a target, sample by sample, and the targets (n,)."""
     device = model.transformer.wte.weight.device
-    text_multiple, row_multiple = shape_multiples(model, device)
+    # Lengths of texts and of packed rows are rounded up, so that few shapes occur. In bfloat16 on a CPU, oneDNN
+    # compiles a kernel for every new shape and keeps a thousand of them: 375 steps on bookings, each of another length,
+    # took 2.5 GB more memory. On CUDA, tensors of a few sizes are reused.
+    text_multiple = row_multiple = 8 if model.dtype == torch.bfloat16 else 1
+    if device.type == "cuda":
+        text_multiple, row_multiple = 1, 256
     batch = pack(samples, device, model.virtual_ids, text_multiple, row_multiple, model.context)
     hidden = model.hidden_states(batch.ids, texts=batch.texts)
     return hidden[0].index_select(0, batch.places), batch.targets
-
-
-def shape_multiples(model: LLaMA, device: torch.device) -> tuple[int, int]:
-    """Lengths of texts and of packed rows are rounded up to these.
-
-    In bfloat16 on a CPU, oneDNN compiles a kernel for every new shape and keeps a thousand of them: 375 steps on
-    bookings, each of another length, took 2.5 GB more memory. On CUDA, tensors of a few sizes are reused.
-    """
-    if device.type == "cuda":
-        return 1, 256
-    return (8, 8) if model.dtype == torch.bfloat16 else (1, 1)
 
 
 def head_loss(lm_head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -100,12 +96,6 @@ class FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * dloss.to(gradient.dtype), None, None, None, None
-
-
-def is_frozen_linear(lm_head: torch.nn.Module) -> bool:
-    """Whether a head is a frozen linear layer without hooks."""
-    hooks = lm_head._forward_hooks or lm_head._forward_pre_hooks
-    return type(lm_head) is Linear and not hooks and not any(p.requires_grad for p in lm_head.parameters())
 
 
 def split_by_tokens(

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,18 +50,18 @@ from lit_llama.data.task import Task
 from lit_llama.devices.launch import Bar, barrier, log_rank0, print_rank0
 from lit_llama.devices.memory import peak_memory
 from lit_llama.model import LLaMA
-from lit_llama.settings import TrainArgs
+from lit_llama.settings import ROOT, TrainArgs
 from lit_llama.tokenizer import copy_tokenizer
 from lit_llama.trained import (
     HEADER_KEYS,
     METHOD_FILE,
     TRAINED_FILE,
-    check_initial,
+    check_base,
     describe_base,
     kept_tensors,
     load_parameters,
+    read_method,
     trainable_parameters,
-    with_defaults,
 )
 
 if TYPE_CHECKING:
@@ -117,12 +117,13 @@ class Run:
     def check_folder(self, overwrite: bool) -> None:
         """Raises UserError if ``out_dir`` holds something that this run must not change."""
         check_writable(self.out_dir / METHOD_FILE)
-        if os.path.realpath(self.out_dir) == os.path.realpath(self.settings["base"]["checkpoint_dir"]):
+        base = self.settings["base"]["checkpoint_dir"]  # relative to the current folder, or to the clone
+        if os.path.realpath(self.out_dir) in (os.path.realpath(base), os.path.realpath(ROOT / base)):
             raise UserError(f"--out_dir {self.out_dir} is the base itself; choose another --out_dir")
-        holds_model = (self.out_dir / MODEL_FILE).exists() or (self.out_dir / INDEX_FILE).exists()
-        if holds_model and not (self.out_dir / METHOD_FILE).exists():
+        names = (METHOD_FILE, MODEL_FILE, INDEX_FILE, METRICS_FILE, STATE_FILE)
+        held = [name for name in names if (self.out_dir / name).exists()]
+        if {MODEL_FILE, INDEX_FILE} & set(held) and METHOD_FILE not in held:
             raise UserError(f"--out_dir {self.out_dir} holds a checkpoint that no run wrote; choose another --out_dir")
-        held = [name for name in (METHOD_FILE, MODEL_FILE, METRICS_FILE, STATE_FILE) if (self.out_dir / name).exists()]
         if self.resume and STATE_FILE not in held:
             way_out = "with --overwrite" if held else "without --resume"
             raise UserError(f"nothing to resume: {self.out_dir / STATE_FILE} is missing; start again {way_out}")
@@ -134,7 +135,7 @@ class Run:
 
     def check_settings(self, allow_changes: bool) -> bool:
         """Whether settings differ from those the run began with. Raises UserError unless that is allowed."""
-        changed = differences(with_defaults(read_json(self.out_dir / METHOD_FILE)), self.settings)
+        changed = differences(read_method(self.out_dir), self.settings)
         changes = [change for key, change in changed.items() if key not in MAY_CHANGE]
         fits = not any(key.split(".")[0] in HEADER_KEYS for key in changed)  # the trained tensors can still be used
         if changes and not (fits and allow_changes):
@@ -206,8 +207,18 @@ class Run:
     # files
 
     def start(self, trained_parameters: int) -> None:
-        """Lock the folder, remove an earlier run unless it is resumed, and write what describes this one."""
-        self.lock()
+        """Lock the folder while this object lives, remove an earlier run unless it is resumed, and describe this one.
+
+        Raises UserError on every rank if another process holds the lock.
+        """
+        if self.fabric.is_global_zero:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            with suppress(Timeout):
+                self.folder_lock.acquire(blocking=False)
+        if not self.fabric.broadcast(self.folder_lock.is_locked):  # what rank 0 sees
+            raise UserError(
+                f"another process writes to {self.out_dir}; wait until it ends, stop it, or choose another --out_dir"
+            )
         if self.fabric.is_global_zero:
             remove_unfinished(self.out_dir)
             remove_unfinished(self.out_dir / "state")
@@ -226,20 +237,6 @@ class Run:
                 write_chat_template(self.out_dir, self.settings["chat_template"])
         for logger in self.fabric.loggers:
             logger.log_hyperparams(flatten_settings(self.settings))
-
-    def lock(self) -> None:
-        """Lock the folder while this object lives. Raises UserError on every rank if another process holds the lock."""
-        taken = False
-        if self.fabric.is_global_zero:
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-            try:
-                self.folder_lock.acquire(blocking=False)
-            except Timeout:
-                taken = True
-        if self.fabric.broadcast(taken):
-            raise UserError(
-                f"another process writes to {self.out_dir}; wait until it ends, stop it, or choose another --out_dir"
-            )
 
     def write_row(self, bar: Bar) -> None:
         """Write the step's metrics to metrics.csv, the loggers and the bar."""
@@ -329,8 +326,9 @@ def describe_run(
 ) -> dict:
     """The method.json of a run: everything that generation and a resumed run need to know.
 
-    ``add(model, **arguments)`` adds the method to a model; ``init_from`` is a trained folder to begin with. Raises
-    UserError if the arguments do not fit the base, which is checked without loading weights.
+    ``add(model, **arguments)`` adds the method to a model. ``init_from`` is a trained folder to begin with, of the same
+    method, arguments and base. Raises UserError if the arguments do not fit the base or that folder, which is checked
+    without loading weights.
     """
     with torch.device("meta"):
         model = LLaMA(load_config(task.checkpoint_dir)).requires_grad_(False)
@@ -348,7 +346,15 @@ def describe_run(
         "version": __version__,
     }
     if init_from:
-        check_initial(init_from, settings, reparametrized=model.reparametrization is not None)
+        initial = read_method(init_from)
+        changed = differences({key: initial[key] for key in ("method", "arguments")}, settings)
+        for free in ("arguments.dropout", "arguments.mlp_size"):  # not in the tensors
+            changed.pop(free, None)
+        if changed:
+            raise UserError(f"--init_from {init_from}: {'; '.join(changed.values())}; pass the same")
+        if model.reparametrization is not None:
+            raise UserError(f"--init_from {init_from} holds prefixes without their MLP; pass --mlp_size 0")
+        check_base(initial["base"], task.checkpoint_dir, Path(init_from) / METHOD_FILE)
         settings["init_from"] = init_from
     return settings
 
