@@ -27,7 +27,8 @@ from lit_llama.data.samples import read_text
 from lit_llama.data.task import load_splits, load_task
 from lit_llama.devices.launch import default_device, resolve_precision
 from lit_llama.measure.benchmark import limits, measure, table
-from lit_llama.measure.cases import BenchmarkCase, check_method, config_of
+from lit_llama.measure.cases import BenchmarkCase, config_of
+from lit_llama.methods.table import METHODS
 from lit_llama.settings import DEFAULT_BASE, MAX_SAMPLES
 
 OPTIONS = {"compile", "checkpointing", "int8", "nf4"}
@@ -35,7 +36,7 @@ OPTIONS = {"compile", "checkpointing", "int8", "nf4"}
 
 def main(
     kinds: tuple[Literal["train", "decode"], ...] = ("train", "decode"),
-    methods: tuple[str, ...] = ("adapter", "lora"),
+    methods: tuple[Literal[tuple(METHODS)], ...] = ("adapter", "lora"),
     variants: tuple[str, ...] = ("auto",),
     against: tuple[Literal["litgpt", "peft"], ...] = (),
     model: str = "smollm2-135m",
@@ -75,8 +76,6 @@ def main(
 
     if missing := [name for name in against if find_spec(name) is None]:
         raise UserError(f"--against {', '.join(missing)}: not installed; pip install it, or leave it out")
-    for method in methods:
-        check_method(method)
     config = config_of(model)
     ours = []
     for variant in variants:

@@ -8,6 +8,7 @@ Weights are random, and samples have random ids and about the lengths of Alpaca'
 
 import random
 import time
+from typing import Literal
 
 import torch
 from torch.autograd import DeviceType
@@ -17,13 +18,14 @@ from lit_llama import cli
 from lit_llama.common.errors import check_range
 from lit_llama.data.batches import IGNORE, TokenizedSample
 from lit_llama.devices.launch import default_device, resolve_precision
-from lit_llama.measure.cases import BenchmarkCase, build_ours, check_method, config_of, synchronize
+from lit_llama.measure.cases import BenchmarkCase, build_ours, config_of, synchronize
+from lit_llama.methods.table import METHODS
 from lit_llama.settings import MAX_SAMPLES, MAX_TOKENS
 
 
 def main(
     model: str = "smollm2-135m",
-    method: str = "adapter",
+    method: Literal[tuple(METHODS)] = "adapter",
     precision: str = "auto",
     compile: bool = False,
     batch_size: int = 8,
@@ -40,7 +42,6 @@ def main(
         warm_up: Steps before the one that is profiled.
     """
     config_of(model)  # raises if it is unknown
-    check_method(method)
     check_range("--batch_size", batch_size, 1, MAX_SAMPLES)
     check_range("--micro_batch_tokens", micro_batch_tokens, 1, MAX_TOKENS)
     check_range("--warm_up", warm_up, 1, 1000)
@@ -52,12 +53,12 @@ def main(
     samples = alpaca_like(batch_size, case.config.vocab_size)
     for _ in range(warm_up):
         step(samples)
-    synchronize(device)
+    synchronize()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as profiler:
         began = time.perf_counter()
         tokens = step(samples)
-        synchronize(device)
+        synchronize()
         seconds = time.perf_counter() - began
     print(f"{case.name}: {tokens:,} tokens in {seconds:.3f} s with the profiler, which slows the host down")
     events = profiler.key_averages()

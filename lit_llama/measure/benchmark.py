@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
-import time
+import timeit
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -31,13 +31,9 @@ from lit_llama.train.loss import target_loss, target_vectors
 # ---------------------------------------------------------------------------------------------- the machine's limits
 
 
-def best_seconds(work, repeats: int = 7) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+def best_seconds(work: Callable[[], object]) -> float:
+    """The least of several times, after one that does not count."""
+    return min(timeit.repeat(lambda: (work(), synchronize()), number=1, repeat=8)[1:])
 
 
 def limits(precisions: set[str], config: LLaMAConfig, tokens: int = 1024) -> dict[str, float]:
@@ -46,17 +42,13 @@ def limits(precisions: set[str], config: LLaMAConfig, tokens: int = 1024) -> dic
     device = default_device()
     large = torch.zeros(2**28, device=device)  # 1 GiB, more than any cache holds
 
-    def wait(result: torch.Tensor) -> None:
-        synchronize(device)
-
     def product_rate(dtype: torch.dtype) -> float:
         x = torch.randn(tokens, config.n_embd, device=device, dtype=dtype)
         up = torch.randn(config.intermediate_size, config.n_embd, device=device, dtype=dtype)
-        seconds = best_seconds(lambda: wait([x @ up.T for _ in range(10)][-1]))
-        return 10 * 2 * tokens * up.numel() / seconds
+        return 10 * 2 * tokens * up.numel() / best_seconds(lambda: [x @ up.T for _ in range(10)])
 
     found = {precision: product_rate(PRECISIONS[precision]) for precision in sorted(precisions)}
-    return found | {"read": large.nbytes / best_seconds(lambda: wait(large.sum()), 3)}
+    return found | {"read": large.nbytes / best_seconds(large.sum)}
 
 
 def limit_of(kind: str, case: BenchmarkCase, limit: dict[str, float], samples: list[TokenizedSample]) -> float:

@@ -43,11 +43,6 @@ def config_of(model: str) -> LLaMAConfig:
     return LLaMAConfig.from_name(model) if model in CONFIGS else load_config(model)
 
 
-def check_method(method: str) -> None:
-    if method not in METHODS:
-        raise UserError(f"the method {method} is none of {', '.join(METHODS)}")
-
-
 @dataclass
 class BenchmarkCase:
     """One line of the benchmark. ``project`` is "ours", "litgpt" or "peft"; ``options`` may be ("compile", "int8").
@@ -93,26 +88,22 @@ def build(case: BenchmarkCase, kind: str, threads: int) -> None:
     global run_case
     torch.set_num_threads(threads)
     torch.manual_seed(1)
-    run_case = {"ours": build_ours, "litgpt": build_litgpt, "peft": build_peft}[case.project](
-        case, kind, default_device()
-    )
+    project = {"ours": build_ours, "litgpt": build_litgpt, "peft": build_peft}[case.project]
+    run_case = project(case, kind, default_device())
 
 
 def measured(*arguments: Any) -> tuple[float, int, int | None]:
     """Do some work. Returns seconds, computed tokens, and the peak memory of this process."""
-    device = default_device()
     started = time.perf_counter()
     computed = run_case(*arguments)
-    synchronize(device)
-    return time.perf_counter() - started, computed, peak_memory(device)
+    synchronize()
+    return time.perf_counter() - started, computed, peak_memory(default_device())
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished its work. A CPU always has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    elif device.type == "mps":
-        torch.mps.synchronize()
+def synchronize() -> None:
+    """Wait until the GPU, if there is one, has finished its work."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 # ---------------------------------------------------------------------------------------------- ours
