@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 from lit_llama import cli
-from lit_llama.common.files import atomic_write
+from lit_llama.data.prepare import write_rows
 
 SPLITS = ("train", "validation")
 BOOKING_ROWS = {"train": 1800, "validation": 200}
@@ -320,12 +320,6 @@ def write_messages(rng: random.Random, phrasings: list[str], split: str, count: 
     return rng.sample(list(messages.items()), count)
 
 
-def save_rows(path: Path, rows: list[dict]) -> None:
-    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    with atomic_write(path) as temporary:
-        temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8", newline="\n")
-
-
 def main(out_dir: str = "data", seed: int = 1337) -> None:
     """Write bookings/ and intents/, each with train.json and validation.json.
 
@@ -340,11 +334,11 @@ def main(out_dir: str = "data", seed: int = 1337) -> None:
             phrasings = 9 * phrasings + mix_phrasings(rng, BOOKING_ROWS[split] - 9 * len(phrasings))
         rows = [{"instruction": text, "output": json.dumps(booking, ensure_ascii=False, separators=(",", ":"))}
                 for text, booking in write_messages(rng, phrasings, split, BOOKING_ROWS[split])]
-        save_rows(Path(out_dir) / "bookings" / f"{split}.json", rows)
+        write_rows(Path(out_dir) / "bookings" / f"{split}.json", rows)
         rows = [{"text": text, "label": label} for label, phrasings in INTENTS[split].items()
                 for text, _ in write_messages(rng, phrasings, split, INTENT_ROWS[split] // len(INTENTS[split]))]
         rng.shuffle(rows)
-        save_rows(Path(out_dir) / "intents" / f"{split}.json", rows)
+        write_rows(Path(out_dir) / "intents" / f"{split}.json", rows)
 
 
 if __name__ == "__main__":
