@@ -24,7 +24,7 @@ from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import atomic_write, check_writable
 from lit_llama.data.batches import IGNORE, TokenizedSample, step_indices
 from lit_llama.data.samples import read_text
-from lit_llama.data.task import load_splits, load_task
+from lit_llama.data.task import load_task
 from lit_llama.devices.launch import default_device, resolve_precision
 from lit_llama.measure.benchmark import limits, measure, table
 from lit_llama.measure.cases import BenchmarkCase, config_of
@@ -88,7 +88,6 @@ def main(
         raise UserError("--kinds, --methods and --variants must name at least one each")
     both = [method for method in methods if method in ("adapter", "lora")]
     others = [BenchmarkCase(name, model, method, ours[0].precision, **sizes) for method in both for name in against]
-    load_splits(data)  # check the data before anything is downloaded
     if results is not None:
         check_writable(results)
     ensure_base(checkpoint_dir, yes)

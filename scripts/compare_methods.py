@@ -43,7 +43,7 @@ from lit_llama.measure.compare import (
 )
 from lit_llama.measure.plots import plot_comparison, plot_variants
 from lit_llama.methods.table import weightless
-from lit_llama.settings import DEFAULT_BASE, MAX_COUNT, MAX_SAMPLES, MAX_SEED, ROOT
+from lit_llama.settings import DEFAULT_BASE, MAX_COUNT, MAX_SEED, ROOT
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train.run import COSTS_FILE, STATE_FILE, differences, read_metrics
 from lit_llama.trained import read_method
@@ -89,10 +89,9 @@ def main(
         strategy: Strategy on several devices: ddp, fsdp (full uses ddp, as it trains every block), or auto.
         seed: Random seed for data order, initialization and dropout.
     """
-    check_range("--n_samples", n_samples, 1, MAX_COUNT)
-    check_range("--pilot_samples", pilot_samples, 1, MAX_COUNT)
-    check_range("--batch_size", batch_size, 1, MAX_SAMPLES)
-    check_range("--max_test_samples", max_test_samples, 1, MAX_COUNT)
+    counts = dict(n_samples=n_samples, pilot_samples=pilot_samples, max_test_samples=max_test_samples)
+    for name, value in {**counts, "batch_size": batch_size}.items():
+        check_range(f"--{name}", value, 1, MAX_COUNT)
     check_range("--seeds", seeds, 1, 100)
     check_range("--seed", seed, 0, MAX_SEED - seeds + 1)
     for count in shots:

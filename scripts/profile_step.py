@@ -18,9 +18,9 @@ from lit_llama import cli
 from lit_llama.common.errors import check_range
 from lit_llama.data.batches import IGNORE, TokenizedSample
 from lit_llama.devices.launch import default_device, resolve_precision
-from lit_llama.measure.cases import BenchmarkCase, build_ours, config_of, synchronize
+from lit_llama.measure.cases import BenchmarkCase, build_ours, synchronize
 from lit_llama.methods.table import METHODS
-from lit_llama.settings import MAX_SAMPLES, MAX_TOKENS
+from lit_llama.settings import MAX_TOKENS
 
 
 def main(
@@ -41,10 +41,8 @@ def main(
         micro_batch_tokens: Tokens of a forward and backward pass.
         warm_up: Steps before the one that is profiled.
     """
-    config_of(model)  # raises if it is unknown
-    check_range("--batch_size", batch_size, 1, MAX_SAMPLES)
-    check_range("--micro_batch_tokens", micro_batch_tokens, 1, MAX_TOKENS)
-    check_range("--warm_up", warm_up, 1, 1000)
+    for name, value in dict(batch_size=batch_size, micro_batch_tokens=micro_batch_tokens, warm_up=warm_up).items():
+        check_range(f"--{name}", value, 1, MAX_TOKENS)
     device = default_device()
     options = ("compile",) if compile else ()
     precision = resolve_precision(precision, device)

@@ -33,7 +33,12 @@ from lit_llama.train.loss import target_loss, target_vectors
 
 def best_seconds(work: Callable[[], object]) -> float:
     """The least of several times, after one that does not count."""
-    return min(timeit.repeat(lambda: (work(), synchronize()), number=1, repeat=8)[1:])
+
+    def timed() -> None:
+        work()
+        synchronize()
+
+    return min(timeit.repeat(timed, number=1, repeat=8)[1:])
 
 
 def limits(precisions: set[str], config: LLaMAConfig, tokens: int = 1024) -> dict[str, float]:
@@ -115,9 +120,9 @@ def count_tokens(kind: str, jobs: list[tuple]) -> int:
 def to_row(kind: str, case: BenchmarkCase, found: list[tuple], work: list[list[tuple]], limit: dict) -> dict:
     rates = [tokens / seconds for seconds, _, _, tokens in found]
     samples = [] if kind == "decode" else work[1][0][0]
-    row = {"kind": kind, "name": case.name, "tokens_per_s": statistics.median(rates)}
-    row |= {"least": min(rates), "most": max(rates), "rounds": rates}
-    row["of_limit"] = row["tokens_per_s"] / limit_of(kind, case, limit, samples)
+    median = statistics.median(rates)
+    row = {"kind": kind, "name": case.name, "tokens_per_s": median, "least": min(rates), "most": max(rates)}
+    row |= {"rounds": rates, "of_limit": median / limit_of(kind, case, limit, samples)}
     row["peak_mib"] = max(peak for _, _, peak, _ in found) / 2**20 or None
     if kind == "train":
         row["padding"] = 1 - sum(tokens for *_, tokens in found) / sum(computed for _, computed, _, _ in found)

@@ -29,6 +29,7 @@ from lit_llama.devices.launch import PRECISIONS, default_device
 from lit_llama.devices.memory import peak_memory
 from lit_llama.devices.prepack import prepare_for_inference
 from lit_llama.devices.quantize import quantize_base
+from lit_llama.formats.export import llama_config
 from lit_llama.generate.decode import generate
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -179,11 +180,9 @@ def build_litgpt(case: BenchmarkCase, kind: str, device: torch.device) -> Step |
     """LitGPT's own modules, its chunked head and loss, and its decoding loop."""
     module = importlib.import_module(f"litgpt.{case.method}")
     lora = dict(lora_r=8, lora_alpha=16, lora_dropout=0.05, lora_query=True, lora_value=True)
-    names = {"smollm2-135m": "SmolLM2-135M", "smollm2-360m": "SmolLM2-360M", "tiny-llama-1.1b": "tiny-llama-1.1b"}
-    names["Llama-2-7b"] = "Llama-2-7b-hf"
-    if case.model not in names:
-        raise UserError(f"--model {case.model} has no equivalent in LitGPT; choose from {', '.join(names)}")
-    config = module.Config.from_name(names[case.model], **(lora if case.method == "lora" else {}))
+    names = {"smollm2-135m": "SmolLM2-135M", "smollm2-360m": "SmolLM2-360M", "Llama-2-7b": "Llama-2-7b-hf"}
+    name = names.get(case.model, case.model)
+    config = module.Config.from_name(name, **(lora if case.method == "lora" else {}))  # ValueError without such a name
     with case.tensors(device):
         model = module.GPT(config)
     getattr(module, f"mark_only_{case.method}_as_trainable")(model)
@@ -216,13 +215,9 @@ def build_peft(case: BenchmarkCase, kind: str, device: torch.device) -> Step | D
     from peft import AdaptionPromptConfig, LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    c = case.config
-    sizes: dict = dict(vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.intermediate_size)
-    sizes |= dict(num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head)
-    sizes |= dict(head_dim=c.head_size, max_position_embeddings=c.block_size, tie_word_embeddings=c.tie_embeddings)
     with case.tensors(device):
-        base: Any = LlamaForCausalLM(LlamaConfig(**sizes))
-    adapter = AdaptionPromptConfig(adapter_len=10, adapter_layers=c.n_layer - 2, task_type="CAUSAL_LM")
+        base: Any = LlamaForCausalLM(LlamaConfig.from_dict(llama_config(case.config)))
+    adapter = AdaptionPromptConfig(adapter_len=10, adapter_layers=case.config.n_layer - 2, task_type="CAUSAL_LM")
     lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model: Any = get_peft_model(base, adapter if case.method == "adapter" else lora)
     open_gates(model)
