@@ -31,7 +31,6 @@ from lit_llama.measure.benchmark import flops_per_token
 from lit_llama.measure.compare import (
     NAMES,
     ScriptRun,
-    learning_rate,
     loss_change,
     lowest_loss,
     markdown,
@@ -158,8 +157,7 @@ def main(
             trained = ["--trained_dir", str(run.out_dir), *device_flags(run.method, settings)]
             errors[run.label] = evaluate(run.out_dir / test_file, [*trained, *test_flags])
             if other_data is not None and run.method != "features":
-                label = f"{run.label}, other data"
-                errors[label] = evaluate(run.out_dir / other_file, [*trained, *other_flags])
+                errors[f"{run.label}, other data"] = evaluate(run.out_dir / other_file, [*trained, *other_flags])
     failed = {label: error for label, error in errors.items() if error}
 
     # Results
@@ -287,7 +285,7 @@ def costs(runs: list[ScriptRun], samples: list) -> dict:
     curves = [[float(step["loss"]) for step in read_metrics(run.out_dir)] for run in runs]
     if curves[0]:
         row |= {
-            "learning_rate": learning_rate(first),
+            "learning_rate": method["train"]["learning_rate"],
             "train_loss": mean(mean(losses[-max(1, len(losses) // 10) :]) for losses in curves),
             "val_loss": mean(lowest_loss(run.out_dir) for run in runs),
         }
