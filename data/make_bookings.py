@@ -37,12 +37,9 @@ THANKS = ["Thanks!", "Thank you.", "Many thanks.", "Thx!", "Much appreciated."]
 # With these words in a message one guest would read oddly ("1 seats", "we are one").
 PLURAL = re.compile(r"(?i)(?<!{)\b(we|us|our|seats|chairs|covers|heads|ppl|people|friends|club|company|group|mouths)\b")
 
-
-def read_table(name: str) -> dict:
-    return json.loads((Path(__file__).parent / name).read_text(encoding="utf-8"))
-
-
-WORDS, PHRASINGS = read_table("words.json"), read_table("phrasings.json")
+HERE = Path(__file__).parent
+WORDS = json.loads((HERE / "words.json").read_text(encoding="utf-8"))
+PHRASINGS = json.loads((HERE / "phrasings.json").read_text(encoding="utf-8"))
 NAMES, PLACES = WORDS["names"], WORDS["places"]
 ASIDES = PHRASINGS["asides"]  # a reader sees that the days, numbers and names in these are not the booking's
 BOOKINGS = PHRASINGS["bookings"]  # one that says dinner or lunch is only given such hours (see draw_booking)

@@ -70,8 +70,8 @@ def read_source(source: str) -> dict[str, bytes]:
         with tarfile.open(fileobj=io.BytesIO(fetch(source))) as archive:  # in memory: nothing is written by its names
             members = {Path(member.name).name: member for member in archive.getmembers() if member.isfile()}
             return {label: archive.extractfile(members[name]).read() for label, name in FILES.items()}
-    except (tarfile.TarError, KeyError) as error:
-        raise UserError(f"{source} is not an archive with {', '.join(FILES.values())}: {error}") from None
+    except (tarfile.TarError, KeyError):
+        raise UserError(f"{source} is not an archive with {' and '.join(FILES.values())}") from None
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from typing import Literal
@@ -46,8 +45,6 @@ from lit_llama.settings import DEFAULT_BASE, MAX_COUNT, MAX_SEED, ROOT
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train.run import COSTS_FILE, STATE_FILE, differences, read_metrics
 from lit_llama.trained import read_method
-
-OTHER_SAMPLES = 500
 
 
 def main(
@@ -135,7 +132,7 @@ def main(
     test_flags = ["--data", data, "--split", split]
     test_flags += [] if max_test_samples is None else ["--max_samples", str(max_test_samples)]
     style = "template" if Tokenizer(checkpoint_dir).chat_template else "alpaca"
-    other_flags = ["--data", str(other_data), "--max_samples", str(OTHER_SAMPLES), "--only_loss"]
+    other_flags = ["--data", str(other_data), "--max_samples", "500", "--only_loss"]
     other_flags += ["--prompt_style", style, "--max_seq_length", "512"]
     bases = {count: folder / f"base-{count}-{test_file}" for count in shots}
 
@@ -171,11 +168,11 @@ def main(
     with atomic_write(folder / "results.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(f"\n{text}\nwrote {folder / 'results.json'} and results.md")
-    if find_spec("matplotlib"):
+    try:
         plot_comparison(folder, results)
         plot_variants(folder, results)
-    else:
-        print('no plots: matplotlib is missing; pip install -e ".[plot]"', file=sys.stderr)
+    except UserError as error:  # without matplotlib
+        print(f"no plots: {error}", file=sys.stderr)
     if failed:
         lines = "; ".join(f"{label}: {error}" for label, error in failed.items())
         raise UserError(f"{len(failed)} runs failed; the same command tries them again: {lines}")

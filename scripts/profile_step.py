@@ -45,8 +45,7 @@ def main(
         check_range(f"--{name}", value, 1, MAX_TOKENS)
     device = default_device()
     options = ("compile",) if compile else ()
-    precision = resolve_precision(precision, device)
-    case = BenchmarkCase("ours", model, method, precision, options, micro_batch_tokens)
+    case = BenchmarkCase("ours", model, method, resolve_precision(precision, device), options, micro_batch_tokens)
     step = build_ours(case, "train", device)
     samples = alpaca_like(batch_size, case.config.vocab_size)
     for _ in range(warm_up):
@@ -73,12 +72,9 @@ def main(
 def alpaca_like(n: int, vocab_size: int) -> list[TokenizedSample]:
     """Samples of 20 to 512 tokens, 120 on average, with an answer in the second half."""
     rng = random.Random(1)
-    samples = []
-    for _ in range(n):
-        length = min(512, 20 + round(rng.expovariate(1 / 100)))
-        ids = [rng.randrange(vocab_size) for _ in range(length)]
-        samples.append(TokenizedSample(ids, [IGNORE] * (length // 2) + ids[length // 2 :]))
-    return samples
+    lengths = [min(512, 20 + round(rng.expovariate(1 / 100))) for _ in range(n)]
+    ids = [rng.randrange(vocab_size) for _ in range(512)]
+    return [TokenizedSample(ids[:n], [IGNORE] * (n // 2) + ids[n // 2 : n]) for n in lengths]
 
 
 if __name__ == "__main__":

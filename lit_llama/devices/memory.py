@@ -53,10 +53,7 @@ def step_memory(model: LLaMA, device: str, tokens: int, seq_length: int, checkpo
 
 
 def check_memory(fabric: Fabric, model: LLaMA, train: TrainArgs, longest: int, checkpointing: bool) -> None:
-    """Warn if a step may not fit in the free memory. Raises UserError if it cannot.
-
-    ``model`` is loaded and has its method; ``longest`` is the number of tokens of the longest sample.
-    """
+    """Warn if a step may not fit in the free memory; UserError if it cannot. ``longest``: tokens of a sample."""
     free_bytes = free_memory(fabric.device)
     if free_bytes is None or not fabric.is_global_zero:
         return

@@ -157,7 +157,8 @@ def padded_steps(
         computed = 0
         batches = [samples[i : i + size] for i in range(0, len(samples), size)]
         for batch in batches:
-            ids, targets = collate(batch, device)
+            ids = pad_sequence([torch.tensor(sample.ids) for sample in batch], True).to(device, torch.long)  # (B, T)
+            targets = pad_sequence([torch.tensor(sample.targets) for sample in batch], True, IGNORE).to(ids)
             computed += ids.numel()
             (loss_of(ids, targets) / len(batches)).backward()
         optimizer.step()
@@ -165,15 +166,6 @@ def padded_steps(
         return computed
 
     return step
-
-
-def collate(samples: list[TokenizedSample], device: torch.device) -> tuple[Tensor, Tensor]:
-    """ids and targets (B, T), padded at the right."""
-
-    def padded(rows: list[Any], fill: int) -> Tensor:
-        return pad_sequence([torch.tensor(row) for row in rows], True, fill).to(device, torch.long)
-
-    return padded([sample.ids for sample in samples], 0), padded([sample.targets for sample in samples], IGNORE)
 
 
 def build_litgpt(case: BenchmarkCase, kind: str, device: torch.device) -> Step | Decode:
