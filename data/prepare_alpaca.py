@@ -7,14 +7,13 @@ The data is https://github.com/tatsu-lab/stanford_alpaca, licensed CC BY-NC 4.0:
 """
 
 import hashlib
-import http.client
 import json
-import urllib.request
 from pathlib import Path
 
 from lit_llama import cli
 from lit_llama.common.errors import UserError, check_range
-from lit_llama.common.files import atomic_write, check_writable
+from lit_llama.common.files import check_writable
+from lit_llama.data.prepare import fetch, write_rows
 from lit_llama.data.samples import parse_json, to_sample
 from lit_llama.data.task import hash_fraction
 
@@ -55,23 +54,7 @@ def main(
     if len(records) != n_records:
         raise UserError(f"{source} holds {len(records):,} records instead of {n_records:,}; is it the whole file?")
     for name, rows in splits.items():
-        path = Path(out_dir) / f"{name}.json"
-        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-        with atomic_write(path) as temporary:
-            temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-        print(f"{path}: {len(rows):,} records")
-
-
-def fetch(source: str) -> bytes:
-    if not source.startswith("https://"):
-        if not Path(source).is_file():
-            raise UserError(f"--source {source} is neither a file nor an https address")
-        return Path(source).read_bytes()
-    try:
-        with urllib.request.urlopen(source, timeout=60) as response:
-            return response.read()
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"{source} could not be fetched ({error}); download it and pass its path to --source") from None
+        write_rows(Path(out_dir) / f"{name}.json", rows)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,15 @@ categorization with respect to rating scales", Pang & Lee 2005, https://arxiv.or
 """
 
 import hashlib
-import http.client
 import io
-import json
 import random
 import tarfile
-import urllib.request
 from pathlib import Path
 
 from lit_llama import cli
 from lit_llama.common.errors import UserError
-from lit_llama.common.files import atomic_write, check_writable
+from lit_llama.common.files import check_writable
+from lit_llama.data.prepare import fetch, write_rows
 
 URL = "https://www.cs.cornell.edu/people/pabo/movie-review-data/rt-polaritydata.tar.gz"
 # SHA-256 of the sentences in UTF-8, stripped and joined by line feeds. The original files are in Latin-1.
@@ -36,7 +34,7 @@ def main(out_dir: str = "data/reviews", source: str = URL, seed: int = 1337) -> 
 
     Args:
         out_dir: Where to write them.
-        source: Address of the archive, or a folder that holds its two files.
+        source: Address or path of the archive, or a folder that holds its two files.
         seed: Random seed of the split.
     """
     check_writable(Path(out_dir) / "train.json")
@@ -54,11 +52,7 @@ def main(out_dir: str = "data/reviews", source: str = URL, seed: int = 1337) -> 
     held_out = TEST + VALIDATION
     splits = {"test": rows[:TEST], "validation": rows[TEST:held_out], "train": rows[held_out:]}
     for name, part in splits.items():
-        path = Path(out_dir) / f"{name}.json"
-        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in part)
-        with atomic_write(path) as temporary:
-            temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-        print(f"{path}: {len(part):,} sentences")
+        write_rows(Path(out_dir) / f"{name}.json", part)
 
 
 def decode(content: bytes) -> str:
@@ -70,19 +64,14 @@ def decode(content: bytes) -> str:
 
 def read_source(source: str) -> dict[str, bytes]:
     """The content of the two files, by label."""
-    if not source.startswith("https://"):
-        missing = [name for name in FILES.values() if not (Path(source) / name).is_file()]
-        if missing:
-            raise UserError(f"--source {source} is neither an https address nor a folder with {', '.join(missing)}")
-        return {label: (Path(source) / name).read_bytes() for label, name in FILES.items()}
+    if Path(source).is_dir():
+        return {label: fetch(f"{source}/{name}") for label, name in FILES.items()}
     try:
-        with urllib.request.urlopen(source, timeout=60) as response:
-            content = response.read()
-        with tarfile.open(fileobj=io.BytesIO(content)) as archive:  # read in memory: nothing is written by its names
+        with tarfile.open(fileobj=io.BytesIO(fetch(source))) as archive:  # in memory: nothing is written by its names
             members = {Path(member.name).name: member for member in archive.getmembers() if member.isfile()}
             return {label: archive.extractfile(members[name]).read() for label, name in FILES.items()}
-    except (OSError, http.client.HTTPException, tarfile.TarError, KeyError) as error:
-        raise UserError(f"{source} could not be fetched ({error}); pass a folder to --source") from None
+    except (tarfile.TarError, KeyError):
+        raise UserError(f"{source} is not an archive with {' and '.join(FILES.values())}") from None
 
 
 if __name__ == "__main__":

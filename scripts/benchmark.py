@@ -24,10 +24,11 @@ from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import atomic_write, check_writable
 from lit_llama.data.batches import IGNORE, TokenizedSample, step_indices
 from lit_llama.data.samples import read_text
-from lit_llama.data.task import load_splits, load_task
+from lit_llama.data.task import load_task
 from lit_llama.devices.launch import default_device, resolve_precision
 from lit_llama.measure.benchmark import limits, measure, table
-from lit_llama.measure.cases import BenchmarkCase, check_method, config_of
+from lit_llama.measure.cases import BenchmarkCase, config_of
+from lit_llama.methods.table import METHODS
 from lit_llama.settings import DEFAULT_BASE, MAX_SAMPLES
 
 OPTIONS = {"compile", "checkpointing", "int8", "nf4"}
@@ -35,7 +36,7 @@ OPTIONS = {"compile", "checkpointing", "int8", "nf4"}
 
 def main(
     kinds: tuple[Literal["train", "decode"], ...] = ("train", "decode"),
-    methods: tuple[str, ...] = ("adapter", "lora"),
+    methods: tuple[Literal[tuple(METHODS)], ...] = ("adapter", "lora"),
     variants: tuple[str, ...] = ("auto",),
     against: tuple[Literal["litgpt", "peft"], ...] = (),
     model: str = "smollm2-135m",
@@ -75,8 +76,6 @@ def main(
 
     if missing := [name for name in against if find_spec(name) is None]:
         raise UserError(f"--against {', '.join(missing)}: not installed; pip install it, or leave it out")
-    for method in methods:
-        check_method(method)
     config = config_of(model)
     ours = []
     for variant in variants:
@@ -89,7 +88,6 @@ def main(
         raise UserError("--kinds, --methods and --variants must name at least one each")
     both = [method for method in methods if method in ("adapter", "lora")]
     others = [BenchmarkCase(name, model, method, ours[0].precision, **sizes) for method in both for name in against]
-    load_splits(data)  # check the data before anything is downloaded
     if results is not None:
         check_writable(results)
     ensure_base(checkpoint_dir, yes)

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from typing import Literal
@@ -31,7 +30,6 @@ from lit_llama.measure.benchmark import flops_per_token
 from lit_llama.measure.compare import (
     NAMES,
     ScriptRun,
-    learning_rate,
     loss_change,
     lowest_loss,
     markdown,
@@ -43,17 +41,15 @@ from lit_llama.measure.compare import (
 )
 from lit_llama.measure.plots import plot_comparison, plot_variants
 from lit_llama.methods.table import weightless
-from lit_llama.settings import DEFAULT_BASE, MAX_COUNT, MAX_SAMPLES, MAX_SEED, ROOT
+from lit_llama.settings import DEFAULT_BASE, MAX_COUNT, MAX_SEED, ROOT
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train.run import COSTS_FILE, STATE_FILE, differences, read_metrics
 from lit_llama.trained import read_method
 
-OTHER_SAMPLES = 500
-
 
 def main(
     data: str = "data/bookings",
-    methods: tuple[str, ...] = NAMES,
+    methods: tuple[Literal[NAMES], ...] = NAMES,
     n_samples: int = 1800,
     batch_size: int = 4,
     checkpoint_dir: str = DEFAULT_BASE,
@@ -89,10 +85,9 @@ def main(
         strategy: Strategy on several devices: ddp, fsdp (full uses ddp, as it trains every block), or auto.
         seed: Random seed for data order, initialization and dropout.
     """
-    check_range("--n_samples", n_samples, 1, MAX_COUNT)
-    check_range("--pilot_samples", pilot_samples, 1, MAX_COUNT)
-    check_range("--batch_size", batch_size, 1, MAX_SAMPLES)
-    check_range("--max_test_samples", max_test_samples, 1, MAX_COUNT)
+    counts = dict(n_samples=n_samples, pilot_samples=pilot_samples, max_test_samples=max_test_samples)
+    for name, value in {**counts, "batch_size": batch_size}.items():
+        check_range(f"--{name}", value, 1, MAX_COUNT)
     check_range("--seeds", seeds, 1, 100)
     check_range("--seed", seed, 0, MAX_SEED - seeds + 1)
     for count in shots:
@@ -100,8 +95,6 @@ def main(
     if other_data is not None:
         read_samples(other_data)
     check_launcher(devices, num_nodes=1, strategy=strategy)
-    if unknown := set(methods) - set(NAMES):
-        raise UserError(f"--methods {sorted(unknown)}: choose from {', '.join(NAMES)}")
     if not Path(data).is_dir():
         raise UserError(f"--data {data} must be a folder with train and validation files")
     samples, _, _ = load_splits(data)
@@ -139,7 +132,7 @@ def main(
     test_flags = ["--data", data, "--split", split]
     test_flags += [] if max_test_samples is None else ["--max_samples", str(max_test_samples)]
     style = "template" if Tokenizer(checkpoint_dir).chat_template else "alpaca"
-    other_flags = ["--data", str(other_data), "--max_samples", str(OTHER_SAMPLES), "--only_loss"]
+    other_flags = ["--data", str(other_data), "--max_samples", "500", "--only_loss"]
     other_flags += ["--prompt_style", style, "--max_seq_length", "512"]
     bases = {count: folder / f"base-{count}-{test_file}" for count in shots}
 
@@ -161,8 +154,7 @@ def main(
             trained = ["--trained_dir", str(run.out_dir), *device_flags(run.method, settings)]
             errors[run.label] = evaluate(run.out_dir / test_file, [*trained, *test_flags])
             if other_data is not None and run.method != "features":
-                label = f"{run.label}, other data"
-                errors[label] = evaluate(run.out_dir / other_file, [*trained, *other_flags])
+                errors[f"{run.label}, other data"] = evaluate(run.out_dir / other_file, [*trained, *other_flags])
     failed = {label: error for label, error in errors.items() if error}
 
     # Results
@@ -176,11 +168,11 @@ def main(
     with atomic_write(folder / "results.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(f"\n{text}\nwrote {folder / 'results.json'} and results.md")
-    if find_spec("matplotlib"):
+    try:
         plot_comparison(folder, results)
         plot_variants(folder, results)
-    else:
-        print('no plots: matplotlib is missing; pip install -e ".[plot]"', file=sys.stderr)
+    except UserError as error:  # without matplotlib
+        print(f"no plots: {error}", file=sys.stderr)
     if failed:
         lines = "; ".join(f"{label}: {error}" for label, error in failed.items())
         raise UserError(f"{len(failed)} runs failed; the same command tries them again: {lines}")
@@ -290,7 +282,7 @@ def costs(runs: list[ScriptRun], samples: list) -> dict:
     curves = [[float(step["loss"]) for step in read_metrics(run.out_dir)] for run in runs]
     if curves[0]:
         row |= {
-            "learning_rate": learning_rate(first),
+            "learning_rate": method["train"]["learning_rate"],
             "train_loss": mean(mean(losses[-max(1, len(losses) // 10) :]) for losses in curves),
             "val_loss": mean(lowest_loss(run.out_dir) for run in runs),
         }

@@ -106,13 +106,10 @@ def main(
         ensure_base(checkpoint_dir or DEFAULT_BASE)
     fabric = launch(hardware)
     if labels:
-        dtype = base_dtype(precision, fabric.device)
-        rows = evaluate_labels(fabric, samples, trained_dir, checkpoint_dir, dtype)
+        rows = evaluate_labels(fabric, samples, trained_dir, checkpoint_dir, base_dtype(precision, fabric.device))
     else:
-        ranks = fabric if sharded else None
-        loaded = load_for_generation(
-            trained_dir, checkpoint_dir, prompt_style, precision, quantize, compile, fabric.device, ranks
-        )
+        place = {"fabric": fabric} if sharded else {"device": fabric.device}
+        loaded = load_for_generation(trained_dir, checkpoint_dir, prompt_style, precision, quantize, compile, **place)
         print_rank0(f"{loaded.name} on {file}")
         context = loaded.model.max_text_tokens
         length = min(context, max_seq_length or loaded.max_seq_length or (context if shots else 512))
@@ -172,8 +169,7 @@ def evaluate_answers(
         {"row": sample.row, "loss": own_loss, "n_targets": ids.n_targets, "right": None, "answer": None}
         for sample, ids, own_loss in zip(kept, encoded, losses, strict=True)
     ]
-    pairs = [] if only_loss else list(zip(kept, encoded, strict=True))
-    questions = [i for i, pair in enumerate(pairs) if can_be_asked(*pair)]
+    questions = [i for i in range(len(kept)) if not only_loss and can_be_asked(kept[i], encoded[i])]
     asked = [kept[i] for i in questions]
     longest = longest_answer(tokenizer, asked)
 

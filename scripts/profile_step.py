@@ -8,6 +8,7 @@ Weights are random, and samples have random ids and about the lengths of Alpaca'
 
 import random
 import time
+from typing import Literal
 
 import torch
 from torch.autograd import DeviceType
@@ -17,13 +18,14 @@ from lit_llama import cli
 from lit_llama.common.errors import check_range
 from lit_llama.data.batches import IGNORE, TokenizedSample
 from lit_llama.devices.launch import default_device, resolve_precision
-from lit_llama.measure.cases import BenchmarkCase, build_ours, check_method, config_of, synchronize
-from lit_llama.settings import MAX_SAMPLES, MAX_TOKENS
+from lit_llama.measure.cases import BenchmarkCase, build_ours, synchronize
+from lit_llama.methods.table import METHODS
+from lit_llama.settings import MAX_TOKENS
 
 
 def main(
     model: str = "smollm2-135m",
-    method: str = "adapter",
+    method: Literal[tuple(METHODS)] = "adapter",
     precision: str = "auto",
     compile: bool = False,
     batch_size: int = 8,
@@ -39,25 +41,21 @@ def main(
         micro_batch_tokens: Tokens of a forward and backward pass.
         warm_up: Steps before the one that is profiled.
     """
-    config_of(model)  # raises if it is unknown
-    check_method(method)
-    check_range("--batch_size", batch_size, 1, MAX_SAMPLES)
-    check_range("--micro_batch_tokens", micro_batch_tokens, 1, MAX_TOKENS)
-    check_range("--warm_up", warm_up, 1, 1000)
+    for name, value in dict(batch_size=batch_size, micro_batch_tokens=micro_batch_tokens, warm_up=warm_up).items():
+        check_range(f"--{name}", value, 1, MAX_TOKENS)
     device = default_device()
     options = ("compile",) if compile else ()
-    precision = resolve_precision(precision, device)
-    case = BenchmarkCase("ours", model, method, precision, options, micro_batch_tokens)
+    case = BenchmarkCase("ours", model, method, resolve_precision(precision, device), options, micro_batch_tokens)
     step = build_ours(case, "train", device)
     samples = alpaca_like(batch_size, case.config.vocab_size)
     for _ in range(warm_up):
         step(samples)
-    synchronize(device)
+    synchronize()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as profiler:
         began = time.perf_counter()
         tokens = step(samples)
-        synchronize(device)
+        synchronize()
         seconds = time.perf_counter() - began
     print(f"{case.name}: {tokens:,} tokens in {seconds:.3f} s with the profiler, which slows the host down")
     events = profiler.key_averages()
@@ -74,12 +72,9 @@ def main(
 def alpaca_like(n: int, vocab_size: int) -> list[TokenizedSample]:
     """Samples of 20 to 512 tokens, 120 on average, with an answer in the second half."""
     rng = random.Random(1)
-    samples = []
-    for _ in range(n):
-        length = min(512, 20 + round(rng.expovariate(1 / 100)))
-        ids = [rng.randrange(vocab_size) for _ in range(length)]
-        samples.append(TokenizedSample(ids, [IGNORE] * (length // 2) + ids[length // 2 :]))
-    return samples
+    lengths = [min(512, 20 + round(rng.expovariate(1 / 100))) for _ in range(n)]
+    ids = [rng.randrange(vocab_size) for _ in range(512)]
+    return [TokenizedSample(ids[:n], [IGNORE] * (n // 2) + ids[n // 2 : n]) for n in lengths]
 
 
 if __name__ == "__main__":

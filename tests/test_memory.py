@@ -1,5 +1,7 @@
 """The estimate of a step's memory against tensors that are really there, and what a run does with it."""
 
+import re
+
 import pytest
 import torch
 from helpers import TINY, every_case, finetune, refuse, succeed, to_samples, tuned
@@ -16,17 +18,15 @@ from lit_llama.trained import trainable_parameters
 CONFIG = {**TINY, "n_embd": 192, "n_head": 4, "n_kv_head": 4, "head_size": 48, "intermediate_size": 512, "n_layer": 4}
 
 
-def estimate(method: str, checkpointing=False, quantize="none", shards=1, **arguments) -> dict[str, float]:
-    model = weightless(LLaMAConfig(**CONFIG), method, **arguments)
-    return step_memory(model, "cpu", 128, 32, checkpointing, quantize, shards)
+def estimate(method: str, checkpointing=False, **arguments) -> dict[str, float]:
+    return step_memory(weightless(LLaMAConfig(**CONFIG), method, **arguments), "cpu", 128, 32, checkpointing)
 
 
 @every_case
 def test_weights_and_optimizer_are_counted(case):
     model = tuned(case)
     params = list(trainable_parameters(model).values())
-    memory = step_memory(model, "cpu", 64, 32, checkpointing=False, quantize="none", shards=1)
-    assert memory["frozen weights"] == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    memory = step_memory(model, "cpu", 64, 32, checkpointing=False)
     optimizer = torch.optim.AdamW(params)
     for p in params:
         p.grad = torch.zeros_like(p)
@@ -59,26 +59,29 @@ def test_blocks_below_the_first_trainable_one_save_nothing():
     assert estimate("lora", checkpointing=True)["activations"] < estimate("lora")["activations"] / 2
 
 
+def frozen_weights(*flags: object) -> float:
+    printed = succeed("scripts/estimate_memory.py", "--model", "7B", *flags)
+    return float(re.search(r"frozen weights +([\d.]+) GB", printed)[1])
+
+
 def test_sharding_and_quantization_shrink_the_frozen_blocks():
-    changes: list[dict] = [{}, {"shards": 4}, {"quantize": "int8"}]
-    whole, sharded, quantized = (estimate("lora", **changed)["frozen weights"] for changed in changes)
-    ends = (2 * CONFIG["vocab_size"] + 1) * CONFIG["n_embd"] * 4  # the embedding, the head and the last norm
-    assert sharded - ends == pytest.approx((whole - ends) * (1 / 4 + 2 / CONFIG["n_layer"]))
-    assert quantized - ends == pytest.approx((whole - ends) / 4)
+    whole, sharded = frozen_weights(), frozen_weights("--devices", 4, "--strategy", "fsdp")
+    ends = 2 * 32000 * 4096 * 2 / 1e9  # the embedding and the head
+    assert whole == pytest.approx(2 * 6.738, abs=0.002)  # LLaMA-7B in bfloat16
+    assert sharded - ends == pytest.approx((whole - ends) * (1 / 4 + 2 / 32), abs=0.002)
+    assert frozen_weights("--quantize", "int8") - ends == pytest.approx((whole - ends) / 2, abs=0.002)
+    assert frozen_weights("--method", "full") == 0
 
 
 def test_a_run_says_what_it_needs_before_it_runs_out(folder, tmp_path, monkeypatch, capsys):
-    needed = {"frozen weights": 10**9, "trainable parameters": 10**8, "activations": 8 * 10**8, "temporaries": 10**8}
-    monkeypatch.setattr("lit_llama.devices.memory.step_memory", lambda *_, **__: needed)
-    for gigabytes, warning in (
-        (2, ""),
-        (1.1, "warning: a step needs about 0.97 GB and 1.10 GB are free"),
-    ):
-        monkeypatch.setattr("lit_llama.devices.memory.free_memory", lambda _, free=gigabytes: free * 10**9)
+    needed = {"trainable parameters": 10**8, "activations": 8 * 10**8, "temporaries": 10**8}
+    monkeypatch.setattr(memory, "step_memory", lambda *_: needed)
+    for gigabytes, warning in ((2, ""), (1.1, "warning: a step needs about 0.97 GB and 1.10 GB are free")):
+        monkeypatch.setattr(memory, "free_memory", lambda _, free=gigabytes: free * 10**9)
         finetune(folder, tmp_path, overwrite=True, max_steps=3)
         printed = capsys.readouterr().err
         assert warning in printed and bool(warning) == ("a step needs" in printed)
-    monkeypatch.setattr("lit_llama.devices.memory.free_memory", lambda _: 0.7 * 10**9)
+    monkeypatch.setattr(memory, "free_memory", lambda _: 0.7 * 10**9)
     with pytest.raises(UserError, match="a step needs about 0.97 GB and 0.70 GB are free; pass a lower"):
         finetune(folder, tmp_path, overwrite=True)
 
@@ -89,20 +92,19 @@ def test_the_script_prints_a_table(folder):
     assert "lora on tiny, bf16-true, micro-batches of 64 tokens" in printed and "activations" in printed
     refuse("scripts/estimate_memory.py", *flags, "--arguments", "{rank: 4}", message="do not fit lora")
     refuse("scripts/estimate_memory.py", "--model", "8B", message="neither a folder with a base nor one of 7B, 13B")
-    refuse("scripts/estimate_memory.py", "--model", "7B", "--method", "ia5", message="the method ia5 is none of")
+    refuse("scripts/estimate_memory.py", "--model", "7B", "--method", "ia5", message="Expected .*'lora'.*ia5")
 
 
 def test_free_memory_of_a_container(tmp_path, monkeypatch):
     """Page cache counts as used, but the kernel gives it back before it kills a process."""
     monkeypatch.setattr(memory, "Path", lambda path: tmp_path / path[1:])
-    files = {"proc/meminfo": "MemFree: 1 kB\nMemAvailable: 9000 kB\n", "sys/fs/cgroup/memory.max": "max\n"}
-    files |= {
-        "sys/fs/cgroup/memory.current": "5000000\n",
-        "sys/fs/cgroup/memory.stat": "anon 1\ninactive_file 2000000\n",
-    }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+    group = tmp_path / "sys/fs/cgroup"
+    for folder in (tmp_path / "proc", group):
+        folder.mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemFree: 1 kB\nMemAvailable: 9000 kB\n")
     assert free_memory(torch.device("cpu")) == 9000 * 1024
-    (tmp_path / "sys/fs/cgroup/memory.max").write_text("8000000\n")
+    for name, text in (("max", "max"), ("current", "5000000"), ("stat", "anon 1\ninactive_file 2000000")):
+        (group / f"memory.{name}").write_text(f"{text}\n")
+    assert free_memory(torch.device("cpu")) == 9000 * 1024
+    (group / "memory.max").write_text("8000000\n")
     assert free_memory(torch.device("cpu")) == 8_000_000 - 5_000_000 + 2_000_000

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
-import time
+import timeit
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -31,13 +31,14 @@ from lit_llama.train.loss import target_loss, target_vectors
 # ---------------------------------------------------------------------------------------------- the machine's limits
 
 
-def best_seconds(work, repeats: int = 7) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
+def best_seconds(work: Callable[[], object]) -> float:
+    """The least of several times, after one that does not count."""
+
+    def timed() -> None:
         work()
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+        synchronize()
+
+    return min(timeit.repeat(timed, number=1, repeat=8)[1:])
 
 
 def limits(precisions: set[str], config: LLaMAConfig, tokens: int = 1024) -> dict[str, float]:
@@ -46,17 +47,13 @@ def limits(precisions: set[str], config: LLaMAConfig, tokens: int = 1024) -> dic
     device = default_device()
     large = torch.zeros(2**28, device=device)  # 1 GiB, more than any cache holds
 
-    def wait(result: torch.Tensor) -> None:
-        synchronize(device)
-
     def product_rate(dtype: torch.dtype) -> float:
         x = torch.randn(tokens, config.n_embd, device=device, dtype=dtype)
         up = torch.randn(config.intermediate_size, config.n_embd, device=device, dtype=dtype)
-        seconds = best_seconds(lambda: wait([x @ up.T for _ in range(10)][-1]))
-        return 10 * 2 * tokens * up.numel() / seconds
+        return 10 * 2 * tokens * up.numel() / best_seconds(lambda: [x @ up.T for _ in range(10)])
 
     found = {precision: product_rate(PRECISIONS[precision]) for precision in sorted(precisions)}
-    return found | {"read": large.nbytes / best_seconds(lambda: wait(large.sum()), 3)}
+    return found | {"read": large.nbytes / best_seconds(large.sum)}
 
 
 def limit_of(kind: str, case: BenchmarkCase, limit: dict[str, float], samples: list[TokenizedSample]) -> float:
@@ -123,9 +120,9 @@ def count_tokens(kind: str, jobs: list[tuple]) -> int:
 def to_row(kind: str, case: BenchmarkCase, found: list[tuple], work: list[list[tuple]], limit: dict) -> dict:
     rates = [tokens / seconds for seconds, _, _, tokens in found]
     samples = [] if kind == "decode" else work[1][0][0]
-    row = {"kind": kind, "name": case.name, "tokens_per_s": statistics.median(rates)}
-    row |= {"least": min(rates), "most": max(rates), "rounds": rates}
-    row["of_limit"] = row["tokens_per_s"] / limit_of(kind, case, limit, samples)
+    median = statistics.median(rates)
+    row = {"kind": kind, "name": case.name, "tokens_per_s": median, "least": min(rates), "most": max(rates)}
+    row |= {"rounds": rates, "of_limit": median / limit_of(kind, case, limit, samples)}
     row["peak_mib"] = max(peak for _, _, peak, _ in found) / 2**20 or None
     if kind == "train":
         row["padding"] = 1 - sum(tokens for *_, tokens in found) / sum(computed for _, computed, _, _ in found)

@@ -29,6 +29,7 @@ from lit_llama.devices.launch import PRECISIONS, default_device
 from lit_llama.devices.memory import peak_memory
 from lit_llama.devices.prepack import prepare_for_inference
 from lit_llama.devices.quantize import quantize_base
+from lit_llama.formats.export import llama_config
 from lit_llama.generate.decode import generate
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -41,11 +42,6 @@ def config_of(model: str) -> LLaMAConfig:
     if model not in CONFIGS and not (Path(model) / CONFIG_FILE).exists():
         raise UserError(f"--model {model} is neither a folder with a base nor one of {', '.join(CONFIGS)}")
     return LLaMAConfig.from_name(model) if model in CONFIGS else load_config(model)
-
-
-def check_method(method: str) -> None:
-    if method not in METHODS:
-        raise UserError(f"the method {method} is none of {', '.join(METHODS)}")
 
 
 @dataclass
@@ -93,26 +89,22 @@ def build(case: BenchmarkCase, kind: str, threads: int) -> None:
     global run_case
     torch.set_num_threads(threads)
     torch.manual_seed(1)
-    run_case = {"ours": build_ours, "litgpt": build_litgpt, "peft": build_peft}[case.project](
-        case, kind, default_device()
-    )
+    project = {"ours": build_ours, "litgpt": build_litgpt, "peft": build_peft}[case.project]
+    run_case = project(case, kind, default_device())
 
 
 def measured(*arguments: Any) -> tuple[float, int, int | None]:
     """Do some work. Returns seconds, computed tokens, and the peak memory of this process."""
-    device = default_device()
     started = time.perf_counter()
     computed = run_case(*arguments)
-    synchronize(device)
-    return time.perf_counter() - started, computed, peak_memory(device)
+    synchronize()
+    return time.perf_counter() - started, computed, peak_memory(default_device())
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished its work. A CPU always has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    elif device.type == "mps":
-        torch.mps.synchronize()
+def synchronize() -> None:
+    """Wait until the GPU, if there is one, has finished its work."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 # ---------------------------------------------------------------------------------------------- ours
@@ -165,7 +157,8 @@ def padded_steps(
         computed = 0
         batches = [samples[i : i + size] for i in range(0, len(samples), size)]
         for batch in batches:
-            ids, targets = collate(batch, device)
+            ids = pad_sequence([torch.tensor(sample.ids) for sample in batch], True).to(device, torch.long)  # (B, T)
+            targets = pad_sequence([torch.tensor(sample.targets) for sample in batch], True, IGNORE).to(ids)
             computed += ids.numel()
             (loss_of(ids, targets) / len(batches)).backward()
         optimizer.step()
@@ -175,24 +168,13 @@ def padded_steps(
     return step
 
 
-def collate(samples: list[TokenizedSample], device: torch.device) -> tuple[Tensor, Tensor]:
-    """ids and targets (B, T), padded at the right."""
-
-    def padded(rows: list[Any], fill: int) -> Tensor:
-        return pad_sequence([torch.tensor(row) for row in rows], True, fill).to(device, torch.long)
-
-    return padded([sample.ids for sample in samples], 0), padded([sample.targets for sample in samples], IGNORE)
-
-
 def build_litgpt(case: BenchmarkCase, kind: str, device: torch.device) -> Step | Decode:
     """LitGPT's own modules, its chunked head and loss, and its decoding loop."""
     module = importlib.import_module(f"litgpt.{case.method}")
     lora = dict(lora_r=8, lora_alpha=16, lora_dropout=0.05, lora_query=True, lora_value=True)
-    names = {"smollm2-135m": "SmolLM2-135M", "smollm2-360m": "SmolLM2-360M", "tiny-llama-1.1b": "tiny-llama-1.1b"}
-    names["Llama-2-7b"] = "Llama-2-7b-hf"
-    if case.model not in names:
-        raise UserError(f"--model {case.model} has no equivalent in LitGPT; choose from {', '.join(names)}")
-    config = module.Config.from_name(names[case.model], **(lora if case.method == "lora" else {}))
+    names = {"smollm2-135m": "SmolLM2-135M", "smollm2-360m": "SmolLM2-360M", "Llama-2-7b": "Llama-2-7b-hf"}
+    name = names.get(case.model, case.model)
+    config = module.Config.from_name(name, **(lora if case.method == "lora" else {}))  # ValueError without such a name
     with case.tensors(device):
         model = module.GPT(config)
     getattr(module, f"mark_only_{case.method}_as_trainable")(model)
@@ -225,13 +207,9 @@ def build_peft(case: BenchmarkCase, kind: str, device: torch.device) -> Step | D
     from peft import AdaptionPromptConfig, LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    c = case.config
-    sizes: dict = dict(vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.intermediate_size)
-    sizes |= dict(num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head)
-    sizes |= dict(head_dim=c.head_size, max_position_embeddings=c.block_size, tie_word_embeddings=c.tie_embeddings)
     with case.tensors(device):
-        base: Any = LlamaForCausalLM(LlamaConfig(**sizes))
-    adapter = AdaptionPromptConfig(adapter_len=10, adapter_layers=c.n_layer - 2, task_type="CAUSAL_LM")
+        base: Any = LlamaForCausalLM(LlamaConfig.from_dict(llama_config(case.config)))
+    adapter = AdaptionPromptConfig(adapter_len=10, adapter_layers=case.config.n_layer - 2, task_type="CAUSAL_LM")
     lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model: Any = get_peft_model(base, adapter if case.method == "adapter" else lora)
     open_gates(model)

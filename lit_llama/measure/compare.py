@@ -84,7 +84,8 @@ def pilot_flags(run: ScriptRun, trials: list[ScriptRun]) -> list[str]:
         return []
     best = min(tried, key=lambda trial: lowest_loss(trial.out_dir))
     started = (run.out_dir / METHOD_FILE).exists()
-    return ["--train.learning_rate", str(learning_rate(run.out_dir if started else best.out_dir))]
+    method = read_method(run.out_dir if started else best.out_dir)
+    return ["--train.learning_rate", str(method["train"]["learning_rate"])]
 
 
 def variant_runs(folder: Path, variants: dict[str, str], steps: int, seed: int) -> list[ScriptRun]:
@@ -109,11 +110,6 @@ def variant_runs(folder: Path, variants: dict[str, str], steps: int, seed: int) 
 def lowest_loss(out_dir: Path) -> float:
     """The lowest validation loss of a run."""
     return min(float(row["val_loss"]) for row in read_metrics(out_dir) if row["val_loss"])
-
-
-def learning_rate(out_dir: Path) -> float:
-    """The learning rate of a run."""
-    return read_method(out_dir)["train"]["learning_rate"]
 
 
 def read_results(files: list[Path]) -> tuple[list[int], dict[str, np.ndarray]]:

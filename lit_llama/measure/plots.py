@@ -14,7 +14,10 @@ def new_figure(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, An
     except ImportError:
         raise UserError('plots need matplotlib; run: pip install -e ".[plot]"') from None
     figure = Figure(layout="constrained", **options)
-    return figure, figure.subplots(rows, columns, sharex=True)
+    axes = figure.subplots(rows, columns, sharex=True)
+    for ax in figure.axes:
+        ax.grid(alpha=0.3)
+    return figure, axes
 
 
 def save_figure(figure: Any, path: Path) -> None:
@@ -41,8 +44,6 @@ def plot_runs(path: Path, runs: dict[str, list[dict]]) -> None:
     validation.set(ylabel="validation loss per token", yscale="log")
     rate.set(xlabel="step", ylabel="learning rate")
     speed.set(xlabel="step", ylabel="tokens/s", ylim=(0, None))
-    for ax in axes.flat:
-        ax.grid(alpha=0.3)
     save_figure(figure, path)
 
 
@@ -83,23 +84,21 @@ def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
     answered = {name: row for name, row in results.items() if "right" in row}
     bases = [f"{name}: {row['right']:.1%}" for name, row in answered.items() if "method" not in row]
     for key, (label, unit, scale) in AXES.items():
-        points = {name: row for name, row in answered.items() if row.get(key) is not None}
-        if not points:
+        rows = {name: row for name, row in answered.items() if row.get(key) is not None}
+        if not rows:
             continue
         figure, ax = new_figure(figsize=(8, 5))
-        for row in points.values():
-            color, marker = MARKERS.get(row["method"], OTHER_MARKER)
-            low, high = (100 * end for end in row["right_interval"])
-            x, y = row[key] / unit, 100 * row["right"]
-            ax.vlines(x, low, high, color=color, alpha=0.5)
+        points = {name: (row[key] / unit, 100 * row["right"], row["method"]) for name, row in rows.items()}
+        for name, (x, y, method) in points.items():
+            row, (color, marker) = rows[name], MARKERS.get(method, OTHER_MARKER)
+            ax.vlines(x, *(100 * end for end in row["right_interval"]), color=color, alpha=0.5)
             if f"{key}_interval" in row:
                 ax.hlines(y, *row[f"{key}_interval"], color=color, alpha=0.5)
             ax.plot(x, y, color=color, marker=marker, markersize=8)
         ax.set(xscale=scale, xlabel=label, ylabel="right answers (%), with 95 % intervals")
         ax.set_title(", ".join(bases).replace("%", " %"), fontsize="small")
         ax.margins(0.15)
-        ax.grid(alpha=0.3)
-        label_points(ax, {name: (row[key] / unit, 100 * row["right"], row["method"]) for name, row in points.items()})
+        label_points(ax, points)
         save_figure(figure, folder / f"quality_by_{key}.png")
 
 
@@ -133,5 +132,4 @@ def plot_variants(folder: Path, results: dict[str, dict]) -> None:
     ax.set_yticks(range(len(points)), [f"{name} minus {row['method']}" for name, row in points])
     ax.invert_yaxis()
     ax.set(xlabel="test loss per token minus the method's own (left is better)")
-    ax.grid(alpha=0.3)
     save_figure(figure, folder / "variants.png")
