@@ -104,7 +104,7 @@ class Tokenizer:
     def special_text(self, role: str) -> str:
         """The text of the "bos" or "eos" token, "" without one."""
         token_id = {"bos": self.bos_id, "eos": self.eos_id}[role]
-        return token_text(self.settings.get(f"{role}_token")) or ("" if token_id is None else self.token(token_id))
+        return token_text(self.settings, role) or ("" if token_id is None else self.token(token_id))
 
     def token(self, token_id: int) -> str:
         """The name of one token in the vocabulary."""
@@ -129,7 +129,7 @@ class JSONBackend:
     def __init__(self, folder: Path, settings: dict, chat_template: str):
         try:
             content = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
-            named = {token_text(settings.get(f"{role}_token")) for role in ("bos", "eos")}
+            named = {token_text(settings, role) for role in ("bos", "eos")}
             for token in content.get("added_tokens", []):  # what a template writes is a control token, special or not
                 token["special"] |= token["content"] in named or token["content"] in chat_template
             self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
@@ -152,7 +152,7 @@ class JSONBackend:
         self.vocab_size = max(vocab.values()) + 1
         is_byte_level = isinstance(self.tokenizer.decoder, decoders.ByteLevel)
         self.known_bytes = byte_level_bytes(vocab) if is_byte_level else bytes(range(256))
-        bos, eos = (vocab.get(token_text(settings.get(f"{role}_token")) or "") for role in ("bos", "eos"))
+        bos, eos = (vocab.get(token_text(settings, role)) for role in ("bos", "eos"))
         if eos is None:
             eos = next(iter(generation_eos(folder)), None)
         in_front = self.tokenizer.encode("", add_special_tokens=True).ids[:1]  # what the post-processor adds
@@ -198,7 +198,7 @@ class SentencePieceBackend:
         self.vocab_size = max([len(pieces) - 1, *self.standalone]) + 1
         self.controls = {piece: i for i, piece in self.standalone.items()}
         self.bos_id, eos_id = (i if i >= 0 else None for i in (processor.bos_id(), processor.eos_id()))
-        self.eos_id = self.controls.get(token_text(settings.get("eos_token")) or "", eos_id)
+        self.eos_id = self.controls.get(token_text(settings, "eos"), eos_id)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return self.processor.encode(texts)
@@ -210,10 +210,11 @@ class SentencePieceBackend:
         return self.processor.decode(ids)
 
 
-def token_text(entry: object) -> str | None:
-    """The text of a token in tokenizer_config.json, which is a string or an object with the string."""
+def token_text(settings: dict, role: str) -> str:
+    """The text of the "bos", "eos", "unk" or "pad" token, which is a string or an object with one; "" without it."""
+    entry = settings.get(f"{role}_token")
     text = entry.get("content") if isinstance(entry, dict) else entry
-    return text if isinstance(text, str) else None
+    return text if isinstance(text, str) else ""
 
 
 def read_settings(folder: Path) -> dict:

@@ -59,7 +59,7 @@ TENSORS = [
     (lambda path: (path.unlink(), path.mkdir()), NOT_WHOLE),
     (bytes_with(lambda b: b[:-9]), NOT_WHOLE),
     (bytes_with(lambda b: struct.pack("<Q", 2**26) + b[8:]), NOT_WHOLE),  # a header longer than the file
-    (bytes_with(lambda b: b[:-100] + bytes([b[-100] ^ 16]) + b[-99:]), "is damaged: its checksum does not match"),
+    (bytes_with(lambda b: b[:-100] + bytes([b[-100] ^ 16]) + b[-99:]), "is damaged, or .* its checksum is wrong"),
     (tensors_with(lambda t: t.update({k: v.double() for k, v in t.items()})), "has dtype F64, not F32"),
     (tensors_with(lambda t: t.update(extra=torch.ones(1))), "extra is not expected"),
     (tensors_with(lambda t: t.pop(min(t))), "is missing .1 differences"),
@@ -78,7 +78,7 @@ FILES = {  # a file and the command that reads it: its content or a function tha
     ("base/config.json", BASE): [
         ("", NOT_JSON),
         ("[]", "config.json must hold a JSON object, got list"),
-        (b"\xff\xfe{}", "config.json is not valid JSON: 'utf-8'"),
+        (b"\xff", "config.json is not valid JSON: 'utf-8'"),
         (json_with(n_layer=...), "config.json is not a config of this project: missing or unknown are n_layer"),
         (json_with(hidden_size=3), "missing or unknown are hidden_size"),
         (json_with(n_layer=-1), "n_layer must be a positive integer of a plausible size, got -1"),
@@ -129,7 +129,7 @@ FILES = {  # a file and the command that reads it: its content or a function tha
         (rows(*({"instruction": f"{i}{'x' * 10**7}", "output": "b"} for i in range(2))), "too few|none of"),
     ],
     ("requests.jsonl", BATCH): [
-        ('{"prompt": ', "requests.jsonl:1: not valid JSON"),
+        ('{"prompt": ', "requests.jsonl:1 is not valid JSON"),
         ('{"prompt": "x"}\n{"input": "a"}', 'requests.jsonl:2: a request needs a "prompt"'),
         ('{"prompt": 3}', 'requests.jsonl:1: a request needs a "prompt"'),
         ('{"prompt": "a", "trained_dir": "none"}', "no finetune script wrote none"),
