@@ -35,10 +35,10 @@ class Tokenizer:
     U+2581, so it reads U+2581 as a space. A byte-level vocabulary may lack bytes (SmolLM2's lacks those of U+0004,
     U+0006, U+0013, U+0014, U+0016, U+001D and the unassigned planes 4 to 11); ``encode`` drops them with a warning.
 
-    Attributes: ``vocab_size``; ``bos_id``, the id in front of every sequence or None; ``eos_id``, and ``eos_ids``, all
-    that end a text; ``chat_template``, the Jinja template or None; ``strips``, the tokens that absorb the whitespace on
-    their left ("lstrip") or right; ``spaced_start``, whether a space is put before a text at the very beginning, but
-    not after a control token. Raises UserError if the tokenizer is missing, damaged or not the model's.
+    ``bos_id`` is the id in front of every sequence, or None; ``eos_ids`` are all that end a text, with ``eos_id``;
+    ``strips`` are the tokens that absorb the whitespace on their left ("lstrip") or right; ``spaced_start`` says that
+    a text has a space put before it at the very beginning, but not after a control token. Raises UserError if the
+    tokenizer is missing, damaged or not the model's.
     """
 
     def __init__(self, checkpoint_dir: Path | str):
@@ -50,10 +50,7 @@ class Tokenizer:
         elif (folder / SENTENCEPIECE_FILE).exists():
             backend = SentencePieceBackend(folder, self.settings)
         else:
-            raise UserError(
-                f"{folder} holds neither {JSON_FILE} nor {SENTENCEPIECE_FILE}; copy the model's own there, "
-                "or convert the checkpoint again with scripts/convert.py"
-            )
+            raise UserError(f"{folder} holds neither {JSON_FILE} nor {SENTENCEPIECE_FILE}; copy the model's own there")
         if backend.eos_id is None:
             raise UserError(f"{folder} does not say which token ends a text; name it in {SETTINGS_FILE} as eos_token")
         self.backend, self.vocab_size = backend, backend.vocab_size
@@ -93,10 +90,8 @@ class Tokenizer:
         try:
             data = text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise UserError(
-                f"the text holds a lone surrogate, {text[error.start]!r} at character {error.start}, which is not "
-                "valid Unicode: half of an emoji was cut off; repair or remove it"
-            ) from None
+            found = f"{text[error.start]!r} at character {error.start}"
+            raise UserError(f"the text holds a lone surrogate, {found}: half an emoji; repair or remove it") from None
         if unknown := data.translate(None, delete=self.backend.known_bytes):
             names = " ".join(f"{byte:02x}" for byte in sorted(set(unknown)))
             warnings.warn(f"the vocabulary has no token for {len(unknown)} bytes ({names}): dropped", stacklevel=4)
@@ -180,13 +175,11 @@ class SentencePieceBackend:
     known_bytes = bytes(range(256))  # each has a token, <0x00> to <0xFF>
 
     def __init__(self, folder: Path, settings: dict):
+        path = folder / SENTENCEPIECE_FILE
         try:
-            self.processor = processor = SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE))
+            self.processor = processor = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):
-            raise UserError(
-                f"{folder / SENTENCEPIECE_FILE} is not a sentencepiece model; copy it again. For Llama 3 take "
-                f"{JSON_FILE} from the model's Hugging Face repository"
-            ) from None
+            raise UserError(f"{path} is not a sentencepiece model; Llama 3 needs Hugging Face's {JSON_FILE}") from None
         self.without_space = ["text"] if settings.get("legacy", True) else ["text", "control"]
         pieces = range(processor.vocab_size())
         controls = [i for i in pieces if processor.is_control(i) or processor.is_unknown(i)]
@@ -250,10 +243,7 @@ def byte_level_bytes(vocab: dict[str, int]) -> bytes:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files to ``folder`` from ``source``: a folder, or any file in it.
-
-    Prints a note if there is no tokenizer.
-    """
+    """Copy the tokenizer's files to ``folder`` from ``source``, a folder or a file in it, or print that it has none."""
     if not source.exists():
         raise UserError(f"{source} is missing: --tokenizer takes tokenizer.json, tokenizer.model or their folder")
     source = source if source.is_dir() else source.parent

@@ -166,7 +166,7 @@ def test_a_folder_of_texts_is_a_document_each_and_long_ones_train_whole(tmp_path
     task = load_task(tmp_path, base, None, 64)
     texts = "".join(task.tokenizer.decode(sample.targets) for sample in task.train + task.validation)
     assert texts.count("word ") == 12 * 30 and texts.count("<|im_end|>") == 12
-    assert max(len(sample.ids) for sample in task.train) == 63 and style_of(task.chat_template) == "plain"
+    assert task.longest == 63 and style_of(task.chat_template) == "plain" and not task.held_out
 
 
 def test_what_is_probably_not_meant_is_warned_of(tmp_path):
@@ -201,26 +201,16 @@ def test_split_by_hash_is_disjoint_stable_and_about_the_fraction(tmp_path, monke
         load_splits(sums(1))
 
 
-def test_the_summary_says_what_was_found_and_shows_a_sample(tmp_path, base):
-    rows = sums(5) + [{"instruction": "x" * 300, "output": "dropped"}, {"instruction": "a", "output": "y" * 300}]
-    write_rows(tmp_path / "train.json", rows)
-    write_rows(tmp_path / "validation.json", sums(2))
-    summary = load_task(tmp_path, base, "plain", 100, DataOptions(show_sample=True)).summary
-    assert "6 training samples, 2 for validation, prompt style plain; 1 dropped: nothing to learn" in summary
-    assert "; 1 cut to max_seq_length; 2 of validation also in training" in summary
-    assert "in brackets:\na|d|d|" in summary and summary.endswith("[<|im_end|>]")
-
-
-def test_held_out_samples_have_a_prompt_and_their_whole_answer(tmp_path, base):
+def test_the_summary_says_what_was_found_and_held_out_samples_have_a_prompt_and_their_whole_answer(tmp_path, base):
+    long = {"question": "a", "answer": "y" * 300}
     greeting = {"messages": [{"role": "assistant", "content": "hello"}]}
-    long = {"instruction": "a", "output": "y" * 300}
-    write_rows(tmp_path / "train.json", sums(5))
-    write_rows(tmp_path / "validation.json", [greeting, long, *sums(8)[6:]])
-    task = load_task(tmp_path, base, None, 100)
-    assert len(task.validation) == 4
-    assert [sample.answer for sample in task.held_out] == [row["output"] for row in sums(8)[6:]]
-    texts = load_task([{"text": f"line {i}"} for i in range(50)], base, None, 100)
-    assert style_of(texts.chat_template) == "plain" and not texts.held_out
+    write_rows(tmp_path / "train.json", [*sums(5), {"instruction": "x" * 300, "output": "dropped"}])
+    write_rows(tmp_path / "validation.json", [greeting, long, *sums(7)[3:]])
+    task = load_task(tmp_path, base, "plain", 100, DataOptions(show_sample=True))
+    assert "5 training samples, 6 for validation, prompt style plain; 1 dropped: nothing to learn" in task.summary
+    assert "; 1 cut to max_seq_length; 2 of validation also in training" in task.summary
+    assert "in brackets:\na|d|d|" in task.summary and task.summary.endswith("[<|im_end|>]")
+    assert [sample.answer for sample in task.held_out] == [row["output"] for row in sums(7)[3:]]
 
 
 def test_the_fingerprint_is_that_of_earlier_versions(base):
@@ -289,16 +279,12 @@ def test_micro_batches_hold_every_sample_once_within_the_limit(max_tokens):
 
 def test_packed_samples_lie_one_after_the_other():
     samples = [TokenizedSample([1, 2, 3], [IGNORE, 5, 6]), TokenizedSample([4], [7])]
-    packed = pack(samples, torch.device("cpu"))
-    assert packed.ids.tolist() == [[1, 2, 3, 4]] and packed.texts.lengths == [3, 1]
-    assert packed.texts.positions.tolist() == [0, 1, 2, 0]
-    assert packed.targets.tolist() == [5, 6, 7] and packed.places.tolist() == [1, 2, 3]
-    bounds = packed.texts.bounds
-    assert bounds[:3].tolist() == [0, 3, 4] and set(bounds[3:].tolist()) == {4} and bounds.dtype == torch.int32
-
+    assert pack(samples, torch.device("cpu")).ids.tolist() == [[1, 2, 3, 4]]
     packed = pack(samples, torch.device("cpu"), [91, 92], text_multiple=4, row_multiple=20, context=6)
     assert packed.texts.lengths == [6, 4, 6, 4], "8 tokens exceed the context; 10 of padding are two texts"
     assert packed.ids.tolist() == [[91, 92, 1, 2, 3, 0, 91, 92, 4, 0] + [0] * 10]
     assert packed.texts.positions.tolist() == [*range(6), *range(4), *range(6), *range(4)]
-    assert packed.texts.longest == 8
+    bounds = packed.texts.bounds
+    assert bounds[:5].tolist() == [0, 6, 10, 16, 20] and set(bounds[5:].tolist()) == {20}
+    assert bounds.dtype == torch.int32 and packed.texts.longest == 8
     assert packed.targets.tolist() == [5, 6, 7] and packed.places.tolist() == [3, 4, 8]
