@@ -233,10 +233,7 @@ def generation_eos(folder: Path) -> list[int]:
 
 
 def byte_level_bytes(vocab: dict[str, int]) -> bytes:
-    """The bytes that have a token in a byte-level vocabulary.
-
-    GPT-2 writes a printable Latin-1 byte as its character, and the others in order as U+0100, U+0101, ...
-    """
+    """The bytes that have a token: GPT-2 writes printable Latin-1 as itself, and other bytes as U+0100, U+0101, ..."""
     printable = {ord(char) for char in pre_tokenizers.ByteLevel.alphabet() if ord(char) < 256}
     others = [byte for byte in range(256) if byte not in printable]
     return bytes(b for b in range(256) if chr(b if b in printable else 256 + others.index(b)) in vocab)

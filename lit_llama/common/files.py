@@ -129,10 +129,7 @@ def read_json(path: Path) -> dict:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict | None = None, foreign: bool = False) -> None:
-    """Write a safetensors file with a checksum and ``about`` (as JSON) in its header.
-
-    A ``foreign`` file, for transformers and PEFT, has neither: they expect a header like their own.
-    """
+    """Write a file with a checksum and ``about`` in its header; a ``foreign`` one, for transformers, has neither."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # A single entry: safetensors writes several in any order, and equal runs must give equal bytes.
     header = json.dumps({**(about or {}), "crc32": checksum(tensors, about or {})}, sort_keys=True)
@@ -165,10 +162,7 @@ def open_tensors(path: Path):
 
 
 def read_tensors(path: Path, foreign: bool = False) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a file, mapped into memory, and the ``about`` of ``save_tensors``.
-
-    Raises UserError if the file is damaged. A ``foreign`` file, of another program, has no checksum.
-    """
+    """The tensors of a file, memory-mapped, and its ``about``. Only ``foreign`` files may lack our checksum."""
     with open_tensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         header = (file.metadata() or {}).get(ABOUT)

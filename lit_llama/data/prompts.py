@@ -74,10 +74,7 @@ CHATML = (
 
 
 def choose_template(style: str | None, tokenizer: Tokenizer, own: str | None = None) -> str:
-    """The chat template of a style: by default the model's ``own`` or the tokenizer's, or else alpaca.
-
-    Raises UserError if there is no such style or template, or if the template does not fit the tokenizer.
-    """
+    """The template of a style, by default ``own``, the tokenizer's or alpaca. Raises UserError if it does not fit."""
     own = own or tokenizer.chat_template
     style = style or ("template" if own else "alpaca")
     if style not in STYLES:
@@ -172,10 +169,7 @@ def for_template(message: Message, template: str) -> Message:
 
 @lru_cache(maxsize=1024)
 def marked(template: str, shape: Shape, tokenizer: Tokenizer) -> str:
-    """What a template makes of messages with this shape, with a PLACE for each text of theirs.
-
-    Raises UserError if the template does not write every text once, unchanged or stripped.
-    """
+    """What a template makes of messages with this shape, with a PLACE for each text, which it must write just once."""
     messages = [{"role": role} | {key: PLACE.format(i, key) for key in keys} for i, (role, *keys) in enumerate(shape)]
     text = render(template, messages, tokenizer)
     written = [(int(place[2]), place[3]) for place in PLACES.finditer(text)]

@@ -40,10 +40,7 @@ def check_data(data: Source) -> None:
 
 
 def load_splits(data: Source, options: DataOptions = DataOptions()) -> tuple[list[Sample], list[Sample], list[str]]:
-    """Training samples, validation samples, and notes on what was ignored.
-
-    They come from a folder's two files, or from one file, list or folder of texts, split by hash.
-    """
+    """Training samples, validation samples (from a second file, or split off), and notes on what was ignored."""
     check_data(data)
     files: dict[str, Path | None] = {}
     if not isinstance(data, list) and Path(data).is_dir():
@@ -108,8 +105,7 @@ def encode_samples(
 ) -> tuple[list[Sample], list[TokenizedSample]]:
     """The samples that have something to learn, and their token ids with only the answers as targets.
 
-    A plain text is trained on as a whole, in as many pieces as it needs, and returned with each of them. Raises
-    UserError if no sample has anything to learn.
+    A plain text is trained on as a whole, in as many pieces as it needs, and returned with each of them.
     """
 
     def pieces_of(sample: Sample) -> Iterable[Piece]:
@@ -141,10 +137,7 @@ def encode_samples(
 
 
 def cut_conversation(ids: list[int], trains: list[bool], max_seq_length: int, end: int, where: str) -> TokenizedSample:
-    """A conversation that is too long loses its end, but a cut answer still ends with the id ``end``.
-
-    A model that never sees an end never learns to stop.
-    """
+    """A long conversation loses its end, but a cut answer still has the id ``end``: models must learn to stop."""
     cut = True in trains[max_seq_length:]
     if cut and trains[max_seq_length - 1]:
         ids[max_seq_length - 1] = end
@@ -171,10 +164,7 @@ def shifted(ids: list[int], trains: list[bool], where: str, cut: bool = False) -
 def tokenize_labels(
     samples: list[Sample], template: str, tokenizer: Tokenizer, max_seq_length: int, labels: list[str]
 ) -> list[TokenizedSample]:
-    """Each sample's prompt, with the number of its label as the target of the last token, for a classifier's head.
-
-    A prompt that is too long loses its beginning. Raises UserError if a sample has no prompt or none of the labels.
-    """
+    """Each sample's prompt, its beginning cut if too long, with the number of its label as the last token's target."""
 
     def pieces_of(sample: Sample) -> Iterable[Piece]:
         if sample.label not in labels:
@@ -199,10 +189,7 @@ def encode_in_batches(
     skip_bad_rows: bool = False,
     size: int = 1000,
 ) -> Iterator[tuple[Sample, list[int], list[bool]]]:
-    """Each sample with its token ids, and for each id whether it is trained on. UserErrors name the sample.
-
-    With ``skip_bad_rows`` a sample that the template refuses has no ids.
-    """
+    """Each sample with its ids, and which are trained on; a refused sample has none, with ``skip_bad_rows``."""
     for i in range(0, len(samples), size):
         batch = samples[i : i + size]
         try:
