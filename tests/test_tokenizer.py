@@ -212,7 +212,6 @@ def test_a_tokenizer_has_as_many_tokens_as_the_model_or_few_less(tmp_path):
         ({"ggml.pre": "qwen2"}, "pre-tokenizer is 'qwen2'; known ones: .*smollm"),
         ({"ggml.model": "llama"}, "inconsistent: KeyError.'ggml.scores'"),
         ({"ggml.token_type": [1]}, "inconsistent: ValueError.*argument"),
-        ({"ggml.tokens": ["a", "a"]}, "inconsistent: "),
         ({"ggml.merges": ["no such"]}, "inconsistent: .*out of vocabulary"),
         ({"ggml.eos_token_id": 600}, "inconsistent: IndexError"),
     ],
