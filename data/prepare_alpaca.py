@@ -12,9 +12,9 @@ from pathlib import Path
 
 from lit_llama import cli
 from lit_llama.common.errors import UserError, check_range
-from lit_llama.common.files import check_writable
+from lit_llama.common.files import check_writable, parse_json
 from lit_llama.data.prepare import fetch, write_rows
-from lit_llama.data.samples import parse_json, to_sample
+from lit_llama.data.samples import to_sample
 from lit_llama.data.task import hash_fraction
 
 URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/761dc5bfbdeeffa89b8bff5d038781a4055f796a/alpaca_data.json"

@@ -35,10 +35,10 @@ class Tokenizer:
     U+2581, so it reads U+2581 as a space. A byte-level vocabulary may lack bytes (SmolLM2's lacks those of U+0004,
     U+0006, U+0013, U+0014, U+0016, U+001D and the unassigned planes 4 to 11); ``encode`` drops them with a warning.
 
-    Attributes: ``vocab_size``; ``bos_id``, the id in front of every sequence or None; ``eos_id``, and ``eos_ids``, all
-    that end a text; ``chat_template``, the Jinja template or None; ``strips``, the tokens that absorb the whitespace on
-    their left ("lstrip") or right; ``spaced_start``, whether a space is put before a text at the very beginning, but
-    not after a control token. Raises UserError if the tokenizer is missing, damaged or not the model's.
+    ``bos_id`` is the id in front of every sequence, or None; ``eos_ids`` are all that end a text, with ``eos_id``;
+    ``strips`` are the tokens that absorb the whitespace on their left ("lstrip") or right; ``spaced_start`` says that
+    a text has a space put before it at the very beginning, but not after a control token. Raises UserError if the
+    tokenizer is missing, damaged or not the model's.
     """
 
     def __init__(self, checkpoint_dir: Path | str):
@@ -50,10 +50,7 @@ class Tokenizer:
         elif (folder / SENTENCEPIECE_FILE).exists():
             backend = SentencePieceBackend(folder, self.settings)
         else:
-            raise UserError(
-                f"{folder} holds neither {JSON_FILE} nor {SENTENCEPIECE_FILE}; copy the model's own there, "
-                "or convert the checkpoint again with scripts/convert.py"
-            )
+            raise UserError(f"{folder} holds neither {JSON_FILE} nor {SENTENCEPIECE_FILE}; copy the model's own there")
         if backend.eos_id is None:
             raise UserError(f"{folder} does not say which token ends a text; name it in {SETTINGS_FILE} as eos_token")
         self.backend, self.vocab_size = backend, backend.vocab_size
@@ -93,10 +90,8 @@ class Tokenizer:
         try:
             data = text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise UserError(
-                f"the text holds a lone surrogate, {text[error.start]!r} at character {error.start}, which is not "
-                "valid Unicode: half of an emoji was cut off; repair or remove it"
-            ) from None
+            found = f"{text[error.start]!r} at character {error.start}"
+            raise UserError(f"the text holds a lone surrogate, {found}: half an emoji; repair or remove it") from None
         if unknown := data.translate(None, delete=self.backend.known_bytes):
             names = " ".join(f"{byte:02x}" for byte in sorted(set(unknown)))
             warnings.warn(f"the vocabulary has no token for {len(unknown)} bytes ({names}): dropped", stacklevel=4)
@@ -104,7 +99,7 @@ class Tokenizer:
     def special_text(self, role: str) -> str:
         """The text of the "bos" or "eos" token, "" without one."""
         token_id = {"bos": self.bos_id, "eos": self.eos_id}[role]
-        return token_text(self.settings.get(f"{role}_token")) or ("" if token_id is None else self.token(token_id))
+        return token_text(self.settings, role) or ("" if token_id is None else self.token(token_id))
 
     def token(self, token_id: int) -> str:
         """The name of one token in the vocabulary."""
@@ -129,7 +124,7 @@ class JSONBackend:
     def __init__(self, folder: Path, settings: dict, chat_template: str):
         try:
             content = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
-            named = {token_text(settings.get(f"{role}_token")) for role in ("bos", "eos")}
+            named = {token_text(settings, role) for role in ("bos", "eos")}
             for token in content.get("added_tokens", []):  # what a template writes is a control token, special or not
                 token["special"] |= token["content"] in named or token["content"] in chat_template
             self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
@@ -152,7 +147,7 @@ class JSONBackend:
         self.vocab_size = max(vocab.values()) + 1
         is_byte_level = isinstance(self.tokenizer.decoder, decoders.ByteLevel)
         self.known_bytes = byte_level_bytes(vocab) if is_byte_level else bytes(range(256))
-        bos, eos = (vocab.get(token_text(settings.get(f"{role}_token")) or "") for role in ("bos", "eos"))
+        bos, eos = (vocab.get(token_text(settings, role)) for role in ("bos", "eos"))
         if eos is None:
             eos = next(iter(generation_eos(folder)), None)
         in_front = self.tokenizer.encode("", add_special_tokens=True).ids[:1]  # what the post-processor adds
@@ -180,13 +175,11 @@ class SentencePieceBackend:
     known_bytes = bytes(range(256))  # each has a token, <0x00> to <0xFF>
 
     def __init__(self, folder: Path, settings: dict):
+        path = folder / SENTENCEPIECE_FILE
         try:
-            self.processor = processor = SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE))
+            self.processor = processor = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):
-            raise UserError(
-                f"{folder / SENTENCEPIECE_FILE} is not a sentencepiece model; copy it again. For Llama 3 take "
-                f"{JSON_FILE} from the model's Hugging Face repository"
-            ) from None
+            raise UserError(f"{path} is not a sentencepiece model; Llama 3 needs Hugging Face's {JSON_FILE}") from None
         self.without_space = ["text"] if settings.get("legacy", True) else ["text", "control"]
         pieces = range(processor.vocab_size())
         controls = [i for i in pieces if processor.is_control(i) or processor.is_unknown(i)]
@@ -198,7 +191,7 @@ class SentencePieceBackend:
         self.vocab_size = max([len(pieces) - 1, *self.standalone]) + 1
         self.controls = {piece: i for i, piece in self.standalone.items()}
         self.bos_id, eos_id = (i if i >= 0 else None for i in (processor.bos_id(), processor.eos_id()))
-        self.eos_id = self.controls.get(token_text(settings.get("eos_token")) or "", eos_id)
+        self.eos_id = self.controls.get(token_text(settings, "eos"), eos_id)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return self.processor.encode(texts)
@@ -210,10 +203,11 @@ class SentencePieceBackend:
         return self.processor.decode(ids)
 
 
-def token_text(entry: object) -> str | None:
-    """The text of a token in tokenizer_config.json, which is a string or an object with the string."""
+def token_text(settings: dict, role: str) -> str:
+    """The text of the "bos", "eos", "unk" or "pad" token, which is a string or an object with one; "" without it."""
+    entry = settings.get(f"{role}_token")
     text = entry.get("content") if isinstance(entry, dict) else entry
-    return text if isinstance(text, str) else None
+    return text if isinstance(text, str) else ""
 
 
 def read_settings(folder: Path) -> dict:
@@ -239,20 +233,14 @@ def generation_eos(folder: Path) -> list[int]:
 
 
 def byte_level_bytes(vocab: dict[str, int]) -> bytes:
-    """The bytes that have a token in a byte-level vocabulary.
-
-    GPT-2 writes a printable Latin-1 byte as its character, and the others in order as U+0100, U+0101, ...
-    """
+    """The bytes that have a token: GPT-2 writes printable Latin-1 as itself, and other bytes as U+0100, U+0101, ..."""
     printable = {ord(char) for char in pre_tokenizers.ByteLevel.alphabet() if ord(char) < 256}
     others = [byte for byte in range(256) if byte not in printable]
     return bytes(b for b in range(256) if chr(b if b in printable else 256 + others.index(b)) in vocab)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files to ``folder`` from ``source``: a folder, or any file in it.
-
-    Prints a note if there is no tokenizer.
-    """
+    """Copy the tokenizer's files to ``folder`` from ``source``, a folder or a file in it, or print that it has none."""
     if not source.exists():
         raise UserError(f"{source} is missing: --tokenizer takes tokenizer.json, tokenizer.model or their folder")
     source = source if source.is_dir() else source.parent

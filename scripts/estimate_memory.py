@@ -1,7 +1,7 @@
 """How much memory finetuning needs on each device. No weights are loaded.
 
-    python scripts/estimate_memory.py --model checkpoints/NAME --method lora --arguments '{r: 16}' --device cpu
-    python scripts/estimate_memory.py --model Llama-2-70b --method lora --devices 8 --strategy fsdp
+python scripts/estimate_memory.py --model checkpoints/NAME --method lora --arguments '{r: 16}' --device cpu
+python scripts/estimate_memory.py --model Llama-2-70b --method lora --devices 8 --strategy fsdp
 """
 
 from typing import Literal

@@ -1,9 +1,7 @@
 """What users get wrong, through the real command lines: exit code 2, one line that says so, and nothing overwritten."""
 
-import json
 import re
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import torch
 from helpers import make_base, run, sums, write_rows
 from safetensors.torch import load_file
 
-from lit_llama.common.files import save_tensors
+from lit_llama.common.files import read_json, save_tensors, write_json
 
 FINETUNE = ("finetune/adapter.py", "--checkpoint_dir", "base", "--data", "data", "--out_dir", "new")
 FINETUNE += ("--start_layer", 1, "--train.max_steps", 2, "--eval_samples", 0)
@@ -29,8 +27,7 @@ def json_with(**changes) -> Callable[[Path], object]:
     """Changes fields of a JSON file; ``...`` removes one."""
 
     def change(path: Path) -> None:
-        content = {**json.loads(path.read_text()), **changes}
-        path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+        write_json(path, {key: value for key, value in {**read_json(path), **changes}.items() if value is not ...})
 
     return change
 
@@ -48,18 +45,13 @@ def bytes_with(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(change(path.read_bytes()))
 
 
-def rows(*rows: dict) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
 NOT_WHOLE, NOT_JSON = "is not a complete safetensors file", "is not valid JSON"
 TENSORS = [
     (Path.unlink, "safetensors is missing"),
     ("weights " * 99, NOT_WHOLE),
     (lambda path: (path.unlink(), path.mkdir()), NOT_WHOLE),
     (bytes_with(lambda b: b[:-9]), NOT_WHOLE),
-    (bytes_with(lambda b: struct.pack("<Q", 2**26) + b[8:]), NOT_WHOLE),  # a header longer than the file
-    (bytes_with(lambda b: b[:-100] + bytes([b[-100] ^ 16]) + b[-99:]), "is damaged: its checksum does not match"),
+    (bytes_with(lambda b: b[:-100] + bytes([b[-100] ^ 16]) + b[-99:]), "is damaged, or .* its checksum is wrong"),
     (tensors_with(lambda t: t.update({k: v.double() for k, v in t.items()})), "has dtype F64, not F32"),
     (tensors_with(lambda t: t.update(extra=torch.ones(1))), "extra is not expected"),
     (tensors_with(lambda t: t.pop(min(t))), "is missing .1 differences"),
@@ -78,7 +70,7 @@ FILES = {  # a file and the command that reads it: its content or a function tha
     ("base/config.json", BASE): [
         ("", NOT_JSON),
         ("[]", "config.json must hold a JSON object, got list"),
-        (b"\xff\xfe{}", "config.json is not valid JSON: 'utf-8'"),
+        (b"\xff", "config.json is not valid JSON: 'utf-8'"),
         (json_with(n_layer=...), "config.json is not a config of this project: missing or unknown are n_layer"),
         (json_with(hidden_size=3), "missing or unknown are hidden_size"),
         (json_with(n_layer=-1), "n_layer must be a positive integer of a plausible size, got -1"),
@@ -124,12 +116,9 @@ FILES = {  # a file and the command that reads it: its content or a function tha
     ],
     ("rows.jsonl", (*FINETUNE, "--data", "rows.jsonl")): [  # test_data.py tests what else rows and files may lack
         ('{"instruction": "a", "output": "b"}', "1 rows are too few, or too much alike, to split off some"),
-        (rows(*({"instruction": str(i), "output": ""} for i in range(40))), "none of .* samples has an answer"),
-        (rows(*({"instruction": f"{i}\ud83d", "output": "b"} for i in range(40))), "lone surrogate"),
-        (rows(*({"instruction": f"{i}{'x' * 10**7}", "output": "b"} for i in range(2))), "too few|none of"),
     ],
     ("requests.jsonl", BATCH): [
-        ('{"prompt": ', "requests.jsonl:1: not valid JSON"),
+        ('{"prompt": ', "requests.jsonl:1 is not valid JSON"),
         ('{"prompt": "x"}\n{"input": "a"}', 'requests.jsonl:2: a request needs a "prompt"'),
         ('{"prompt": 3}', 'requests.jsonl:1: a request needs a "prompt"'),
         ('{"prompt": "a", "trained_dir": "none"}', "no finetune script wrote none"),
@@ -141,7 +130,6 @@ FLAGS = [  # the command, further flags, message; test_cli.py and test_methods.p
     (FINETUNE, ["--train.warmup_steps", 9], "warmup_steps 9 must be less than the 2 steps in all"),
     (FINETUNE, ["--train.max_seq_length", 600], "600 exceeds the base's context of 512"),
     (FINETUNE, ["--precision", "8-bit"], "--precision '8-bit' is none of auto"),
-    (FINETUNE, ["--devices", -5], "--devices -5"),
     (FINETUNE, ["--devices", 100_000], "--devices 100000 must be between 1 and"),
     (FINETUNE, ["--strategy", "warp"], "--strategy warp is none of auto, ddp, fsdp"),
     (FINETUNE, ["--strategy", "fsdp"], "pass --devices 2 or more"),
@@ -157,7 +145,6 @@ FLAGS = [  # the command, further flags, message; test_cli.py and test_methods.p
     (FINETUNE, ["--config", "data/train.json"], "Unexpected config: "),
     (FINETUNE, ["--out_dir", "loop"], "File exists: 'loop'"),
     (FINETUNE, ["--out_dir", "data/train.json"], "data/train.json/method.json cannot be written .Not a directory"),
-    (FINETUNE, ["--out_dir", "data/train.json/new"], "cannot be written .*Not a directory"),
     (FINETUNE, ["--out_dir", "base"], "--out_dir base is the base itself"),
     (FINETUNE, ["--out_dir", "other"], "holds a checkpoint that no run wrote"),
     (FINETUNE, ["--out_dir", "out"], "out holds a run already .*--resume .*--overwrite"),
@@ -213,19 +200,19 @@ def place(origin, tmp_path):
     return shutil.copytree(origin, tmp_path / "place", symlinks=True)
 
 
-def check_refusal(place: Path, command: list, message: str) -> None:
-    def files() -> dict[Path, bytes | None]:  # folders too: a refused run leaves none behind
-        return {
-            path: path.read_bytes() if path.is_file() else None for path in place.rglob("*") if path.name != ".lock"
-        }
+def files(place: Path) -> dict[Path, bytes | None]:
+    """Folders too: a refused run leaves none behind."""
+    return {path: path.read_bytes() if path.is_file() else None for path in place.rglob("*") if path.name != ".lock"}
 
-    before = files()
+
+def check_refusal(place: Path, command: list, message: str) -> None:
+    before = files(place)
     result = run(*command, cwd=place)
     errors = [line for line in result.stderr.splitlines() if not line.startswith(("note:", "warning:"))]
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr[-3000:]
     assert errors[-1].startswith("error: ") and re.search(message, errors[-1]), result.stderr[-3000:]
     assert sum(line.startswith("error: ") for line in errors) == 1 and len(errors[-1]) < 700
-    assert files() == before
+    assert files(place) == before
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,12 @@ from helpers import CONTROLS, make_base, sums, write_rows
 from pyarrow import Table, parquet
 from safetensors.torch import load_file
 
-from lit_llama.checkpoint import load_config
 from lit_llama.common.errors import UserError
+from lit_llama.common.files import save_tensors
 from lit_llama.data.batches import IGNORE, TokenizedSample, epoch_order, micro_batches, pack, step_indices
 from lit_llama.data.prompts import choose_template, style_of
 from lit_llama.data.samples import UNSUPPORTED, Sample, read_samples, to_sample
 from lit_llama.data.task import encode_samples, hash_fraction, load_splits, load_task
-from lit_llama.formats.shards import save_checkpoint
 from lit_llama.settings import DataOptions
 
 
@@ -58,14 +57,12 @@ BAD = {
     "a.xml": ("<a/>", "data files end in .json"),
     "empty.json": ("[]", "holds no rows"),
     "object.json": ('{"a": 1}', "object.json: a .json file must hold an array"),
-    "broken.json": ('[\n{"instruction": "a", "output": "b"},\n{"instruction": }\n]', "not valid JSON: .*line 3"),
-    "deep.json": ("[" * 100_000, "deep.json: not valid JSON: .*recursion"),
+    "broken.json": ('[\n{"instruction": "a", "output": "b"},\n{"instruction": }\n]', "is not valid JSON: .*line 3"),
+    "deep.json": ("[" * 100_000, "deep.json is not valid JSON: .*recursion"),
     "number.json": ('[{"text": "a"},\n\n 7]', "number.json, row 2: a row must be an object, got int"),
     "keys.json": ('[{"question": "a"}]', "keys.json, row 1: no format .* the columns 'question'; name .* --columns"),
-    "type.jsonl": ('{"text": "a"}\n{"text": 5}\n', "type.jsonl:2: text must be a string, got 5"),
-    "null.jsonl": ('{"instruction": "a", "output": null}', "output must be a string, got None"),
-    "line.jsonl": ('{"text": "a"}\n\n{"text": \n', "line.jsonl:3: not valid JSON"),
-    "digits.jsonl": ('{"text": 1' + "0" * 5000 + "}", "digits.jsonl:1: "),
+    "type.jsonl": ('{"text": "a"}\n{"text": null}\n', "type.jsonl:2: text must be a string, got None"),
+    "line.jsonl": ('{"text": "a"}\n\n{"text": \n', "line.jsonl:3 is not valid JSON"),
     "latin1.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "latin1.jsonl cannot be read as UTF-8 text: .*position 24"),
     "label.jsonl": ('{"text": "a", "label": ["b"]}', "label must be a string, got .'b'."),
     "messages.jsonl": ('{"messages": "a"}', "messages must be a list of objects with role and content"),
@@ -156,14 +153,12 @@ def test_columns_are_renamed(tmp_path):
 
 
 def test_a_folder_needs_one_file_for_each_split(tmp_path):
+    write_rows(tmp_path / "dev.json", sums(3))
     with pytest.raises(UserError, match="no train file"):
         load_splits(tmp_path)
-    for names in (("dev.json", "eval.json"), ("train.json", "train.txt")):
-        for name in names:
-            write_rows(tmp_path / name, sums(3))
-        with pytest.raises(UserError, match=f"holds {names[0]} and {names[1]}; keep one"):
-            load_splits(tmp_path)
-        (tmp_path / names[1]).unlink()
+    write_rows(tmp_path / "eval.json", sums(3))
+    with pytest.raises(UserError, match="holds dev.json and eval.json; keep one"):
+        load_splits(tmp_path)
 
 
 def test_a_folder_of_texts_is_a_document_each_and_long_ones_train_whole(tmp_path, base):
@@ -172,7 +167,7 @@ def test_a_folder_of_texts_is_a_document_each_and_long_ones_train_whole(tmp_path
     task = load_task(tmp_path, base, 64)
     texts = "".join(task.tokenizer.decode(sample.targets) for sample in task.train + task.validation)
     assert texts.count("word ") == 12 * 30 and texts.count("<|im_end|>") == 12
-    assert max(len(sample.ids) for sample in task.train) == 63 and style_of(task.chat_template) == "plain"
+    assert task.longest == 63 and style_of(task.chat_template) == "plain" and not task.held_out
 
 
 def test_what_is_probably_not_meant_is_warned_of(tmp_path):
@@ -180,65 +175,43 @@ def test_what_is_probably_not_meant_is_warned_of(tmp_path):
     rows = [{"text": f"<|im_start|>user {i}<|im_end|>"} for i in range(30)]
     assert "warning: plain texts spell control tokens such as <|im_start|>" in load_task(rows, base, 64).summary
     assert "warning" not in load_task(sums(30), base, 64).summary
-    untrained = make_base(tmp_path / "untrained")
-    tensors = load_file(untrained / "model.safetensors")
-    tensors["transformer.wte.weight"][CONTROLS.index("<|im_start|>")] = 0
-    config = load_config(untrained)
-    save_checkpoint(untrained, config, tensors.items())
-    summary = load_task(sums(30), untrained, 64).summary
-    assert "warning: the base has not learned <|im_start|>, as" in summary
-    assert "warning" not in load_task(sums(30), untrained, 64, DataOptions(prompt_style="plain")).summary
+    tensors = load_file(base / "model.safetensors")
+    table = tensors["transformer.wte.weight"]
+    for like, names in ((0 * table[0], "<|im_start|>"), (table[2], "<|im_end|>, <|im_start|>")):
+        table[CONTROLS.index("<|im_start|>")] = like
+        save_tensors(base / "model.safetensors", tensors)
+        assert f"warning: the base has not learned {names}, as" in load_task(sums(30), base, 64).summary
+        assert "warning" not in load_task(sums(30), base, 64, DataOptions(prompt_style="plain")).summary
 
 
 # splitting
 
 
-def test_split_by_hash_is_disjoint_stable_and_about_the_fraction(tmp_path):
+def test_split_by_hash_is_disjoint_stable_and_about_the_fraction(tmp_path, monkeypatch):
+    """From a file and from Python; validation has the smallest hashes, so a limit and new rows move few samples."""
     train, validation, _ = load_splits(write_rows(tmp_path / "a.json", sums(1000)), DataOptions(val_fraction=0.2))
     assert len(train) + len(validation) == 1000 and 150 < len(validation) < 250
-    kept = {sample.key() for sample in validation}
-    assert not kept & {sample.key() for sample in train}
-    _, more, _ = load_splits(sums(1300)[::-1], DataOptions(val_fraction=0.2))
-    assert kept <= {sample.key() for sample in more}
-
-
-def test_a_large_file_gives_the_smallest_hashes_to_validation(monkeypatch):
-    monkeypatch.setattr("lit_llama.data.task.MAX_VALIDATION", 20)
-    train, validation, _ = load_splits(sums(1000))
     fractions = [hash_fraction(sample.key()) for sample in validation]
-    assert len(fractions) == 20 and max(fractions) < min(hash_fraction(sample.key()) for sample in train)
-
-
-def test_rows_from_python_are_split_as_those_of_a_file(tmp_path):
-    rows = sums(60)
-    for one, other in zip(load_splits(write_rows(tmp_path / "a.json", rows)), load_splits(rows), strict=True):
-        assert [(sample.row, sample.key()) for sample in one] == [(sample.row, sample.key()) for sample in other]
-    with pytest.raises(UserError, match="row 2: no format .* 'question'; name"):
-        load_splits([rows[0], {"question": "?"}])
+    assert max(fractions) < min(hash_fraction(sample.key()) for sample in train)
+    _, more, _ = load_splits(sums(1300)[::-1], DataOptions(val_fraction=0.2))
+    assert {sample.key() for sample in validation} <= {sample.key() for sample in more}
+    monkeypatch.setattr("lit_llama.data.task.MAX_VALIDATION", 20)
+    _, largest, _ = load_splits(sums(1000))
+    assert [hash_fraction(sample.key()) for sample in largest] == [x for x in fractions if x <= sorted(fractions)[19]]
     with pytest.raises(UserError, match="data: 1 rows are too few"):
-        load_splits(rows[:1])
+        load_splits(sums(1))
 
 
-def test_the_summary_says_what_was_found_and_shows_a_sample(tmp_path, base):
-    rows = sums(5) + [{"instruction": "x" * 300, "output": "dropped"}, {"instruction": "a", "output": "y" * 300}]
-    write_rows(tmp_path / "train.json", rows)
-    write_rows(tmp_path / "validation.json", sums(2))
-    summary = load_task(tmp_path, base, 100, DataOptions(show_sample=True, prompt_style="plain")).summary
-    assert "6 training samples, 2 for validation, prompt style plain; 1 dropped: nothing to learn" in summary
-    assert "; 1 cut to max_seq_length; 2 of validation also in training" in summary
-    assert "in brackets:\na|d|d|" in summary and summary.endswith("[<|im_end|>]")
-
-
-def test_held_out_samples_have_a_prompt_and_their_whole_answer(tmp_path, base):
+def test_the_summary_says_what_was_found_and_held_out_samples_have_a_prompt_and_their_whole_answer(tmp_path, base):
+    long = {"question": "a", "answer": "y" * 300}
     greeting = {"messages": [{"role": "assistant", "content": "hello"}]}
-    long = {"instruction": "a", "output": "y" * 300}
-    write_rows(tmp_path / "train.json", sums(5))
-    write_rows(tmp_path / "validation.json", [greeting, long, *sums(8)[6:]])
-    task = load_task(tmp_path, base, 100)
-    assert len(task.validation) == 4
-    assert [sample.answer for sample in task.held_out] == [row["output"] for row in sums(8)[6:]]
-    texts = load_task([{"text": f"line {i}"} for i in range(50)], base, 100)
-    assert style_of(texts.chat_template) == "plain" and not texts.held_out
+    write_rows(tmp_path / "train.json", [*sums(5), {"instruction": "x" * 300, "output": "dropped"}])
+    write_rows(tmp_path / "validation.json", [greeting, long, *sums(7)[3:]])
+    task = load_task(tmp_path, base, 100, DataOptions(show_sample=True, prompt_style="plain"))
+    assert "5 training samples, 6 for validation, prompt style plain; 1 dropped: nothing to learn" in task.summary
+    assert "; 1 cut to max_seq_length; 2 of validation also in training" in task.summary
+    assert "in brackets:\na|d|d|" in task.summary and task.summary.endswith("[<|im_end|>]")
+    assert [sample.answer for sample in task.held_out] == [row["output"] for row in sums(7)[3:]]
 
 
 def test_the_fingerprint_is_that_of_earlier_versions(base):
@@ -266,18 +239,15 @@ def test_truncation_keeps_the_end_of_the_answer(tokenizer):
     template = choose_template("plain", tokenizer)
 
     def encoded(question: str, answer: str, length: int) -> list[TokenizedSample]:
-        """With another sample, which fits three tokens."""
-        samples = [Sample("some", [], text="ab"), sample_of({"instruction": question, "output": answer})]
-        kept, found = encode_samples(samples, template, tokenizer, length)
-        return [ids for sample, ids in zip(kept, found, strict=True) if sample is samples[1]]
+        return encode_samples([sample_of({"question": question, "answer": answer})], template, tokenizer, length)[1]
 
     for length in (*range(3, 12), 512):
         (sample,) = encoded("q", "abcdefghij", length)
         text = tokenizer.decode([target for target in sample.targets if target != IGNORE])
         assert text == "abcdefghij"[: length - 2] + "<|im_end|>" and len(sample.ids) == min(length - 1, 11)
-    with pytest.raises(UserError, match="none of 1 samples has an answer that begins within max_seq_length 2"):
-        encode_samples([sample_of({"instruction": "q", "output": "a"})], template, tokenizer, 2)
-    assert encoded("long prompt", "a", 8) == [] and encoded("q", "", 8) == []
+    for question, answer, length in (("q", "a", 2), ("long prompt", "a", 8), ("q", "", 8)):
+        with pytest.raises(UserError, match=f"none of 1 samples .* begins within max_seq_length {length}"):
+            encoded(question, answer, length)
 
 
 # batches
@@ -310,16 +280,12 @@ def test_micro_batches_hold_every_sample_once_within_the_limit(max_tokens):
 
 def test_packed_samples_lie_one_after_the_other():
     samples = [TokenizedSample([1, 2, 3], [IGNORE, 5, 6]), TokenizedSample([4], [7])]
-    packed = pack(samples, torch.device("cpu"))
-    assert packed.ids.tolist() == [[1, 2, 3, 4]] and packed.texts.lengths == [3, 1]
-    assert packed.texts.positions.tolist() == [0, 1, 2, 0]
-    assert packed.targets.tolist() == [5, 6, 7] and packed.places.tolist() == [1, 2, 3]
-    bounds = packed.texts.bounds
-    assert bounds[:3].tolist() == [0, 3, 4] and set(bounds[3:].tolist()) == {4} and bounds.dtype == torch.int32
-
+    assert pack(samples, torch.device("cpu")).ids.tolist() == [[1, 2, 3, 4]]
     packed = pack(samples, torch.device("cpu"), [91, 92], text_multiple=4, row_multiple=20, context=6)
     assert packed.texts.lengths == [6, 4, 6, 4], "8 tokens exceed the context; 10 of padding are two texts"
     assert packed.ids.tolist() == [[91, 92, 1, 2, 3, 0, 91, 92, 4, 0] + [0] * 10]
     assert packed.texts.positions.tolist() == [*range(6), *range(4), *range(6), *range(4)]
-    assert packed.texts.longest == 8
+    bounds = packed.texts.bounds
+    assert bounds[:5].tolist() == [0, 6, 10, 16, 20] and set(bounds[5:].tolist()) == {20}
+    assert bounds.dtype == torch.int32 and packed.texts.longest == 8
     assert packed.targets.tolist() == [5, 6, 7] and packed.places.tolist() == [3, 4, 8]

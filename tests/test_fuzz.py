@@ -98,10 +98,3 @@ def test_targets_are_the_answers_and_their_ends(tokenizer, style, turns, system,
         trained = [target for target in cut.targets if target != IGNORE]
         assert len(cut.ids) < max_seq_length and trained[-1:] == end
         assert trained[:-1] == expected[: len(trained) - 1]
-
-
-@fuzz
-@given(spelled)
-def test_user_text_never_makes_a_control_token(tokenizer, words):
-    assert not set(tokenizer.encode(words)) & set(tokenizer.backend.controls.values())
-    assert tokenizer.decode(tokenizer.encode(words)) == words

@@ -1,6 +1,5 @@
 """Chat templates: the ids are those of transformers, what users write stays text, and the right tokens train."""
 
-import json
 from datetime import datetime
 
 import pytest
@@ -11,6 +10,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from lit_llama.common.errors import UserError
+from lit_llama.common.files import read_json, write_json
 from lit_llama.data.prompts import (
     CHATML,
     choose_template,
@@ -37,40 +37,37 @@ KINDS = ("byte-level", "first", "legacy")
 
 def write_tokenizer(folder, kind, bos, eos, controls, **settings):
     """A small BPE: bytes as in Llama 3, or with ▁ for spaces, which comes "first" or (legacy) before every text."""
-    tokenizer = TokenizersTokenizer(models.BPE(byte_fallback=kind != "byte-level", unk_token=None))
-    special = list(dict.fromkeys([bos, eos, *controls, *CONTROLS]))
-    alphabet = []
-    words = [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Punctuation()]  # as of LLaMA: no merge crosses them
+    tokenizer = TokenizersTokenizer(models.BPE(byte_fallback=kind != "byte-level"))
+    special, alphabet = list(dict.fromkeys([bos, eos, *controls, *CONTROLS])), []
     if kind == "byte-level":
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder, alphabet = decoders.ByteLevel(), pre_tokenizers.ByteLevel.alphabet()
     else:
+        words = [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Punctuation()]  # no merge crosses them
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*words, pre_tokenizers.Metaspace(prepend_scheme="never")])
         tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
         special += [f"<0x{byte:02X}>" for byte in range(256)]
-    text = [message["content"] for message in [SYSTEM, *TALK]] + [" user assistant system USER: ASSISTANT: [INST]"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(text * 3, trainer)
+    texts = [message["content"] for message in [SYSTEM, *TALK]] + [" user assistant system USER: ASSISTANT: [INST]"]
+    options = dict(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts * 3, trainers.BpeTrainer(special_tokens=special, **options))
     if kind == "first":
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     if kind == "legacy":
         tokenizer.pre_tokenizer = None
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    content = json.loads(tokenizer.to_str())
+    tokenizer.save(str(folder / "tokenizer.json"))
+    content = read_json(folder / "tokenizer.json")
     content["added_tokens"] = [token for token in content["added_tokens"] if not token["content"].startswith("<0x")]
-    folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(content))
+    write_json(folder / "tokenizer.json", content)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, **settings}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    write_json(folder / "tokenizer_config.json", settings)
     return Tokenizer(folder)
 
 
 def change_tokens(folder, **changes):
-    content = json.loads((folder / "tokenizer.json").read_text())
+    content = read_json(folder / "tokenizer.json")
     content["added_tokens"] = [{**token, **changes} for token in content["added_tokens"]]
-    (folder / "tokenizer.json").write_text(json.dumps(content))
+    write_json(folder / "tokenizer.json", content)
 
 
 def talks_of(name):
@@ -92,7 +89,7 @@ def test_ids_are_those_of_transformers(tmp_path, name, kind, side):
     change_tokens(tmp_path, **({side: True} if side else {}))
     ours, theirs = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     template = choose_template(None, ours)
-    assert template == TEMPLATES[name][0] and style_of(template) == "template"
+    assert template == TEMPLATES[name][0]
     for talk in talks_of(name):
         opens = talk[-1]["role"] == "user"
         expected = theirs.apply_chat_template(talk, add_generation_prompt=opens, return_dict=False)
@@ -151,49 +148,42 @@ def test_what_users_write_is_never_a_control_token(tmp_path, kind):
     assert ours.decode(ids).count(forged) == len(talk)
 
 
-def test_a_token_that_the_template_writes_is_a_control_token(tmp_path):
-    """Also if the tokenizer does not call it special."""
+def test_what_the_template_writes_and_what_the_settings_name_are_control_tokens(tmp_path):
+    """Also if the tokenizer does not call them special, or only generation_config.json names the end."""
     write_tokenizer(tmp_path, "byte-level", "<s>", "</s>", ["<|turn|>"], chat_template="{{ '<|turn|>' }}")
     change_tokens(tmp_path, special=False)
     ours = Tokenizer(tmp_path)
     assert set(ours.controls) == {"<s>", "</s>", "<|turn|>"}
     assert not {ours.controls["<|turn|>"], ours.eos_id} & set(ours.encode("<|turn|></s>"))
-
-
-def test_an_end_that_only_generation_config_names_ends_an_answer(tmp_path):
-    write_tokenizer(tmp_path, "byte-level", "<s>", "</s>", [])
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "</s>"]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    eos_id = content["model"]["vocab"]["</s>"]
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_id}))
+    content = read_json(tmp_path / "tokenizer.json")
+    write_json(tmp_path / "tokenizer.json", {**content, "added_tokens": []})
+    write_json(tmp_path / "tokenizer_config.json", {})
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": ours.eos_id})
     ours = Tokenizer(tmp_path)
-    assert stop_ids(choose_template(None, ours), ours) == {eos_id}
+    assert stop_ids(choose_template(None, ours), ours) == {ours.eos_id} == {content["model"]["vocab"]["</s>"]}
 
 
-def chatml_with(content: str, answer: str = "{{ message['content'] }}<|im_end|>") -> str:
-    return (
-        "{% for message in messages %}{% if message['role'] == 'assistant' %}<|im_start|>assistant "
-        f"{answer}{{% else %}}<|im_start|>user {content}<|im_end|>{{% endif %}}{{% endfor %}}"
-        "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
-    )
+AS_IT_IS = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}<|im_start|>user {{ message['content'] }}<|im_end|>"
+    "{% else %}<|im_start|>assistant {{ message['content'] }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+)
 
 
-AS_IT_IS = chatml_with("{{ message['content'] }}")
+def user_as(content: str) -> str:
+    return AS_IT_IS.replace("{{ message['content'] }}", content, 1)
 
 
 @pytest.mark.parametrize(
     "template, message",
     [
-        (chatml_with("hi"), "does not write the user message once, as it is; pass --prompt_style"),
-        (chatml_with("{{ message['content'] | upper }}"), "does not write the user message once"),
-        (chatml_with("{{ message['content'].split('#')[0] }}"), "changes the text of a message"),
-        (AS_IT_IS.replace("<|im_end|>{% else", " {% else"), "does not end an answer with a control token"),
+        (user_as("hi"), "does not write the user message once, as it is; pass --prompt_style"),
+        (user_as("{{ message['content'] | upper }}"), "does not write the user message once"),
+        (user_as("{{ message['content'].split('#')[0] }}"), "changes the text of a message"),
+        (AS_IT_IS.replace("<|im_end|>{% endif", " {% endif"), "does not end an answer with a control token"),
         (AS_IT_IS.replace("tant {% endif", "tant <think>{% endif"), "does not end a prompt as it begins an answer"),
-        (chatml_with("{{ raise_exception('no users here') }}"), "refuses this: no users here; pass --prompt_style"),
-        (chatml_with("{{ ''.__class__.__mro__ }}"), "refuses this: access to attribute '__class__'"),
-        (chatml_with("{{ 1 // 0 }}"), "refuses this: integer division"),
+        (user_as("{{ raise_exception('no users here') }}"), "refuses this: no users here; pass --prompt_style"),
+        (user_as("{{ ''.__class__.__mro__ }}"), "refuses this: access to attribute '__class__'"),
     ],
 )
 def test_what_a_template_would_lose_or_change_is_refused(tmp_path, template, message):

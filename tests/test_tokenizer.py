@@ -12,6 +12,7 @@ from helpers import CODE_POINTS, SMOLLM2_UNKNOWN, byte_level_bpe, make_base, tra
 from tokenizers import pre_tokenizers, processors
 
 from lit_llama.common.errors import UserError
+from lit_llama.common.files import write_json
 from lit_llama.data.prompts import CHATML, choose_template, encode_prompt
 from lit_llama.formats.export import export_hf
 from lit_llama.formats.gguf_tokenizer import sentencepiece_fields, write_tokenizer
@@ -195,11 +196,11 @@ def test_bos_truncation_and_padding(tmp_path, settings, post_processor, bos_id):
 def test_a_tokenizer_has_as_many_tokens_as_the_model_or_few_less(tmp_path):
     small_bpe().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(NAMED))
-    for rows, fits in {599: False, 600: True, 1623: True, 1624: False}.items():
-        (tmp_path / "config.json").write_text(json.dumps({"vocab_size": rows}))
-        if fits:
-            Tokenizer(tmp_path)
-            continue
+    for rows in (600, 1623):
+        write_json(tmp_path / "config.json", {"vocab_size": rows})
+        Tokenizer(tmp_path)
+    for rows in (599, 1624):
+        write_json(tmp_path / "config.json", {"vocab_size": rows})
         with pytest.raises(UserError, match=f"{tmp_path.name}: the tokenizer has 600 tokens, but the model {rows}"):
             Tokenizer(tmp_path)
 
@@ -211,7 +212,6 @@ def test_a_tokenizer_has_as_many_tokens_as_the_model_or_few_less(tmp_path):
         ({"ggml.pre": "qwen2"}, "pre-tokenizer is 'qwen2'; known ones: .*smollm"),
         ({"ggml.model": "llama"}, "inconsistent: KeyError.'ggml.scores'"),
         ({"ggml.token_type": [1]}, "inconsistent: ValueError.*argument"),
-        ({"ggml.tokens": ["a", "a"]}, "inconsistent: "),
         ({"ggml.merges": ["no such"]}, "inconsistent: .*out of vocabulary"),
         ({"ggml.eos_token_id": 600}, "inconsistent: IndexError"),
     ],

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,11 +48,8 @@ def atomic_write(path: Path, is_folder: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise write_error(path, error) from None
     finally:
-        if is_folder:
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                temporary.unlink()
+        with suppress(OSError):  # after a rename it is gone
+            (shutil.rmtree if is_folder else os.remove)(temporary)
 
 
 @contextmanager
@@ -64,14 +62,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def check_writable(path: Path | str) -> None:
     """Raises UserError if the file ``path`` cannot be written. Scripts call it before their work."""
-    above = Path(path).absolute().parent
     try:
         if Path(path).is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        while not above.exists():
-            above = above.parent
-        with TemporaryFile(dir=above):
-            pass
+        TemporaryFile(dir=next(folder for folder in Path(path).absolute().parents if folder.exists())).close()
     except OSError as error:
         raise write_error(path, error) from None
 
@@ -116,23 +110,26 @@ def write_json(path: Path, content: dict) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def parse_json(text: str | bytes, where: Path | str) -> Any:
+    """The value of a JSON text. Raises UserError, which says ``where`` it stands, if it is invalid."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # also a number of 5,000 digits, or 100,000 open brackets
+        raise UserError(f"{where} is not valid JSON: {error}") from None
+
+
 def read_json(path: Path) -> dict:
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse_json(Path(path).read_bytes(), path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict | None = None, foreign: bool = False) -> None:
-    """Write a safetensors file with a checksum and ``about`` (as JSON) in its header.
-
-    A ``foreign`` file, for transformers and PEFT, has neither: they expect a header like their own.
-    """
+    """Write a file with a checksum and ``about`` in its header; a ``foreign`` one, for transformers, has neither."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # A single entry: safetensors writes several in any order, and equal runs must give equal bytes.
     header = json.dumps({**(about or {}), "crc32": checksum(tensors, about or {})}, sort_keys=True)
@@ -165,24 +162,19 @@ def open_tensors(path: Path):
 
 
 def read_tensors(path: Path, foreign: bool = False) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a file, mapped into memory, and the ``about`` of ``save_tensors``.
-
-    Raises UserError if the file is damaged. A ``foreign`` file, of another program, has no checksum.
-    """
+    """The tensors of a file, memory-mapped, and its ``about``. Only ``foreign`` files may lack our checksum."""
     with open_tensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         header = (file.metadata() or {}).get(ABOUT)
-    if header is None:  # another program, or damage in the header
-        if foreign:
-            return tensors, {}
-        raise UserError(f"{path} has no checksum: it is damaged, or another program wrote it; copy or make it again")
+    if header is None and foreign:
+        return tensors, {}
     try:
-        about = json.loads(header)
-        damaged = about.pop("crc32") != checksum(tensors, about)
+        about = json.loads(header or "{}")
+        intact = about.pop("crc32") == checksum(tensors, about)
     except (KeyError, ValueError):  # no such entry, no JSON
-        damaged = True
-    if damaged:
-        raise UserError(f"{path} is damaged: its checksum does not match; copy or make it again")
+        intact = False
+    if not intact:
+        raise UserError(f"{path} is damaged, or another program wrote it: its checksum is wrong; copy or make it again")
     return tensors, about
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from functools import lru_cache, partial
@@ -22,8 +21,8 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
+from jinja2 import Template, TemplateError
+from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lit_llama.common.errors import UserError
@@ -75,10 +74,7 @@ CHATML = (
 
 
 def choose_template(style: str | None, tokenizer: Tokenizer, own: str | None = None) -> str:
-    """The chat template of a style: by default the model's ``own`` or the tokenizer's, or else alpaca.
-
-    Raises UserError if there is no such style or template, or if the template does not fit the tokenizer.
-    """
+    """The template of a style, by default ``own``, the tokenizer's or alpaca. Raises UserError if it does not fit."""
     own = own or tokenizer.chat_template
     style = style or ("template" if own else "alpaca")
     if style not in STYLES:
@@ -123,25 +119,20 @@ def write_chat_template(folder: Path, template: str) -> None:
 # ---------------------------------------------------------------------------------------------- rendering
 
 
-class Generation(Extension):
-    """{% generation %} ... {% endgeneration %}, which marks answers for transformers; here it changes nothing."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        next(parser.stream)
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True))
-
-
 def raise_exception(message: str) -> None:
     raise TemplateError(message)
 
 
 STARTED = datetime.now()  # one date for all prompts of a process
-ENVIRONMENT = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+ENVIRONMENT = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
 ENVIRONMENT.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes HTML
 ENVIRONMENT.globals |= {"raise_exception": raise_exception, "strftime_now": STARTED.strftime}
-compiled = lru_cache(maxsize=16)(ENVIRONMENT.from_string)
+
+
+@lru_cache(maxsize=16)
+def compiled(template: str) -> Template:
+    # {% generation %} ... {% endgeneration %} mark answers for transformers. As a "with" they change nothing.
+    return ENVIRONMENT.from_string(re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", template))
 
 
 def render(template: str, messages: list[Message], tokenizer: Tokenizer) -> str:
@@ -178,15 +169,12 @@ def for_template(message: Message, template: str) -> Message:
 
 @lru_cache(maxsize=1024)
 def marked(template: str, shape: Shape, tokenizer: Tokenizer) -> str:
-    """What a template makes of messages with this shape, with a PLACE for each text of theirs.
-
-    Raises UserError if the template does not write every text once, unchanged or stripped.
-    """
+    """What a template makes of messages with this shape, with a PLACE for each text, which it must write just once."""
     messages = [{"role": role} | {key: PLACE.format(i, key) for key in keys} for i, (role, *keys) in enumerate(shape)]
     text = render(template, messages, tokenizer)
-    written = Counter((int(place[2]), place[3]) for place in PLACES.finditer(text))
+    written = [(int(place[2]), place[3]) for place in PLACES.finditer(text)]
     for i, (role, *keys) in enumerate(shape):
-        if any(written[i, key] != 1 for key in keys):
+        if any(written.count((i, key)) != 1 for key in keys):
             raise UserError(f"the chat template does not write the {role} message once, as it is; {WAY_OUT}")
     return text
 
@@ -260,8 +248,7 @@ def encode_pieces(rows: Iterable[Iterable[Piece]], tokenizer: Tokenizer) -> list
     listed = [list(row) for row in rows]
     ids_of: dict[tuple[str, str], list[int]] = {}
     for after in ("nothing", "control", "text"):
-        found = (piece.text for row in listed for piece in row if piece.after == after and not piece.ids)
-        texts = list(dict.fromkeys(found))
+        texts = list({piece.text for row in listed for piece in row if piece.after == after and not piece.ids})
         ids_of |= {(after, text): ids for text, ids in zip(texts, tokenizer.encode_batch(texts, after), strict=True)}
     encoded = []
     for row in listed:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llama.common.errors import UserError
+from lit_llama.common.files import parse_json
 from lit_llama.data.prompts import Message
 from lit_llama.settings import DataOptions
 
@@ -85,7 +86,7 @@ def read_rows(path: Path) -> Rows:
     for where, row in rows:
         yield where, row
     if where is None:
-        raise UserError(f"{path} holds no rows")
+        raise UserError(f"{path} holds no {'train file, such as train.jsonl, nor .txt' if path.is_dir() else 'rows'}")
 
 
 def read_text(path: Path) -> str:
@@ -96,13 +97,6 @@ def read_text(path: Path) -> str:
         return data.decode("utf-8-sig")  # without the byte-order mark that spreadsheets write
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
-
-
-def parse_json(text: str | bytes, where: Path | str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # invalid, or a number of 5,000 digits, or 100,000 open brackets
-        raise UserError(f"{where}: not valid JSON: {error}") from None
 
 
 def json_rows(path: Path) -> Rows:

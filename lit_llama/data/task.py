@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch.nn.functional as F
+
 from lit_llama.checkpoint import load_config, weight_files
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import open_tensors, tensor_headers
@@ -35,22 +37,15 @@ MAX_VALIDATION = 2000  # also of samples kept to be answered
 def check_data(data: Source) -> None:
     """Raises UserError if the path does not exist."""
     if not isinstance(data, list) and not Path(data).exists():
-        raise UserError(
-            f"--data {data} is missing in {Path.cwd()}; give a file ({', '.join(SUFFIXES)}) or a folder with train.*"
-        )
+        raise UserError(f"--data {data} is missing in {Path.cwd()}; data/README.md says what it may be")
 
 
 def load_splits(data: Source, options: DataOptions = DataOptions()) -> tuple[list[Sample], list[Sample], list[str]]:
-    """Training samples, validation samples, and notes on what was ignored.
-
-    They come from a folder's two files, or from one file, list or folder of texts, split by hash.
-    """
+    """Training samples, validation samples (from a second file, or split off), and notes on what was ignored."""
     check_data(data)
     files: dict[str, Path | None] = {}
     if not isinstance(data, list) and Path(data).is_dir():
         files = {split: split_file(Path(data), split) for split in SPLITS}
-        if files["train"] is None and not any(Path(data).glob("*.txt")):
-            raise UserError(f"{data} holds no train file, such as train.jsonl, nor texts (.txt)")
     train_file, val_file = files.get("train"), files.get("validation")
     train, notes = read_samples(train_file or data, options)
     if train_file and val_file:
@@ -100,7 +95,7 @@ def split_by_hash(samples: list[Sample], where: str, val_fraction: float) -> tup
 
 def hash_fraction(key: str) -> float:
     """A number in [0, 1) that depends only on the key."""
-    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
 # ---------------------------------------------------------------------------------------------- token ids
@@ -111,31 +106,29 @@ def encode_samples(
 ) -> tuple[list[Sample], list[TokenizedSample]]:
     """The samples that have something to learn, and their token ids with only the answers as targets.
 
-    A plain text is trained on as a whole, in as many pieces as it needs, and returned with each of them. Raises
-    UserError if no sample has anything to learn.
+    A plain text is trained on as a whole, in as many pieces as it needs, and returned with each of them.
     """
 
     def pieces_of(sample: Sample) -> Iterable[Piece]:
-        return pieces(sample.messages, template, tokenizer) if sample.messages else text_pieces(sample.text or "")
-
-    def text_pieces(text: str) -> list[Piece]:
-        eos = Piece(tokenizer.token(tokenizer.eos_id), True, ids=[tokenizer.eos_id])
+        if sample.messages:
+            return pieces(sample.messages, template, tokenizer)
+        text, eos = sample.text or "", Piece("", True, ids=[tokenizer.eos_id])
         if tokenizer.bos_id is None:
             return [Piece(text, True), eos]
-        bos = Piece(tokenizer.token(tokenizer.bos_id), False, ids=[tokenizer.bos_id])
         text = f" {text}" if text and tokenizer.spaced_start else text  # as in pretraining
-        return [bos, Piece(text, True, "control"), eos]
+        return [Piece("", False, ids=[tokenizer.bos_id]), Piece(text, True, "control"), eos]
 
     kept: list[Sample] = []
     encoded: list[TokenizedSample] = []
+    end = end_of_answer(template, tokenizer)
     for sample, ids, trains in encode_in_batches(samples, pieces_of, tokenizer, skip_bad_rows):
         if sample.messages:
-            end = end_of_answer(template, tokenizer)
-            found = cut_conversation(ids, trains, max_seq_length, end, sample.where)
+            found = [cut_conversation(ids, trains, max_seq_length, end, sample.where)]
         else:
             found = cut_text(ids, trains, max_seq_length, sample.where)
-        kept += [sample] * len(found)
-        encoded += found
+        if sum(part.n_targets for part in found) > 1:  # one target is an end without anything before it
+            kept += [sample] * len(found)
+            encoded += found
     if not encoded:
         raise UserError(
             f"none of {len(samples)} samples has an answer that begins within max_seq_length {max_seq_length}; "
@@ -144,13 +137,8 @@ def encode_samples(
     return kept, encoded
 
 
-def cut_conversation(
-    ids: list[int], trains: list[bool], max_seq_length: int, end: int, where: str
-) -> list[TokenizedSample]:
-    """A conversation that is too long loses its end, but a cut answer still ends with the id ``end``.
-
-    A model that never sees an end never learns to stop.
-    """
+def cut_conversation(ids: list[int], trains: list[bool], max_seq_length: int, end: int, where: str) -> TokenizedSample:
+    """A long conversation loses its end, but a cut answer still has the id ``end``: models must learn to stop."""
     cut = True in trains[max_seq_length:]
     if cut and trains[max_seq_length - 1]:
         ids[max_seq_length - 1] = end
@@ -158,16 +146,14 @@ def cut_conversation(
     trains = trains[:max_seq_length]
     while trains and not trains[-1]:  # what follows the last answer teaches nothing
         trains.pop()
-    sample = shifted(ids[: len(trains)], trains, where, cut)
-    return [sample] if sample.n_targets > 1 else []  # one target is an end without an answer
+    return shifted(ids[: len(trains)], trains, where, cut)
 
 
 def cut_text(ids: list[int], trains: list[bool], max_seq_length: int, where: str) -> list[TokenizedSample]:
     """A text in pieces of at most ``max_seq_length`` ids. Each begins with the last id of the one before it."""
     starts = range(0, len(ids) - 1, max_seq_length - 1)
     spans = [slice(start, start + max_seq_length) for start in starts]
-    found = [shifted(ids[span], trains[span], where) for span in spans]
-    return found if sum(sample.n_targets for sample in found) > 1 else []
+    return [shifted(ids[span], trains[span], where) for span in spans]
 
 
 def shifted(ids: list[int], trains: list[bool], where: str, cut: bool = False) -> TokenizedSample:
@@ -179,10 +165,7 @@ def shifted(ids: list[int], trains: list[bool], where: str, cut: bool = False) -
 def tokenize_labels(
     samples: list[Sample], template: str, tokenizer: Tokenizer, max_seq_length: int, labels: list[str]
 ) -> list[TokenizedSample]:
-    """Each sample's prompt, with the number of its label as the target of the last token, for a classifier's head.
-
-    A prompt that is too long loses its beginning. Raises UserError if a sample has no prompt or none of the labels.
-    """
+    """Each sample's prompt, its beginning cut if too long, with the number of its label as the last token's target."""
 
     def pieces_of(sample: Sample) -> Iterable[Piece]:
         if sample.label not in labels:
@@ -207,10 +190,7 @@ def encode_in_batches(
     skip_bad_rows: bool = False,
     size: int = 1000,
 ) -> Iterator[tuple[Sample, list[int], list[bool]]]:
-    """Each sample with its token ids, and for each id whether it is trained on. UserErrors name the sample.
-
-    With ``skip_bad_rows`` a sample that the template refuses has no ids.
-    """
+    """Each sample with its ids, and which are trained on; a refused sample has none, with ``skip_bad_rows``."""
     for i in range(0, len(samples), size):
         batch = samples[i : i + size]
         try:
@@ -218,18 +198,17 @@ def encode_in_batches(
         except UserError as error:
             if len(batch) > 1:  # find the sample
                 yield from encode_in_batches(batch, pieces_of, tokenizer, skip_bad_rows, size=1)
-            elif skip_bad_rows:
-                yield batch[0], [], []
-            else:
+                continue
+            if not skip_bad_rows:
                 raise UserError(f"{batch[0].where}: {error}") from None
-        else:
-            for sample, (ids, trains) in zip(batch, encoded, strict=True):
-                yield sample, ids, trains
+            encoded = [([], [])]
+        for sample, (ids, trains) in zip(batch, encoded, strict=True):
+            yield sample, ids, trains
 
 
 def can_be_asked(sample: Sample, encoded: TokenizedSample) -> bool:
     """Whether a sample has a prompt for the model, and a whole answer to compare with."""
-    return bool(sample.messages and sample.prompt) and not encoded.cut
+    return bool(sample.prompt) and not encoded.cut
 
 
 # ---------------------------------------------------------------------------------------------- the data of a run
@@ -343,12 +322,11 @@ def untrained_rows(checkpoint_dir: Path | str, ids: list[int]) -> set[int]:
     name = "transformer.wte.weight"
     (path,) = [path for path in weight_files(checkpoint_dir) if name in tensor_headers(path)]
     with open_tensors(path) as file:
-        part = file.get_slice(name)
-        rows = {i: part[i : i + 1][0].float() for i in ids}
-        usual = part[: min(1000, part.get_shape()[0])].float().norm(dim=1).median()
-    near = 0.01 * usual
-    alike = {i for i in ids for j in ids if i != j and (rows[i] - rows[j]).norm() < near}
-    return alike | {i for i in ids if rows[i].norm() < near}
+        table = file.get_tensor(name)  # (V, C), memory-mapped
+    near = 0.01 * table[:1000].float().norm(dim=1).median()
+    rows = F.pad(table[ids].float(), (0, 0, 0, 1))  # (n + 1, C), the last row is zero
+    alike = (rows[:, None] - rows).norm(dim=2) < near  # (n + 1, n + 1): each is like itself
+    return {i for i, n_alike in zip(ids, alike.sum(1).tolist(), strict=False) if n_alike > 1}
 
 
 def bracket_targets(sample: TokenizedSample, tokenizer: Tokenizer) -> str:

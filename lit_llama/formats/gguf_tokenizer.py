@@ -192,7 +192,7 @@ def named_id(tokenizer: Tokenizer, role: str) -> int | None:
     """The id of the "bos", "unk" or "pad" token, or None. A bos that no text begins with has one, too."""
     if role == "bos" and tokenizer.bos_id is not None:
         return tokenizer.bos_id
-    return tokenizer.controls.get(token_text(tokenizer.settings.get(f"{role}_token")) or "")
+    return tokenizer.controls.get(token_text(tokenizer.settings, role))
 
 
 def json_fields(path: Path, tokenizer: Tokenizer) -> dict:
