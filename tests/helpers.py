@@ -278,6 +278,32 @@ def interleave(weight: torch.Tensor, n_head: int) -> torch.Tensor:
     return weight.unflatten(0, (n_head, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
+# Meta's name, and that in a GGUF. Written out once more: a mistake in layouts.py must not hide in the tests.
+FOREIGN_NAMES = {
+    "model.embed_tokens": ("tok_embeddings", "token_embd"), "model.norm": ("norm", "output_norm"),
+    "lm_head": ("output", "output"), "model.layers": ("layers", "blk"),
+    "input_layernorm": ("attention_norm", "attn_norm"), "post_attention_layernorm": ("ffn_norm", "ffn_norm"),
+    "self_attn.q_proj": ("attention.wq", "attn_q"), "self_attn.k_proj": ("attention.wk", "attn_k"),
+    "self_attn.v_proj": ("attention.wv", "attn_v"), "self_attn.o_proj": ("attention.wo", "attn_output"),
+    "mlp.gate_proj": ("feed_forward.w1", "ffn_gate"), "mlp.up_proj": ("feed_forward.w3", "ffn_up"),
+    "mlp.down_proj": ("feed_forward.w2", "ffn_down"),
+}  # fmt: skip
+
+
+def foreign_state(theirs: LlamaForCausalLM, is_gguf: bool) -> dict[str, torch.Tensor]:
+    """The tensors as in Meta's files or in a GGUF. Both interleave q and k; a GGUF has no head of a tied model."""
+    state = {}
+    for name, tensor in theirs.state_dict().items():
+        for part, n_head in (("q_proj", HEADS), ("k_proj", KV_HEADS)):
+            tensor = interleave(tensor, n_head) if part in name else tensor
+        for hf, foreign in FOREIGN_NAMES.items():
+            name = name.replace(hf, foreign[is_gguf])
+        state[name] = tensor
+    if is_gguf and theirs.config.tie_word_embeddings:
+        del state["output.weight"]
+    return state
+
+
 EXPORT_SHAPES = {
     "grouped": dict(),
     "tied, scaled": dict(tie_embeddings=True, rope_scaling=LLAMA_31_SCALING, rope_base=500000.0),

@@ -48,7 +48,8 @@ def test_logits(tmp_path, shape, monkeypatch):
     export_hf(base, tmp_path / "hf")
     assert (len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1) == (shape == "grouped")
     theirs = check_exported(base, tmp_path / "hf")
-    assert convert_hf(tmp_path / "hf", tmp_path / "again", name="tiny") == load_config(base)
+    convert_hf(tmp_path / "hf", tmp_path / "again", name="tiny")
+    assert load_config(tmp_path / "again") == load_config(base)
     assert theirs.config.max_position_embeddings == 512 and theirs.config.tie_word_embeddings == ("tied" in shape)
 
     config = read_json(tmp_path / "hf/config.json")  # versions before 5 know rope_theta and rope_scaling

@@ -27,10 +27,16 @@ from lit_llama.tokenizer import (
 from lit_llama.trained import base_method
 
 
-def load_whole(folder: Path) -> LLaMA:
-    """The model of a checkpoint folder, mapped into memory. Raises UserError for a trained folder."""
+def load_whole(folder: Path, prompt_style: str | None) -> tuple[LLaMA, Tokenizer, str | None]:
+    """The model of a checkpoint folder, mapped into memory; its tokenizer; and the chat template to write.
+
+    The template is that of ``prompt_style``, else of training (finetune/full.py); None is the tokenizer's own. Raises
+    UserError for a trained folder.
+    """
     refuse_trained(folder)
-    return load_model(folder, dtype=None)
+    method, tokenizer = base_method(folder), Tokenizer(folder)
+    template = trained_template(method, tokenizer, prompt_style) if prompt_style or method else None
+    return load_model(folder, dtype=None), tokenizer, template
 
 
 def exported_tensors(model: LLaMA, target_format: str) -> NamedTensors:
@@ -59,12 +65,8 @@ def exported_tensors(model: LLaMA, target_format: str) -> NamedTensors:
 
 
 def export_hf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None, prompt_style: str | None = None) -> None:
-    """Write a folder that transformers' Auto classes load. ``dtype`` None keeps each tensor's.
-
-    The chat template is that of ``prompt_style``, else of training (finetune/full.py), else the tokenizer's.
-    """
-    model, tokenizer = load_whole(checkpoint_dir), Tokenizer(checkpoint_dir)
-    template = exported_template(checkpoint_dir, tokenizer, prompt_style)
+    """Write a folder that transformers' Auto classes load. ``dtype`` None keeps each tensor's."""
+    model, tokenizer, template = load_whole(checkpoint_dir, prompt_style)
     widest = max((tensor.dtype for tensor in model.state_dict().values()), key=lambda dtype: dtype.itemsize)
     stored = dtype or str(widest).removeprefix("torch.")
     tensors = exported_tensors(model, "hf")
@@ -74,12 +76,6 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None, pro
         copy_tokenizer(checkpoint_dir, folder)
         ids = complete_tokenizer(folder, model.config, tokenizer, template)
         write_json(folder / CONFIG_FILE, {**llama_config(model.config), **ids, "torch_dtype": stored, "dtype": stored})
-
-
-def exported_template(checkpoint_dir: Path, tokenizer: Tokenizer, prompt_style: str | None) -> str | None:
-    """The chat template of a style, or of a whole model's training; None for that of its tokenizer."""
-    method = base_method(checkpoint_dir)
-    return trained_template(method, tokenizer, prompt_style) if prompt_style or method else None
 
 
 def llama_config(config: LLaMAConfig) -> dict:
