@@ -19,9 +19,9 @@ from lit_llama.common.errors import UserError
 from lit_llama.common.files import read_json, read_tensors, whole_folder, write_json
 from lit_llama.configs import CONFIGS, LLAMA_31_SCALING
 from lit_llama.devices.launch import Bar
-from lit_llama.formats.layouts import CONFIG_NAMES, INTERLEAVED, layer_names, qkv_slices, to_half_split
+from lit_llama.formats.layouts import CONFIG_NAMES, INTERLEAVED, layer_names, to_half_split
 from lit_llama.formats.shards import save_checkpoint
-from lit_llama.model import LLaMAConfig
+from lit_llama.model import CausalSelfAttention, LLaMAConfig
 from lit_llama.tokenizer import GENERATION_FILE, JSON_FILE, SENTENCEPIECE_FILE, Tokenizer, copy_tokenizer
 
 NamedTensors = Iterator[tuple[str, Tensor]]
@@ -55,7 +55,8 @@ def rename(tensors: NamedTensors, source_format: str, config: LLaMAConfig, dtype
 
 def fuse_qkv(tensors: NamedTensors, config: LLaMAConfig, interleaved: bool) -> NamedTensors:
     """Fuse attn.q, attn.k and attn.v into attn.c_attn as soon as all three of a layer have arrived."""
-    slices = qkv_slices(config)
+    with torch.device("meta"):
+        slices = CausalSelfAttention(config).qkv_slices
     waiting: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors:
         layer, _, kind = name.rpartition(".")

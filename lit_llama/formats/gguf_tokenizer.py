@@ -54,12 +54,10 @@ def write_tokenizer(fields: dict, folder: Path, legacy: bool = True) -> None:
     pre-tokenizer is unknown, or if fields are missing or inconsistent.
     """
     model, pre = fields.get("ggml.model"), fields.get("ggml.pre")
-    if model not in ("gpt2", "llama"):
-        raise UserError(f"the GGUF's tokenizer is of kind {model!r}; known kinds: gpt2, llama")
-    if model == "gpt2" and pre not in PRE_TOKENIZERS:
+    if model != "llama" and (model != "gpt2" or pre not in PRE_TOKENIZERS):
         raise UserError(
-            f"the GGUF's pre-tokenizer is {pre!r}; known ones: {', '.join(PRE_TOKENIZERS)}. "
-            "Convert the model's safetensors and tokenizer.json instead"
+            f"the GGUF's tokenizer is of kind {model!r} with pre-tokenizer {pre!r}; known are llama, and gpt2 with "
+            f"{', '.join(PRE_TOKENIZERS)}. Convert the model's safetensors and tokenizer.json instead"
         )
     try:
         vocab = {token: i for i, token in enumerate(fields["ggml.tokens"])}

@@ -23,14 +23,14 @@ from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import read_json, read_tensors, save_tensors, whole_folder, write_json
 from lit_llama.data.prompts import describe_template, trained_template
 from lit_llama.formats.convert import config_errors, load_foreign
-from lit_llama.formats.export import complete_tokenizer
+from lit_llama.formats.export import export_tokenizer
 from lit_llama.formats.layouts import layer_names
 from lit_llama.methods.adapter import ACTIVATIONS
 from lit_llama.methods.lora import TARGETS
 from lit_llama.methods.table import weightless
 from lit_llama.model import LLaMAConfig
 from lit_llama.settings import MAX_TOKENS
-from lit_llama.tokenizer import Tokenizer, copy_tokenizer, read_chat_template
+from lit_llama.tokenizer import Tokenizer, read_chat_template
 from lit_llama.trained import (
     METHOD_FILE,
     TRAINED_FILE,
@@ -73,8 +73,7 @@ def export_peft(
     with whole_folder(out_dir) as folder:
         save_tensors(folder / WEIGHTS_FILE, tensors, foreign=True)
         write_json(folder / SETTINGS_FILE, {"peft_type": kind, **settings})
-        copy_tokenizer(base_dir, folder)
-        complete_tokenizer(folder, config, tokenizer, trained_template(method, tokenizer))
+        export_tokenizer(base_dir, folder, config, tokenizer, trained_template(method, tokenizer))
 
 
 def import_peft(
