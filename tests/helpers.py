@@ -21,7 +21,6 @@ import pytest
 import sentencepiece
 import torch
 from jsonargparse import ArgumentParser
-from safetensors.torch import load_file
 from tokenizers import Tokenizer as TokenizersTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
@@ -34,8 +33,7 @@ from lit_llama.configs import LLAMA_31_SCALING
 from lit_llama.data.batches import TokenizedSample
 from lit_llama.data.prompts import CHATML
 from lit_llama.devices.quantize import quantize_base
-from lit_llama.formats.export import llama_config
-from lit_llama.formats.layouts import layer_names
+from lit_llama.formats.export import exported_tensors, llama_config
 from lit_llama.formats.shards import save_checkpoint
 from lit_llama.methods.lora import TARGETS
 from lit_llama.methods.table import METHODS
@@ -69,6 +67,8 @@ def make_base(folder: Path, seed: int = 1, **changes) -> Path:
     )
     torch.manual_seed(seed)
     model = LLaMA(LLaMAConfig(name="tiny", **{**sizes, **changes})).init_weights(0.1)
+    if model.config.bias:
+        torch.nn.init.zeros_(model.lm_head.bias)  # no other project's LLaMA has one
     folder.mkdir(parents=True)
     state = {k: v for k, v in model.state_dict().items() if not (k == "lm_head.weight" and model.config.tie_embeddings)}
     save_checkpoint(folder, model.config, state.items())
@@ -127,17 +127,9 @@ def tiny_model(**changes) -> LLaMA:
 
 
 def transformers_model(model: LLaMA) -> LlamaForCausalLM:
-    """The same model in transformers, its weights under Hugging Face's names."""
+    """The same model in transformers."""
     theirs = LlamaForCausalLM(LlamaConfig.from_dict(llama_config(model.config)))
-    names, slices = layer_names("ours", "hf", model.config.n_layer), model.transformer.h[0].attn.qkv_slices
-    state = {}
-    for name, tensor in model.state_dict().items():
-        layer = name.removesuffix(".weight")
-        if layer.endswith("c_attn"):
-            state |= {names[layer.replace("c_attn", part)]: tensor[rows] for part, rows in slices.items()}
-        else:
-            state[names[layer]] = tensor
-    theirs.load_state_dict({f"{name}.weight": tensor for name, tensor in state.items()})
+    theirs.load_state_dict({"lm_head.weight": model.lm_head.weight, **dict(exported_tensors(model, "hf"))})
     return theirs.eval()
 
 
@@ -226,13 +218,14 @@ def check_cached_decoding(model: LLaMA) -> None:
             torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-9, rtol=1e-9)
 
 
-def equal_to(theirs, model: LLaMA) -> None:
+def equal_to(theirs, model: LLaMA, base: LLaMA | None = None) -> None:
     """The same logits as ``theirs``, and others than the base's."""
     idx = torch.randint(0, TINY["vocab_size"], (2, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ours = logits_of(model.eval(), idx)
-        torch.testing.assert_close(ours, theirs.eval()(idx).logits, atol=1e-4, rtol=1e-4)
-        assert (ours - tiny_model()(idx)).abs().max() > 0.01
+        expected = theirs.eval()(idx).logits[:, -idx.size(1) :]  # PEFT's prompt tuning has some on its prompt, too
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+        assert (ours - (base or tiny_model())(idx)).abs().max() > 0.01
 
 
 # ----------------------------------------------------------------------------- Foreign checkpoints
@@ -311,15 +304,6 @@ EXPORT_SHAPES = {
     "odd sizes": dict(n_embd=39, n_head=3, n_kv_head=1, head_size=10, norm_eps=1e-2),
     "biases": dict(bias=True),
 }
-
-
-def set_biases(folder) -> None:
-    """Random biases, but for the head."""
-    tensors = load_file(folder / "model.safetensors")
-    for name, tensor in tensors.items():
-        if name.endswith(".bias"):
-            tensor.normal_() if name != "lm_head.bias" else tensor.zero_()
-    save_tensors(folder / "model.safetensors", tensors)
 
 
 def base_with_controls(folder, controls: list[str], bos: str | None, eos: str):

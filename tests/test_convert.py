@@ -19,10 +19,12 @@ from helpers import (
     tiny_hf,
     write_tokenizer,
 )
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from lit_llama.checkpoint import load_config, load_model
-from lit_llama.configs import CONFIGS
+from lit_llama.checkpoint import load_config
+from lit_llama.common.files import read_json, write_json
+from lit_llama.configs import CONFIGS, LLAMA_31_SCALING
 from lit_llama.formats.convert import convert_hf, convert_meta
 from lit_llama.model import LLaMAConfig
 
@@ -41,63 +43,43 @@ def test_hf_safetensors(tmp_path, tied, shard):
     convert_hf(tmp_path / "hf", tmp_path / "ours")
     assert load_config(tmp_path / "ours") == LLaMAConfig(name="hf", tie_embeddings=tied, **HF_TINY)
     assert (tmp_path / "ours/special_tokens_map.json").read_text() == "{}"
-    assert json.loads((tmp_path / "ours/generation_config.json").read_text()) == {"eos_token_id": [0, 2]}
+    assert read_json(tmp_path / "ours/generation_config.json") == {"eos_token_id": [0, 2]}
     check_logits(tmp_path / "ours", theirs)
 
 
-def write_bin(folder: Path, theirs: LlamaForCausalLM, shards: int, **changes) -> None:
-    """pytorch_model.bin, in ``shards`` with an index; every second tensor goes elsewhere, so q, k and v are parted."""
+def write_bin(folder: Path, theirs: LlamaForCausalLM, **changes) -> None:
+    """Two .bin files with an index, which take turns, so that q, k and v are parted. None drops a tensor."""
     theirs.config.save_pretrained(folder)
     state = {name: tensor.clone() for name, tensor in theirs.state_dict().items()} | changes
     state = {name: tensor for name, tensor in state.items() if tensor is not None}
-    if shards == 1:
-        torch.save(state, folder / "pytorch_model.bin")
-        return
-    weight_map = {name: f"pytorch_model-{i % shards + 1:05d}.bin" for i, name in enumerate(state)}
+    weight_map = {name: f"pytorch_model-{i % 2 + 1:05d}.bin" for i, name in enumerate(state)}
     for file in set(weight_map.values()):
         torch.save({name: state[name] for name in state if weight_map[name] == file}, folder / file)
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def test_hf_bin(tmp_path):
-    theirs = tiny_hf()
-    write_bin(tmp_path / "hf", theirs, 2, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+@pytest.mark.parametrize("tied", [False, True])
+def test_hf_bin(tmp_path, tied):
+    theirs = tiny_hf(tie_word_embeddings=tied)  # a state dict has a tied head twice
+    write_bin(tmp_path / "hf", theirs, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
     convert_hf(tmp_path / "hf", tmp_path / "ours")
     check_logits(tmp_path / "ours", theirs)
 
 
-def test_hf_file_of_the_old_format_and_dtype(tmp_path):
+@pytest.mark.parametrize(("flag", "dtype"), [(None, torch.bfloat16), ("float16", torch.float16)])
+def test_hf_file_of_the_old_format_and_dtype(tmp_path, flag, dtype):
     theirs = tiny_hf().bfloat16()
-    write_bin(tmp_path / "hf", theirs, 1)
+    theirs.config.save_pretrained(tmp_path / "hf")
     torch.save(theirs.state_dict(), tmp_path / "hf/pytorch_model.bin", _use_new_zipfile_serialization=False)
-    convert_hf(tmp_path / "hf", tmp_path / "same")
-    convert_hf(tmp_path / "hf", tmp_path / "cast", dtype="float16")
-    for folder, dtype in (("same", torch.bfloat16), ("cast", torch.float16)):
-        state = load_model(tmp_path / folder, dtype=dtype).state_dict()
-        head = theirs.lm_head.weight.to(dtype)
-        assert torch.equal(state["lm_head.weight"], head)
-        assert (tmp_path / folder / "model.safetensors").stat().st_size < 2.2 * sum(t.numel() for t in state.values())
+    convert_hf(tmp_path / "hf", tmp_path / "ours", dtype=flag)
+    tensors = load_file(tmp_path / "ours/model.safetensors")
+    assert torch.equal(tensors["lm_head.weight"], theirs.lm_head.weight.to(dtype))
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
 
 
-def test_hf_llama3_scaling_and_explicit_head_size(tmp_path):
-    scaling = dict(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=16)
-    rope = {"rope_type": "llama3", "rope_theta": 5e5, **scaling}
-    theirs = tiny_hf(rope_parameters=rope, head_dim=10)
-    theirs.save_pretrained(tmp_path / "hf")
-    convert_hf(tmp_path / "hf", tmp_path / "ours")
-    config = load_config(tmp_path / "ours")
-    assert (config.rope_base, config.head_size, config.rope_scaling) == (5e5, 10, scaling)
-    assert isinstance(config.rope_scaling["factor"], float)  # so that its JSON, and the fingerprint, are one
-    check_logits(tmp_path / "ours", theirs)
-
-    raw = json.loads((tmp_path / "hf/config.json").read_text())
-    old = {"rope_scaling": {"type": "llama3", **scaling}, "rope_theta": 5e5, "rope_parameters": None}
-    (tmp_path / "hf/config.json").write_text(json.dumps({**raw, **old}))  # as versions before 5 wrote it
-    convert_hf(tmp_path / "hf", tmp_path / "again", name="hf")
-    assert load_config(tmp_path / "again") == config
-
-
+SCALING = dict(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=16)
 LLAMAS = {
+    "llama3": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **SCALING}, "head_dim": 10},
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
     "attention_bias": {"attention_bias": True},
     "mlp_bias": {"mlp_bias": True, "tie_word_embeddings": True},
@@ -116,17 +98,18 @@ def test_llama_by_another_name(tmp_path, name):
             parameter.normal_()
     theirs.save_pretrained(tmp_path / "hf")
     convert_hf(tmp_path / "hf", tmp_path / "ours")
-    assert load_config(tmp_path / "ours").bias == ("bias" in name or name == "both")
+    config = load_config(tmp_path / "ours")
+    assert config.bias == ("bias" in name or name == "both")
+    for key, value in (config.rope_scaling or {}).items():  # so that its JSON, and the fingerprint, are one
+        assert type(value) is type(LLAMA_31_SCALING[key])
     check_logits(tmp_path / "ours", theirs)
 
-
-def test_hf_tied_head_stored_twice(tmp_path):
-    theirs = tiny_hf(tie_word_embeddings=True)
-    write_bin(tmp_path / "hf", theirs, 1)  # a state dict has both
-    convert_hf(tmp_path / "hf", tmp_path / "ours")
-    check_logits(tmp_path / "ours", theirs)
-    write_bin(tmp_path / "hf", theirs, 1, **{"lm_head.weight": torch.zeros(VOCAB, C)})
-    refused("it is untied", tmp_path / "other", convert_hf, tmp_path / "hf", tmp_path / "other")
+    raw = read_json(tmp_path / "hf/config.json")
+    rope = raw.pop("rope_parameters")  # versions before 5 wrote it so:
+    old = {"rope_theta": rope.pop("rope_theta"), "rope_scaling": {"type": rope.pop("rope_type"), **rope}}
+    write_json(tmp_path / "hf/config.json", raw | old)
+    convert_hf(tmp_path / "hf", tmp_path / "again")
+    assert load_config(tmp_path / "again") == config
 
 
 UNSUPPORTED = [
@@ -139,10 +122,10 @@ UNSUPPORTED = [
 
 def test_hf_config_refused(tmp_path):
     tiny_hf().save_pretrained(tmp_path / "hf")
-    raw = json.loads((tmp_path / "hf/config.json").read_text())
+    raw = read_json(tmp_path / "hf/config.json")
     raw.pop("rope_parameters")
     for key, value in UNSUPPORTED:
-        (tmp_path / "hf/config.json").write_text(json.dumps({**raw, key: value}))
+        write_json(tmp_path / "hf/config.json", {**raw, key: value})
         refused("config.json", tmp_path / "ours", convert_hf, tmp_path / "hf", tmp_path / "ours")
 
 
@@ -155,12 +138,13 @@ WRONG_TENSORS = {
     r"attn.k.weight has shape \(32, 32\) instead of \(16, 32\)": {K_PROJ: torch.zeros(C, C)},
     r"has shape \(96, 31\) instead of \(96, 32\)": {GATE: torch.zeros(HIDDEN, C - 1)},
     "dtype torch.int8": {GATE: torch.zeros(HIDDEN, C, dtype=torch.int8)},
+    "tied by its config, but .* it is untied": {"lm_head.weight": torch.zeros(VOCAB, C)},
 }
 
 
 @pytest.mark.parametrize("match", WRONG_TENSORS)
 def test_hf_wrong_tensors(tmp_path, match):
-    write_bin(tmp_path / "hf", tiny_hf(), 1, **WRONG_TENSORS[match])
+    write_bin(tmp_path / "hf", tiny_hf(tie_word_embeddings=True), **WRONG_TENSORS[match])
     refused(match, tmp_path / "ours", convert_hf, tmp_path / "hf", tmp_path / "ours")
 
 
@@ -168,7 +152,7 @@ def test_hf_files(tmp_path):
     source, out = tmp_path / "hf", tmp_path / "ours"
     tiny_hf().config.save_pretrained(source)
     refused("neither model.safetensors nor pytorch_model.bin", out, convert_hf, source, out)
-    write_bin(source, tiny_hf(), 2)
+    write_bin(source, tiny_hf())
     (source / "pytorch_model-00002.bin").unlink()
     refused("pytorch_model-00002.bin .*No such file", out, convert_hf, source, out)
     tiny_hf(vocab_size=258).save_pretrained(source)
@@ -188,7 +172,7 @@ class Attack:
 @pytest.mark.parametrize("as_zip", [True, False])
 def test_pickles_are_not_run(tmp_path, as_zip):
     target = tmp_path / "executed"
-    write_bin(tmp_path / "hf", tiny_hf(), 1)
+    tiny_hf().config.save_pretrained(tmp_path / "hf")
     torch.save({"x": Attack(target)}, tmp_path / "hf/pytorch_model.bin", _use_new_zipfile_serialization=as_zip)
     refused("nothing in it was run", tmp_path / "ours", convert_hf, tmp_path / "hf", tmp_path / "ours")
     (tmp_path / "hf/pytorch_model.bin").write_bytes(pickle.dumps(Attack(target)))

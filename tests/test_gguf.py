@@ -29,7 +29,6 @@ from helpers import (
     interleave,
     make_base,
     refused,
-    set_biases,
     tiny_hf,
     train_sentencepiece,
     varied_strings,
@@ -78,16 +77,6 @@ def write_gguf(path: Path, state: dict, header: dict | None = None, arch: str = 
     writer.close()
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_float32(tmp_path, tied):
-    theirs = tiny_hf(tie_word_embeddings=tied, rope_parameters={"rope_type": "default", "rope_theta": 130000.0})
-    write_gguf(tmp_path / "tiny.gguf", gguf_state(theirs), {"rope.freq_base": 130000.0})
-    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "ours")
-    expected = LLaMAConfig(name="tiny", rope_base=130000.0, tie_embeddings=tied, **HF_TINY)
-    assert load_config(tmp_path / "ours") == expected  # eps to its last bit
-    check_logits(tmp_path / "ours", theirs)
-
-
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # random scales overflow
 @pytest.mark.parametrize("qtype", list(gguf.quants._type_traits), ids=lambda qtype: qtype.name)
 def test_every_type_that_gguf_dequantizes(tmp_path, qtype):
@@ -119,14 +108,18 @@ def rope_divisors(base: float, factor: float) -> np.ndarray:
     return np.array(divisors, np.float32)
 
 
-@pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama3_scaling_from_its_divisors(tmp_path, factor):
-    scaling = dict(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
-    theirs = tiny_hf(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **scaling})
-    state = {**gguf_state(theirs), "rope_freqs.weight": rope_divisors(5e5, factor)}
-    write_gguf(tmp_path / "tiny.gguf", state, {"rope.freq_base": 5e5})
+@pytest.mark.parametrize(("tied", "factor"), [(False, None), (True, 8.0), (False, 32.0)])
+def test_float32(tmp_path, tied, factor):
+    scaling, rope = None, {"rope_type": "default", "rope_theta": 130000.0}
+    if factor:
+        scaling = dict(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+        rope |= {"rope_type": "llama3", **scaling}
+    theirs = tiny_hf(tie_word_embeddings=tied, rope_parameters=rope)
+    state = gguf_state(theirs) | ({"rope_freqs.weight": rope_divisors(130000.0, factor)} if factor else {})
+    write_gguf(tmp_path / "tiny.gguf", state, {"rope.freq_base": 130000.0})
     convert_gguf(tmp_path / "tiny.gguf", tmp_path / "ours")
-    assert load_config(tmp_path / "ours").rope_scaling == scaling
+    sizes = HF_TINY | dict(rope_base=130000.0, rope_scaling=scaling)
+    assert load_config(tmp_path / "ours") == LLaMAConfig("tiny", tie_embeddings=tied, **sizes)  # eps to its last bit
     check_logits(tmp_path / "ours", theirs)
 
 
@@ -195,7 +188,6 @@ def test_there_and_back(tmp_path, shape, kind, tolerance):
 
 def test_biases(tmp_path):
     base = make_base(tmp_path / "base", **EXPORT_SHAPES["biases"])
-    set_biases(base)
     export_gguf(base, tmp_path / "tiny.gguf")
     found, ours = tensors_of(tmp_path / "tiny.gguf"), load_model(base).state_dict()
     q, k, v = ours["transformer.h.1.attn.c_attn.bias"].split([32, 16, 16])
