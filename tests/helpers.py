@@ -237,8 +237,8 @@ HF_TINY = dict(
 )  # fmt: skip
 
 
-def tiny_hf(seed: int = 0, mistral: bool = False, **changes) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
+def tiny_hf(mistral: bool = False, **changes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
     sizes = dict(
         vocab_size=VOCAB, hidden_size=C, intermediate_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS, max_position_embeddings=64, rms_norm_eps=1e-5, initializer_range=0.2,

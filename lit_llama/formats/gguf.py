@@ -4,7 +4,6 @@ Every quantization type that the gguf package dequantizes is read.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -115,10 +114,10 @@ def export_gguf(checkpoint_dir: Path, out_file: Path, type: str = "f16", prompt_
     model, tokenizer, template = load_whole(checkpoint_dir, prompt_style)
     quantization = GGMLQuantizationType[type.upper()]
     writer = GGUFWriter(None, "llama")
-    add_config(writer, model.config, FILE_TYPES[type])
     if template:  # llama.cpp puts a space there itself
         template = template.replace(SPACED_BOS_LINE, BOS_LINE)
-    add_fields(writer, vocabulary_fields(checkpoint_dir, tokenizer, model.config.vocab_size, template))
+    vocabulary = vocabulary_fields(checkpoint_dir, tokenizer, model.config.vocab_size, template)
+    add_header(writer, model.config, FILE_TYPES[type], vocabulary)
     # The file begins with a table of its tensors. They are read twice, so that only one is in memory at a time.
     for name, tensor in gguf_tensors(model):
         stored = stored_type(tensor, quantization)
@@ -152,7 +151,7 @@ def gguf_tensors(model: LLaMA) -> NamedTensors:
     yield from exported_tensors(model, "gguf")
 
 
-def add_config(writer: GGUFWriter, config: LLaMAConfig, file_type: LlamaFileType) -> None:
+def add_header(writer: GGUFWriter, config: LLaMAConfig, file_type: LlamaFileType, vocabulary: dict) -> None:
     writer.add_name(config.name)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -164,10 +163,6 @@ def add_config(writer: GGUFWriter, config: LLaMAConfig, file_type: LlamaFileType
         writer.add_rope_scaling_factor(config.rope_scaling["factor"])
     writer.add_value_length(config.head_size)
     writer.add_rope_dimension_count(config.head_size)
-
-
-def add_fields(writer: GGUFWriter, fields: dict) -> None:
-    add: dict[type, Callable] = {bool: writer.add_bool, int: writer.add_uint32}
-    add |= {str: writer.add_string, list: writer.add_array}
-    for name, value in fields.items():
-        add[type(value)](f"tokenizer.{name}", value)
+    add_field: dict = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
+    for key, value in vocabulary.items():
+        add_field[type(value)](f"tokenizer.{key}", value)

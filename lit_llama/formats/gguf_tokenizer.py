@@ -84,11 +84,9 @@ def write_tokenizer(fields: dict, folder: Path, legacy: bool = True) -> None:
 def special_tokens(fields: dict) -> dict:
     """The content of tokenizer_config.json, with llama.cpp's defaults for missing fields."""
     is_llama = fields["ggml.model"] == "llama"
-    settings = {}
-    for role, key in ROLES.items():
-        token_id = fields.get(f"ggml.{key}_token_id", LLAMA_IDS.get(key) if is_llama else None)
-        if token_id is not None:
-            settings[f"{role}_token"] = fields["ggml.tokens"][token_id]
+    defaults = LLAMA_IDS if is_llama else {}
+    ids = {role: fields.get(f"ggml.{key}_token_id", defaults.get(key)) for role, key in ROLES.items()}
+    settings = {f"{role}_token": fields["ggml.tokens"][i] for role, i in ids.items() if i is not None}
     wants_bos = fields.get("ggml.add_bos_token", is_llama or fields.get("ggml.pre") in LLAMA3_NAMES)
     settings["add_bos_token"] = bool(wants_bos) and "bos_token" in settings
     if "chat_template" in fields:
