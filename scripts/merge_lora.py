@@ -20,16 +20,16 @@ from torch import Tensor
 from lit_llama.checkpoint import tensor_shapes
 from lit_llama.cli import run, save_settings
 from lit_llama.common.errors import UserError
-from lit_llama.common.files import check_new, save_tensors, whole_folder, write_json
+from lit_llama.common.files import save_tensors, whole_folder, write_json
 from lit_llama.data.prompts import trained_template, write_chat_template
 from lit_llama.formats.convert import DTYPES
 from lit_llama.formats.shards import save_checkpoint
 from lit_llama.generate.load import load_trained_folder, tokenizer_dir
-from lit_llama.methods.adapter import AdapterAttention
 from lit_llama.methods.lora import target_layers
+from lit_llama.methods.table import weightless
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.tokenizer import Tokenizer, copy_tokenizer
-from lit_llama.trained import METHOD_FILE, TRAINED_FILE, describe_base, read_method
+from lit_llama.trained import METHOD_FILE, TRAINED_FILE, describe_base, kept_tensors, read_method
 
 
 def main(
@@ -52,10 +52,9 @@ def main(
             f"{trained_dir} was trained with {method['method']}, which cannot be merged: "
             "only lora and adapter_v2 learn linear changes of the base's matrices"
         )
-    check_new(out_dir)
-    model, _ = load_trained_folder(trained_dir, checkpoint_dir)
-    config, weights = merge_lora(model) if method["method"] == "lora" else merge_scales(model)
     with whole_folder(out_dir) as folder:
+        model, _ = load_trained_folder(trained_dir, checkpoint_dir)
+        config, weights = merge_lora(model) if method["method"] == "lora" else merge_scales(model)
         save_checkpoint(folder, config, ((name, weights[name].to(DTYPES[dtype])) for name in tensor_shapes(config)))
         copy_tokenizer(tokenizer_dir(trained_dir, checkpoint_dir, method), folder)
         write_chat_template(folder, trained_template(method, Tokenizer(folder)))
@@ -93,15 +92,13 @@ def merge_scales(model: LLaMA) -> tuple[LLaMAConfig, dict[str, Tensor]]:
 
 def save_prompts(model: LLaMA, method: dict, base: Path) -> None:
     """Write adapter_v2's prompts, which cannot be merged, as a trained folder of adapter over the merged base."""
-    tensors = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, AdapterAttention):
-            tensors[f"{name}.adapter_wte.weight"] = layer.adapter_wte.weight
-            tensors[f"{name}.gating_factor"] = layer.gating_factor
+    arguments = {key: method["arguments"][key] for key in ("prompt_length", "start_layer")}
+    names = kept_tensors(weightless(model.config, "adapter", **arguments))
+    tensors = {name: model.get_parameter(name) for name in names}
     method = {
         **method,
         "method": "adapter",
-        "arguments": {key: method["arguments"][key] for key in ("prompt_length", "start_layer")},
+        "arguments": arguments,
         "trained_parameters": sum(tensor.numel() for tensor in tensors.values()),
         "base": describe_base(base),
     }

@@ -23,7 +23,6 @@ import pytest
 import sentencepiece
 import torch
 from jsonargparse import ArgumentParser
-from safetensors.torch import load_file
 from tokenizers import Tokenizer as TokenizersTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
@@ -36,8 +35,7 @@ from lit_llama.configs import LLAMA_31_SCALING
 from lit_llama.data.batches import TokenizedSample
 from lit_llama.data.prompts import CHATML
 from lit_llama.devices.quantize import quantize_base
-from lit_llama.formats.export import llama_config
-from lit_llama.formats.layouts import layer_names
+from lit_llama.formats.export import exported_tensors, llama_config
 from lit_llama.formats.shards import save_checkpoint
 from lit_llama.methods.lora import TARGETS
 from lit_llama.methods.table import METHODS
@@ -72,6 +70,8 @@ def make_base(folder: Path, seed: int = 1, **changes) -> Path:
     )
     torch.manual_seed(seed)
     model = LLaMA(LLaMAConfig(name="tiny", **{**sizes, **changes})).init_weights(0.1)
+    if model.config.bias:
+        torch.nn.init.zeros_(model.lm_head.bias)  # no other project's LLaMA has one
     folder.mkdir(parents=True)
     state = {k: v for k, v in model.state_dict().items() if not (k == "lm_head.weight" and model.config.tie_embeddings)}
     save_checkpoint(folder, model.config, state.items())
@@ -126,17 +126,9 @@ def tiny_model(**changes) -> LLaMA:
 
 
 def transformers_model(model: LLaMA) -> LlamaForCausalLM:
-    """The same model in transformers, its weights under Hugging Face's names."""
+    """The same model in transformers."""
     theirs = LlamaForCausalLM(LlamaConfig.from_dict(llama_config(model.config)))
-    names, slices = layer_names("ours", "hf", model.config.n_layer), model.transformer.h[0].attn.qkv_slices
-    state = {}
-    for name, tensor in model.state_dict().items():
-        layer = name.removesuffix(".weight")
-        if layer.endswith("c_attn"):
-            state |= {names[layer.replace("c_attn", part)]: tensor[rows] for part, rows in slices.items()}
-        else:
-            state[names[layer]] = tensor
-    theirs.load_state_dict({f"{name}.weight": tensor for name, tensor in state.items()})
+    theirs.load_state_dict({"lm_head.weight": model.lm_head.weight, **dict(exported_tensors(model, "hf"))})
     return theirs.eval()
 
 
@@ -225,6 +217,16 @@ def check_cached_decoding(model: LLaMA) -> None:
             torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-9, rtol=1e-9)
 
 
+def equal_to(theirs, model: LLaMA, base: LLaMA | None = None) -> None:
+    """The same logits as ``theirs``, and others than the base's."""
+    idx = torch.randint(0, TINY["vocab_size"], (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = logits_of(model.eval(), idx)
+        expected = theirs.eval()(idx).logits[:, -idx.size(1) :]  # PEFT's prompt tuning has some on its prompt, too
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+        assert (ours - (base or tiny_model())(idx)).abs().max() > 0.01
+
+
 # ----------------------------------------------------------------------------- Foreign checkpoints
 
 C, LAYERS, HEADS, KV_HEADS, HS, VOCAB, HIDDEN = 32, 2, 4, 2, 8, 100, 96  # HIDDEN as Meta computes it from C
@@ -234,8 +236,8 @@ HF_TINY = dict(
 )  # fmt: skip
 
 
-def tiny_hf(seed: int = 0, mistral: bool = False, **changes) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
+def tiny_hf(mistral: bool = False, **changes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
     sizes = dict(
         vocab_size=VOCAB, hidden_size=C, intermediate_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS, max_position_embeddings=64, rms_norm_eps=1e-5, initializer_range=0.2,
@@ -268,6 +270,32 @@ def interleave(weight: torch.Tensor, n_head: int) -> torch.Tensor:
     return weight.unflatten(0, (n_head, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
+# Meta's name, and that in a GGUF. Written out once more: a mistake in layouts.py must not hide in the tests.
+FOREIGN_NAMES = {
+    "model.embed_tokens": ("tok_embeddings", "token_embd"), "model.norm": ("norm", "output_norm"),
+    "lm_head": ("output", "output"), "model.layers": ("layers", "blk"),
+    "input_layernorm": ("attention_norm", "attn_norm"), "post_attention_layernorm": ("ffn_norm", "ffn_norm"),
+    "self_attn.q_proj": ("attention.wq", "attn_q"), "self_attn.k_proj": ("attention.wk", "attn_k"),
+    "self_attn.v_proj": ("attention.wv", "attn_v"), "self_attn.o_proj": ("attention.wo", "attn_output"),
+    "mlp.gate_proj": ("feed_forward.w1", "ffn_gate"), "mlp.up_proj": ("feed_forward.w3", "ffn_up"),
+    "mlp.down_proj": ("feed_forward.w2", "ffn_down"),
+}  # fmt: skip
+
+
+def foreign_state(theirs: LlamaForCausalLM, is_gguf: bool) -> dict[str, torch.Tensor]:
+    """The tensors as in Meta's files or in a GGUF. Both interleave q and k; a GGUF has no head of a tied model."""
+    state = {}
+    for name, tensor in theirs.state_dict().items():
+        for part, n_head in (("q_proj", HEADS), ("k_proj", KV_HEADS)):
+            tensor = interleave(tensor, n_head) if part in name else tensor
+        for hf, foreign in FOREIGN_NAMES.items():
+            name = name.replace(hf, foreign[is_gguf])
+        state[name] = tensor
+    if is_gguf and theirs.config.tie_word_embeddings:
+        del state["output.weight"]
+    return state
+
+
 EXPORT_SHAPES = {
     "grouped": dict(),
     "tied, scaled": dict(tie_embeddings=True, rope_scaling=LLAMA_31_SCALING, rope_base=500000.0),
@@ -275,15 +303,6 @@ EXPORT_SHAPES = {
     "odd sizes": dict(n_embd=39, n_head=3, n_kv_head=1, head_size=10, norm_eps=1e-2),
     "biases": dict(bias=True),
 }
-
-
-def set_biases(folder) -> None:
-    """Random biases, but for the head."""
-    tensors = load_file(folder / "model.safetensors")
-    for name, tensor in tensors.items():
-        if name.endswith(".bias"):
-            tensor.normal_() if name != "lm_head.bias" else tensor.zero_()
-    save_tensors(folder / "model.safetensors", tensors)
 
 
 def base_with_controls(folder, controls: list[str], bos: str | None, eos: str):

@@ -1,7 +1,4 @@
-"""Hugging Face and Meta checkpoints against transformers on the same weights, and what must be refused.
-
-The layouts are written out here once more, independently: a mistake in convert.py must not hide in a shared helper.
-"""
+"""Hugging Face and Meta checkpoints against transformers on the same weights, and what must be refused."""
 
 import json
 import pickle
@@ -15,17 +12,19 @@ from helpers import (
     VOCAB,
     C,
     check_logits,
-    interleave,
+    foreign_state,
     refuse,
     refused,
     succeed,
     tiny_hf,
     write_tokenizer,
 )
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from lit_llama.checkpoint import load_config, load_model
-from lit_llama.configs import CONFIGS
+from lit_llama.checkpoint import load_config
+from lit_llama.common.files import read_json, write_json
+from lit_llama.configs import CONFIGS, LLAMA_31_SCALING
 from lit_llama.formats.convert import convert_hf, convert_meta
 from lit_llama.model import LLaMAConfig
 
@@ -41,65 +40,46 @@ def test_hf_safetensors(tmp_path, tied, shard):
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1 or shard == "1GB"
     (tmp_path / "hf/generation_config.json").unlink()  # then config.json has the ends of a text
     (tmp_path / "hf/special_tokens_map.json").write_text("{}")
-    config = convert_hf(tmp_path / "hf", tmp_path / "ours")
-    assert config == load_config(tmp_path / "ours") == LLaMAConfig(name="hf", tie_embeddings=tied, **HF_TINY)
+    convert_hf(tmp_path / "hf", tmp_path / "ours")
+    assert load_config(tmp_path / "ours") == LLaMAConfig(name="hf", tie_embeddings=tied, **HF_TINY)
     assert (tmp_path / "ours/special_tokens_map.json").read_text() == "{}"
-    assert json.loads((tmp_path / "ours/generation_config.json").read_text()) == {"eos_token_id": [0, 2]}
+    assert read_json(tmp_path / "ours/generation_config.json") == {"eos_token_id": [0, 2]}
     check_logits(tmp_path / "ours", theirs)
 
 
-def write_bin(folder: Path, theirs: LlamaForCausalLM, shards: int, **changes) -> None:
-    """pytorch_model.bin, in ``shards`` with an index; every second tensor goes elsewhere, so q, k and v are parted."""
+def write_bin(folder: Path, theirs: LlamaForCausalLM, **changes) -> None:
+    """Two .bin files with an index, which take turns, so that q, k and v are parted. None drops a tensor."""
     theirs.config.save_pretrained(folder)
     state = {name: tensor.clone() for name, tensor in theirs.state_dict().items()} | changes
     state = {name: tensor for name, tensor in state.items() if tensor is not None}
-    if shards == 1:
-        torch.save(state, folder / "pytorch_model.bin")
-        return
-    weight_map = {name: f"pytorch_model-{i % shards + 1:05d}.bin" for i, name in enumerate(state)}
+    weight_map = {name: f"pytorch_model-{i % 2 + 1:05d}.bin" for i, name in enumerate(state)}
     for file in set(weight_map.values()):
         torch.save({name: state[name] for name in state if weight_map[name] == file}, folder / file)
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-@pytest.mark.parametrize("shards", [1, 2])
-def test_hf_bin(tmp_path, shards):
-    theirs = tiny_hf()
-    write_bin(tmp_path / "hf", theirs, shards, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+@pytest.mark.parametrize("tied", [False, True])
+def test_hf_bin(tmp_path, tied):
+    theirs = tiny_hf(tie_word_embeddings=tied)  # a state dict has a tied head twice
+    write_bin(tmp_path / "hf", theirs, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
     convert_hf(tmp_path / "hf", tmp_path / "ours")
     check_logits(tmp_path / "ours", theirs)
 
 
-def test_hf_file_of_the_old_format_and_dtype(tmp_path):
+@pytest.mark.parametrize(("flag", "dtype"), [(None, torch.bfloat16), ("float16", torch.float16)])
+def test_hf_file_of_the_old_format_and_dtype(tmp_path, flag, dtype):
     theirs = tiny_hf().bfloat16()
-    write_bin(tmp_path / "hf", theirs, 1)
+    theirs.config.save_pretrained(tmp_path / "hf")
     torch.save(theirs.state_dict(), tmp_path / "hf/pytorch_model.bin", _use_new_zipfile_serialization=False)
-    convert_hf(tmp_path / "hf", tmp_path / "same")
-    convert_hf(tmp_path / "hf", tmp_path / "cast", dtype="float16")
-    for folder, dtype in (("same", torch.bfloat16), ("cast", torch.float16)):
-        state = load_model(tmp_path / folder, dtype=dtype).state_dict()
-        head = theirs.lm_head.weight.to(dtype)
-        assert torch.equal(state["lm_head.weight"], head)
-        assert (tmp_path / folder / "model.safetensors").stat().st_size < 2.2 * sum(t.numel() for t in state.values())
+    convert_hf(tmp_path / "hf", tmp_path / "ours", dtype=flag)
+    tensors = load_file(tmp_path / "ours/model.safetensors")
+    assert torch.equal(tensors["lm_head.weight"], theirs.lm_head.weight.to(dtype))
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
 
 
-def test_hf_llama3_scaling_and_explicit_head_size(tmp_path):
-    scaling = dict(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=16)
-    rope = {"rope_type": "llama3", "rope_theta": 5e5, **scaling}
-    theirs = tiny_hf(rope_parameters=rope, head_dim=10)
-    theirs.save_pretrained(tmp_path / "hf")
-    config = convert_hf(tmp_path / "hf", tmp_path / "ours")
-    assert (config.rope_base, config.head_size, config.rope_scaling) == (5e5, 10, scaling)
-    assert isinstance(config.rope_scaling["factor"], float)  # so that its JSON, and the fingerprint, are one
-    check_logits(tmp_path / "ours", theirs)
-
-    raw = json.loads((tmp_path / "hf/config.json").read_text())
-    old = {"rope_scaling": {"type": "llama3", **scaling}, "rope_theta": 5e5, "rope_parameters": None}
-    (tmp_path / "hf/config.json").write_text(json.dumps({**raw, **old}))  # as versions before 5 wrote it
-    assert convert_hf(tmp_path / "hf", tmp_path / "again", name="hf") == config
-
-
+SCALING = dict(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=16)
 LLAMAS = {
+    "llama3": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **SCALING}, "head_dim": 10},
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
     "attention_bias": {"attention_bias": True},
     "mlp_bias": {"mlp_bias": True, "tie_word_embeddings": True},
@@ -117,25 +97,19 @@ def test_llama_by_another_name(tmp_path, name):
         if key.endswith("bias"):
             parameter.normal_()
     theirs.save_pretrained(tmp_path / "hf")
-    config = convert_hf(tmp_path / "hf", tmp_path / "ours")
-    assert config.bias == ("bias" in name or name == "both")
-    check_logits(tmp_path / "ours", theirs)
-
-
-def test_a_tokenizer_with_more_tokens_than_embeddings_is_told_at_conversion(tmp_path):
-    tiny_hf(vocab_size=258).save_pretrained(tmp_path / "hf")
-    write_tokenizer(tmp_path / "hf")
-    match = "259 tokens, but the model 258 .* resize_token_embeddings"
-    refused(match, tmp_path / "ours", convert_hf, tmp_path / "hf", tmp_path / "ours")
-
-
-def test_hf_tied_head_stored_twice(tmp_path):
-    theirs = tiny_hf(tie_word_embeddings=True)
-    write_bin(tmp_path / "hf", theirs, 1)  # a state dict has both
     convert_hf(tmp_path / "hf", tmp_path / "ours")
+    config = load_config(tmp_path / "ours")
+    assert config.bias == ("bias" in name or name == "both")
+    for key, value in (config.rope_scaling or {}).items():  # so that its JSON, and the fingerprint, are one
+        assert type(value) is type(LLAMA_31_SCALING[key])
     check_logits(tmp_path / "ours", theirs)
-    write_bin(tmp_path / "hf", theirs, 1, **{"lm_head.weight": torch.zeros(VOCAB, C)})
-    refused("it is untied", tmp_path / "other", convert_hf, tmp_path / "hf", tmp_path / "other")
+
+    raw = read_json(tmp_path / "hf/config.json")
+    rope = raw.pop("rope_parameters")  # versions before 5 wrote it so:
+    old = {"rope_theta": rope.pop("rope_theta"), "rope_scaling": {"type": rope.pop("rope_type"), **rope}}
+    write_json(tmp_path / "hf/config.json", raw | old)
+    convert_hf(tmp_path / "hf", tmp_path / "again")
+    assert load_config(tmp_path / "again") == config
 
 
 UNSUPPORTED = [
@@ -148,10 +122,10 @@ UNSUPPORTED = [
 
 def test_hf_config_refused(tmp_path):
     tiny_hf().save_pretrained(tmp_path / "hf")
-    raw = json.loads((tmp_path / "hf/config.json").read_text())
+    raw = read_json(tmp_path / "hf/config.json")
     raw.pop("rope_parameters")
     for key, value in UNSUPPORTED:
-        (tmp_path / "hf/config.json").write_text(json.dumps({**raw, key: value}))
+        write_json(tmp_path / "hf/config.json", {**raw, key: value})
         refused("config.json", tmp_path / "ours", convert_hf, tmp_path / "hf", tmp_path / "ours")
 
 
@@ -164,12 +138,13 @@ WRONG_TENSORS = {
     r"attn.k.weight has shape \(32, 32\) instead of \(16, 32\)": {K_PROJ: torch.zeros(C, C)},
     r"has shape \(96, 31\) instead of \(96, 32\)": {GATE: torch.zeros(HIDDEN, C - 1)},
     "dtype torch.int8": {GATE: torch.zeros(HIDDEN, C, dtype=torch.int8)},
+    "tied by its config, but .* it is untied": {"lm_head.weight": torch.zeros(VOCAB, C)},
 }
 
 
 @pytest.mark.parametrize("match", WRONG_TENSORS)
 def test_hf_wrong_tensors(tmp_path, match):
-    write_bin(tmp_path / "hf", tiny_hf(), 1, **WRONG_TENSORS[match])
+    write_bin(tmp_path / "hf", tiny_hf(tie_word_embeddings=True), **WRONG_TENSORS[match])
     refused(match, tmp_path / "ours", convert_hf, tmp_path / "hf", tmp_path / "ours")
 
 
@@ -177,9 +152,12 @@ def test_hf_files(tmp_path):
     source, out = tmp_path / "hf", tmp_path / "ours"
     tiny_hf().config.save_pretrained(source)
     refused("neither model.safetensors nor pytorch_model.bin", out, convert_hf, source, out)
-    write_bin(source, tiny_hf(), 2)
+    write_bin(source, tiny_hf())
     (source / "pytorch_model-00002.bin").unlink()
     refused("pytorch_model-00002.bin .*No such file", out, convert_hf, source, out)
+    tiny_hf(vocab_size=258).save_pretrained(source)
+    write_tokenizer(source)
+    refused("259 tokens, but the model 258 .* resize_token_embeddings", out, convert_hf, source, out)
 
 
 class Attack:
@@ -194,7 +172,7 @@ class Attack:
 @pytest.mark.parametrize("as_zip", [True, False])
 def test_pickles_are_not_run(tmp_path, as_zip):
     target = tmp_path / "executed"
-    write_bin(tmp_path / "hf", tiny_hf(), 1)
+    tiny_hf().config.save_pretrained(tmp_path / "hf")
     torch.save({"x": Attack(target)}, tmp_path / "hf/pytorch_model.bin", _use_new_zipfile_serialization=as_zip)
     refused("nothing in it was run", tmp_path / "ours", convert_hf, tmp_path / "hf", tmp_path / "ours")
     (tmp_path / "hf/pytorch_model.bin").write_bytes(pickle.dumps(Attack(target)))
@@ -207,25 +185,10 @@ def test_pickles_are_not_run(tmp_path, as_zip):
 # ---------------------------------------------------------------------------------------------- Meta
 
 
-META = {
-    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-}  # fmt: skip
-
-
 def write_meta(folder: Path, theirs: LlamaForCausalLM, shards: int, embedding_dim: int, **params) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    hf, config = theirs.state_dict(), theirs.config
-    state = {"tok_embeddings.weight": hf["model.embed_tokens.weight"], "norm.weight": hf["model.norm.weight"]}
-    state |= {"output.weight": hf["lm_head.weight"], "rope.freqs": torch.ones(4)}
-    for i in range(config.num_hidden_layers):
-        state |= {f"layers.{i}.{meta}.weight": hf[f"model.layers.{i}.{name}.weight"] for meta, name in META.items()}
-        for part, n_head in (("wq", config.num_attention_heads), ("wk", config.num_key_value_heads)):
-            name = f"layers.{i}.attention.{part}.weight"
-            state[name] = interleave(state[name], n_head)
     parts: list[dict] = [{} for _ in range(shards)]
-    for name, tensor in state.items():
+    for name, tensor in {**foreign_state(theirs, is_gguf=False), "rope.freqs": torch.ones(4)}.items():
         dim = embedding_dim if name.startswith("tok") else int("wo." in name or "w2." in name)
         pieces = tensor.chunk(shards, dim) if tensor.dim() == 2 else [tensor] * shards
         for part, piece in zip(parts, pieces, strict=True):
@@ -236,29 +199,36 @@ def write_meta(folder: Path, theirs: LlamaForCausalLM, shards: int, embedding_di
     (folder / "params.json").write_text(json.dumps({**sizes, **params}))
 
 
+@pytest.fixture
+def tiny(monkeypatch) -> LlamaForCausalLM:
+    """A model of transformers, whose sizes have the name "tiny" here."""
+    monkeypatch.setitem(CONFIGS, "tiny", dict(HF_TINY))
+    return tiny_hf()
+
+
 @pytest.mark.parametrize("embedding_dim", [0, 1])
 @pytest.mark.parametrize("shards", [1, 2])
-def test_meta(tmp_path, monkeypatch, shards, embedding_dim):
-    monkeypatch.setitem(CONFIGS, "tiny", dict(HF_TINY))
-    theirs = tiny_hf()
-    write_meta(tmp_path / "models/tiny", theirs, shards, embedding_dim)
+def test_meta(tmp_path, tiny, shards, embedding_dim):
+    source, out = tmp_path / "models/tiny", tmp_path / "ours"
+    write_meta(source, tiny, shards, embedding_dim)
     (tmp_path / "models/tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>")  # one folder up, as LLaMA 1 came
-    config = convert_meta(tmp_path / "models/tiny", tmp_path / "ours", "tiny")
-    assert config == LLaMAConfig(name="tiny", **HF_TINY)
-    assert (tmp_path / "ours/tokenizer.model").exists()
-    check_logits(tmp_path / "ours", theirs)
+    convert = ["scripts/convert.py", "--source", source, "--out_dir", out]
+    refuse(*convert, message="Meta's folder needs --name")
+    assert succeed(*convert, "--name", "tiny") == f"wrote {out}\n"
+    assert load_config(out) == LLaMAConfig(name="tiny", **HF_TINY)
+    assert (out / "tokenizer.model").exists()
+    check_logits(out, tiny)
 
 
-def test_meta_refused(tmp_path, monkeypatch):
-    monkeypatch.setitem(CONFIGS, "tiny", dict(HF_TINY))
-    source, out, theirs = tmp_path / "meta", tmp_path / "ours", tiny_hf()
-    write_meta(source, theirs, 2, 0)
+def test_meta_refused(tmp_path, tiny):
+    source, out = tmp_path / "meta", tmp_path / "ours"
+    write_meta(source, tiny, 2, 0)
     refused("--name 'huge' is unknown", out, convert_meta, source, out, "huge")
     refused("dim is 32, not 4096", out, convert_meta, source, out, "7B")
     for params in (dict(rope_theta=5e5), dict(use_scaled_rope=True), dict(n_heads=2), dict(dim=None)):
-        write_meta(source, theirs, 2, 0, **params)
+        write_meta(source, tiny, 2, 0, **params)
         refused("params.json", out, convert_meta, source, out, "tiny")
-    write_meta(source, theirs, 2, 0)
+    write_meta(source, tiny, 2, 0)
     (tmp_path / "tokenizer.json").write_text("{}")
     convert_meta(source, tmp_path / "fine", "tiny", tokenizer=tmp_path / "tokenizer.json")
     assert (tmp_path / "fine/tokenizer.json").exists()
@@ -266,13 +236,3 @@ def test_meta_refused(tmp_path, monkeypatch):
     refused("instead of", out, convert_meta, source, out, "tiny")
     (source / "consolidated.00.pth").unlink()
     refused("no consolidated", out, convert_meta, source, out, "tiny")
-
-
-def test_the_script_knows_metas_folder(tmp_path, monkeypatch):
-    monkeypatch.setitem(CONFIGS, "tiny", dict(HF_TINY))
-    theirs, out = tiny_hf(), tmp_path / "ours"
-    write_meta(tmp_path / "meta", theirs, 1, 0)
-    convert = ["scripts/convert.py", "--source", tmp_path / "meta", "--out_dir"]
-    assert succeed(*convert, out, "--name", "tiny") == f"wrote {out}\n"
-    check_logits(out, theirs)
-    refuse(*convert, tmp_path / "other", message="Meta's folder needs --name")

@@ -1,6 +1,5 @@
 """Exported folders as transformers' Auto classes load them: logits, ids, chat templates, and back again."""
 
-import json
 import shutil
 
 import pytest
@@ -13,7 +12,6 @@ from helpers import (
     make_base,
     refuse,
     save_trained,
-    set_biases,
     succeed,
     train_sentencepiece,
     varied_strings,
@@ -40,15 +38,14 @@ def check_exported(base, exported, tolerance: float = 1e-5) -> LlamaForCausalLM:
 @pytest.mark.parametrize("shape", EXPORT_SHAPES)
 def test_logits(tmp_path, shape, monkeypatch):
     base = make_base(tmp_path / "base", **EXPORT_SHAPES[shape])
-    if shape == "biases":
-        set_biases(base)
     if shape == "grouped":
         write = export.write_shards
         monkeypatch.setattr(export, "write_shards", lambda *args, foreign: write(*args, 20_000, foreign))
     export_hf(base, tmp_path / "hf")
     assert (len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1) == (shape == "grouped")
     theirs = check_exported(base, tmp_path / "hf")
-    assert convert_hf(tmp_path / "hf", tmp_path / "again", name="tiny") == load_config(base)
+    convert_hf(tmp_path / "hf", tmp_path / "again", name="tiny")
+    assert load_config(tmp_path / "again") == load_config(base)
     assert theirs.config.max_position_embeddings == 512 and theirs.config.tie_word_embeddings == ("tied" in shape)
 
     config = read_json(tmp_path / "hf/config.json")  # versions before 5 know rope_theta and rope_scaling
@@ -57,13 +54,6 @@ def test_logits(tmp_path, shape, monkeypatch):
     del config["rope_parameters"]
     write_json(tmp_path / "hf/config.json", config)
     check_exported(base, tmp_path / "hf")
-
-
-def test_dtype(tmp_path):
-    base = make_base(tmp_path / "base")
-    export_hf(base, tmp_path / "hf", dtype="bfloat16")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").dtype == torch.bfloat16
-    assert all(t.dtype == torch.bfloat16 for t in load_file(tmp_path / "hf/model.safetensors").values())
 
 
 def check_ids(folder, exported, texts) -> None:
@@ -86,11 +76,13 @@ def test_ids(tmp_path, file, bos):
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").bos_token == bos
 
 
-def test_the_tokenizers_own_template_stays(tmp_path):
+def test_dtype_and_the_tokenizers_own_settings(tmp_path):
     base = make_base(tmp_path / "base")
     (base / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
     write_json(base / "generation_config.json", {"eos_token_id": 0, "temperature": 0.5})
-    export_hf(base, tmp_path / "hf")
+    export_hf(base, tmp_path / "hf", dtype="bfloat16")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").dtype == torch.bfloat16
+    assert all(t.dtype == torch.bfloat16 for t in load_file(tmp_path / "hf/model.safetensors").values())
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert theirs.apply_chat_template(TALK[1:2], tokenize=False) == "Two and two?!"
     generation = GenerationConfig.from_pretrained(tmp_path / "hf")
@@ -117,8 +109,5 @@ def test_a_trained_folder_is_merged_first(tmp_path, scale_head):
 def test_the_default_base(smollm2_dir, tmp_path):
     export_hf(smollm2_dir, tmp_path / "hf")
     check_exported(smollm2_dir, tmp_path / "hf", tolerance=1e-4)
-    texts = varied_strings(300)
-    check_ids(smollm2_dir, tmp_path / "hf", texts)
-    template = AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template
-    assert template == json.loads((smollm2_dir / "tokenizer_config.json").read_text())["chat_template"]
+    check_ids(smollm2_dir, tmp_path / "hf", varied_strings(300))
     shutil.rmtree(tmp_path / "hf")

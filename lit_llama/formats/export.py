@@ -12,7 +12,7 @@ from lit_llama.common.files import read_json, whole_folder, write_json
 from lit_llama.data.prompts import stop_ids, trained_template, write_chat_template
 from lit_llama.formats.convert import DTYPES, NamedTensors
 from lit_llama.formats.gguf_tokenizer import named_id, sentencepiece_fields, write_tokenizer
-from lit_llama.formats.layouts import CONFIG_NAMES, INTERLEAVED, layer_names, qkv_slices, to_interleaved
+from lit_llama.formats.layouts import CONFIG_NAMES, INTERLEAVED, layer_names, to_interleaved
 from lit_llama.formats.shards import write_shards
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.tokenizer import (
@@ -27,10 +27,16 @@ from lit_llama.tokenizer import (
 from lit_llama.trained import base_method
 
 
-def load_whole(folder: Path) -> LLaMA:
-    """The model of a checkpoint folder, mapped into memory. Raises UserError for a trained folder."""
+def load_whole(folder: Path, prompt_style: str | None) -> tuple[LLaMA, Tokenizer, str | None]:
+    """The model of a checkpoint folder, mapped into memory; its tokenizer; and the chat template to write.
+
+    The template is that of ``prompt_style``, else of training (finetune/full.py); None is the tokenizer's own. Raises
+    UserError for a trained folder.
+    """
     refuse_trained(folder)
-    return load_model(folder, dtype=None)
+    method, tokenizer = base_method(folder), Tokenizer(folder)
+    template = trained_template(method, tokenizer, prompt_style) if prompt_style or method else None
+    return load_model(folder, dtype=None), tokenizer, template
 
 
 def exported_tensors(model: LLaMA, target_format: str) -> NamedTensors:
@@ -39,7 +45,7 @@ def exported_tensors(model: LLaMA, target_format: str) -> NamedTensors:
     Raises UserError for a head with a bias, unless it is zero.
     """
     config, tensors = model.config, model.state_dict()
-    names, slices = layer_names("ours", target_format, config.n_layer), qkv_slices(config)
+    names, slices = layer_names("ours", target_format, config.n_layer), model.transformer.h[0].attn.qkv_slices
     for name in sorted(tensor_shapes(config)):
         tensor, (layer, _, kind) = tensors[name], name.rpartition(".")
         if name == "lm_head.bias":
@@ -59,27 +65,16 @@ def exported_tensors(model: LLaMA, target_format: str) -> NamedTensors:
 
 
 def export_hf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None, prompt_style: str | None = None) -> None:
-    """Write a folder that transformers' Auto classes load. ``dtype`` None keeps each tensor's.
-
-    The chat template is that of ``prompt_style``, else of training (finetune/full.py), else the tokenizer's.
-    """
-    model, tokenizer = load_whole(checkpoint_dir), Tokenizer(checkpoint_dir)
-    template = exported_template(checkpoint_dir, tokenizer, prompt_style)
+    """Write a folder that transformers' Auto classes load. ``dtype`` None keeps each tensor's."""
+    model, tokenizer, template = load_whole(checkpoint_dir, prompt_style)
     widest = max((tensor.dtype for tensor in model.state_dict().values()), key=lambda dtype: dtype.itemsize)
     stored = dtype or str(widest).removeprefix("torch.")
     tensors = exported_tensors(model, "hf")
     with whole_folder(out_dir) as folder:
         cast = ((name, tensor.to(DTYPES[dtype]) if dtype else tensor) for name, tensor in tensors)
         write_shards(folder, cast, foreign=True)
-        copy_tokenizer(checkpoint_dir, folder)
-        ids = complete_tokenizer(folder, model.config, tokenizer, template)
+        ids = export_tokenizer(checkpoint_dir, folder, model.config, tokenizer, template)
         write_json(folder / CONFIG_FILE, {**llama_config(model.config), **ids, "torch_dtype": stored, "dtype": stored})
-
-
-def exported_template(checkpoint_dir: Path, tokenizer: Tokenizer, prompt_style: str | None) -> str | None:
-    """The chat template of a style, or of a whole model's training; None for that of its tokenizer."""
-    method = base_method(checkpoint_dir)
-    return trained_template(method, tokenizer, prompt_style) if prompt_style or method else None
 
 
 def llama_config(config: LLaMAConfig) -> dict:
@@ -100,8 +95,11 @@ def llama_config(config: LLaMAConfig) -> dict:
     }
 
 
-def complete_tokenizer(folder: Path, config: LLaMAConfig, tokenizer: Tokenizer, template: str | None) -> dict:
-    """Write the tokenizer's settings that transformers needs. Returns the special ids for config.json."""
+def export_tokenizer(
+    source: Path, folder: Path, config: LLaMAConfig, tokenizer: Tokenizer, template: str | None
+) -> dict:
+    """Copy a tokenizer, and write the settings that transformers needs. Returns the special ids for config.json."""
+    copy_tokenizer(source, folder)
     settings = read_settings(folder)
     if not (folder / JSON_FILE).exists():  # transformers reads tokenizer.model only where protobuf is installed
         write_tokenizer(sentencepiece_fields(folder / SENTENCEPIECE_FILE), folder, settings.get("legacy", True))

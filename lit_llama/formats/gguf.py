@@ -4,7 +4,6 @@ Every quantization type that the gguf package dequantizes is read.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -21,23 +20,18 @@ from lit_llama.common.files import atomic_write, check_new, whole_folder
 from lit_llama.configs import LLAMA_31_SCALING, LLAMA_32_SCALING
 from lit_llama.data.prompts import BOS_LINE, SPACED_BOS_LINE
 from lit_llama.devices.launch import Bar
-from lit_llama.formats.convert import NamedTensors, write_model
-from lit_llama.formats.export import exported_template, exported_tensors, load_whole
+from lit_llama.formats.convert import NamedTensors, config_errors, write_model
+from lit_llama.formats.export import exported_tensors, load_whole
 from lit_llama.formats.gguf_tokenizer import vocabulary_fields, write_tokenizer
 from lit_llama.formats.layouts import CONFIG_NAMES
 from lit_llama.model import LLaMA, LLaMAConfig, rope_frequencies
-from lit_llama.tokenizer import Tokenizer
 
-TYPES = {
-    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-}
+FILE_TYPES = {"f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16, "q8_0": LlamaFileType.MOSTLY_Q8_0}
 
 # ---------------------------------------------------------------------------------------------- convert
 
 
-def convert_gguf(source: Path, out_dir: Path, name: str | None = None, dtype: str | None = None) -> LLaMAConfig:
+def convert_gguf(source: Path, out_dir: Path, name: str | None = None, dtype: str | None = None) -> None:
     """Convert a .gguf file of a LLaMA, with its tokenizer. Its tensors become float32 if ``dtype`` is None."""
     with whole_folder(out_dir) as folder:
         header, stored = read_gguf(source)
@@ -45,7 +39,6 @@ def convert_gguf(source: Path, out_dir: Path, name: str | None = None, dtype: st
         write_tokenizer({key.removeprefix("tokenizer."): value for key, value in header.items()}, folder)
         tensors = ((tensor.name, dequantized(tensor)) for tensor in stored.values())
         write_model(folder, config, tensors, "gguf", dtype)
-    return config
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, ReaderTensor]]:
@@ -67,7 +60,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, ReaderTensor]]:
 def gguf_config(header: dict[str, Any], stored: dict[str, ReaderTensor], path: Path, name: str) -> LLaMAConfig:
     """Raises UserError for a setting that the model here does not have."""
     given = {key.removeprefix("llama."): value for key, value in header.items()}
-    try:
+    with config_errors(path):
         n_head = given["attention.head_count"]
         head_size = given.setdefault("attention.key_length", given["embedding_length"] // n_head)
         for key in ("attention.value_length", "rope.dimension_count"):
@@ -79,10 +72,6 @@ def gguf_config(header: dict[str, Any], stored: dict[str, ReaderTensor], path: P
         values |= {key: shortest(values[key]) for key in ("norm_eps", "rope_base")}
         config = LLaMAConfig(name=name, tie_embeddings="output.weight" not in stored, **values)
         return replace(config, rope_scaling=rope_scaling(given, stored.get("rope_freqs.weight"), config))
-    except KeyError as error:
-        raise UserError(f"{path} lacks {error}") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def shortest(value: float) -> float:
@@ -120,18 +109,15 @@ def dequantized(tensor: ReaderTensor) -> Tensor:
 
 
 def export_gguf(checkpoint_dir: Path, out_file: Path, type: str = "f16", prompt_style: str | None = None) -> None:
-    """Write a model and its tokenizer to one file: matrices in one of TYPES, vectors in float32.
-
-    The chat template is that of ``prompt_style``, else of training (finetune/full.py), else the tokenizer's.
-    """
+    """Write a model and its tokenizer to one file: matrices in one of FILE_TYPES, vectors in float32."""
     check_new(out_file)
-    model, (quantization, file_type) = load_whole(checkpoint_dir), TYPES[type]
+    model, tokenizer, template = load_whole(checkpoint_dir, prompt_style)
+    quantization = GGMLQuantizationType[type.upper()]
     writer = GGUFWriter(None, "llama")
-    add_config(writer, model.config, file_type)
-    template = exported_template(checkpoint_dir, Tokenizer(checkpoint_dir), prompt_style)
     if template:  # llama.cpp puts a space there itself
         template = template.replace(SPACED_BOS_LINE, BOS_LINE)
-    add_fields(writer, vocabulary_fields(checkpoint_dir, model.config.vocab_size, template))
+    vocabulary = vocabulary_fields(checkpoint_dir, tokenizer, model.config.vocab_size, template)
+    add_header(writer, model.config, FILE_TYPES[type], vocabulary)
     # The file begins with a table of its tensors. They are read twice, so that only one is in memory at a time.
     for name, tensor in gguf_tensors(model):
         stored = stored_type(tensor, quantization)
@@ -165,7 +151,7 @@ def gguf_tensors(model: LLaMA) -> NamedTensors:
     yield from exported_tensors(model, "gguf")
 
 
-def add_config(writer: GGUFWriter, config: LLaMAConfig, file_type: LlamaFileType) -> None:
+def add_header(writer: GGUFWriter, config: LLaMAConfig, file_type: LlamaFileType, vocabulary: dict) -> None:
     writer.add_name(config.name)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -177,10 +163,6 @@ def add_config(writer: GGUFWriter, config: LLaMAConfig, file_type: LlamaFileType
         writer.add_rope_scaling_factor(config.rope_scaling["factor"])
     writer.add_value_length(config.head_size)
     writer.add_rope_dimension_count(config.head_size)
-
-
-def add_fields(writer: GGUFWriter, fields: dict) -> None:
-    add: dict[type, Callable] = {bool: writer.add_bool, int: writer.add_uint32}
-    add |= {str: writer.add_string, list: writer.add_array}
-    for name, value in fields.items():
-        add[type(value)](f"tokenizer.{name}", value)
+    add_field: dict = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
+    for key, value in vocabulary.items():
+        add_field[type(value)](f"tokenizer.{key}", value)

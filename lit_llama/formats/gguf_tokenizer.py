@@ -54,12 +54,10 @@ def write_tokenizer(fields: dict, folder: Path, legacy: bool = True) -> None:
     pre-tokenizer is unknown, or if fields are missing or inconsistent.
     """
     model, pre = fields.get("ggml.model"), fields.get("ggml.pre")
-    if model not in ("gpt2", "llama"):
-        raise UserError(f"the GGUF's tokenizer is of kind {model!r}; known kinds: gpt2, llama")
-    if model == "gpt2" and pre not in PRE_TOKENIZERS:
+    if model != "llama" and (model != "gpt2" or pre not in PRE_TOKENIZERS):
         raise UserError(
-            f"the GGUF's pre-tokenizer is {pre!r}; known ones: {', '.join(PRE_TOKENIZERS)}. "
-            "Convert the model's safetensors and tokenizer.json instead"
+            f"the GGUF's tokenizer is of kind {model!r} with pre-tokenizer {pre!r}; known are llama, and gpt2 with "
+            f"{', '.join(PRE_TOKENIZERS)}. Convert the model's safetensors and tokenizer.json instead"
         )
     try:
         vocab = {token: i for i, token in enumerate(fields["ggml.tokens"])}
@@ -86,11 +84,9 @@ def write_tokenizer(fields: dict, folder: Path, legacy: bool = True) -> None:
 def special_tokens(fields: dict) -> dict:
     """The content of tokenizer_config.json, with llama.cpp's defaults for missing fields."""
     is_llama = fields["ggml.model"] == "llama"
-    settings = {}
-    for role, key in ROLES.items():
-        token_id = fields.get(f"ggml.{key}_token_id", LLAMA_IDS.get(key) if is_llama else None)
-        if token_id is not None:
-            settings[f"{role}_token"] = fields["ggml.tokens"][token_id]
+    defaults = LLAMA_IDS if is_llama else {}
+    ids = {role: fields.get(f"ggml.{key}_token_id", defaults.get(key)) for role, key in ROLES.items()}
+    settings = {f"{role}_token": fields["ggml.tokens"][i] for role, i in ids.items() if i is not None}
     wants_bos = fields.get("ggml.add_bos_token", is_llama or fields.get("ggml.pre") in LLAMA3_NAMES)
     settings["add_bos_token"] = bool(wants_bos) and "bos_token" in settings
     if "chat_template" in fields:
@@ -168,12 +164,12 @@ def piece_type(processor: SentencePieceProcessor, i: int) -> int:
     return int(TokenType.NORMAL)
 
 
-def vocabulary_fields(folder: Path, rows: int, template: str | None) -> dict:
+def vocabulary_fields(folder: Path, tokenizer: Tokenizer, rows: int, template: str | None) -> dict:
     """The fields of a checkpoint folder's tokenizer, with a token for each of the embedding's ``rows``.
 
     Raises UserError if llama.cpp has no such tokenizer.
     """
-    tokenizer, path = Tokenizer(folder), folder / JSON_FILE
+    path = folder / JSON_FILE
     fields = json_fields(path, tokenizer) if path.exists() else sentencepiece_fields(folder / SENTENCEPIECE_FILE)
     missing = rows - len(fields["ggml.tokens"])  # a model may have more rows than tokens
     fields["ggml.tokens"] += [f"[PAD{rows - missing + i}]" for i in range(missing)]
@@ -219,15 +215,11 @@ def json_fields(path: Path, tokenizer: Tokenizer) -> dict:
     fields = {"ggml.tokens": tokens, "ggml.token_type": [int(kind(i)) for i in ids]}
     if not is_sentencepiece:
         return {"ggml.model": "gpt2", "ggml.pre": pre_tokenizer(content, path), **fields, "ggml.merges": merges}
-    fields["ggml.scores"] = scores_by_merge(tokens, merges)
+    # Minus the rank of the first merge that makes a token, so that scores order tokens as merges do.
+    rank = {merge.replace(" ", "", 1): i for i, merge in reversed(list(enumerate(merges)))}
+    fields["ggml.scores"] = [-float(rank.get(token, len(merges))) for token in tokens]
     fields["ggml.add_space_prefix"] = tokens[tokenizer.encode("a")[0]].startswith("▁")
     return {"ggml.model": "llama", "ggml.pre": "default", **fields}
-
-
-def scores_by_merge(tokens: list[str], merges: list[str]) -> list[float]:
-    """A token's score is minus the rank of the first merge that makes it, so that scores order tokens as merges do."""
-    rank = {merge.replace(" ", "", 1): i for i, merge in reversed(list(enumerate(merges)))}
-    return [-float(rank.get(token, len(merges))) for token in tokens]
 
 
 def pre_tokenizer(content: dict, path: Path) -> str:
@@ -235,14 +227,11 @@ def pre_tokenizer(content: dict, path: Path) -> str:
 
     def rule(content: dict) -> tuple:
         steps = content["pre_tokenizer"] or {}
-        steps = steps.get("pretokenizers", [steps])
-        steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
+        steps = [{**step, "trim_offsets": None} for step in steps.get("pretokenizers", [steps])]
         return steps, content["normalizer"], bool(content["model"].get("ignore_merges"))
 
-    for name, steps in PRE_TOKENIZERS.items():
-        known = TokenizersTokenizer(models.BPE(ignore_merges=name in LLAMA3_NAMES))
-        known.pre_tokenizer = pre_tokenizers.Sequence(steps)
-        if rule(content) == rule(json.loads(known.to_str())):
+    for name in PRE_TOKENIZERS:
+        if rule(content) == rule(json.loads(byte_level({}, {"ggml.pre": name}).to_str())):
             return name
     raise UserError(
         f"{path} has a pre-tokenizer that is none of {', '.join(PRE_TOKENIZERS)}; "

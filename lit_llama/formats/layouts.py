@@ -4,10 +4,7 @@ Here and in Hugging Face's format these rows are half-split: rotary pair i of a 
 GGUF interleave them: pair i is rows 2i and 2i + 1.
 """
 
-import torch
 from torch import Tensor
-
-from lit_llama.model import CausalSelfAttention, LLaMAConfig
 
 # fmt: off
 FORMATS = ("ours",           "hf",                       "meta",            "gguf")
@@ -51,12 +48,6 @@ def layer_names(source: str, target: str, n_layer: int) -> dict[str, str]:
     for i in range(n_layer):
         names.update({f"{BLOCKS[a]}.{i}.{row[a]}": f"{BLOCKS[b]}.{i}.{row[b]}" for row in BLOCK_NAMES})
     return names
-
-
-def qkv_slices(config: LLaMAConfig) -> dict[str, slice]:
-    """The rows of q, k and v in attn.c_attn."""
-    with torch.device("meta"):
-        return CausalSelfAttention(config).qkv_slices
 
 
 def to_half_split(weight: Tensor, head_size: int) -> Tensor:

@@ -22,15 +22,15 @@ from lit_llama.checkpoint import check_tensors, load_config, shapes_of
 from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import read_json, read_tensors, save_tensors, whole_folder, write_json
 from lit_llama.data.prompts import describe_template, trained_template
-from lit_llama.formats.convert import load_pth
-from lit_llama.formats.export import complete_tokenizer
+from lit_llama.formats.convert import config_errors, load_foreign
+from lit_llama.formats.export import export_tokenizer
 from lit_llama.formats.layouts import layer_names
 from lit_llama.methods.adapter import ACTIVATIONS
 from lit_llama.methods.lora import TARGETS
 from lit_llama.methods.table import weightless
 from lit_llama.model import LLaMAConfig
 from lit_llama.settings import MAX_TOKENS
-from lit_llama.tokenizer import Tokenizer, copy_tokenizer, read_chat_template
+from lit_llama.tokenizer import Tokenizer, read_chat_template
 from lit_llama.trained import (
     METHOD_FILE,
     TRAINED_FILE,
@@ -68,13 +68,12 @@ def export_peft(
     check_tensors(shapes_of(tensors), kept_shapes(config, name, arguments), trained_dir / TRAINED_FILE)
     kind, to_peft, _ = KINDS[name]
     settings, tensors = to_peft(config, arguments, tensors)
-    about = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True}
+    settings |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True}
+    tokenizer = Tokenizer(base_dir)
     with whole_folder(out_dir) as folder:
         save_tensors(folder / WEIGHTS_FILE, tensors, foreign=True)
-        write_json(folder / SETTINGS_FILE, {"peft_type": kind, **settings, **about})
-        copy_tokenizer(base_dir, folder)
-        tokenizer = Tokenizer(base_dir)
-        complete_tokenizer(folder, config, tokenizer, trained_template(method, tokenizer))
+        write_json(folder / SETTINGS_FILE, {"peft_type": kind, **settings})
+        export_tokenizer(base_dir, folder, config, tokenizer, trained_template(method, tokenizer))
 
 
 def import_peft(
@@ -89,16 +88,12 @@ def import_peft(
     check_range("--max_seq_length", max_seq_length, 1, MAX_TOKENS)
     check_settings(settings, source / SETTINGS_FILE)
     path = source / WEIGHTS_FILE
-    stored = read_tensors(path, foreign=True)[0] if path.exists() else load_pth(path.with_suffix(".bin"))
-    given = {name: tensor.float() for name, tensor in stored.items()}
-    kind = settings["peft_type"]
-    name, from_peft = next((name, from_peft) for name, (theirs, _, from_peft) in KINDS.items() if theirs == kind)
-    try:
-        arguments, tensors = from_peft(config, settings, given)
+    stored = load_foreign(path if path.exists() else path.with_suffix(".bin"))
+    tensors = {name: tensor.float() for name, tensor in stored.items()}
+    name, from_peft = next((name, it) for name, (kind, _, it) in KINDS.items() if kind == settings["peft_type"])
+    with config_errors(source):  # such as a string for a number
+        arguments = from_peft(config, settings, tensors)
         expected = kept_shapes(config, name, arguments)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # such as a string for a number
-        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
-        raise UserError(f"{source} cannot be converted: {reason}") from None
     check_tensors(shapes_of(tensors), expected, path)
     tokenizer = Tokenizer(checkpoint_dir)
     template = trained_template({"chat_template": read_chat_template(source)}, tokenizer, prompt_style)
@@ -186,12 +181,12 @@ def adapter_to_peft(config: LLaMAConfig, arguments: dict, tensors: Tensors) -> t
     return settings, theirs
 
 
-def adapter_from_peft(config: LLaMAConfig, settings: dict, tensors: Tensors) -> tuple[dict, Tensors]:
-    ours, start_layer = dict(tensors), config.n_layer - settings["adapter_layers"]
+def adapter_from_peft(config: LLaMAConfig, settings: dict, tensors: Tensors) -> dict:
+    start_layer = config.n_layer - settings["adapter_layers"]
     for i in range(max(start_layer, 0), config.n_layer):
         prompt, gate, peft_prompt, peft_gate = adapter_names(config, i)
-        ours[prompt], ours[gate] = ours.pop(peft_prompt).squeeze(0), ours.pop(peft_gate).view(-1, 1, 1)
-    return dict(prompt_length=settings["adapter_len"], start_layer=start_layer, gate="layer"), ours
+        tensors[prompt], tensors[gate] = tensors.pop(peft_prompt).squeeze(0), tensors.pop(peft_gate).view(-1, 1, 1)
+    return dict(prompt_length=settings["adapter_len"], start_layer=start_layer, gate="layer")
 
 
 # ---------------------------------------------------------------------------------------------- prefix, soft_prompt
@@ -209,15 +204,14 @@ def prefix_to_peft(config: LLaMAConfig, arguments: dict, tensors: Tensors) -> tu
     return prompt_settings(config, len(rows), config.n_kv_head, width), {PROMPT: rows}
 
 
-def prefix_from_peft(config: LLaMAConfig, settings: dict, tensors: Tensors) -> tuple[dict, Tensors]:
-    ours = dict(tensors)
-    rows = ours.pop(PROMPT)
+def prefix_from_peft(config: LLaMAConfig, settings: dict, tensors: Tensors) -> dict:
+    rows = tensors.pop(PROMPT)
     width = 2 * config.n_layer * config.n_kv_head * config.head_size
     if rows.shape[1:] != (width,):
         raise UserError(f"{PROMPT} has shape {tuple(rows.shape)}; over {config.name} a prefix has {width} columns")
     blocks = rows.view(-1, config.n_layer, 2, config.n_kv_head, config.head_size).permute(1, 2, 3, 0, 4)
-    ours |= {f"transformer.h.{i}.attn.prefix": block for i, block in enumerate(blocks)}  # (2, nkv, K, hs)
-    return dict(prompt_length=settings["num_virtual_tokens"]), ours
+    tensors |= {f"transformer.h.{i}.attn.prefix": block for i, block in enumerate(blocks)}  # (2, nkv, K, hs)
+    return dict(prompt_length=settings["num_virtual_tokens"])
 
 
 def soft_prompt_to_peft(config: LLaMAConfig, arguments: dict, tensors: Tensors) -> tuple[dict, Tensors]:
@@ -225,13 +219,15 @@ def soft_prompt_to_peft(config: LLaMAConfig, arguments: dict, tensors: Tensors) 
     return prompt_settings(config, len(rows), config.n_head, config.n_embd), {PROMPT: rows}
 
 
-def soft_prompt_from_peft(config: LLaMAConfig, settings: dict, tensors: Tensors) -> tuple[dict, Tensors]:
-    ours = dict(tensors)
-    ours["transformer.wte.soft_prompt"] = ours.pop(PROMPT)
-    return dict(prompt_length=settings["num_virtual_tokens"]), ours
+def soft_prompt_from_peft(config: LLaMAConfig, settings: dict, tensors: Tensors) -> dict:
+    tensors["transformer.wte.soft_prompt"] = tensors.pop(PROMPT)
+    return dict(prompt_length=settings["num_virtual_tokens"])
 
 
 # ---------------------------------------------------------------------------------------------- lora
+
+
+LORA_SETTINGS = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"}  # ours: PEFT's
 
 
 def lora_names(config: LLaMAConfig, arguments: dict) -> dict[str, str]:
@@ -246,37 +242,29 @@ def lora_names(config: LLaMAConfig, arguments: dict) -> dict[str, str]:
 
 def lora_to_peft(config: LLaMAConfig, arguments: dict, tensors: Tensors) -> tuple[dict, Tensors]:
     names = lora_names(config, arguments)
-    settings = {
-        "r": arguments["r"],
-        "lora_alpha": arguments["alpha"],
-        "lora_dropout": arguments["dropout"],
-        "use_rslora": arguments.get("rslora", False),
-        "target_modules": sorted({name.split(".")[-3] for name in names.values()}),
-        "bias": "none",
-    }
+    settings = {theirs: arguments[ours] for ours, theirs in LORA_SETTINGS.items()}
+    settings |= {"target_modules": sorted({name.split(".")[-3] for name in names.values()}), "bias": "none"}
     if arguments.get("start_layer"):  # PEFT would add pairs to all blocks
         settings["layers_to_transform"] = list(range(arguments["start_layer"], config.n_layer))
     return settings, {names[name]: tensor for name, tensor in tensors.items()}
 
 
-def lora_from_peft(config: LLaMAConfig, settings: dict, tensors: Tensors) -> tuple[dict, Tensors]:
-    arguments = dict(r=settings["r"], alpha=settings["lora_alpha"], dropout=settings.get("lora_dropout", 0.0))
-    arguments |= dict(targets=list(TARGETS), rslora=bool(settings.get("use_rslora")))
+def lora_from_peft(config: LLaMAConfig, settings: dict, tensors: Tensors) -> dict:
+    settings = {"lora_dropout": 0.0, "use_rslora": False, **settings}  # early versions of PEFT lack them
+    arguments = {ours: settings[theirs] for ours, theirs in LORA_SETTINGS.items()} | {"targets": list(TARGETS)}
     if (layers := settings.get("layers_to_transform")) not in (None, []):
         layers = [layers] if isinstance(layers, int) else sorted(layers)
         arguments["start_layer"] = config.n_layer - len(layers)
         if layers != list(range(arguments["start_layer"], config.n_layer)):
             raise UserError(f"layers_to_transform {layers}: LoRA here is in the top blocks, without a gap")
-    ours = {theirs: name for name, theirs in lora_names(config, arguments).items()}
-    if foreign := sorted(set(tensors) - set(ours)):
-        modules = sorted({name.split(".")[-3] for name in ours})
-        raise UserError(f"{foreign[0]} has no place over {config.name}: LoRA here can change {', '.join(modules)}")
-    renamed = {ours[name]: tensor for name, tensor in tensors.items()}
-    arguments["targets"] = [target for target in TARGETS if any(f".lora.{target}." in name for name in renamed)]
-    return arguments, renamed
+    names = {theirs: ours for ours, theirs in lora_names(config, arguments).items() if theirs in tensors}
+    arguments["targets"] = [target for target in TARGETS if any(f".lora.{target}." in ours for ours in names.values())]
+    tensors |= {ours: tensors.pop(theirs) for theirs, ours in names.items()}
+    return arguments
 
 
-KINDS = {  # by method: PEFT's type, and how settings and tensors are converted
+# By method: PEFT's type; what makes PEFT's settings and tensors; what renames PEFT's tensors and returns the arguments.
+KINDS = {
     "adapter": ("ADAPTION_PROMPT", adapter_to_peft, adapter_from_peft),
     "prefix": ("PREFIX_TUNING", prefix_to_peft, prefix_from_peft),
     "soft_prompt": ("PROMPT_TUNING", soft_prompt_to_peft, soft_prompt_from_peft),

@@ -42,15 +42,13 @@ def write_shards(
         shapes |= shapes_of(shard)
         total_bytes += sum(tensor.nbytes for tensor in shard.values())
         names.append(list(shard))
-    if len(names) == 1:
-        os.replace(folder / "part-0", folder / MODEL_FILE)
-        return shapes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, own in enumerate(names):
-        file = f"model-{i + 1:05d}-of-{len(names):05d}.safetensors"
+        file = f"model-{i + 1:05d}-of-{len(names):05d}.safetensors" if len(names) > 1 else MODEL_FILE
         os.replace(folder / f"part-{i}", folder / file)
-        weight_map.update(dict.fromkeys(own, file))
-    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+        weight_map |= dict.fromkeys(own, file)
+    if len(names) > 1:
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
     return shapes
 
 
