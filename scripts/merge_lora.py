@@ -24,7 +24,7 @@ from lit_llama.common.files import check_new, save_tensors, whole_folder, write_
 from lit_llama.data.prompts import trained_template, write_chat_template
 from lit_llama.formats.convert import DTYPES
 from lit_llama.formats.shards import save_checkpoint
-from lit_llama.generate.load import load_trained_folder, tokenizer_dir
+from lit_llama.generate.load import load_trained_folder
 from lit_llama.methods.adapter import AdapterAttention
 from lit_llama.methods.lora import target_layers
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -57,7 +57,7 @@ def main(
     config, weights = merge_lora(model) if method["method"] == "lora" else merge_scales(model)
     with whole_folder(out_dir) as folder:
         save_checkpoint(folder, config, ((name, weights[name].to(DTYPES[dtype])) for name in tensor_shapes(config)))
-        copy_tokenizer(tokenizer_dir(trained_dir, checkpoint_dir, method), folder)
+        copy_tokenizer(checkpoint_dir or Path(method["base"]["checkpoint_dir"]), folder)
         write_chat_template(folder, trained_template(method, Tokenizer(folder)))
         save_settings(folder)
     print(f"wrote {out_dir}")
