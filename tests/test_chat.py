@@ -10,7 +10,7 @@ from helpers import CASES, make_base, save_trained
 
 from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError
-from lit_llama.data.prompts import choose_template, encode_prompt, stop_ids
+from lit_llama.data.prompts import choose_template, stop_ids
 from lit_llama.generate.chat import MIN_CACHE_SIZE, Chat, converse
 from lit_llama.generate.decode import generate
 from lit_llama.settings import Sampling
@@ -64,9 +64,7 @@ def test_cached_turns_are_answered_as_a_fresh_prompt_is(base, trained_dirs, case
 def test_old_turns_are_not_read_again(chat, monkeypatch):
     counts, forward = [], chat.model.hidden_states  # how many tokens each pass reads
     monkeypatch.setattr(chat.model, "hidden_states", lambda idx, *a: (counts.append(idx.size(1)), forward(idx, *a))[1])
-    first, second = (
-        len(encode_prompt([{"role": "user", "content": text}], chat.template, chat.tokenizer)) for text in ("a", "bb")
-    )
+    first, second = (len(chat.encode([{"role": "user", "content": text}])) for text in ("a", "bb"))
     say(chat, "a")
     assert counts == [first] + [1] * (len(counts) - 1) and len(chat.turns[-1]["ids"]) > 1
     assert "\ufffd" in chat.turns[-1]["content"]  # encoding the text again would give other ids

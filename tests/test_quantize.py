@@ -155,8 +155,7 @@ def test_a_run_over_int8_says_so_and_is_loaded_over_int8(method, folder, tmp_pat
     assert quantization(load_trained_folder(out, quantize=None)[0]) == "int8"
     capsys.readouterr()
     load_trained_folder(out)
-    note = capsys.readouterr().err
-    assert "trained with --quantize int8, but its base is loaded with none: this works, but training" in note
+    assert "trained with --quantize int8, but its base is loaded with none: this works" in capsys.readouterr().err
     answer = ["generate/adapter.py", "--trained_dir", out, "--prompt", "add 1 and 1", "--max_new_tokens", 3]
     assert succeed(*answer) and succeed(*answer, "--quantize", "none")
     refuse(f"finetune/{method}.py", *flags, "--resume", "--quantize", "none", message="quantize was 'int8'")
@@ -167,4 +166,4 @@ def test_a_run_over_a_full_precision_base_says_so_where_it_is_loaded_over_int8(f
     load_trained_folder(tmp_path / "out")
     assert capsys.readouterr().err == ""
     load_trained_folder(tmp_path / "out", quantize="int8")
-    assert "but its base is loaded with int8: this works, but training did not see" in capsys.readouterr().err
+    assert "trained with --quantize none, but its base is loaded with int8" in capsys.readouterr().err

@@ -150,10 +150,9 @@ def add_trained(model: LLaMA, trained_dir: Path | str, method: dict) -> None:
     check_header(method, load_parameters(model, tensors_path)[1], path)
     before, now = method["quantize"], quantization(model)
     if now != before:
-        why = f"did not see the errors of {now}" if before == "none" else f"compensated for the errors of {before}"
         log_rank0(
             f"note: {trained_dir} was trained with --quantize {before}, but its base is loaded with {now}: "
-            f"this works, but training {why}"
+            "this works, but training saw other rounding errors"
         )
 
 
