@@ -53,9 +53,9 @@ class LLaMAConfig:
             raise ValueError(f"rope_scaling needs exactly {sorted(LLAMA_31_SCALING)}, got {self.rope_scaling}")
 
     @classmethod
-    def from_name(cls, name: str, **changes) -> LLaMAConfig:
-        """The config of a released model (lit_llama/configs.py), with ``changes`` to single fields."""
-        return cls(**{"name": name, **CONFIGS[name], **changes})
+    def from_name(cls, name: str) -> LLaMAConfig:
+        """The config of a released model (lit_llama/configs.py)."""
+        return cls(name=name, **CONFIGS[name])
 
 
 class RMSNorm(nn.Module):
