@@ -7,13 +7,9 @@ The trained folder says which method, base and prompt style it needs.
 """
 
 from lit_llama import cli
-from lit_llama.common.errors import UserError
 from lit_llama.devices.launch import log_rank0
-from lit_llama.generate.classify import is_classifier
-from lit_llama.generate.load import launch_sharded, load_for_generation
-from lit_llama.generate.stream import stream_answer
+from lit_llama.generate.load import launch_sharded, load_for_generation, stream_answer
 from lit_llama.settings import Sampling
-from lit_llama.trained import read_method
 
 
 def main(
@@ -37,8 +33,6 @@ def main(
         devices: GPUs per node. With more than one, the base is sharded across them.
         quantize: Keep the base's weights in int8, or on CUDA in nf4, or none. Default: as in training; none if sharded.
     """
-    if is_classifier(read_method(trained_dir)):
-        raise UserError(f"{trained_dir} answers with a label, not with text: see generate/classify.py")
     fabric = launch_sharded(devices, num_nodes, quantize, compile)  # None for one device
     loaded = load_for_generation(
         trained_dir, checkpoint_dir, precision=precision, quantize=quantize, compile=compile, fabric=fabric

@@ -17,8 +17,8 @@ from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError
 from lit_llama.data.prompts import encode_prompt, stop_ids, trained_template
 from lit_llama.data.samples import read_rows
+from lit_llama.devices.inference import prepare_for_inference
 from lit_llama.devices.launch import base_dtype, default_device
-from lit_llama.devices.prepack import prepack
 from lit_llama.devices.quantize import quantize_base
 from lit_llama.generate.decode import generate_batch
 from lit_llama.generate.mixed import Mixer
@@ -44,7 +44,7 @@ def main(
     # Requests, and the one base that they need
     rows = read_requests(Path(requests))
     tasks = [Path(row["trained_dir"]) if "trained_dir" in row else None for row in rows]
-    folders = sorted({task for task in tasks if task is not None})
+    folders = sorted(set(tasks) - {None})
     if checkpoint_dir is None:
         bases = {read_method(folder)["base"]["checkpoint_dir"] for folder in folders} or {DEFAULT_BASE}
         if len(bases) > 1:
@@ -58,7 +58,7 @@ def main(
     quantize_base(model, quantize)
     mixer = Mixer(model)
     methods = {folder: mixer.add(folder, checkpoint_dir) for folder in folders}
-    prepack(model)
+    prepare_for_inference(model)
 
     # Prompts: each by the chat template of its folder
     tokenizer = Tokenizer(checkpoint_dir)

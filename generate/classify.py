@@ -10,7 +10,7 @@ from lit_llama import cli
 from lit_llama.common.errors import UserError
 from lit_llama.data.prompts import encode_prompt, trained_template
 from lit_llama.devices.launch import base_dtype, default_device
-from lit_llama.generate.classify import load_classifier
+from lit_llama.generate.load import load_classifier
 from lit_llama.tokenizer import Tokenizer
 
 

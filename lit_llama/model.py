@@ -53,11 +53,9 @@ class LLaMAConfig:
             raise ValueError(f"rope_scaling needs exactly {sorted(LLAMA_31_SCALING)}, got {self.rope_scaling}")
 
     @classmethod
-    def from_name(cls, name: str, **changes) -> LLaMAConfig:
-        """The config of a released model (lit_llama/configs.py), with ``changes`` to single fields."""
-        if name not in CONFIGS:
-            raise ValueError(f"unknown model {name!r}; known: {', '.join(CONFIGS)}")
-        return cls(**{"name": name, **CONFIGS[name], **changes})
+    def from_name(cls, name: str) -> LLaMAConfig:
+        """The config of a released model (lit_llama/configs.py)."""
+        return cls(name=name, **CONFIGS[name])
 
 
 class RMSNorm(nn.Module):
@@ -250,7 +248,9 @@ class LLaMA(nn.Module):
         With ``input_pos`` (T,): the tokens go into these slots of the KV cache, and each sees the slots up to its own.
         ``pad`` (B,) is the number of padding slots at the left of each row, which no token sees.
         """
-        self.check_length(idx.size(1) if texts is None else max(texts.lengths), input_pos)
+        longest = idx.size(1) if texts is None else max(texts.lengths)
+        if longest > self.context:
+            raise ValueError(f"{longest} tokens do not fit the context of {self.context}; shorten the input")
         mask: Any = None
         if texts is not None:  # training
             positions, mask = texts.positions, texts
@@ -279,12 +279,6 @@ class LLaMA(nn.Module):
     def max_text_tokens(self) -> int:
         """Tokens that fit after the ``virtual_ids``."""
         return self.context - len(self.virtual_ids)
-
-    def check_length(self, T: int, input_pos: Tensor | None) -> None:
-        if input_pos is None and T > self.context:
-            raise ValueError(f"{T} tokens do not fit the context of {self.context}; shorten the input")
-        if input_pos is not None and self.cache_size < T:
-            raise ValueError(f"{T} tokens do not fit a KV cache of {self.cache_size} slots; call set_kv_cache first")
 
     @property
     def cache_size(self) -> int:

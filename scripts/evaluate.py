@@ -28,8 +28,7 @@ from lit_llama.data.prompts import trained_template
 from lit_llama.data.samples import Sample, read_samples
 from lit_llama.data.task import can_be_asked, encode_samples, split_file, tokenize_labels
 from lit_llama.devices.launch import Bar, base_dtype, launch, print_rank0
-from lit_llama.generate.classify import is_classifier, load_classifier
-from lit_llama.generate.load import LoadedModel, load_for_generation
+from lit_llama.generate.load import LoadedModel, is_classifier, load_classifier, load_for_generation
 from lit_llama.model import LLaMA
 from lit_llama.settings import DEFAULT_BASE, MAX_COUNT, DataOptions, Hardware
 from lit_llama.tokenizer import Tokenizer

@@ -24,7 +24,7 @@ from lit_llama.common.files import save_tensors, whole_folder, write_json
 from lit_llama.data.prompts import trained_template, write_chat_template
 from lit_llama.formats.convert import DTYPES
 from lit_llama.formats.shards import save_checkpoint
-from lit_llama.generate.load import load_trained_folder, tokenizer_dir
+from lit_llama.generate.load import load_trained_folder
 from lit_llama.methods.lora import target_layers
 from lit_llama.methods.table import weightless
 from lit_llama.model import LLaMA, LLaMAConfig
@@ -56,7 +56,7 @@ def main(
         model, _ = load_trained_folder(trained_dir, checkpoint_dir)
         config, weights = merge_lora(model) if method["method"] == "lora" else merge_scales(model)
         save_checkpoint(folder, config, ((name, weights[name].to(DTYPES[dtype])) for name in tensor_shapes(config)))
-        copy_tokenizer(tokenizer_dir(trained_dir, checkpoint_dir, method), folder)
+        copy_tokenizer(checkpoint_dir or Path(method["base"]["checkpoint_dir"]), folder)
         write_chat_template(folder, trained_template(method, Tokenizer(folder)))
         save_settings(folder)
     print(f"wrote {out_dir}")

@@ -95,17 +95,15 @@ def test_three_steps_change_every_trained_tensor_and_nothing_of_the_frozen_base(
 
 @every_case
 def test_gradients_by_finite_differences(case):
-    model = tuned(case).double().eval()
-    ids, targets = tokens(1, 5), tokens(1, 5).roll(-1, 1)
-    target_loss(model, to_samples(ids, targets)).backward()
+    model, samples = tuned(case).double().eval(), to_samples(tokens(1, 5), tokens(1, 5).roll(-1, 1))
+    target_loss(model, samples).backward()
     generator = torch.Generator().manual_seed(5)
     for name, tensor in trainable_parameters(model).items():
-        direction = torch.randn(tensor.shape, generator=generator, dtype=torch.double)
-        losses = []
+        direction, losses = torch.randn(tensor.shape, generator=generator, dtype=torch.double), []
         with torch.no_grad():
             for step in (1e-6, -2e-6):
                 tensor += step * direction
-                losses.append(target_loss(model, to_samples(ids, targets)).item())
+                losses.append(target_loss(model, samples).item())
             tensor += 1e-6 * direction
         slope = (losses[0] - losses[1]) / 2e-6
         assert slope == pytest.approx((tensor.grad * direction).sum().item(), rel=1e-4, abs=1e-6), name
@@ -248,20 +246,14 @@ def causal_attention(q, k, v, before: int = 0) -> torch.Tensor:
 
 
 def naive_adapter(attn: AdapterAttention, x, cos, sin, gate) -> torch.Tensor:
-    """The paper's formula for one text x (T, C), one head at a time."""
-
-    def heads(y):  # q, k and v, each (heads, T, hs)
-        parts = (y @ attn.c_attn.weight.T).split([attn.n_head * hs, attn.n_kv_head * hs, attn.n_kv_head * hs], 1)
-        return [part.unflatten(1, (-1, hs)).transpose(0, 1) for part in parts]
-
-    hs, out = attn.head_size, []
-    (q, k, v), (_, prompt_k, prompt_v) = heads(x), heads(attn.adapter_wte.weight)  # the prompt's are not rotated
-    q, k = apply_rope(q[None], cos, sin)[0], apply_rope(k[None], cos, sin)[0]
+    """The paper's formula for one text x (1, T, C), one head at a time."""
+    (q, k, v), (_, prompt_k, prompt_v) = attn.qkv(x), attn.qkv(attn.adapter_wte.weight[None])
+    q, k, out = apply_rope(q, cos, sin), apply_rope(k, cos, sin), []  # the prompt's keys are not rotated
     for h in range(attn.n_head):
         g = h // (attn.n_head // attn.n_kv_head)  # the key/value head that this query head uses
-        prompt = (q[h] @ prompt_k[g].T / math.sqrt(hs)).softmax(-1) @ prompt_v[g]
-        out.append(causal_attention(q[h], k[g], v[g]) + gate[h] * prompt)
-    return torch.cat(out, 1) @ attn.c_proj.weight.T
+        prompt = (q[0, h] @ prompt_k[0, g].T / math.sqrt(attn.head_size)).softmax(-1) @ prompt_v[0, g]
+        out.append(causal_attention(q[0, h], k[0, g], v[0, g]) + gate[h] * prompt)
+    return attn.c_proj(torch.cat(out, 1)[None])
 
 
 @pytest.mark.parametrize(
@@ -277,7 +269,7 @@ def test_adapter_is_the_papers_formula(changes, arguments):
     gate = attn.gating_factor.flatten()
     gate = gate.tanh() if "gate_activation" in arguments else gate
     with torch.no_grad():
-        expected = naive_adapter(attn, x[0], cos, sin, gate.expand(attn.n_head))[None]
+        expected = naive_adapter(attn, x, cos, sin, gate.expand(attn.n_head))
         close(attn(x, cos, sin), expected)
         attn.gating_factor.zero_()
         assert (attn(x, cos, sin) - expected).abs().max() > 0.05  # the prompt was really in it

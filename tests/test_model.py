@@ -59,11 +59,6 @@ def test_parameter_counts_of_the_released_models():
         assert sum(p.numel() for p in model.parameters()) == count, name
 
 
-def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match="8B.*smollm2-135m"):
-        LLaMAConfig.from_name("9B")
-
-
 @pytest.mark.parametrize(
     ("field", "values", "message"),
     [
@@ -119,5 +114,3 @@ def test_too_long_inputs_are_refused_with_the_numbers():
         model(torch.zeros(1, 65, dtype=torch.long))
     with pytest.raises(ValueError, match="max_seq_length 65"):
         model.set_kv_cache(1, 65)
-    with pytest.raises(ValueError, match="KV cache of 0 slots"):
-        model(torch.zeros(1, 3, dtype=torch.long), torch.arange(3))

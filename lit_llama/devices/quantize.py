@@ -99,7 +99,7 @@ def dequantized(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 def kernel_fits(x: Tensor, weight: Tensor) -> bool:
     """Whether PyTorch's int8 kernel for CPUs takes these shapes and is faster (it is slow in float32)."""
     few = 0 < x.numel() <= FEW_ROWS * x.size(-1)
-    fast = x.device.type == "cpu" and x.dtype == torch.bfloat16 and hasattr(torch, "_weight_int8pack_mm")
+    fast = x.device.type == "cpu" and x.dtype == torch.bfloat16
     return few and fast and weight.size(0) % 32 == 0 and weight.size(1) % 32 == 0
 
 

@@ -22,11 +22,10 @@ from lit_llama.checkpoint import MODEL_FILE, load_model
 from lit_llama.common.errors import UserError
 from lit_llama.data.prompts import Message, encode_prompt, stop_ids, trained_template
 from lit_llama.devices.blocks import unwrap_blocks, wrap_blocks
-from lit_llama.devices.cuda_graphs import NextLogits
-from lit_llama.generate.classify import is_classifier
+from lit_llama.devices.inference import NextLogits
 from lit_llama.generate.decode import decode
-from lit_llama.generate.load import add_trained
-from lit_llama.generate.stream import stream_text
+from lit_llama.generate.load import add_trained, is_classifier, stream_text
+from lit_llama.methods.table import weightless
 from lit_llama.model import LLaMA
 from lit_llama.settings import Sampling
 from lit_llama.tokenizer import Tokenizer
@@ -163,20 +162,13 @@ class Chat:
             model = load_model(folder, self.base.dtype, device).requires_grad_(False)
         else:
             check_base(method["base"], self.checkpoint_dir, Path(folder) / METHOD_FILE)
-            model = same_weights(self.base)
+            model = weightless(self.base.config)  # shares the base's tensors: what is added to it leaves the base alone
+            model.load_state_dict(self.base.state_dict(), assign=True)
+            model.tie_weights()
             add_trained(model, folder, method)
         self.use(model, trained_template(method, self.tokenizer))
         milliseconds = 1000 * (time.perf_counter() - started)
         return f"{method['method']} over {method['base']['name']}, in {milliseconds:.0f} ms"
-
-
-def same_weights(base: LLaMA) -> LLaMA:
-    """Another model that shares the tensors of ``base``. What is added to it does not change the base."""
-    with torch.device("meta"):
-        model = LLaMA(base.config)
-    model.load_state_dict(base.state_dict(), assign=True)
-    model.tie_weights()
-    return model
 
 
 def converse(chat: Chat) -> None:

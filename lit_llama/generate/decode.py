@@ -39,8 +39,7 @@ def check_length(model: LLaMA, prompt_tokens: int, max_new_tokens: int) -> None:
     if not 1 <= max_new_tokens <= left:
         raise UserError(
             f"a prompt of {prompt_tokens} tokens and max_new_tokens {max_new_tokens} do not fit the context of "
-            f"{model.max_text_tokens} tokens; shorten the prompt"
-            + (f" or choose max_new_tokens from 1 to {left}" if left > 0 else "")
+            f"{model.max_text_tokens} tokens; shorten the prompt or choose max_new_tokens from 1 to {max(1, left)}"
         )
 
 
@@ -86,7 +85,7 @@ def decode(
 ) -> Iterator[int]:
     """Continue ``ids``. The model's KV cache holds the first ``cached`` of them, and has room for the rest.
 
-    ``next_logits`` replaces the forward pass, idx (1, T) and cache slots (T,) -> (1, V): see devices/cuda_graphs.py.
+    ``next_logits`` replaces the forward pass, idx (1, T) and cache slots (T,) -> (1, V): see devices/inference.py.
     """
     device = model.transformer.wte.weight.device
     generator = generator or torch.Generator(device).manual_seed(sampling.seed)
@@ -156,18 +155,17 @@ def reply(
 
 @torch.inference_mode()
 def text_vectors(
-    model: LLaMA, texts: list[list[int]], max_tokens: int = 4096, tick: Callable[[int], object] = lambda count: None
+    model: LLaMA, texts: list[list[int]], tick: Callable[[int], object] = lambda count: None
 ) -> np.ndarray:
     """The vector after the final norm at each text's last token, (n, C) in float32. Texts are token ids.
 
-    Texts of similar length share a batch of at most ``max_tokens`` tokens with padding. ``tick`` gets the number of its
-    texts.
+    Texts of similar length share a batch of at most 4096 tokens with padding. ``tick`` gets the number of its texts.
     """
     vectors = np.empty((len(texts), model.config.n_embd), dtype=np.float32)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     while order:
         longest = len(texts[order[-1]])
-        rows = order[-max(1, max_tokens // longest) :]
+        rows = order[-max(1, 4096 // longest) :]
         del order[-len(rows) :]
         idx = torch.tensor([texts[i] + [0] * (longest - len(texts[i])) for i in rows])
         hidden = model.hidden_states(idx.to(model.transformer.wte.weight.device))  # causal: padding is never seen

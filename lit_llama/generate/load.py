@@ -1,24 +1,31 @@
-"""Load what answers a prompt: a base, or a trained folder over its base."""
+"""What answers a prompt: a base, or a trained folder over its base. How it is loaded, and how it prints its answer."""
 
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from lit_llama.checkpoint import MODEL_FILE, load_model
 from lit_llama.common.errors import UserError
-from lit_llama.data.prompts import trained_template
-from lit_llama.devices.blocks import shard
-from lit_llama.devices.launch import base_dtype, check_launcher, default_device, launch, log_rank0
-from lit_llama.devices.prepack import prepare_for_inference
+from lit_llama.common.files import read_tensors
+from lit_llama.data.prompts import encode_prompt, stop_ids, trained_template
+from lit_llama.devices.blocks import keep_in_step, shard
+from lit_llama.devices.inference import NextLogits, prepare_for_inference
+from lit_llama.devices.launch import base_dtype, check_launcher, default_device, launch, log_rank0, print_rank0, rank
 from lit_llama.devices.quantize import quantization, quantize_base
+from lit_llama.generate.decode import generate, label_probabilities, text_vectors
+from lit_llama.methods.features import probabilities
 from lit_llama.methods.table import METHODS, weightless
 from lit_llama.model import LLaMA
-from lit_llama.settings import DEFAULT_BASE, Hardware
+from lit_llama.settings import DEFAULT_BASE, Hardware, Sampling
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.trained import (
     METHOD_FILE,
@@ -46,12 +53,6 @@ class LoadedModel:
     tokenizer: Tokenizer
     chat_template: str
     max_seq_length: int | None  # tokens of a training sample, None for a base
-
-
-def tokenizer_dir(trained_dir: Path | str, checkpoint_dir: Path | str | None, method: dict) -> Path:
-    """The folder of the tokenizer: the base, or the trained folder itself if it holds a whole model."""
-    whole = (Path(trained_dir) / MODEL_FILE).exists()
-    return Path(trained_dir if whole else checkpoint_dir or method["base"]["checkpoint_dir"])
 
 
 def launch_sharded(devices: int, num_nodes: int, quantize: str | None, compile: bool) -> Fabric | None:
@@ -84,8 +85,11 @@ def load_for_generation(
     if fabric:  # the base stays in its file, memory-mapped: ``shard`` casts and moves it block by block
         load_dtype, device, quantize = None, torch.device("cpu"), "none"
     if trained_dir:
+        if is_classifier(read_method(trained_dir)):
+            raise UserError(f"{trained_dir} answers with a label, not with text: see generate/classify.py")
         model, method = load_trained_folder(trained_dir, checkpoint_dir, load_dtype, device, quantize)
-        tokenizer = Tokenizer(tokenizer_dir(trained_dir, checkpoint_dir, method))
+        whole = (Path(trained_dir) / MODEL_FILE).exists()
+        tokenizer = Tokenizer(trained_dir if whole else checkpoint_dir or method["base"]["checkpoint_dir"])
         name = f"{method['method']} over {method['base']['name']}"
     else:
         folder = Path(checkpoint_dir or DEFAULT_BASE)
@@ -124,14 +128,13 @@ def load_trained_folder(
 
 
 def add_trained(model: LLaMA, trained_dir: Path | str, method: dict) -> None:
-    """Freeze ``model``, a base, and add what a trained folder with this method.json holds.
+    """Add to ``model``, a frozen base, what a trained folder with this method.json holds.
 
     After a UserError the model may be half changed: discard it.
     """
     path, tensors_path = Path(trained_dir) / METHOD_FILE, Path(trained_dir) / TRAINED_FILE
     if method["method"] not in METHODS:
         raise UserError(f"{path} names the method {method['method']!r}, not one of {', '.join(METHODS)}")
-    model.requires_grad_(False)
     try:
         on_meta = weightless(model.config, method["method"], **method["arguments"])  # a false size allocates nothing
     except Exception as error:  # arguments that no script wrote may raise anything
@@ -146,8 +149,71 @@ def add_trained(model: LLaMA, trained_dir: Path | str, method: dict) -> None:
     check_header(method, load_parameters(model, tensors_path)[1], path)
     before, now = method["quantize"], quantization(model)
     if now != before:
-        why = f"did not see the errors of {now}" if before == "none" else f"compensated for the errors of {before}"
         log_rank0(
             f"note: {trained_dir} was trained with --quantize {before}, but its base is loaded with {now}: "
-            f"this works, but training {why}"
+            "this works, but training saw other rounding errors"
         )
+
+
+def is_classifier(method: dict) -> bool:
+    """Whether a trained folder with this method.json answers with a label: features, or a classifier as head."""
+    return method["arguments"].get("labels") is not None
+
+
+def load_classifier(
+    trained_dir: str, checkpoint_dir: str | None, dtype: torch.dtype, device: torch.device
+) -> tuple[Callable[[list[list[int]]], np.ndarray], dict]:
+    """A function from prompts as ids to the probability of each label, (n, labels), and the folder's method.json.
+
+    Raises UserError if the folder answers with text.
+    """
+    method = read_method(trained_dir)
+    if not is_classifier(method):
+        raise UserError(f"{trained_dir} holds {method['method']}, which answers with text: see generate/adapter.py")
+    if method["method"] != "features":
+        model, _ = load_trained_folder(trained_dir, checkpoint_dir, dtype, device, quantize=None)
+        return partial(label_probabilities, model), method
+    model = load_model(check_base(method["base"], checkpoint_dir, Path(trained_dir) / METHOD_FILE), dtype, device)
+    tensors, _ = read_tensors(Path(trained_dir) / TRAINED_FILE)
+    if "weight" not in tensors:
+        raise UserError(f"{trained_dir} holds a random forest of an earlier version; train again")
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    return lambda prompts: probabilities(arrays, text_vectors(model, prompts)), method
+
+
+def stream_text(tokenizer: Tokenizer, ids: Iterator[int], seen: list[int]) -> Iterator[str]:
+    """The text in parts as ids arrive, which are appended to ``seen``.
+
+    A character whose bytes span several tokens waits for the last of them.
+    """
+    shown = ""
+    for token in ids:
+        seen.append(token)
+        text = tokenizer.decode(seen)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    text = tokenizer.decode(seen)
+    if text != shown:
+        yield text[len(shown) :]
+
+
+def stream_answer(
+    loaded: LoadedModel, prompt: str, input: str, max_new_tokens: int, sampling: Sampling, fabric: Fabric | None
+) -> None:
+    """Print the answer to one prompt as its tokens arrive, and tokens/s on stderr.
+
+    With ``fabric``, all ranks compute the answer of a sharded model, and rank 0 prints it.
+    """
+    model, tokenizer, template = loaded.model, loaded.tokenizer, loaded.chat_template
+    ids = encode_prompt([{"role": "user", "content": prompt, "input": input}], template, tokenizer)
+    tokens = generate(model, ids, max_new_tokens, stop_ids(template, tokenizer), sampling, NextLogits(model))
+    answer: list[int] = []
+    started = time.perf_counter()
+    with keep_in_step(fabric, model):  # different devices may round differently and end their answers at other tokens
+        for text in stream_text(tokenizer, tokens, answer):
+            if rank() == 0:
+                print(text, end="", flush=True)
+    seconds = time.perf_counter() - started
+    print_rank0()
+    log_rank0(f"{len(answer)} tokens in {seconds:.1f} s, {len(answer) / seconds:.1f} tokens/s")

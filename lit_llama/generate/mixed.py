@@ -79,7 +79,7 @@ class Mixer:
         A second base is loaded on the CPU for this, in int8 if the model is, and then freed. The CPU has no nf4: over
         an nf4 base, an adapter's keys and values are those of the full-precision base.
         """
-        folder, wte = Path(folder), self.model.transformer.wte
+        wte = self.model.transformer.wte
         dtype, device = wte.weight.dtype, wte.weight.device
         kind = "int8" if quantization(self.model) == "int8" else "none"
         trained, method = load_trained_folder(folder, checkpoint_dir, dtype, "cpu", kind)

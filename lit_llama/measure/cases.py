@@ -24,10 +24,9 @@ from lit_llama.common.errors import UserError
 from lit_llama.configs import CONFIGS
 from lit_llama.data.batches import IGNORE, TokenizedSample, micro_batches
 from lit_llama.devices.blocks import wrap_blocks
-from lit_llama.devices.cuda_graphs import NextLogits
+from lit_llama.devices.inference import NextLogits, prepare_for_inference
 from lit_llama.devices.launch import PRECISIONS, default_device
 from lit_llama.devices.memory import peak_memory
-from lit_llama.devices.prepack import prepare_for_inference
 from lit_llama.devices.quantize import quantize_base
 from lit_llama.formats.export import llama_config
 from lit_llama.generate.decode import generate

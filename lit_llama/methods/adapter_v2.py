@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lit_llama.methods.adapter import add_adapter
 from lit_llama.methods.full import unfreeze
-from lit_llama.model import LLaMA
+from lit_llama.model import LLaMA, RMSNorm
 
 
 class ScaleBias(nn.Module):
@@ -37,15 +37,9 @@ def apply_scale_bias(layer: nn.Linear, args: tuple, output: Tensor) -> Tensor:
 def add_adapter_v2(model: LLaMA, prompt_length: int = 10, start_layer: int = 2, scale_head: bool = True) -> None:
     """Add LLaMA-Adapter, a scale and a bias to every linear layer (the head's by ``scale_head``); unfreeze norms."""
     add_adapter(model, prompt_length, start_layer)
-    layers = [
-        layer
-        for block in model.transformer.h
-        for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc1, block.mlp.c_fc2, block.mlp.c_proj)
-    ]
-    for layer in layers + [model.lm_head] * scale_head:
-        layer.scale_bias = ScaleBias(layer.out_features, layer.weight.device)
-        layer.register_forward_hook(apply_scale_bias)
-    for block in model.transformer.h:
-        unfreeze(block.rms_1)
-        unfreeze(block.rms_2)
-    unfreeze(model.transformer.ln_f)
+    for layer in list(model.modules()):
+        if isinstance(layer, nn.Linear) and (scale_head or layer is not model.lm_head):
+            layer.scale_bias = ScaleBias(layer.out_features, layer.weight.device)
+            layer.register_forward_hook(apply_scale_bias)
+        if isinstance(layer, RMSNorm):
+            unfreeze(layer)

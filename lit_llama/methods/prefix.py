@@ -27,8 +27,6 @@ from lit_llama.attention import Texts, attention, insert_prefix
 from lit_llama.common.errors import check_range
 from lit_llama.model import CausalSelfAttention, LLaMA
 
-INIT_STD = 0.02
-
 
 class PrefixAttention(CausalSelfAttention):
     def __init__(self, attn: CausalSelfAttention, prefix: Tensor) -> None:
@@ -84,7 +82,7 @@ def add_prefix(model: LLaMA, prompt_length: int = 10, mlp_size: int = 0) -> None
     shape = (2, config.n_kv_head, prompt_length, config.head_size)
     for block in model.transformer.h:
         prefix = torch.zeros(shape, device=device, dtype=torch.float32)
-        prefix.normal_(std=INIT_STD)
+        prefix.normal_(std=0.02)
         block.attn = PrefixAttention(block.attn, prefix if mlp_size else nn.Parameter(prefix))
     if mlp_size:
         model.reparametrization = mlp = PrefixMLP(model, prompt_length, mlp_size, device)
