@@ -21,8 +21,8 @@ from lit_llama.devices.launch import let_rank0_report, log_rank0, rank
 from lit_llama.settings import DEFAULT_BASE, FLAT, ROOT, SHARED_FLAGS
 
 
-def run(main: Callable, positional: str = "") -> None:
-    """Call ``main`` with the command line's flags. Arguments before the first flag are the list ``positional``.
+def run(main: Callable) -> None:
+    """Call ``main`` with the command line's flags.
 
     A UserError, a file that cannot be read or written, or too little memory ends the program with one line and exit
     code 2; Ctrl-C ends it with 130. If several processes fail, one reports it.
@@ -33,7 +33,7 @@ def run(main: Callable, positional: str = "") -> None:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     warn_of_other_clone(Path(main.__code__.co_filename))
     try:
-        parser = parser_of(main, positional)
+        parser = parser_of(main)
         config = parse(parser, sys.argv[1:])
         _settings = parser.dump(Namespace({k: v for k, v in vars(config).items() if k not in ONE_OFF}))
         arguments = vars(parser.instantiate(config))
@@ -94,18 +94,20 @@ class Parser(ArgumentParser):
         return self.parse_string(Path(path).read_text(encoding="utf-8"), str(path), *args, **kwargs)
 
 
-def parser_of(main: Callable, positional: str = "") -> ArgumentParser:
-    """A flag for each argument of ``main``. Its help is a line of the docstring's Args or of SHARED_FLAGS.
+def parser_of(main: Callable) -> ArgumentParser:
+    """A flag for each argument of ``main``; a list without a default stands in front, without a flag.
 
-    The default base is shown relative to the current folder, if it lies inside.
+    Help texts are lines of the docstring's Args or of SHARED_FLAGS. The default base is shown relative to the current
+    folder, if it lies inside.
     """
     # argparse itself would print a screenful of usage before an error
     parser = Parser(description=(inspect.getdoc(main) or "").split("\n")[0], exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="A YAML file with flags, such as a run's config.yaml.")
-    if positional:
-        parser.add_argument(positional, type=str, nargs="+")
-    flat = flat_arguments(main)
-    parser.add_function_arguments(main, as_group=False, skip={positional, *flat})
+    parameters, flat = inspect.signature(main).parameters.values(), flat_arguments(main)
+    lists = {one.name for one in parameters if one.annotation == list[str] and one.default is one.empty}
+    for name in lists:
+        parser.add_argument(name, type=str, nargs="+")
+    parser.add_function_arguments(main, as_group=False, skip={*lists, *flat})
     for kind in flat.values():
         parser.add_class_arguments(kind, as_group=False)
     for action in parser._actions:

@@ -33,4 +33,4 @@ def main(runs: list[str], out_file: str = "out/runs.png") -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, positional="runs")
+    cli.run(main)

@@ -26,7 +26,7 @@ def mistake(*args: str, script: str = "finetune/adapter.py") -> str:
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_flag_has_a_sentence(path):
-    flags = {action.option_strings[-1]: action.help for action in script_parser(path)._actions}
+    flags = {(action.option_strings or [action.dest])[-1]: action.help for action in script_parser(path)._actions}
     for flag in ("--help", "--config", "--print_config", "--train", "--sampling"):  # jsonargparse's, and groups
         flags.pop(flag, None)
     assert flags
