@@ -194,17 +194,22 @@ class Run:
         self.row["val_loss"] = val_loss
         if val_loss < self.best_loss:
             self.best_loss, self.best_step = val_loss, self.step + 1
-            if self.fabric.is_global_zero:
-                save_tensors(self.out_dir / self.trained_file, kept_tensors(model), self.header)
+            self.save_trained(model)
 
     def load_best(self, model: LLaMA) -> None:
-        """Load the best validated step into ``model``."""
+        """Load the best validated step into ``model``. If a script left the loop before any, the last step is kept."""
+        if not (self.out_dir / self.trained_file).exists():
+            self.save_trained(model)
         barrier(self.fabric, "finish the last step")
         if model.reparametrization is not None:
             model.reparametrization.flatten(model)
         load_parameters(model, self.out_dir / self.trained_file)
 
     # files
+
+    def save_trained(self, model: LLaMA) -> None:
+        if self.fabric.is_global_zero:
+            save_tensors(self.out_dir / self.trained_file, kept_tensors(model), self.header)
 
     def start(self, trained_parameters: int) -> None:
         """Lock the folder while this object lives, remove an earlier run unless it is resumed, and describe this one.
