@@ -90,6 +90,9 @@ def test_a_run_says_what_it_does_and_writes_its_files(folder):
     assert re.search(r"exact match before: [\d.]+ %\n.*exact match after: [\d.]+ %\n", printed)
     assert printed.count("expected  ") == 3
     assert f"python generate/adapter.py --trained_dir {out}" in printed
+    rows = metrics(out)
+    assert list(rows[0]) == ["step", "loss", "lr", "grad_norm", "tokens", "seconds", "val_loss"]
+    assert [(row["step"], bool(row["val_loss"])) for row in rows] == [(str(i), i % 2 == 0) for i in range(1, 5)]
     written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} - {"printed"}
     run = {".lock", "method.json", "metrics.csv", "config.yaml", "costs.json", "state/state.safetensors"}
     assert written == run | {"trained.safetensors"}
