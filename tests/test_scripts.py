@@ -226,39 +226,26 @@ def test_prompts_are_those_of_training_after_merge_export_and_import(tmp_path, s
     write_json(folder / "method.json", method)
     expected = [encode_prompt(talk, template, tokenizer) for talk in TALKS]
 
-    def check_ours(name: str) -> None:  # the folder says the template by itself
+    for command in (
+        "merge_lora.py --trained_dir trained --out_dir merged",
+        "export.py --to hf --checkpoint_dir merged --out_dir hf",
+        "convert.py --source hf --out_dir from_hf --dtype float32",
+        "export.py --to gguf --checkpoint_dir merged --out_file tiny.gguf --type q8_0",
+        "convert.py --source tiny.gguf --out_dir from_gguf",
+        "export.py --to hf --checkpoint_dir from_gguf --out_dir hf_again",
+        "export.py --to peft --trained_dir trained --out_dir peft",
+        "convert.py --source peft --out_dir ours --checkpoint_dir base",
+    ):
+        result = run(*f"scripts/{command}".split(), cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    for name in ("merged", "from_hf", "from_gguf"):  # the folder says the template by itself
         ours = Tokenizer(tmp_path / name)
         found = choose_template(None, ours)
         assert found == template and [encode_prompt(talk, found, ours) for talk in TALKS] == expected
         assert stop_ids(found, ours) == stop_ids(template, tokenizer)
-
-    def check_transformers(name: str) -> None:
-        template = AutoTokenizer.from_pretrained(tmp_path / name).apply_chat_template
-        assert [template(talk, add_generation_prompt=True, return_dict=False) for talk in TALKS] == expected
-
-    def export(to: str, source: str, out: str, *flags: object) -> None:
-        where = ["--trained_dir" if to == "peft" else "--checkpoint_dir", tmp_path / source]
-        where += ["--out_file" if to == "gguf" else "--out_dir", tmp_path / out]
-        assert succeed("scripts/export.py", "--to", to, *where, *flags) == f"wrote {tmp_path / out}\n"
-
-    def convert(source: str, out: str, *flags: object) -> None:
-        where = ["--source", tmp_path / source, "--out_dir", tmp_path / out]
-        assert succeed("scripts/convert.py", *where, *flags).endswith(f"{out}\n")
-
-    succeed("scripts/merge_lora.py", "--trained_dir", folder, "--out_dir", tmp_path / "merged")
-    check_ours("merged")
-    export("hf", "merged", "hf")
-    check_transformers("hf")
-    convert("hf", "from_hf", "--dtype", "float32")
-    check_ours("from_hf")
-    export("gguf", "merged", "tiny.gguf", "--type", "q8_0")
-    convert("tiny.gguf", "from_gguf")
-    check_ours("from_gguf")
-    export("hf", "from_gguf", "hf_again")
-    check_transformers("hf_again")
-    export("peft", "trained", "peft")
-    check_transformers("peft")
-    convert("peft", "ours", "--checkpoint_dir", base)
+    for name in ("hf", "hf_again", "peft"):
+        apply = AutoTokenizer.from_pretrained(tmp_path / name).apply_chat_template
+        assert [apply(talk, add_generation_prompt=True, return_dict=False) for talk in TALKS] == expected
     imported = read_json(tmp_path / "ours/method.json")
     assert (imported["prompt_style"], imported["chat_template"]) == (style_of(template), template)
 
