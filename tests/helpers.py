@@ -194,11 +194,36 @@ def greedy(model: LLaMA, prompt: list[int], n: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-def train_steps(model: LLaMA, steps: int) -> list[float]:
+def saved_bytes(model: LLaMA, samples: list[TokenizedSample]) -> int:
+    """What a training step keeps for its backward pass, besides the weights."""
+    weights, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        assert target_loss(model.train(), samples).requires_grad
+    return sum(saved.values())
+
+
+def naive_attention(q, k, v, mask=None, is_causal=False) -> torch.Tensor:
+    k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
+    if is_causal:
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
+    scores = q @ k.transpose(2, 3) / q.size(3) ** 0.5
+    return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1) @ v
+
+
+def train_steps(model: LLaMA, steps: int, targets: torch.Tensor | None = None) -> list[float]:
+    """The losses; ``targets`` are the next tokens unless they are given."""
+    samples = to_samples(tokens(), tokens().roll(-1, 1) if targets is None else targets)
     optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=0.01)
     losses = []
     for _ in range(steps):
-        loss = target_loss(model, to_samples(tokens(), tokens().roll(-1, 1)))
+        loss = target_loss(model, samples)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

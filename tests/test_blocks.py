@@ -1,18 +1,16 @@
 """The two bodies of attention; blocks that are compiled or recomputed, also by the scripts: the same numbers."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import make_base, metrics, run, save_trained, sums, to_samples, tuned, write_rows
+from helpers import make_base, metrics, naive_attention, run, save_trained, sums, to_samples, tuned, write_rows
 
 from lit_llama.attention import Texts, attention, plain_attention
 from lit_llama.data.batches import IGNORE
-from lit_llama.devices.blocks import first_trained, unwrap_blocks, wrap_blocks
+from lit_llama.devices.blocks import unwrap_blocks, wrap_blocks
 from lit_llama.generate.decode import generate, generate_batch
 from lit_llama.model import LLaMA
 from lit_llama.train.loss import target_loss
@@ -31,37 +29,19 @@ def gradients(model: LLaMA, lengths: tuple[int, ...] = (11,)) -> list[torch.Tens
     return [loss.detach(), *torch.autograd.grad(loss, list(trainable_parameters(model).values()))]
 
 
-@contextmanager
-def wrapped(model: LLaMA, **options: bool) -> Iterator[None]:
-    wrap_blocks(model, **options)
-    yield
-    unwrap_blocks(model)
-
-
 def test_every_variant_of_a_block_is_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # what counts is how often
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     model = tuned("adapter")
-    with wrapped(model, compile=True):
-        for lengths in ((8, 12), (12,), (9, 7)):
-            gradients(model, lengths)
-        with torch.no_grad():
-            for rows in (1, 3):
-                ids = torch.arange(rows * 7).view(rows, 7)
-                for filled in (7, 4):
-                    targets = ids.clone()
-                    targets[-1, filled:] = IGNORE
-                    target_loss(model, to_samples(ids, targets, [7] * (rows - 1) + [filled]))
-        assert len(list(generate(model, [1, 2, 3], 4, stop=set()))) == 4
-        assert len(generate_batch(model, [[1, 2, 3], [4, 5]], 4, stop=set())) == 2
-
-
-def naive_attention(q, k, v, mask=None, is_causal=False):
-    k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
-    if is_causal:
-        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
-    scores = q @ k.transpose(2, 3) / q.size(3) ** 0.5
-    return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1) @ v
+    wrap_blocks(model, compile=True)
+    for lengths in ((8, 12), (12,), (9, 7)):
+        gradients(model, lengths)
+    with torch.no_grad():
+        for lengths in ([7], [4], [7, 7, 7], [7, 7, 4]):
+            ids = torch.arange(len(lengths) * 7).view(-1, 7)
+            target_loss(model, to_samples(ids, ids, lengths))
+    assert len(list(generate(model, [1, 2, 3], 4, stop=set()))) == 4
+    assert len(generate_batch(model, [[1, 2, 3], [4, 5]], 4, stop=set())) == 2
 
 
 @pytest.mark.parametrize(("n_head", "n_kv_head"), [(6, 6), (6, 2), (6, 1)])
@@ -99,33 +79,10 @@ def test_checkpointed_blocks_have_the_same_gradients(case):
     torch.manual_seed(5)
     plain = gradients(model)
     torch.manual_seed(5)
-    with wrapped(model, checkpointing=True):
-        recomputed = gradients(model)
+    wrap_blocks(model, checkpointing=True)
+    torch.testing.assert_close(gradients(model), plain)
+    unwrap_blocks(model)
     assert all("forward" not in vars(block) for block in model.transformer.h)
-    for one, other in zip(plain, recomputed, strict=True):
-        torch.testing.assert_close(one, other)
-
-
-def test_checkpointing_saves_memory_only_where_a_graph_is_built():
-    def kept_bytes(model: LLaMA) -> int:
-        count = 0
-
-        def pack(tensor):
-            nonlocal count
-            count += tensor.nbytes
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            ids = torch.arange(60).view(2, 30)
-            target_loss(model, to_samples(ids, ids.roll(-1, 1)))
-        return count
-
-    model = tuned("adapter", n_layer=4)
-    assert first_trained(model) == 1
-    plain = kept_bytes(model)
-    with wrapped(model, checkpointing=True):
-        assert sum("checkpoint" in repr(block.forward) for block in model.transformer.h) == 3
-        assert kept_bytes(model) < plain / 2
 
 
 @pytest.mark.parametrize("method", ["adapter", "lora"])
@@ -153,10 +110,8 @@ def test_compiled_blocks_have_the_same_gradients_for_all_lengths():
     for method in ("adapter", "lora"):
         model = tuned(method, dtype=torch.float64)
         plain = gradients(model, lengths)
-        with wrapped(model, compile=True):
-            compiled = gradients(model, lengths)
-        for one, other in zip(plain, compiled, strict=True):
-            torch.testing.assert_close(one, other)
+        wrap_blocks(model, compile=True)
+        torch.testing.assert_close(gradients(model, lengths), plain)
 
 
 def test_bfloat16_texts_are_padded_to_few_lengths_on_a_cpu_and_mean_the_same():

@@ -219,17 +219,12 @@ def test_a_new_method_needs_no_second_list(monkeypatch, tmp_path):
     assert [trial.trained for trial in trials] == [True, True, False]
 
 
-@pytest.fixture(scope="module")
-def run_dir(folder):
-    finetune(folder, folder / "out", logger="tensorboard")
-    return folder / "out"
-
-
-def test_tensorboard_shows_what_metrics_csv_holds(run_dir):
+def test_tensorboard_shows_what_metrics_csv_holds(folder, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(str(run_dir / "tensorboard"))
+    finetune(folder, tmp_path, logger="tensorboard")
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    rows = metrics(run_dir)
+    rows = metrics(tmp_path)
     assert {"loss", "lr", "val_loss", "grad_norm"} < set(rows[0])
     for column in set(rows[0]) - {"step"}:
         shown = {event.step: event.value for event in events.Scalars(column)}
@@ -247,14 +242,14 @@ def test_a_logger_that_is_missing_or_unknown(monkeypatch, tmp_path):
     assert launch.make_loggers(None, tmp_path) == []
 
 
-def test_runs_are_drawn_side_by_side(run_dir, tmp_path, monkeypatch):
+def test_runs_are_drawn_side_by_side(compared, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    run_dir = compared[0] / "lora"
     (tmp_path / "running").mkdir()  # no validation yet, and a line that is being written
     (tmp_path / "running/metrics.csv").write_text("step,loss,lr,tokens,seconds\n1,3.5,0.1,40,0.2\n2,0.5")
     printed = succeed("scripts/plot_runs.py", run_dir, tmp_path / "running", "--out_file", tmp_path / "new/runs.png")
     assert printed.strip() == f"wrote {tmp_path / 'new/runs.png'}"
     assert (tmp_path / "new/runs.png").read_bytes().startswith(b"\x89PNG")
-    succeed("scripts/plot_runs.py", run_dir, "--out_file", tmp_path / "one.svg")
-    refuse("scripts/plot_runs.py", run_dir.parent / "sums", message="sums: no step in a metrics.csv there")
+    refuse("scripts/plot_runs.py", tmp_path / "new", message="new: no step in a metrics.csv there")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it fails
     refuse("scripts/plot_runs.py", run_dir, "--out_file", tmp_path / "a.png", message=r'pip install -e "\.\[plot\]"')

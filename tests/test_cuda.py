@@ -25,6 +25,8 @@ SAMPLES = [TokenizedSample(list(range(2, n)), [-100] * (n // 2) + list(range(n /
 
 
 def adapted(method: str = "adapter", dtype: torch.dtype = torch.float32, quantize: str = "none"):
+    if quantize == "nf4":
+        pytest.importorskip("bitsandbytes")
     sizes = dict(block_size=64, vocab_size=256, n_layer=4, n_head=4, n_kv_head=2, n_embd=128, head_size=32)
     torch.manual_seed(1)
     model = LLaMA(LLaMAConfig(**sizes, intermediate_size=192)).init_weights(0.1).to("cuda", dtype)
@@ -51,8 +53,6 @@ METHODS_THAT_ANSWER = ["adapter", "lora", "prefix", "soft_prompt", "houlsby", "a
     + [("adapter", torch.bfloat16, quantize) for quantize in ("none", "int8", "nf4")],
 )
 def test_answers_of_the_graph_are_those_of_single_launches(method, dtype, quantize):
-    if quantize == "nf4":
-        pytest.importorskip("bitsandbytes")
     model = adapted(method, dtype, quantize)
     step = NextLogits(model)
     assert list(generate(model, PROMPT, 24, set(), next_logits=step)) == list(generate(model, PROMPT, 24, set()))
@@ -99,8 +99,7 @@ def test_texts_in_one_kernel_are_those_taken_one_by_one(n_kv_head, prefix):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
         y = body(*inputs, texts)
         found.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(*found, atol=0.05, rtol=0.05)
 
 
 def test_blocks_compile_whole():
@@ -138,8 +137,6 @@ def test_compiled_blocks_agree(checkpointing):
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_quantized_blocks_compute_their_rounded_weights(kind):
-    if kind == "nf4":
-        pytest.importorskip("bitsandbytes")
     model = adapted(quantize=kind)
     assert count_parameters(model) == count_parameters(adapted())
     found = loss_and_gradients(model)

@@ -20,10 +20,10 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13]]
 def test_an_answer_ends_at_a_stop_token_alone_and_in_a_batch():
     model = tiny_model().eval()
     whole = [greedy(model, prompt, 12) for prompt in PROMPTS]
-    for stop in (set(), {whole[0][2], whole[1][1], whole[3][3]}):
-        expected = [row[: next((i for i, token in enumerate(row) if token in stop), 12)] for row in whole]
-        assert [list(generate(model, prompt, 12, stop)) for prompt in PROMPTS] == expected
-        assert generate_batch(model, PROMPTS, 12, stop) == expected
+    stop = {whole[0][2], whole[1][1], whole[3][3]}
+    expected = [row[: next((i for i, token in enumerate(row) if token in stop), 12)] for row in whole]
+    assert [list(generate(model, prompt, 12, stop)) for prompt in PROMPTS] == expected
+    assert generate_batch(model, PROMPTS, 12, stop) == expected
 
 
 def test_answers_to_samples_do_not_depend_on_the_batch_size_in_float32(tmp_path):
@@ -79,9 +79,8 @@ def test_the_whole_context_can_be_used_and_more_is_refused_before_the_first_toke
         list(generate(model, [1] * 60, 5, stop=set()))
 
 
-def test_streaming_waits_for_whole_characters(tmp_path):
-    tokenizer, text = Tokenizer(make_base(tmp_path / "base")), "aé→🙂b"
-    ids = tokenizer.encode(text)  # one for each byte
+def test_streaming_waits_for_whole_characters(tokenizer):
+    ids = tokenizer.encode("aé→🙂b")  # one for each byte
     assert list(stream_text(tokenizer, iter(ids), [])) == ["a", "é", "→", "🙂", "b"]
     assert list(stream_text(tokenizer, iter(ids[:-2]), [])) == ["a", "é", "→", "\ufffd"]
     assert list(stream_text(tokenizer, iter([]), [])) == []
@@ -99,8 +98,7 @@ FOLDERS = {
 }
 
 
-def test_a_batch_of_all_methods_answers_as_each_alone_and_holds_the_base_once(tmp_path):
-    base = make_base(tmp_path / "base")
+def test_a_batch_of_all_methods_answers_as_each_alone_and_holds_the_base_once(base, tmp_path):
     folders = [save_trained(base, tmp_path / name, method, **flags) for name, (method, flags) in FOLDERS.items()]
     tasks = [None, *folders, *folders[::-1], None]
     prompts = [[40 + (7 * i + j) % 90 for j in range(1 + (5 * i) % 9)] for i in range(len(tasks))]
@@ -123,8 +121,7 @@ def test_a_batch_of_all_methods_answers_as_each_alone_and_holds_the_base_once(tm
     assert all(after[name].data_ptr() == pointer for name, pointer in before.items())
 
 
-def test_methods_that_change_the_base_are_refused(tmp_path):
-    base = make_base(tmp_path / "base")
+def test_methods_that_change_the_base_are_refused(base, tmp_path):
     folder = save_trained(base, tmp_path / "houlsby", "houlsby", bottleneck_size=2)
     with pytest.raises(UserError, match="houlsby.*can mix adapter, prefix, soft_prompt, lora"):
         Mixer(load_model(base)).add(folder)

@@ -34,13 +34,11 @@ def test_two_nodes_are_two_devices(flags, tmp_path):
         assert float(one["val_loss"] or 0) == pytest.approx(float(two["val_loss"] or 0), abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [
-        dict(TORCHELASTIC_RUN_ID="1", WORLD_SIZE="16", LOCAL_WORLD_SIZE="8"),
-        dict(SLURM_NTASKS="16", SLURM_NTASKS_PER_NODE="8", SLURM_JOB_NAME="lora"),
-    ],
-)
+TORCHRUN = dict(TORCHELASTIC_RUN_ID="1", WORLD_SIZE="16", LOCAL_WORLD_SIZE="8")
+SRUN = dict(SLURM_NTASKS="16", SLURM_NTASKS_PER_NODE="8", SLURM_JOB_NAME="lora")
+
+
+@pytest.mark.parametrize("environment", [TORCHRUN, SRUN])
 def test_flags_that_are_not_the_launchers_are_refused(monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

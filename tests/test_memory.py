@@ -4,22 +4,22 @@ import re
 
 import pytest
 import torch
-from helpers import TINY, every_case, finetune, refuse, succeed, to_samples, tuned
+from helpers import TINY, every_case, finetune, refuse, saved_bytes, succeed, to_samples, tokens, tuned
 
 from lit_llama.common.errors import UserError
 from lit_llama.devices import memory
+from lit_llama.devices.blocks import wrap_blocks
 from lit_llama.devices.memory import free_memory, step_memory
 from lit_llama.methods.table import METHODS, weightless
 from lit_llama.model import LLaMA, LLaMAConfig
-from lit_llama.train.loss import target_loss
 from lit_llama.trained import trainable_parameters
 
 # Wide enough that matrices, not norms and gates, decide.
 CONFIG = {**TINY, "n_embd": 192, "n_head": 4, "n_kv_head": 4, "head_size": 48, "intermediate_size": 512, "n_layer": 4}
 
 
-def estimate(method: str, checkpointing=False, **arguments) -> dict[str, float]:
-    return step_memory(weightless(LLaMAConfig(**CONFIG), method, **arguments), "cpu", 128, 32, checkpointing)
+def estimate(method: str, checkpointing=False) -> dict[str, float]:
+    return step_memory(weightless(LLaMAConfig(**CONFIG), method), "cpu", 128, 32, checkpointing)
 
 
 @every_case
@@ -37,26 +37,19 @@ def test_weights_and_optimizer_are_counted(case):
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"output_layers"}))  # it keeps almost nothing
 def test_activations_are_those_that_a_real_model_saves(method):
-    model, saved = LLaMA(LLaMAConfig(**CONFIG)).init_weights().requires_grad_(False), {}
+    model = LLaMA(LLaMAConfig(**CONFIG)).init_weights().requires_grad_(False)
     METHODS[method](model)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    ids = torch.randint(0, TINY["vocab_size"], (4, 32))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = target_loss(model.train(), to_samples(ids, ids))
-    assert loss.requires_grad and estimate(method)["activations"] == pytest.approx(sum(saved.values()), rel=0.2)
+    found = saved_bytes(model, to_samples(tokens(4, 32), tokens(4, 32)))
+    assert estimate(method)["activations"] == pytest.approx(found, rel=0.2)
 
 
-def test_blocks_below_the_first_trainable_one_save_nothing():
-    of_all, of_half = (estimate("adapter", start_layer=start)["activations"] for start in (0, 2))
-    assert of_half == of_all / 2
+def test_checkpointing_saves_memory_only_where_a_graph_is_built():
     assert estimate("lora", checkpointing=True)["activations"] < estimate("lora")["activations"] / 2
+    model, samples = tuned("adapter", n_layer=4), to_samples(tokens(2, 30), tokens(2, 30))
+    plain = saved_bytes(model, samples)
+    wrap_blocks(model, checkpointing=True)
+    assert ["checkpoint" in repr(block.forward) for block in model.transformer.h] == [False, True, True, True]
+    assert saved_bytes(model, samples) < plain / 2
 
 
 def frozen_weights(*flags: object) -> float:

@@ -14,6 +14,7 @@ from helpers import (
     every_case,
     greedy,
     logits_of,
+    naive_attention,
     shake,
     tiny_model,
     to_samples,
@@ -26,7 +27,7 @@ from lit_llama.common.errors import UserError
 from lit_llama.data.batches import IGNORE
 from lit_llama.generate.decode import generate, generate_batch, label_probabilities, text_vectors
 from lit_llama.methods import prefix, soft_prompt
-from lit_llama.methods.adapter import AdapterAttention, start_from_text
+from lit_llama.methods.adapter import start_from_text
 from lit_llama.methods.lora import TARGETS, target_layers
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig, apply_rope
@@ -49,8 +50,6 @@ def close(ours: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -
 @pytest.mark.parametrize(
     ("name", "method", "arguments", "expected"),
     [
-        ("7B", "full", dict(), 6_738_415_616),
-        ("7B", "output_layers", dict(n_blocks=0), 131_072_000 + 4_096),
         ("7B", "output_layers", dict(n_blocks=2), 131_072_000 + 4_096 + 404_766_720),
         ("7B", "soft_prompt", dict(prompt_length=20), 81_920),
         ("7B", "prefix", dict(prompt_length=10), 2_621_440),
@@ -121,8 +120,7 @@ def test_padding_is_not_computed_and_changes_nothing(case):
     for told in (None, lengths):
         loss = target_loss(model, to_samples(ids, targets, told))
         found.append([loss, *torch.autograd.grad(loss, list(trainable_parameters(model).values()))])
-    for padded, packed in zip(*found, strict=True):
-        torch.testing.assert_close(packed, padded)
+    torch.testing.assert_close(found[1], found[0])
     virtual = 3 * len(model.virtual_ids)
     assert seen == [33 + virtual, 22 + virtual]
 
@@ -137,11 +135,10 @@ def test_cached_decoding_equals_uncached(case, kind, changes):
 def test_answers_are_the_argmax_of_the_full_forward_before_and_after_training(case):
     model, prompts = tuned(case), [[5, 7, 9, 4, 4, 2], [3], [8, 1, 6]]
     for _ in range(2):
-        expected = [greedy(model.eval(), prompt, 5) for prompt in prompts]
-        assert [list(generate(model, prompt, 5, stop=set())) for prompt in prompts] == expected
-        assert generate_batch(model, prompts, 5, stop=set()) == expected
-        loss = target_loss(model, to_samples(tokens(), tokens().roll(-1, 1)))
-        loss.backward()  # generation leaves no inference tensors
+        answers = [list(generate(model.eval(), prompt, 5, stop=set())) for prompt in prompts]
+        target_loss(model, to_samples(tokens(1, 9), tokens(1, 9))).backward()  # generation leaves no inference tensors
+        expected = [greedy(model, prompt, 5) for prompt in prompts]
+        assert answers == generate_batch(model, prompts, 5, stop=set()) == expected
         assert all(tensor.grad.abs().sum() > 0 for tensor in trainable_parameters(model).values())
         shake(model)
 
@@ -155,21 +152,10 @@ def test_trained_tensors_are_float32_over_a_bfloat16_base(case):
     assert train_steps(model, steps=1)[0] > 0
 
 
-@pytest.mark.parametrize(("case", "changed"), [("output_layers", [2]), ("adapter", [1, 2])])
-def test_blocks_below_the_first_changed_one_build_no_graph(case, changed):
-    seen, model = [], tuned(case)
-    for block in model.transformer.h:
-        block.register_forward_hook(lambda _, __, output: seen.append(output.requires_grad))
-    model(tokens())
-    assert seen == [i in changed for i in range(3)]
-
-
 BOUNDS = [  # the least and the most for a tiny model with 3 layers, a width of 48 and a context of 64
     ("adapter", "prompt_length", 1, 64),
     ("adapter", "start_layer", 0, 2),
     ("adapter", "gate_init", -100, 100),
-    ("adapter_v2", "prompt_length", 1, 64),
-    ("adapter_v2", "start_layer", 0, 2),
     ("houlsby", "bottleneck_size", 1, 192),
     ("lora", "r", 1, 48),
     ("lora", "alpha", 0.001, 10_000),
@@ -239,21 +225,9 @@ def test_a_prefix_that_starts_from_a_text_is_that_text():
     assert all(block.attn.prefix.requires_grad for block in model.transformer.h)
 
 
-def causal_attention(q, k, v, before: int = 0) -> torch.Tensor:
-    """One head, (T, hs), one query at a time: each sees ``before`` keys more than its own position."""
-    ends, scale = [before + t + 1 for t in range(len(q))], 1 / math.sqrt(q.size(-1))
-    return torch.stack([(scale * k[:end] @ q[t]).softmax(0) @ v[:end] for t, end in enumerate(ends)])
-
-
-def naive_adapter(attn: AdapterAttention, x, cos, sin, gate) -> torch.Tensor:
-    """The paper's formula for one text x (1, T, C), one head at a time."""
-    (q, k, v), (_, prompt_k, prompt_v) = attn.qkv(x), attn.qkv(attn.adapter_wte.weight[None])
-    q, k, out = apply_rope(q, cos, sin), apply_rope(k, cos, sin), []  # the prompt's keys are not rotated
-    for h in range(attn.n_head):
-        g = h // (attn.n_head // attn.n_kv_head)  # the key/value head that this query head uses
-        prompt = (q[0, h] @ prompt_k[0, g].T / math.sqrt(attn.head_size)).softmax(-1) @ prompt_v[0, g]
-        out.append(causal_attention(q[0, h], k[0, g], v[0, g]) + gate[h] * prompt)
-    return attn.c_proj(torch.cat(out, 1)[None])
+def rotated_qkv(attn: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> list[torch.Tensor]:
+    q, k, v = attn.qkv(x)
+    return [apply_rope(q, cos, sin), apply_rope(k, cos, sin), v]
 
 
 @pytest.mark.parametrize(
@@ -265,14 +239,16 @@ def test_adapter_is_the_papers_formula(changes, arguments):
     METHODS["adapter"](model, prompt_length=5, start_layer=1, **arguments)
     attn = model.transformer.h[1].attn
     torch.nn.init.normal_(attn.gating_factor)
-    x, (cos, sin) = torch.randn(1, 7, TINY["n_embd"]), model.rope(torch.arange(7))
-    gate = attn.gating_factor.flatten()
-    gate = gate.tanh() if "gate_activation" in arguments else gate
+    x, rope = torch.randn(1, 7, TINY["n_embd"]), model.rope(torch.arange(7))
+    gate = attn.gating_factor.tanh() if "gate_activation" in arguments else attn.gating_factor
     with torch.no_grad():
-        expected = naive_adapter(attn, x, cos, sin, gate.expand(attn.n_head))
-        close(attn(x, cos, sin), expected)
+        q, k, v = rotated_qkv(attn, x, *rope)
+        _, prompt_k, prompt_v = attn.qkv(attn.adapter_wte.weight[None])  # the prompt's keys are not rotated
+        y = naive_attention(q, k, v, is_causal=True) + gate * naive_attention(q, prompt_k, prompt_v)
+        expected = attn.c_proj(y.transpose(1, 2).flatten(2))
+        close(attn(x, *rope), expected)
         attn.gating_factor.zero_()
-        assert (attn(x, cos, sin) - expected).abs().max() > 0.05  # the prompt was really in it
+        assert (attn(x, *rope) - expected).abs().max() > 0.05  # the prompt was really in it
 
 
 # The other papers' formulas
@@ -314,26 +290,16 @@ def test_houlsby_is_the_papers_formula():
         close(model(tokens()), model.lm_head(model.transformer.ln_f(x)))
 
 
-class ScaledLinear(torch.nn.Module):
-    """LLaMA-Adapter V2's linear layer, written out."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.weight, self.scale, self.bias = layer.weight, layer.scale_bias.scale, layer.scale_bias.bias
-        self.in_features = layer.in_features
-
-    def forward(self, x):
-        return self.scale * (torch.einsum("...i,oi->...o", x, self.weight) + self.bias)
-
-
 def test_adapter_v2_scales_and_shifts_every_linear_layer_also_for_the_prompts():
     model = tuned("adapter_v2")
     expected = copy.deepcopy(model)
-    for block in expected.transformer.h:
-        for owner, names in ((block.attn, ("c_attn", "c_proj")), (block.mlp, ("c_fc1", "c_fc2", "c_proj"))):
-            for name in names:
-                setattr(owner, name, ScaledLinear(getattr(owner, name)))
-    expected.lm_head = ScaledLinear(expected.lm_head)
+
+    def formula(layer, args, _):
+        x, W, s, b = args[0], layer.weight, layer.scale_bias.scale, layer.scale_bias.bias
+        return s * (torch.einsum("...i,oi->...o", x, W) + b)
+
+    for layer in [layer for layer in expected.modules() if isinstance(layer, torch.nn.Linear)]:
+        layer.register_forward_hook(formula)  # in place of what the method returns
     with torch.no_grad():
         close(model(tokens()), expected(tokens()))
 
@@ -341,19 +307,14 @@ def test_adapter_v2_scales_and_shifts_every_linear_layer_also_for_the_prompts():
 @pytest.mark.parametrize("n_kv_head", [2, 6])
 def test_prefix_is_the_papers_formula(n_kv_head):
     model = tuned("prefix", n_kv_head=n_kv_head)
-    attn, x = model.transformer.h[1].attn, torch.randn(1, 7, TINY["n_embd"])
-    cos, sin = model.rope(torch.arange(7))
+    attn, x, rope = model.transformer.h[1].attn, torch.randn(1, 7, TINY["n_embd"]), model.rope(torch.arange(7))
     base_cos, base_sin = tiny_model(n_kv_head=n_kv_head).rope(torch.arange(11))
-    assert torch.equal(cos, base_cos[4:]) and torch.equal(sin, base_sin[4:])  # the text starts at position K
+    assert torch.equal(rope[0], base_cos[4:]) and torch.equal(rope[1], base_sin[4:])  # the text starts at position K
     with torch.no_grad():
-        q, k, v = attn.qkv(x)
-        q, k = apply_rope(q, cos, sin)[0], apply_rope(k, cos, sin)[0]
-        out = []
-        for h in range(attn.n_head):
-            g = h // (attn.n_head // n_kv_head)
-            keys, values = torch.cat((attn.prefix[0, g], k[g])), torch.cat((attn.prefix[1, g], v[0, g]))
-            out.append(causal_attention(q[h], keys, values, before=4))
-        close(attn(x, cos, sin)[0], attn.c_proj(torch.cat(out, 1)))
+        q, k, v = rotated_qkv(attn, x, *rope)
+        keys, values = (torch.cat((own[None], text), 2) for own, text in zip(attn.prefix, (k, v), strict=True))
+        y = naive_attention(q, keys, values, torch.ones(7, 11, dtype=torch.bool).tril(4))
+        close(attn(x, *rope), attn.c_proj(y.transpose(1, 2).flatten(2)))
 
 
 def test_the_mlp_of_prefix_tuning_is_the_papers_formula():
@@ -398,11 +359,7 @@ def test_a_classifiers_head_learns_labels_from_the_last_token(method):
     embedding = model.transformer.wte.weight.clone()
     targets = torch.full((2, 11), IGNORE)
     targets[:, -1] = torch.tensor([2, 0])
-    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=0.01)
-    for _ in range(20):
-        target_loss(model, to_samples(tokens(), targets)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train_steps(model, 20, targets)
     assert label_probabilities(model, tokens().tolist()).argmax(-1).tolist() == [2, 0]
     assert torch.equal(model.transformer.wte.weight, embedding) == (method == "output_layers")
 

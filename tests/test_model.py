@@ -11,12 +11,8 @@ GRID = {
     "heads = kv heads": dict(n_kv_head=6),
     "grouped": dict(),
     "multi-query": dict(n_kv_head=1),
-    "tied": dict(tie_embeddings=True),
-    "rope base": dict(rope_base=500000.0),
-    "llama3 scaling": dict(rope_scaling=SCALING),
-    "eps": dict(norm_eps=1e-2),
     "odd sizes": dict(n_embd=39, n_head=3, n_kv_head=1, head_size=10, intermediate_size=53, vocab_size=101),
-    "one layer, tied, scaled": dict(n_layer=1, tie_embeddings=True, rope_scaling=SCALING, norm_eps=1e-6),
+    "all others": dict(n_layer=1, tie_embeddings=True, rope_scaling=SCALING, rope_base=500000.0, norm_eps=1e-2),
 }
 
 
@@ -82,14 +78,6 @@ def test_rope_angles_are_float32_in_a_bfloat16_model():
     angles = torch.arange(60.0)[:, None] * rope_frequencies(model.config)
     torch.testing.assert_close(cos, angles.cos().bfloat16())
     torch.testing.assert_close(sin, angles.sin().bfloat16())
-
-
-def test_rope_tables_made_while_generating_serve_training():
-    model = tiny_model()
-    with torch.inference_mode():
-        model(torch.zeros(1, 8, dtype=torch.long))
-    model(torch.zeros(1, 8, dtype=torch.long)).sum().backward()
-    assert model.transformer.h[0].attn.c_attn.weight.grad.abs().sum() > 0
 
 
 def test_padding_is_finite_in_bfloat16():

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import every_case, logits_of, make_base, metrics, refuse, save_trained, succeed, tiny_model, tokens, tuned
+from helpers import every_case, logits_of, metrics, refuse, succeed, tiny_model, tokens, tuned
 
 from lit_llama.common.errors import UserError
 from lit_llama.devices import quantize
@@ -95,16 +95,13 @@ def test_the_blocks_are_quantized_under_the_same_keys_and_the_rest_is_as_it_was(
 
 
 def test_kinds_that_cannot_be_are_refused():
-    quantize_base(tiny_model(), "none")
     with pytest.raises(UserError, match="'int3' is none of none, int8, nf4"):
         quantize_base(tiny_model(), "int3")
     with pytest.raises(UserError, match="needs CUDA, and this runs on cpu"):
         quantize_base(tiny_model(), "nf4")
 
 
-@pytest.mark.parametrize(
-    ("dtype", "kind"), [(torch.float32, "none"), (torch.bfloat16, "none"), (torch.bfloat16, "int8")]
-)
+@pytest.mark.parametrize("dtype, kind", [(torch.float32, "none"), (torch.bfloat16, "none"), (torch.bfloat16, "int8")])
 @every_case
 def test_a_prepacked_model_answers_alike(case, dtype, kind):
     """Layers keep a method's hooks. Quantized ones are not prepacked."""
@@ -123,9 +120,8 @@ def test_a_prepacked_model_answers_alike(case, dtype, kind):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 @pytest.mark.parametrize("kind", ["none", "int8"])
-def test_compiled_blocks_answer_alike_and_are_not_prepacked(kind, precision, tmp_path, monkeypatch):
+def test_compiled_blocks_answer_alike_and_are_not_prepacked(kind, precision, base, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    base = make_base(tmp_path / "base")
     answers = []
     for compiled in (False, True):
         loaded = load_for_generation(None, base, "plain", precision, kind, compiled)
@@ -152,18 +148,10 @@ def test_a_run_over_int8_says_so_and_is_loaded_over_int8(method, folder, tmp_pat
     evaluate = ["scripts/evaluate.py", "--trained_dir", out, *data]
     assert loss in succeed(*evaluate)
     assert loss not in succeed(*evaluate, "--quantize", "none")
-    assert quantization(load_trained_folder(out, quantize=None)[0]) == "int8"
     capsys.readouterr()
+    assert quantization(load_trained_folder(out, quantize=None)[0]) == "int8" and capsys.readouterr().err == ""
     load_trained_folder(out)
     assert "trained with --quantize int8, but its base is loaded with none: this works" in capsys.readouterr().err
     answer = ["generate/adapter.py", "--trained_dir", out, "--prompt", "add 1 and 1", "--max_new_tokens", 3]
     assert succeed(*answer) and succeed(*answer, "--quantize", "none")
     refuse(f"finetune/{method}.py", *flags, "--resume", "--quantize", "none", message="quantize was 'int8'")
-
-
-def test_a_run_over_a_full_precision_base_says_so_where_it_is_loaded_over_int8(folder, tmp_path, capsys):
-    save_trained(folder / "base", tmp_path / "out", "lora")
-    load_trained_folder(tmp_path / "out")
-    assert capsys.readouterr().err == ""
-    load_trained_folder(tmp_path / "out", quantize="int8")
-    assert "trained with --quantize none, but its base is loaded with int8" in capsys.readouterr().err

@@ -93,6 +93,20 @@ def test_an_answer_from_a_sharded_model_is_the_same(places, tmp_path):
         assert "MEMBER: 2/2" in two.stderr and two.stderr.count("tokens/s") == 1
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_sharded_base_starts_prompts_from_the_same_text(places, tmp_path, precision):
+    """Two devices take one sample of a step each. On one device each is a micro-batch of its own here: then both round
+    alike, in bfloat16 too, where samples that share a micro-batch round differently.
+    """
+    flags = ["--checkpoint_dir", places / "base", "--data", places / "sums", "--start_layer", 1, "--eval_samples", 4]
+    flags += ["--train.max_steps", 4, "--train.micro_batch_tokens", 1, "--precision", precision, "--out_dir"]
+    succeed("finetune/adapter.py", *flags, tmp_path / "one")
+    result = run_process("finetune/adapter.py", *flags, tmp_path / "two", "--devices", 2, "--strategy", "fsdp")
+    assert result.returncode == 0, result.stderr
+    one, two = ([float(row["loss"]) for row in metrics(tmp_path / name)] for name in ("one", "two"))
+    assert two == pytest.approx(one, abs=1e-5)
+
+
 def test_what_trains_as_a_whole_is_not_sharded(places):
     with pytest.raises(UserError, match="every block trains; pass --strategy ddp"):
         shard(None, load_model(places / "base").requires_grad_(True), torch.float32)

@@ -11,43 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ARGS, SCRIPTS, bytes_of, finetune, metrics, shake, sums, timeless_metrics, write_rows
+from helpers import ARGS, bytes_of, finetune, metrics, sums, timeless_metrics, to_samples, tokens, tuned, write_rows
 from lightning.fabric import Fabric
 
 from finetune import adapter
-from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import Interrupted, UserError
-from lit_llama.common.files import open_tensors, read_json, read_tensors, write_json
-from lit_llama.data.batches import IGNORE, TokenizedSample, micro_batches
-from lit_llama.data.task import load_task
+from lit_llama.common.files import read_json, read_tensors, write_json
+from lit_llama.data.batches import IGNORE, TokenizedSample
 from lit_llama.generate.load import load_trained_folder
-from lit_llama.methods.adapter import add_adapter
-from lit_llama.settings import TrainArgs
-from lit_llama.train.evaluate import validate
+from lit_llama.settings import ROOT, TrainArgs
 from lit_llama.train.loss import FrozenHeadLoss, head_loss, split_by_tokens, split_evenly, target_loss
 from lit_llama.train.run import STATE_FILE, Run
 from lit_llama.train.run import write_rows as write_metrics
 from lit_llama.trained import trainable_parameters
 
-LOOPS = [path for path in SCRIPTS if path.parent.name == "finetune" and path.stem != "features"]
-
-
-@pytest.fixture(scope="module")
-def task(folder):
-    return load_task(folder / "sums", folder / "base", 512)
-
-
-@pytest.fixture
-def model(folder):
-    model = load_model(folder / "base").requires_grad_(False)
-    add_adapter(model, prompt_length=4, start_layer=1)
-    shake(model)
-    return model
-
-
-@pytest.fixture
-def fabric():
-    return Fabric(accelerator="cpu", devices=1)
+LOOPS = [path for path in sorted((ROOT / "finetune").glob("*.py")) if path.stem != "features"]
 
 
 @pytest.fixture
@@ -81,58 +59,50 @@ def test_all_scripts_have_the_same_loop(path):
 # The loss of a step
 
 
-def test_the_loss_is_the_cross_entropy_of_the_targets_alone(model, task):
-    expected = torch.zeros(())
-    for sample in task.train[:4]:
+TARGETS = tokens(7).roll(-1, 1)
+TARGETS[:, :3] = IGNORE  # a prompt
+SAMPLES = to_samples(tokens(7), TARGETS, [11, 4, 9, 7, 10, 5, 8])
+
+
+def test_the_loss_is_the_cross_entropy_of_the_targets_alone():
+    model, expected = tuned("adapter"), torch.zeros(())
+    for sample in SAMPLES:
         logits = model(torch.tensor([sample.ids]))[0]
         expected += F.cross_entropy(logits, torch.tensor(sample.targets).long(), ignore_index=IGNORE, reduction="sum")
     for chunk_size in (1, 7, 10_000):
-        torch.testing.assert_close(target_loss(model, task.train[:4], chunk_size), expected)
+        torch.testing.assert_close(target_loss(model, SAMPLES, chunk_size), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk_size", [5, 100])
 def test_the_gradient_of_a_frozen_head_is_autograds(dtype, chunk_size):
     torch.manual_seed(1)
-    hidden, targets = torch.randn(13, 24).to(dtype), torch.randint(50, (13,))
-    head = torch.nn.Linear(24, 50).to(dtype).requires_grad_(False)
-    found = []
-    for loss_of in (
-        lambda h: head_loss(head, h, targets),
-        lambda h: FrozenHeadLoss.apply(h, head.weight, head.bias, targets, chunk_size),
-    ):
-        h = hidden.clone().requires_grad_()
-        loss = loss_of(h)
-        (0.3 * loss).backward()
-        found.append((loss.detach(), h.grad))
-    for expected, ours in zip(*found, strict=True):
-        assert ours.dtype == expected.dtype
-        torch.testing.assert_close(ours, expected, **({"rtol": 0.02, "atol": 5e-3} if dtype == torch.bfloat16 else {}))
+    h, targets = torch.randn(13, 24).to(dtype).requires_grad_(), torch.randint(50, (13,))
+    same, head = h.detach().clone().requires_grad_(), torch.nn.Linear(24, 50).to(dtype).requires_grad_(False)
+    expected = head_loss(head, h, targets)
+    loss = FrozenHeadLoss.apply(same, head.weight, head.bias, targets, chunk_size)
+    (0.3 * (loss + expected)).backward()
+    tolerance = {"rtol": 0.02, "atol": 5e-3} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close([loss, same.grad], [expected, h.grad], **tolerance)
 
 
-def test_the_gradient_of_a_step_does_not_depend_on_micro_batch_tokens(fabric, model, task):
-    samples, found = task.train[:7], []
-    model.double()
-    for limit in (10_000, 1, 60, 100):
-        loss, n_targets = torch.zeros(()), sum(sample.n_targets for sample in samples)
-        for batch in split_by_tokens(samples, limit, fabric, model):
-            part = target_loss(model, batch) / n_targets
-            part.backward()
-            loss = loss + part.detach()
-        found.append([loss.double(), *(tensor.grad.clone() for tensor in trainable_parameters(model).values())])
-        model.zero_grad()
-        assert (len(micro_batches(samples, limit)) > 1) == (limit < 10_000)
+def test_the_gradient_of_a_step_does_not_depend_on_micro_batch_tokens():
+    model, fabric, found = tuned("adapter").double(), Fabric(accelerator="cpu", devices=1), []
+    for limit in (10_000, 1, 12, 30):
+        batches = split_by_tokens(SAMPLES, limit, fabric, model)
+        assert (len(batches) > 1) == (limit < 10_000)
+        loss = torch.stack([target_loss(model, batch) for batch in batches]).sum()
+        found.append([loss, *torch.autograd.grad(loss, list(trainable_parameters(model).values()))])
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 50])
-def test_ranks_share_the_samples_of_a_step_evenly(task, world_size):
-    parts = split_evenly(task.train, world_size)
-    assert sorted(id(sample) for own in parts for sample in own) == sorted(map(id, task.train))
-    tokens = [sum(len(sample.ids) for sample in own) for own in parts]
-    assert max(tokens) - min(tokens) <= max(len(sample.ids) for sample in task.train)
-    assert all(tokens) or world_size > len(task.train)
+def test_ranks_share_the_samples_of_a_step_evenly(world_size):
+    parts = split_evenly(SAMPLES, world_size)
+    assert sorted(id(sample) for own in parts for sample in own) == sorted(map(id, SAMPLES))
+    n_tokens = [sum(len(sample.ids) for sample in own) for own in parts]
+    assert max(n_tokens) - min(n_tokens) <= 11 and (all(n_tokens) or world_size > 7)
     assert all(split_evenly([TokenizedSample([1] * n, [1] * n) for n in (500, 10, 10, 10)], min(world_size, 4)))
 
 
@@ -140,17 +110,13 @@ def test_ranks_share_the_samples_of_a_step_evenly(task, world_size):
 
 
 def test_the_learning_rate_rises_in_a_line_and_falls_as_a_cosine_to_zero():
+    assert TrainArgs(epochs=3, batch_size=5).total_steps(23) == 14
     args = TrainArgs(max_steps=100, warmup_steps=10, learning_rate=3e-2)
     rates = [args.learning_rate_at(step, 100) for step in range(101)]
     assert rates[0] == pytest.approx(3e-3) and rates[9] == rates[10] == pytest.approx(3e-2) == max(rates)
     assert rates[55] == pytest.approx(1.5e-2) and rates[100] == pytest.approx(0, abs=1e-12)
     rates = [TrainArgs(max_steps=50, learning_rate=1.0).learning_rate_at(step, 50) for step in range(50)]
     assert rates[4] == 1.0 and rates[3] < 1.0 and rates[6] < 1.0  # the warm-up is a tenth by default
-
-
-def test_the_number_of_steps():
-    assert TrainArgs(epochs=3, batch_size=5).total_steps(23) == 14
-    assert TrainArgs(max_steps=7).total_steps(23) == 7
 
 
 @pytest.mark.parametrize("clip", [1e-6, 0.0])
@@ -176,66 +142,41 @@ def test_the_optimizer_gets_the_schedules_rate_and_the_clipped_gradient(folder, 
 # A run's folder
 
 
-def test_metrics_hold_every_step_and_the_best_is_kept(fabric, folder, task, tmp_path):
-    finetune(folder, tmp_path)
-    rows = metrics(tmp_path)
-    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert list(rows[0]) == ["step", "loss", "lr", "grad_norm", "tokens", "seconds", "val_loss"]
-    assert [bool(row["val_loss"]) for row in rows] == [False, False, True, False, False, True]
-    best = float(rows[-1]["val_loss"])
-    assert best == min(float(row["val_loss"]) for row in rows if row["val_loss"])
-    model, method = load_trained_folder(tmp_path)
-    assert validate(fabric, model, task.validation, 1024) == pytest.approx(best, rel=1e-5)
-    assert method == read_json(tmp_path / "method.json")
-    assert method["method"] == "adapter" and method["trained_parameters"] == 2 * (4 * 32 + 4)
-    assert method["base"]["name"] == "tiny" and method["prompt_style"] == "template"
-
-
-def test_the_best_step_wins_over_the_last_one(folder, tmp_path, monkeypatch):
-    losses, after = iter([3.0, 1.0, 2.0]), []
+def test_a_run_that_gets_no_better_ends_and_leaves_the_model_at_its_best(folder, tmp_path, monkeypatch):
+    losses, after = iter([3.0, 1.0, 2.0, 1.5, 0.5]), []
     monkeypatch.setattr(adapter, "validate", lambda *_: next(losses))
     monkeypatch.setattr(adapter, "unwrap_blocks", after.append)
-    finetune(folder, tmp_path, max_steps=9)
-    _, about = read_tensors(tmp_path / STATE_FILE)
-    assert about["best_step"] == 6 and about["step"] == 9
-    with open_tensors(tmp_path / "trained.safetensors") as best, open_tensors(tmp_path / STATE_FILE) as last:
-        for name in best.keys():
-            assert not torch.equal(best.get_tensor(name), last.get_tensor(f"trained.{name}"))
-            assert torch.equal(best.get_tensor(name), after[0].state_dict()[name])  # the model is left at its best
+    finetune(folder, tmp_path, max_steps=15, patience=2)
+    assert len(metrics(tmp_path)) == 12 and next(losses) == 0.5
+    last, about = read_tensors(tmp_path / STATE_FILE)
+    assert about["best_step"] == 6 and about["step"] == 10
+    for name, best in read_tensors(tmp_path / "trained.safetensors")[0].items():
+        assert not torch.equal(best, last[f"trained.{name}"])
+        assert torch.equal(best, after[0].state_dict()[name])
 
 
-def all_finite(path: Path) -> bool:
-    with open_tensors(path) as file:
-        return all(file.get_tensor(name).isfinite().all() for name in file.keys())
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("target_loss", r"step 2: the gradient is not finite; start again .*train.json, row \d+"),
+        ("validate", "the validation loss is nan"),
+    ],
+)
+def test_what_is_not_finite_stops_the_run_and_is_not_saved(folder, tmp_path, monkeypatch, hook, function, message):
+    real, calls, models = getattr(adapter, function), [], []
+    hook(models.append)  # also one on the meta device
 
-
-def test_a_gradient_that_is_not_finite_stops_before_the_step(folder, tmp_path, hook):
-    passes = []
-
-    def break_it(model):
-        model.lm_head.register_forward_hook(
-            lambda _, __, logits: passes.append(1) or (logits * math.nan if len(passes) > 1 else None)
-        )
-
-    hook(break_it)
-    with pytest.raises(UserError, match=r"step \d: the gradient is not finite; start again .*train.json, row \d+"):
-        finetune(folder, tmp_path)
-    assert all_finite(tmp_path / STATE_FILE)
-
-
-def test_a_validation_loss_that_is_not_finite_never_becomes_the_best(folder, tmp_path, monkeypatch):
-    real, calls = adapter.validate, []
-
-    def sometimes_nan(fabric, model, *rest):
+    def break_the_second(*args):
         calls.append(1)
         if len(calls) == 2:
-            model.transformer.ln_f.weight.data.fill_(math.nan)
-        return real(fabric, model, *rest)
+            models[-1].transformer.ln_f.weight.data.fill_(math.nan)
+        return real(*args)
 
-    monkeypatch.setattr(adapter, "validate", sometimes_nan)
-    with pytest.raises(UserError, match="the validation loss is nan"):
+    monkeypatch.setattr(adapter, function, break_the_second)
+    with pytest.raises(UserError, match=message):
         finetune(folder, tmp_path)
-    assert all_finite(tmp_path / "trained.safetensors")
+    tensors = [tensor for path in tmp_path.rglob("*.safetensors") for tensor in read_tensors(path)[0].values()]
+    assert tensors and all(tensor.isfinite().all() for tensor in tensors)
 
 
 # Stopping and resuming
@@ -255,21 +196,16 @@ def stop_at(forward_passes: int) -> Callable:
 
 @pytest.mark.parametrize(
     ("method", "flags"),
-    [
-        ("adapter", {}),
-        ("adapter", dict(precision="bf16-true")),
-        ("lora", dict(dropout=0.3)),
-        ("prefix", dict(prompt_length=4, mlp_size=6)),  # it keeps something else than it trains
-    ],
+    [("adapter", dict(precision="bf16-true")), ("lora", dict(dropout=0.3)), ("prefix", dict(mlp_size=6))],
 )
 def test_interrupted_and_resumed_is_the_run_that_was_never_stopped(folder, tmp_path, hook, method, flags):
+    """A prefix keeps something else than it trains."""
     handler = signal.getsignal(signal.SIGINT)  # ignored where the tests run in the background
     finetune(folder, tmp_path / "whole", method, **flags)
     hook(stop_at(6), method)
     with pytest.raises(Interrupted, match="at step [1-5] of 6"):
         finetune(folder, tmp_path / "parts", method, **flags)
-    stopped = len(metrics(tmp_path / "parts"))
-    assert 0 < stopped < 6
+    assert 0 < len(metrics(tmp_path / "parts")) < 6
     with open(tmp_path / "parts" / "metrics.csv", "a") as file:
         file.write("99,a row of a step that was never saved")
     torch.rand(7)  # whatever else draws random numbers in between
@@ -280,21 +216,14 @@ def test_interrupted_and_resumed_is_the_run_that_was_never_stopped(folder, tmp_p
 
 
 def test_a_second_ctrl_c_stops_at_once_and_the_last_save_is_resumed(folder, tmp_path, hook):
+    flags = dict(micro_batch_tokens=1)  # every sample is a micro-batch
+    finetune(folder, tmp_path / "whole", **flags)
     first, second = stop_at(2), stop_at(3)
     hook(lambda model: (first(model), second(model)))
     with pytest.raises(KeyboardInterrupt):
-        finetune(folder, tmp_path, micro_batch_tokens=1)  # every sample is a micro-batch
-    assert not metrics(tmp_path)  # in the middle of the first step
-    finetune(folder, tmp_path, resume=True, micro_batch_tokens=1)
-    assert len(metrics(tmp_path)) == 6
-
-
-def test_a_run_killed_before_its_first_save_can_be_resumed(folder, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(adapter, "check_finite", lambda *_: (_ for _ in ()).throw(MemoryError))
-        finetune(folder, tmp_path / "parts")
-    finetune(folder, tmp_path / "parts", resume=True)
-    finetune(folder, tmp_path / "whole")
+        finetune(folder, tmp_path / "parts", **flags)
+    assert not metrics(tmp_path / "parts")  # in the middle of the first step
+    finetune(folder, tmp_path / "parts", resume=True, **flags)
     assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")
 
 
@@ -303,13 +232,6 @@ def test_training_outside_the_main_thread_sets_no_handlers(folder, tmp_path):
     thread.start()
     thread.join()
     assert len(metrics(tmp_path)) == 6
-
-
-def test_overwrite_replaces_the_run_and_nothing_else(folder, tmp_path):
-    finetune(folder, tmp_path)
-    (tmp_path / "notes.txt").write_text("mine")
-    finetune(folder, tmp_path, overwrite=True, max_steps=3)
-    assert len(metrics(tmp_path)) == 3 and (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_a_base_in_the_clone_is_not_overwritten_from_another_folder(folder, tmp_path, monkeypatch):
@@ -381,20 +303,16 @@ def test_a_lora_run_from_before_rslora_goes_on_without_it(folder, tmp_path):
 # Ending, going on
 
 
-def test_patience_ends_a_run_that_gets_no_better(folder, tmp_path, monkeypatch):
-    losses = iter([3.0, 1.0, 2.0, 1.5, 0.5])
-    monkeypatch.setattr(adapter, "validate", lambda *_: next(losses))
-    finetune(folder, tmp_path, max_steps=15, eval_every=3, patience=2)
-    assert len(metrics(tmp_path)) == 12 and next(losses) == 0.5
-
-
-def test_resuming_a_finished_run_changes_nothing(folder, tmp_path, capsys):
+def test_a_finished_run_is_not_changed_by_resume_and_replaced_by_overwrite(folder, tmp_path, capsys):
     finetune(folder, tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     other = write_rows(tmp_path.with_name("other") / "rows.json", sums(40)[::-1])
     finetune(folder, tmp_path, data=str(other), resume=True, allow_changes=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
     assert "has taken all of its 6 steps; nothing is changed" in capsys.readouterr().out
+    finetune(folder, tmp_path, overwrite=True, max_steps=3)
+    assert len(metrics(tmp_path)) == 3 and (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_a_new_run_begins_with_a_trained_folder(folder, tmp_path, monkeypatch):
