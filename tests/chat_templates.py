@@ -53,14 +53,6 @@ SMOLLM2 = (
     "{% endif %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-VICUNA = (
-    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + ' ' }}{% set rest = messages[1:] %}"
-    "{% else %}{{ 'A chat between a curious user and an artificial intelligence assistant. ' }}"
-    "{% set rest = messages %}{% endif %}{% for message in rest %}"
-    "{% if message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
-    "{% elif message['role'] == 'assistant' %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
 MISTRAL_V3 = """{%- if messages[0]["role"] == "system" %}
     {%- set system_message = messages[0]["content"] %}
     {%- set loop_messages = messages[1:] %}
@@ -95,7 +87,6 @@ TEMPLATES = {
     "llama3.2": (LLAMA32, "<|begin_of_text|>", "<|eot_id|>", HEADERS, True),
     "zephyr": (ZEPHYR, "<s>", "</s>", (), True),
     "smollm2": (SMOLLM2, "<|im_start|>", "<|im_end|>", (), True),
-    "vicuna": (VICUNA, "<s>", "</s>", (), True),
     "mistral-v0.3": (MISTRAL_V3, "<s>", "</s>", ("[INST]", "[/INST]"), False),
     "generation": (GENERATION, "<s>", "<|im_end|>", ("<|im_start|>",), True),
 }

@@ -91,6 +91,11 @@ def save_trained(base: Path, folder: Path, method: str, **arguments) -> Path:
     return folder
 
 
+def files(folder: Path) -> dict[Path, bytes | None]:
+    """What lies in a folder, to compare with what lies there later. Folders have no content, and locks do not count."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*") if path.name != ".lock"}
+
+
 def write_rows(path: Path, rows: list) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows), encoding="utf-8")
@@ -307,7 +312,6 @@ EXPORT_SHAPES = {
 
 def base_with_controls(folder, controls: list[str], bos: str | None, eos: str):
     """A base whose tokenizer has further control tokens, and one in front of every text if ``bos``."""
-
     base = make_base(folder, vocab_size=259 + len(controls))
     tokenizer = TokenizersTokenizer.from_file(str(base / "tokenizer.json"))
     tokenizer.add_special_tokens(controls)
@@ -321,10 +325,12 @@ def base_with_controls(folder, controls: list[str], bos: str | None, eos: str):
 
 HEADERS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>", "</s>"]
 TALK = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Two and two?"},
-    {"role": "assistant", "content": "Four."},
-    {"role": "user", "content": "  And 'three'?\n"},
+    {"role": "system", "content": "Answer briefly, please."},
+    {"role": "user", "content": "Where is the bakery?\nI am hungry."},
+    {"role": "assistant", "content": "In the second street."},
+    {"role": "user", "content": "  And the   'station'?\n"},
+    {"role": "assistant", "content": "Behind you!\n"},
+    {"role": "user", "content": "Größe 漢字 🙂"},
 ]
 
 
@@ -456,11 +462,13 @@ def succeed(script: str, *flags: object) -> str:
     return result.stdout
 
 
-def refuse(script: str, *flags: object, message: str) -> None:
-    """Exit code 2, and one line on stderr with ``message``."""
-    result = run(script, *flags)
+def refuse(script: str, *flags: object, message: str, cwd: Path = ROOT) -> None:
+    """Exit code 2, and one error on stderr, of one line with ``message``, which only notes may follow."""
+    result = run(script, *flags, cwd=cwd)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
-    assert re.search(message, result.stderr.strip().splitlines()[-1]), result.stderr
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("note:", "warning:"))]
+    assert re.search(message, lines[-1]) and len(lines[-1]) < 700, result.stderr
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:], result.stderr
 
 
 # ------------------------------------------------------------------ Finetune scripts called from Python
