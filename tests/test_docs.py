@@ -109,15 +109,10 @@ def add_ia3(monkeypatch):
     exec(compile(code, "finetune/README.md", "exec"), module.__dict__)
     monkeypatch.setitem(METHODS, "ia3", module.add_ia3)
     monkeypatch.setitem(CASES, "ia3", ("ia3", {}))
-    return module.add_ia3
-
-
-def test_ia3_decodes_with_a_cache_as_without(add_ia3):
-    check_cached_decoding(tuned("ia3").eval().double())
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(n_kv_head=6)], ids=["grouped", "not grouped"])
-def test_ia3_equals_peft(add_ia3, changes):
+def test_ia3_equals_peft_and_decodes_with_a_cache(add_ia3, changes):
     model = tuned("ia3", **changes)
     modules = ["k_proj", "v_proj", "down_proj"]
     config = IA3Config(target_modules=modules, feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
@@ -130,6 +125,7 @@ def test_ia3_equals_peft(add_ia3, changes):
         found = model(tokens())
         torch.testing.assert_close(found, theirs.eval()(tokens()).logits, atol=1e-4, rtol=1e-4)
         assert (found - tiny_model(**changes)(tokens())).abs().max() > 0.01
+    check_cached_decoding(model.eval().double())
 
 
 # lm_eval

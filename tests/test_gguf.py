@@ -1,7 +1,4 @@
-"""GGUF files converted and exported: against transformers and gguf's own dequantization.
-
-And the download of the default base, which is one.
-"""
+"""GGUF files converted and exported, against transformers and gguf's own dequantization; downloads of bases."""
 
 import hashlib
 import math
