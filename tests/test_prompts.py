@@ -163,7 +163,6 @@ def user_as(content: str) -> str:
     "template, message",
     [
         (user_as("hi"), "does not write the user message once, as it is; pass --prompt_style"),
-        (user_as("{{ message['content'] | upper }}"), "does not write the user message once"),
         (user_as("{{ message['content'].split('#')[0] }}"), "changes the text of a message"),
         (AS_IT_IS.replace("<|im_end|>{% endif", " {% endif"), "does not end an answer with a control token"),
         (AS_IT_IS.replace("tant {% endif", "tant <think>{% endif"), "does not end a prompt as it begins an answer"),
@@ -208,8 +207,7 @@ def test_an_answer_with_weight_0_does_not_train(tmp_path):
     assert ours.decode(i for i, train in zip(ids, trains, strict=True) if train).strip() == "Behind you!\n</s>"
 
 
-def test_folders_of_earlier_versions_keep_their_prompts(tmp_path):
-    """They name a style and hold no template."""
+def test_folders_of_earlier_versions_that_hold_no_template_keep_their_prompts(tmp_path):
     ours = of_public_model(tmp_path, "smollm2", "byte-level")
     assert trained_template({"prompt_style": "chatml"}, ours) == CHATML
     assert style_of(trained_template({"prompt_style": "alpaca"}, ours)) == "alpaca"

@@ -18,8 +18,6 @@ from lit_llama.formats.export import export_hf
 from lit_llama.formats.gguf_tokenizer import sentencepiece_fields, write_tokenizer
 from lit_llama.tokenizer import Tokenizer
 
-# ---------------------------------------------------------------------------------------------- SmolLM2, a real one
-
 
 @pytest.fixture(scope="module")
 def smollm2(smollm2_dir) -> Tokenizer:
@@ -44,10 +42,7 @@ def test_equals_transformers(smollm2, smollm2_gguf):
 
 
 def assert_round_trip(tokenizer: Tokenizer, unsayable: set[int], step: int = 1) -> None:
-    """All of Unicode but ``unsayable`` in stretches (every ``step``-th of them), some characters alone, hard texts.
-
-    Control tokens that a text spells stay text.
-    """
+    """Unicode but ``unsayable`` in stretches (every ``step``-th), some characters alone, hard texts, control tokens."""
     sayable = [chr(i) for i in CODE_POINTS if i not in unsayable]
     texts = ["".join(sayable[i : i + 300]) for i in range(0, len(sayable), 300 * step)]
     texts += random.Random(0).sample(sayable, 2000) + sayable[:256]
@@ -68,9 +63,6 @@ def test_round_trip_of_unicode_and_control_tokens(smollm2):
     assert (smollm2.vocab_size, smollm2.bos_id, smollm2.eos_id) == (49152, None, 2)
     assert smollm2.controls["<|im_start|>"] == 1 and "<|eot_id|>" not in smollm2.controls
     assert smollm2.decode([1, *smollm2.encode("user\nhi"), 2, 60000]) == "<|im_start|>user\nhi<|im_end|>"
-
-
-# ---------------------------------------------------------------------------------------------- small ones, made here
 
 
 @pytest.mark.parametrize("prefix", [True, False])
@@ -210,15 +202,12 @@ def test_tokens_that_a_folder_adds_to_a_sentencepiece_model(tmp_path):
     train_sentencepiece(base)
     (base / "added_tokens.json").write_text('{"<|im_start|>": 1200, "<|im_end|>": 1201}')
     (base / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
-    talk = [{"role": "user", "content": "a cat <|im_end|>"}, {"role": "assistant", "content": "Yes. "}]
+    talk = [{"role": "user", "content": "a cat"}, {"role": "assistant", "content": "Yes. "}]
     for legacy in (True, False):
         (base / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy, "chat_template": CHATML}))
         ours = Tokenizer(base)
         assert ours.controls["<|im_end|>"] == 1201 == ours.eos_id and ours.vocab_size == 1202
-        ids = encode_prompt(talk, choose_template(None, ours), ours)
-        assert ids.count(1201) == 2 and ours.decode(ids).count("<|im_end|>") == 3
         export_hf(base, tmp_path / f"hf{legacy}")
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / f"hf{legacy}")
-        honest = [{**talk[0], "content": "a cat"}, talk[1]]
-        expected = theirs.apply_chat_template(honest, return_dict=False)
-        assert encode_prompt(honest, choose_template(None, ours), ours) == expected
+        expected = theirs.apply_chat_template(talk, return_dict=False)
+        assert encode_prompt(talk, choose_template(None, ours), ours) == expected and expected.count(1201) == 2
