@@ -53,28 +53,11 @@ SMOLLM2 = (
     "{% endif %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-VICUNA = (
-    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + ' ' }}{% set rest = messages[1:] %}"
-    "{% else %}{{ 'A chat between a curious user and an artificial intelligence assistant. ' }}"
-    "{% set rest = messages %}{% endif %}{% for message in rest %}"
-    "{% if message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
-    "{% elif message['role'] == 'assistant' %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-MISTRAL_V3 = """{%- if messages[0]["role"] == "system" %}
-    {%- set system_message = messages[0]["content"] %}
-    {%- set loop_messages = messages[1:] %}
-{%- else %}
-    {%- set loop_messages = messages %}
-{%- endif %}
-{{- bos_token }}
-{%- for message in loop_messages %}
+MISTRAL_V3 = """{{- bos_token }}
+{#- Its system message, which moves to the last question of a talk, is left out. #}
+{%- for message in messages %}
     {%- if message["role"] == "user" %}
-        {%- if loop.last and system_message is defined %}
-            {{- "[INST] " + system_message + "\\n\\n" + message["content"] + "[/INST]" }}
-        {%- else %}
-            {{- "[INST] " + message["content"] + "[/INST]" }}
-        {%- endif %}
+        {{- "[INST] " + message["content"] + "[/INST]" }}
     {%- elif message["role"] == "assistant" %}
         {{- " " + message["content"]|trim + eos_token}}
     {%- endif %}
@@ -95,7 +78,6 @@ TEMPLATES = {
     "llama3.2": (LLAMA32, "<|begin_of_text|>", "<|eot_id|>", HEADERS, True),
     "zephyr": (ZEPHYR, "<s>", "</s>", (), True),
     "smollm2": (SMOLLM2, "<|im_start|>", "<|im_end|>", (), True),
-    "vicuna": (VICUNA, "<s>", "</s>", (), True),
     "mistral-v0.3": (MISTRAL_V3, "<s>", "</s>", ("[INST]", "[/INST]"), False),
     "generation": (GENERATION, "<s>", "<|im_end|>", ("<|im_start|>",), True),
 }

@@ -22,10 +22,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # for the proce
 
 @pytest.fixture(scope="session", autouse=True)
 def auto_is_float32():
-    """``--precision auto`` is float32 on every CPU, so that a test computes the same on all of them.
-
-    A process that a test starts needs the flag.
-    """
+    """``--precision auto`` is float32 on every CPU, so that tests compute alike; processes that they start need it."""
     multiplies_bf16 = launch.multiplies_bf16
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "multiplies_bf16", lambda device: device.type != "cpu" and multiplies_bf16(device))

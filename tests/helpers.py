@@ -42,7 +42,7 @@ from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.settings import DataOptions, Hardware, TrainArgs
 from lit_llama.train.loss import target_loss
-from lit_llama.train.run import read_metrics
+from lit_llama.train.run import read_metrics as metrics
 from lit_llama.trained import describe_base, kept_tensors, trainable_parameters
 
 ROOT = Path(__file__).parent.parent
@@ -89,6 +89,11 @@ def save_trained(base: Path, folder: Path, method: str, **arguments) -> Path:
     about = {"base": describe_base(base), "prompt_style": "template", "train": {"max_seq_length": 64}}
     write_json(folder / "method.json", {"method": method, "arguments": arguments, **about})
     return folder
+
+
+def files(folder: Path) -> dict[Path, bytes | None]:
+    """What lies in a folder, to compare with what lies there later. Folders have no content, and locks do not count."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*") if path.name != ".lock"}
 
 
 def write_rows(path: Path, rows: list) -> Path:
@@ -242,14 +247,14 @@ def check_cached_decoding(model: LLaMA) -> None:
             torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-9, rtol=1e-9)
 
 
-def equal_to(theirs, model: LLaMA, base: LLaMA | None = None) -> None:
+def equal_to(theirs, model: LLaMA, base: LLaMA) -> None:
     """The same logits as ``theirs``, and others than the base's."""
     idx = torch.randint(0, TINY["vocab_size"], (2, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ours = logits_of(model.eval(), idx)
         expected = theirs.eval()(idx).logits[:, -idx.size(1) :]  # PEFT's prompt tuning has some on its prompt, too
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
-        assert (ours - (base or tiny_model())(idx)).abs().max() > 0.01
+        assert (ours - base(idx)).abs().max() > 0.01
 
 
 # ----------------------------------------------------------------------------- Foreign checkpoints
@@ -332,7 +337,6 @@ EXPORT_SHAPES = {
 
 def base_with_controls(folder, controls: list[str], bos: str | None, eos: str):
     """A base whose tokenizer has further control tokens, and one in front of every text if ``bos``."""
-
     base = make_base(folder, vocab_size=259 + len(controls))
     tokenizer = TokenizersTokenizer.from_file(str(base / "tokenizer.json"))
     tokenizer.add_special_tokens(controls)
@@ -346,10 +350,12 @@ def base_with_controls(folder, controls: list[str], bos: str | None, eos: str):
 
 HEADERS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>", "</s>"]
 TALK = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Two and two?"},
-    {"role": "assistant", "content": "Four."},
-    {"role": "user", "content": "  And 'three'?\n"},
+    {"role": "system", "content": "Answer briefly, please."},
+    {"role": "user", "content": "Where is the bakery?\nI am hungry."},
+    {"role": "assistant", "content": "In the second street."},
+    {"role": "user", "content": "  And the   'station'?\n"},
+    {"role": "assistant", "content": "Behind you!\n"},
+    {"role": "user", "content": "Größe 漢字 🙂"},
 ]
 
 
@@ -406,10 +412,7 @@ def byte_level_bpe(steps: list, special: list[str], **options) -> TokenizersToke
 
 
 def train_sentencepiece(folder, **options) -> sentencepiece.SentencePieceProcessor:
-    """A small tokenizer.model like LLaMA's: BPE, bytes for what it does not know, no normalization.
-
-    It takes the place of the folder's tokenizer.json.
-    """
+    """A small tokenizer.model like LLaMA's, in place of tokenizer.json: BPE, bytes for what is unknown."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink(missing_ok=True)
     model = io.BytesIO()
@@ -452,7 +455,7 @@ def job(script: str, *flags: object, torchrun: Sequence = ()) -> Iterator[subpro
 def wait_for_steps(process: subprocess.Popen, out_dir: Path, steps: int) -> None:
     """Until a run in another process has taken so many steps."""
     deadline = time.monotonic() + 300
-    while len(read_metrics(out_dir)) < steps:
+    while len(metrics(out_dir)) < steps:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -481,11 +484,13 @@ def succeed(script: str, *flags: object) -> str:
     return result.stdout
 
 
-def refuse(script: str, *flags: object, message: str) -> None:
-    """Exit code 2, and one line on stderr with ``message``."""
-    result = run(script, *flags)
+def refuse(script: str, *flags: object, message: str, cwd: Path = ROOT) -> None:
+    """Exit code 2, and one error on stderr, of one line with ``message``, which only notes may follow."""
+    result = run(script, *flags, cwd=cwd)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
-    assert re.search(message, result.stderr.strip().splitlines()[-1]), result.stderr
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("note:", "warning:"))]
+    assert re.search(message, lines[-1]) and len(lines[-1]) < 700, result.stderr
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:], result.stderr
 
 
 # ------------------------------------------------------------------ Finetune scripts called from Python
@@ -502,20 +507,16 @@ def finetune(folder: Path, out_dir: Path, method: str = "adapter", **flags) -> N
         for group, kind in kinds.items()
     }
     flags = {name: value for name, value in flags.items() if not any(hasattr(one, name) for one in groups.values())}
-    defaults = dict(data=str(folder / "sums"), eval_samples=0)
+    defaults = dict(checkpoint_dir=str(folder / "base"), data=str(folder / "sums"), eval_samples=0)
     if method == "adapter":
         defaults |= dict(prompt_length=4, start_layer=1, prompt_init="normal")
-    where = dict(checkpoint_dir=str(folder / "base"), out_dir=str(out_dir))
     main = importlib.import_module(f"finetune.{method}").main
-    main(**where, **groups, **{**defaults, **flags})
+    main(out_dir=str(out_dir), **groups, **{**defaults, **flags})
 
 
 def bytes_of(out_dir: Path) -> list[bytes]:
     """What a resumed run must end with, to the byte."""
     return [path.read_bytes() for path in sorted(out_dir.rglob("*.safetensors"))]
-
-
-metrics = read_metrics
 
 
 def timeless_metrics(out_dir: Path) -> list[dict]:

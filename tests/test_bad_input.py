@@ -1,13 +1,12 @@
 """What users get wrong, through the real command lines: exit code 2, one line that says so, and nothing overwritten."""
 
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_base, run, sums, write_rows
+from helpers import files, make_base, refuse, run, sums, write_rows
 from safetensors.torch import load_file
 
 from lit_llama.common.files import read_json, save_tensors, write_json
@@ -24,21 +23,11 @@ CONVERT = ("scripts/convert.py", "--out_dir", "new")
 
 
 def json_with(**changes) -> Callable[[Path], object]:
-    """Changes fields of a JSON file; ``...`` removes one."""
-
-    def change(path: Path) -> None:
-        write_json(path, {key: value for key, value in {**read_json(path), **changes}.items() if value is not ...})
-
-    return change
+    return lambda path: write_json(path, read_json(path) | changes)
 
 
-def tensors_with(change: Callable[[dict], object]) -> Callable[[Path], object]:
-    def change_file(path: Path) -> None:
-        tensors = load_file(path)
-        change(tensors)
-        save_tensors(path, tensors)
-
-    return change_file
+def tensors_with(change: Callable[[dict], dict]) -> Callable[[Path], object]:
+    return lambda path: save_tensors(path, change(load_file(path)))
 
 
 def bytes_with(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
@@ -48,14 +37,13 @@ def bytes_with(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
 NOT_WHOLE, NOT_JSON = "is not a complete safetensors file", "is not valid JSON"
 TENSORS = [
     (Path.unlink, "safetensors is missing"),
-    ("weights " * 99, NOT_WHOLE),
     (lambda path: (path.unlink(), path.mkdir()), NOT_WHOLE),
     (bytes_with(lambda b: b[:-9]), NOT_WHOLE),
     (bytes_with(lambda b: b[:-100] + bytes([b[-100] ^ 16]) + b[-99:]), "is damaged, or .* its checksum is wrong"),
-    (tensors_with(lambda t: t.update({k: v.double() for k, v in t.items()})), "has dtype F64, not F32"),
-    (tensors_with(lambda t: t.update(extra=torch.ones(1))), "extra is not expected"),
-    (tensors_with(lambda t: t.pop(min(t))), "is missing .1 differences"),
-    (tensors_with(lambda t: t.update({min(t): torch.ones(3, 3)})), r"has shape \(3, 3\) instead of"),
+    (tensors_with(lambda t: {name: tensor.double() for name, tensor in t.items()}), "has dtype F64, not F32"),
+    (tensors_with(lambda t: t | {"extra": torch.ones(1)}), "extra is not expected"),
+    (tensors_with(lambda t: {name: t[name] for name in sorted(t)[1:]}), "is missing .1 differences"),
+    (tensors_with(lambda t: t | {min(t): torch.ones(3, 3)}), r"has shape \(3, 3\) instead of"),
 ]
 ELSEWHERE, PASSWD = ({"checkpoint_dir": x, "name": "tiny", "fingerprint": "0"} for x in ("none", "/etc/passwd"))
 FIRST = "it first: python scripts/convert.py --source .* --out_dir checkpoints"
@@ -71,11 +59,8 @@ FILES = {  # a file and the command that reads it: its content or a function tha
         ("", NOT_JSON),
         ("[]", "config.json must hold a JSON object, got list"),
         (b"\xff", "config.json is not valid JSON: 'utf-8'"),
-        (json_with(n_layer=...), "config.json is not a config of this project: missing or unknown are n_layer"),
-        (json_with(hidden_size=3), "missing or unknown are hidden_size"),
+        (json_with(hidden_size=3), "config.json is not a config of this project: missing or unknown are hidden_size"),
         (json_with(n_layer=-1), "n_layer must be a positive integer of a plausible size, got -1"),
-        (json_with(n_layer=5), "does not fit the model: transformer.h.3.*is missing"),
-        (json_with(tie_embeddings=True), "lm_head.weight is not expected"),
         (json_with(rope_scaling=2), "config.json: "),
         (json_with(architectures=["LlamaForCausalLM"]), f"base is a Hugging Face folder; convert {FIRST}/base$"),
     ],
@@ -86,55 +71,39 @@ FILES = {  # a file and the command that reads it: its content or a function tha
         (Path.unlink, "base holds neither tokenizer"),
         (lambda path: path.rename(path.with_suffix(".model")), "is not a sentencepiece model"),
         ('{"version": "1.0", "mod', "tokenizer.json is damaged .*copy it from the weights"),
-        (bytes_with(lambda b: re.sub(rb"\b258\b", b"4000", b)), "the tokenizer has 4001 tokens, but the model 259"),
     ],
     ("base/tokenizer_config.json", BASE): [
-        ("{", NOT_JSON),
-        ("{}", "which token ends a text; name it in"),
-        ('{"eos_token": 3}', "which token ends a text"),
+        ('{"eos_token": 3}', "which token ends a text; name it in"),
     ],
     ("out/method.json", TRAINED): [
         (Path.unlink, "no finetune script wrote"),
-        ("", NOT_JSON),
         ("{}", "method.json lacks method"),
         (json_with(method="lora"), "arguments do not fit lora"),
         (json_with(method="os.system"), "names the method 'os.system', not one of"),
         (json_with(method="features"), "names the method 'features', not one of|answers"),
-        (json_with(method=3), "lacks method, or holds another type"),
         (json_with(arguments={"prompt_length": 4, "start_layer": 1}), "does not fit the model"),
         (json_with(arguments={"prompt_length": 10**9}), "prompt_length 10* must be between"),
-        (json_with(arguments={"prompt_length": 10**30}), "arguments do not fit adapter"),
         (json_with(arguments={"prompt_length": "ten"}), "arguments do not fit adapter"),
         (json_with(arguments={"start_layer": 1, "gate_init": 0.5}), "gate_init.*0.5.*, but trained"),
-        (json_with(arguments={"model": 4}), "arguments do not fit adapter"),
-        (json_with(arguments={"labels": "yes no"}), "arguments do not fit adapter|answers with a label"),
         (json_with(prompt_style="plain"), "prompt_style is plain, but .* was trained with template"),
-        (json_with(prompt_style=None), "lacks prompt_style, or holds another type"),
         (json_with(base={}), "lacks checkpoint_dir"),
         (json_with(base=ELSEWHERE), "trained on tiny in .*none, which is missing; pass --checkpoint_dir"),
         (json_with(base=PASSWD), "passwd"),
     ],
-    ("rows.jsonl", (*FINETUNE, "--data", "rows.jsonl")): [  # test_data.py tests what else rows and files may lack
-        ('{"instruction": "a", "output": "b"}', "1 rows are too few, or too much alike, to split off some"),
-    ],
     ("requests.jsonl", BATCH): [
-        ('{"prompt": ', "requests.jsonl:1 is not valid JSON"),
         ('{"prompt": "x"}\n{"input": "a"}', 'requests.jsonl:2: a request needs a "prompt"'),
-        ('{"prompt": 3}', 'requests.jsonl:1: a request needs a "prompt"'),
         ('{"prompt": "a", "trained_dir": "none"}', "no finetune script wrote none"),
     ],
 }
 FILE_CASES = [(file, command, *case) for (file, command), cases in FILES.items() for case in cases]
 
-FLAGS = [  # the command, further flags, message; test_cli.py and test_methods.py test the bounds of numbers
+FLAGS = [  # the command, further flags, message; bounds of numbers: test_cli.py, test_methods.py; data: test_data.py
     (FINETUNE, ["--train.warmup_steps", 9], "warmup_steps 9 must be less than the 2 steps in all"),
     (FINETUNE, ["--train.max_seq_length", 600], "600 exceeds the base's context of 512"),
     (FINETUNE, ["--precision", "8-bit"], "--precision '8-bit' is none of auto"),
     (FINETUNE, ["--devices", 100_000], "--devices 100000 must be between 1 and"),
     (FINETUNE, ["--strategy", "warp"], "--strategy warp is none of auto, ddp, fsdp"),
-    (FINETUNE, ["--strategy", "fsdp"], "pass --devices 2 or more"),
     (FINETUNE, ["--eval_samples", -1], "eval_samples -1 must be between 0 and"),
-    (FINETUNE, ["--prompt_style", "vicuna"], "'vicuna' is none of alpaca, plain, template"),
     (FINETUNE, ["--gate_lr_scale", "1e300"], "--gate_lr_scale 1e.300 must be between 0 and 100"),
     (FINETUNE, ["--gate_init", 1], "--prompt_init text needs --gate_init 0; pass --prompt_init normal"),
     (("finetune/prefix.py",), ["--mlp_size", 8, "--prompt_init", "text"], "an MLP: pass --mlp_size 0"),
@@ -159,9 +128,7 @@ FLAGS = [  # the command, further flags, message; test_cli.py and test_methods.p
     (LABELS, [], "a classifier needs rows with one of its labels"),
     (("scripts/compare_methods.py", *FINETUNE[1:7]), ["--pilot_samples", -1], "--pilot_samples -1 must be between"),
     (BASE, ["--checkpoint_dir", "hf"], "hf holds neither|config.json is missing"),
-    (BASE, ["--prompt", "a" * 600], "do not fit the context of 512 tokens; shorten"),
     (BASE, ["--prompt", "", "--prompt_style", "plain"], "the prompt is empty"),
-    (BASE, ["--prompt", "a\udcff"], "lone surrogate, .* at character"),
     (BASE, ["--compile", "--devices", 2], "a sharded base works with neither --compile nor --quantize"),
     (BASE, ["--num_nodes", 0], "--num_nodes 0 must be between 1 and"),
     (TRAINED, ["--max_new_tokens", 10**9], "choose max_new_tokens from 1 to"),
@@ -200,18 +167,9 @@ def place(origin, tmp_path):
     return shutil.copytree(origin, tmp_path / "place", symlinks=True)
 
 
-def files(place: Path) -> dict[Path, bytes | None]:
-    """Folders too: a refused run leaves none behind."""
-    return {path: path.read_bytes() if path.is_file() else None for path in place.rglob("*") if path.name != ".lock"}
-
-
 def check_refusal(place: Path, command: list, message: str) -> None:
     before = files(place)
-    result = run(*command, cwd=place)
-    errors = [line for line in result.stderr.splitlines() if not line.startswith(("note:", "warning:"))]
-    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr[-3000:]
-    assert errors[-1].startswith("error: ") and re.search(message, errors[-1]), result.stderr[-3000:]
-    assert sum(line.startswith("error: ") for line in errors) == 1 and len(errors[-1]) < 700
+    refuse(*command, message=message, cwd=place)
     assert files(place) == before
 
 

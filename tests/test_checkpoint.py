@@ -21,18 +21,6 @@ def base(tmp_path):
     return make_base(tmp_path / "base")
 
 
-# files
-
-
-def test_tensors_are_readable_by_others(tmp_path):
-    (tmp_path / "plain").touch()
-    save_tensors(tmp_path / "t", {"a": torch.zeros(2)})
-    assert (tmp_path / "t").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-# checkpoint folders
-
-
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shard_bytes", [4 * 2**30, 10_000])
 def test_round_trip_in_one_file_or_in_shards(tmp_path, tied, shard_bytes):
@@ -42,6 +30,7 @@ def test_round_trip_in_one_file_or_in_shards(tmp_path, tied, shard_bytes):
     (tmp_path / "copy").mkdir()
     save_checkpoint(tmp_path / "copy", model.config, state.items(), shard_bytes)
     assert (len(weight_files(tmp_path / "copy")) > 1) is (shard_bytes == 10_000)
+    assert len({path.stat().st_mode for path in (tmp_path / "copy").iterdir()}) == 1  # safetensors' own is 600
     copy = load_model(tmp_path / "copy")
     assert asdict(copy.config) == asdict(model.config)
     for name, tensor in model.state_dict().items():
@@ -69,9 +58,6 @@ def test_a_checkpoint_that_lacks_a_tensor_is_not_written_silently(tmp_path):
         save_checkpoint(tmp_path, config, [("transformer.wte.weight", torch.zeros(259, 32))])
     with pytest.raises(UserError, match="appears twice"):
         save_checkpoint(tmp_path, config, [("a", torch.zeros(1))] * 2)
-
-
-# trained folders
 
 
 def test_fingerprint_tells_a_single_tensor_apart(base):

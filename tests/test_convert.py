@@ -28,8 +28,6 @@ from lit_llama.configs import CONFIGS, LLAMA_31_SCALING
 from lit_llama.formats.convert import convert_hf, convert_meta
 from lit_llama.model import LLaMAConfig
 
-# ---------------------------------------------------------------------------------------------- Hugging Face
-
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shard", ["1GB", "20KB"])
@@ -58,9 +56,8 @@ def write_bin(folder: Path, theirs: LlamaForCausalLM, **changes) -> None:
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_hf_bin(tmp_path, tied):
-    theirs = tiny_hf(tie_word_embeddings=tied)  # a state dict has a tied head twice
+def test_hf_bin(tmp_path):
+    theirs = tiny_hf(tie_word_embeddings=True)  # a state dict has a tied head twice
     write_bin(tmp_path / "hf", theirs, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
     convert_hf(tmp_path / "hf", tmp_path / "ours")
     check_logits(tmp_path / "ours", theirs)
@@ -80,10 +77,8 @@ def test_hf_file_of_the_old_format_and_dtype(tmp_path, flag, dtype):
 SCALING = dict(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=16)
 LLAMAS = {
     "llama3": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **SCALING}, "head_dim": 10},
-    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
     "attention_bias": {"attention_bias": True},
     "mlp_bias": {"mlp_bias": True, "tie_word_embeddings": True},
-    "both": {"mlp_bias": True, "attention_bias": True},
     "mistral": {"mistral": True, "sliding_window": None},
     "wide mistral": {"mistral": True, "sliding_window": 64},
 }
@@ -99,7 +94,7 @@ def test_llama_by_another_name(tmp_path, name):
     theirs.save_pretrained(tmp_path / "hf")
     convert_hf(tmp_path / "hf", tmp_path / "ours")
     config = load_config(tmp_path / "ours")
-    assert config.bias == ("bias" in name or name == "both")
+    assert config.bias == ("bias" in name)
     for key, value in (config.rope_scaling or {}).items():  # so that its JSON, and the fingerprint, are one
         assert type(value) is type(LLAMA_31_SCALING[key])
     check_logits(tmp_path / "ours", theirs)
@@ -160,12 +155,9 @@ def test_hf_files(tmp_path):
     refused("259 tokens, but the model 258 .* resize_token_embeddings", out, convert_hf, source, out)
 
 
-class Attack:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
+class Attack(str):
     def __reduce__(self):
-        return Path.touch, (self.target,)
+        return Path.touch, (Path(self),)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -180,9 +172,6 @@ def test_pickles_are_not_run(tmp_path, as_zip):
     torch.save({"model": {"x": torch.ones(1)}}, tmp_path / "hf/pytorch_model.bin")
     refused("a dict of tensors", tmp_path / "ours", convert_hf, tmp_path / "hf", tmp_path / "ours")
     assert not target.exists()
-
-
-# ---------------------------------------------------------------------------------------------- Meta
 
 
 def write_meta(folder: Path, theirs: LlamaForCausalLM, shards: int, embedding_dim: int, **params) -> None:

@@ -15,12 +15,12 @@ from helpers import (
     ROOT,
     SCRIPTS,
     check_cached_decoding,
+    equal_to,
     logits_of,
     make_base,
     save_trained,
     script_parser,
     tiny_model,
-    tokens,
     transformers_model,
     tuned,
 )
@@ -98,9 +98,6 @@ def test_the_lines_that_matter_are_those_of_the_code():
         assert re.split(r" +# ", line)[0].strip() in code, line
 
 
-# (IA)^3, the example of a method
-
-
 @pytest.fixture
 def add_ia3(monkeypatch):
     code = code_block(READMES[1], "How to add a method")
@@ -109,15 +106,10 @@ def add_ia3(monkeypatch):
     exec(compile(code, "finetune/README.md", "exec"), module.__dict__)
     monkeypatch.setitem(METHODS, "ia3", module.add_ia3)
     monkeypatch.setitem(CASES, "ia3", ("ia3", {}))
-    return module.add_ia3
-
-
-def test_ia3_decodes_with_a_cache_as_without(add_ia3):
-    check_cached_decoding(tuned("ia3").eval().double())
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(n_kv_head=6)], ids=["grouped", "not grouped"])
-def test_ia3_equals_peft(add_ia3, changes):
+def test_ia3_equals_peft_and_decodes_with_a_cache(add_ia3, changes):
     model = tuned("ia3", **changes)
     modules = ["k_proj", "v_proj", "down_proj"]
     config = IA3Config(target_modules=modules, feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
@@ -127,12 +119,9 @@ def test_ia3_equals_peft(add_ia3, changes):
             layer.self_attn.k_proj.ia3_l["default"].copy_(block.attn.l_k.reshape(-1, 1))
             layer.self_attn.v_proj.ia3_l["default"].copy_(block.attn.l_v.reshape(-1, 1))
             layer.mlp.down_proj.ia3_l["default"].copy_(block.mlp.c_proj.l_ff.reshape(1, -1))
-        found = model(tokens())
-        torch.testing.assert_close(found, theirs.eval()(tokens()).logits, atol=1e-4, rtol=1e-4)
-        assert (found - tiny_model(**changes)(tokens())).abs().max() > 0.01
+    equal_to(theirs, model, tiny_model(**changes))
+    check_cached_decoding(model.eval().double())
 
-
-# lm_eval
 
 TASK = """
 task: tiny

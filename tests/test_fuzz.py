@@ -26,9 +26,6 @@ rows = st.one_of(
 )
 
 
-# the data reader
-
-
 def read(content: bytes, suffix: str) -> list[Sample]:
     """The samples, none where the file is refused."""
     with tempfile.TemporaryDirectory() as folder:
@@ -53,9 +50,6 @@ as_jsonl = st.lists(rows, max_size=4).map(lambda content: "\n".join(map(json.dum
 def test_any_bytes_are_read_or_refused(content, suffix, at, change):
     read(content, suffix)
     read(content[:at] + change + content[at + len(change) :], suffix)
-
-
-# prompts and masks
 
 
 @fuzz

@@ -2,21 +2,15 @@
 
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from helpers import SCALING, equal_to, make_base, refused, save_trained, transformers_model
-from peft import (
-    AdaptionPromptConfig,
-    LoraConfig,
-    PeftModel,
-    PrefixTuningConfig,
-    PromptTuningConfig,
-    get_peft_model,
-)
+from helpers import SCALING, equal_to, make_base, refused, save_trained, succeed, transformers_model
 from safetensors.torch import load_file, save_file
 
 from lit_llama.checkpoint import load_model
 from lit_llama.common.files import read_json, write_json
+from lit_llama.formats.export import export_hf
 from lit_llama.formats.peft import export_peft, import_peft
 from lit_llama.generate.load import load_trained_folder
 from lit_llama.methods.lora import TARGETS
@@ -35,27 +29,22 @@ OURS = {
     "lora, rank-stabilized": ("lora", dict(r=3, alpha=4, dropout=0.0, targets=["k", "fc1"], rslora=True)),
 }
 THEIRS = {
-    "adapter": (AdaptionPromptConfig, dict(adapter_len=5, adapter_layers=2)),
-    "prefix": (PrefixTuningConfig, dict(num_virtual_tokens=4)),
-    "prefix by an MLP": (PrefixTuningConfig, dict(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=9)),
-    "soft_prompt": (PromptTuningConfig, dict(num_virtual_tokens=4)),
-    "lora": (LoraConfig, dict(r=3, lora_alpha=16, target_modules=["q_proj", "v_proj"])),
-    "lora on all": (LoraConfig, dict(r=3, lora_alpha=5, target_modules=MODULES, lora_dropout=0.1)),
-    "lora on top": (LoraConfig, dict(r=3, target_modules=["q_proj"], layers_to_transform=[1, 2])),
-    "lora, rank-stabilized": (LoraConfig, dict(r=3, target_modules="all-linear", use_rslora=True)),
+    "adapter": (peft.AdaptionPromptConfig, dict(adapter_len=5, adapter_layers=2)),
+    "prefix": (peft.PrefixTuningConfig, dict(num_virtual_tokens=4)),
+    "prefix, MLP": (peft.PrefixTuningConfig, dict(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=9)),
+    "soft_prompt": (peft.PromptTuningConfig, dict(num_virtual_tokens=4)),
+    "lora": (peft.LoraConfig, dict(r=3, lora_alpha=16, target_modules=["q_proj", "v_proj"])),
+    "lora on all": (peft.LoraConfig, dict(r=3, lora_alpha=5, target_modules=MODULES, lora_dropout=0.1)),
+    "lora on top": (peft.LoraConfig, dict(r=3, target_modules=["q_proj"], layers_to_transform=[1, 2])),
+    "lora, rank-stabilized": (peft.LoraConfig, dict(r=3, target_modules="all-linear", use_rslora=True)),
 }
 
 
-def train_ours(base: Path, folder: Path, case: str) -> Path:
-    method, arguments = OURS[case]
-    return save_trained(base, folder, method, **arguments)
-
-
-def train_theirs(base: Path, folder: Path, case: str) -> PeftModel:
+def train_theirs(base: Path, folder: Path, case: str) -> peft.PeftModel:
     """PEFT's own model over the base, after some of its own steps; saved to ``folder``."""
     torch.manual_seed(5)
     kind, settings = THEIRS[case]
-    model = get_peft_model(transformers_model(load_model(base)), kind(**settings, task_type="CAUSAL_LM"))
+    model = peft.get_peft_model(transformers_model(load_model(base)), kind(**settings, task_type="CAUSAL_LM"))
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.1)
     for ids in torch.randint(0, 259, (5, 2, 20)):
         model(input_ids=ids, labels=ids).loss.backward()
@@ -68,11 +57,13 @@ def train_theirs(base: Path, folder: Path, case: str) -> PeftModel:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("case", OURS)
 def test_export(tmp_path, case, shape):
-    base = make_base(tmp_path / "base", **SHAPES[shape])
-    trained = train_ours(base, tmp_path / "trained", case)
-    export_peft(trained, tmp_path / "peft")
+    base, (method, arguments) = make_base(tmp_path / "base", **SHAPES[shape]), OURS[case]
+    trained = save_trained(base, tmp_path / "trained", method, **arguments)
+    export_hf(base, tmp_path / "hf")
+    export = ["--trained_dir", trained, "--out_dir", tmp_path / "peft", "--base_model", tmp_path / "hf"]
+    succeed("scripts/export.py", "--to", "peft", *export)
     trainable = case.startswith(("adapter", "lora"))  # PEFT goes on training no prompt
-    theirs = PeftModel.from_pretrained(transformers_model(load_model(base)), tmp_path / "peft", is_trainable=trainable)
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "peft", is_trainable=trainable)
     equal_to(theirs, load_trained_folder(trained)[0], load_model(base))
     written = load_file(tmp_path / "peft/adapter_model.safetensors").values()
     trains = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
@@ -89,10 +80,9 @@ def test_import(tmp_path, case, shape):
     equal_to(theirs, model, load_model(base))
     assert (method["prompt_style"], method["train"]["max_seq_length"]) == ("template", 99)
 
-    export_peft(tmp_path / "ours", tmp_path / "again", base_model="owner/name")
+    export_peft(tmp_path / "ours", tmp_path / "again")
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "again"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert read_json(tmp_path / "again/adapter_config.json")["base_model_name_or_path"] == "owner/name"
 
 
 def test_what_is_not_exported(tmp_path):
@@ -102,7 +92,7 @@ def test_what_is_not_exported(tmp_path):
     trained = save_trained(base, tmp_path / "heads", "adapter", prompt_length=5, start_layer=1)
     refused("block 1 has gates from .* --gate layer", out, export_peft, trained, out)
     for name, changes, match in (("a", dict(bias=True), "without biases"), ("b", dict(head_size=6), "4 [*] 6 and 32")):
-        trained = train_ours(make_base(tmp_path / name, **changes), tmp_path / f"{name}-trained", "adapter")
+        trained = save_trained(make_base(tmp_path / name, **changes), tmp_path / f"{name}2", "adapter", start_layer=1)
         refused(match, out, export_peft, trained, out)
 
 

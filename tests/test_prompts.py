@@ -5,6 +5,7 @@ from datetime import datetime
 import pytest
 from chat_templates import TEMPLATES
 from helpers import CONTROLS
+from helpers import TALK as WITH_SYSTEM
 from tokenizers import Tokenizer as TokenizersTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
@@ -24,14 +25,7 @@ from lit_llama.data.prompts import (
 )
 from lit_llama.tokenizer import Tokenizer
 
-SYSTEM = {"role": "system", "content": "Answer briefly, please."}
-TALK = [
-    {"role": "user", "content": "Where is the bakery?\nI am hungry."},
-    {"role": "assistant", "content": "In the second street."},
-    {"role": "user", "content": "  And the   station?"},
-    {"role": "assistant", "content": "Behind you!\n"},
-    {"role": "user", "content": "Größe 漢字 🙂"},
-]
+SYSTEM, *TALK = WITH_SYSTEM
 KINDS = ("byte-level", "first", "legacy")
 
 
@@ -47,7 +41,7 @@ def write_tokenizer(folder, kind, bos, eos, controls, **settings):
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*words, pre_tokenizers.Metaspace(prepend_scheme="never")])
         tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
         special += [f"<0x{byte:02X}>" for byte in range(256)]
-    texts = [message["content"] for message in [SYSTEM, *TALK]] + [" user assistant system USER: ASSISTANT: [INST]"]
+    texts = [message["content"] for message in WITH_SYSTEM] + [" user assistant system USER: ASSISTANT: [INST]"]
     options = dict(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts * 3, trainers.BpeTrainer(special_tokens=special, **options))
     if kind == "first":
@@ -84,7 +78,7 @@ def of_public_model(folder, name, kind):
 @pytest.mark.parametrize("side", [None, "lstrip", "rstrip"])  # where control tokens take whitespace with them
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_ids_are_those_of_transformers(tmp_path, name, kind, side):
+def test_ids_are_those_of_transformers_and_answers_train_with_their_end(tmp_path, name, kind, side):
     of_public_model(tmp_path, name, kind)
     change_tokens(tmp_path, **({side: True} if side else {}))
     ours, theirs = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
@@ -92,8 +86,17 @@ def test_ids_are_those_of_transformers(tmp_path, name, kind, side):
     assert template == TEMPLATES[name][0]
     for talk in talks_of(name):
         opens = talk[-1]["role"] == "user"
-        expected = theirs.apply_chat_template(talk, add_generation_prompt=opens, return_dict=False)
-        assert encode_prompt(talk, template, ours) == expected
+        ((ids, trains),) = encode_pieces([pieces(talk, template, ours)], ours)
+        assert ids == theirs.apply_chat_template(talk, add_generation_prompt=opens, return_dict=False)
+        if opens:
+            continue
+        prompt = encode_prompt(talk[:-1], template, ours)
+        assert ids[: len(prompt)] == prompt
+        trained = [token for token, train in zip(ids, trains, strict=True) if train]
+        (end,) = {*trained} & stop_ids(template, ours)
+        answers = [message["content"].strip() for message in talk if message["role"] == "assistant"]
+        assert [part.strip() for part in ours.decode(trained).split(ours.token(end))] == [*answers, ""]
+        assert ids[-1] in (end, *ours.encode_batch(["\n"], "text")[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,24 +120,6 @@ def test_a_template_that_writes_the_date_is_described_with_it(monkeypatch):
     monkeypatch.setattr("lit_llama.data.prompts.STARTED", datetime(2026, 3, 5, 12))
     assert describe_template("{{ strftime_now('%d %b %Y') }}")["prompt_date"] == "2026-03-05"
     assert "prompt_date" not in describe_template("{{ messages }}")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_answers_train_with_their_end_and_prompts_are_those_of_training(tmp_path, name, kind):
-    ours = of_public_model(tmp_path, name, kind)
-    template = choose_template(None, ours)
-    for talk in talks_of(name):
-        if talk[-1]["role"] == "user":
-            continue
-        ((ids, trains),) = encode_pieces([pieces(talk, template, ours)], ours)
-        prompt = encode_prompt(talk[:-1], template, ours)
-        assert ids[: len(prompt)] == prompt
-        trained = [token for token, train in zip(ids, trains, strict=True) if train]
-        (end,) = {*trained} & stop_ids(template, ours)
-        answers = [message["content"].strip() for message in talk if message["role"] == "assistant"]
-        assert [part.strip() for part in ours.decode(trained).split(ours.token(end))] == [*answers, ""]
-        assert ids[-1] in (end, *ours.encode_batch(["\n"], "text")[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -178,7 +163,6 @@ def user_as(content: str) -> str:
     "template, message",
     [
         (user_as("hi"), "does not write the user message once, as it is; pass --prompt_style"),
-        (user_as("{{ message['content'] | upper }}"), "does not write the user message once"),
         (user_as("{{ message['content'].split('#')[0] }}"), "changes the text of a message"),
         (AS_IT_IS.replace("<|im_end|>{% endif", " {% endif"), "does not end an answer with a control token"),
         (AS_IT_IS.replace("tant {% endif", "tant <think>{% endif"), "does not end a prompt as it begins an answer"),
@@ -223,8 +207,7 @@ def test_an_answer_with_weight_0_does_not_train(tmp_path):
     assert ours.decode(i for i, train in zip(ids, trains, strict=True) if train).strip() == "Behind you!\n</s>"
 
 
-def test_folders_of_earlier_versions_keep_their_prompts(tmp_path):
-    """They name a style and hold no template."""
+def test_folders_of_earlier_versions_that_hold_no_template_keep_their_prompts(tmp_path):
     ours = of_public_model(tmp_path, "smollm2", "byte-level")
     assert trained_template({"prompt_style": "chatml"}, ours) == CHATML
     assert style_of(trained_template({"prompt_style": "alpaca"}, ours)) == "alpaca"

@@ -18,72 +18,51 @@ from lit_llama.formats.export import export_hf
 from lit_llama.formats.gguf_tokenizer import sentencepiece_fields, write_tokenizer
 from lit_llama.tokenizer import Tokenizer
 
-# ---------------------------------------------------------------------------------------------- SmolLM2, a real one
-
 
 @pytest.fixture(scope="module")
 def smollm2(smollm2_dir) -> Tokenizer:
     return Tokenizer(smollm2_dir)
 
 
-@pytest.fixture(scope="module")
-def reference_smollm2(smollm2_gguf):
-    # not AutoTokenizer, which reads the whole GGUF once more for a config
-    return transformers.PreTrainedTokenizerFast.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
-
-
 @pytest.mark.weights
-def test_equals_transformers(smollm2, reference_smollm2):
+def test_equals_transformers(smollm2, smollm2_gguf):
     """On its own where digits are left out; with digits split off first on everything.
 
     llama.cpp defines the pre-tokenizer "smollm" as: every digit (\\p{N}) by itself, then GPT-2's regex. transformers
     (5.23) does not know the name and applies GPT-2's regex alone, so "a  1" becomes a, _, _1 instead of a, __, 1.
     """
+    # not AutoTokenizer, which reads the whole GGUF once more for a config
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
     strings = varied_strings(4000)
     plain = ["".join(char for char in s if unicodedata.category(char)[0] != "N") for s in strings]
-    assert [smollm2.encode(s) for s in plain] == reference_smollm2(plain, add_special_tokens=False).input_ids
-    own = reference_smollm2.backend_tokenizer.pre_tokenizer
+    assert [smollm2.encode(s) for s in plain] == theirs(plain, add_special_tokens=False).input_ids
     digits = pre_tokenizers.Digits(individual_digits=True)
-    reference_smollm2.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, own])
-    assert [smollm2.encode(s) for s in strings] == reference_smollm2(strings, add_special_tokens=False).input_ids
+    theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, theirs.backend_tokenizer.pre_tokenizer])
+    assert [smollm2.encode(s) for s in strings] == theirs(strings, add_special_tokens=False).input_ids
 
 
 def assert_round_trip(tokenizer: Tokenizer, unsayable: set[int], step: int = 1) -> None:
-    """All of Unicode but ``unsayable`` in stretches (every ``step``-th of them), some characters alone, hard texts."""
+    """Unicode but ``unsayable`` in stretches (every ``step``-th), some characters alone, hard texts, control tokens."""
     sayable = [chr(i) for i in CODE_POINTS if i not in unsayable]
     texts = ["".join(sayable[i : i + 300]) for i in range(0, len(sayable), 300 * step)]
     texts += random.Random(0).sample(sayable, 2000) + sayable[:256]
     texts += ["", " ", "  ", " a", "a ", "\n a \n", "a\0b", "e\u0301", "👩‍👩‍👧‍👦", "\ufeffx", "\u202eabc", "a   b\t\tc"]
-    texts += varied_strings(500, seed=2)
+    texts += [*varied_strings(500, seed=2), *tokenizer.controls, *(f" a{name}b\n" for name in tokenizer.controls)]
     for text in texts:
         text = "".join(char for char in text if ord(char) not in unsayable)
-        assert tokenizer.decode(tokenizer.encode(text)) == text
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and not set(ids) & set(tokenizer.controls.values())
 
 
 @pytest.mark.weights
-def test_round_trip_of_unicode(smollm2):
+def test_round_trip_of_unicode_and_control_tokens(smollm2):
     assert_round_trip(smollm2, SMOLLM2_UNKNOWN)
-
-
-@pytest.mark.weights
-@pytest.mark.parametrize("code", [4, 6, 0x13, 0x14, 0x16, 0x1D, 0x40000, 0xBFFFF])
-def test_bytes_without_a_token_are_dropped_aloud(smollm2, code):
-    with pytest.warns(UserWarning, match="no token for 1 bytes"):
-        assert smollm2.decode(smollm2.encode(f"a{chr(code)}b")) != f"a{chr(code)}b"
-
-
-@pytest.mark.weights
-def test_control_tokens_of_smollm2(smollm2):
+    for code in (4, 6, 0x13, 0x14, 0x16, 0x1D, 0x40000, 0xBFFFF):
+        with pytest.warns(UserWarning, match="no token for 1 bytes"):
+            assert smollm2.decode(smollm2.encode(f"a{chr(code)}b")) != f"a{chr(code)}b"
     assert (smollm2.vocab_size, smollm2.bos_id, smollm2.eos_id) == (49152, None, 2)
     assert smollm2.controls["<|im_start|>"] == 1 and "<|eot_id|>" not in smollm2.controls
     assert smollm2.decode([1, *smollm2.encode("user\nhi"), 2, 60000]) == "<|im_start|>user\nhi<|im_end|>"
-    for name in smollm2.controls:  # spelled in a text, they are text
-        for text in (name, f"a{name}b", f" {name} \n{name}"):
-            ids = smollm2.encode(text)
-            assert not set(ids) & set(smollm2.controls.values()) and smollm2.decode(ids) == text
-
-
-# ---------------------------------------------------------------------------------------------- small ones, made here
 
 
 @pytest.mark.parametrize("prefix", [True, False])
@@ -190,9 +169,6 @@ def test_bos_truncation_and_padding(tmp_path, settings, post_processor, bos_id):
     assert (tokenizer.bos_id, tokenizer.eos_id) == (bos_id, 1)
 
 
-# ---------------------------------------------------------------------------------------------- errors
-
-
 def test_a_tokenizer_has_as_many_tokens_as_the_model_or_few_less(tmp_path):
     small_bpe().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(NAMED))
@@ -211,8 +187,6 @@ def test_a_tokenizer_has_as_many_tokens_as_the_model_or_few_less(tmp_path):
         ({"ggml.model": "rwkv"}, "of kind 'rwkv' .*; known are llama, and gpt2"),
         ({"ggml.pre": "qwen2"}, "pre-tokenizer 'qwen2'; known are .*smollm"),
         ({"ggml.model": "llama"}, "inconsistent: KeyError.'ggml.scores'"),
-        ({"ggml.token_type": [1]}, "inconsistent: ValueError.*argument"),
-        ({"ggml.merges": ["no such"]}, "inconsistent: .*out of vocabulary"),
         ({"ggml.eos_token_id": 600}, "inconsistent: IndexError"),
     ],
 )
@@ -228,15 +202,12 @@ def test_tokens_that_a_folder_adds_to_a_sentencepiece_model(tmp_path):
     train_sentencepiece(base)
     (base / "added_tokens.json").write_text('{"<|im_start|>": 1200, "<|im_end|>": 1201}')
     (base / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
-    talk = [{"role": "user", "content": "a cat <|im_end|>"}, {"role": "assistant", "content": "Yes. "}]
+    talk = [{"role": "user", "content": "a cat"}, {"role": "assistant", "content": "Yes. "}]
     for legacy in (True, False):
         (base / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy, "chat_template": CHATML}))
         ours = Tokenizer(base)
         assert ours.controls["<|im_end|>"] == 1201 == ours.eos_id and ours.vocab_size == 1202
-        ids = encode_prompt(talk, choose_template(None, ours), ours)
-        assert ids.count(1201) == 2 and ours.decode(ids).count("<|im_end|>") == 3
         export_hf(base, tmp_path / f"hf{legacy}")
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / f"hf{legacy}")
-        honest = [{**talk[0], "content": "a cat"}, talk[1]]
-        expected = theirs.apply_chat_template(honest, return_dict=False)
-        assert encode_prompt(honest, choose_template(None, ours), ours) == expected
+        expected = theirs.apply_chat_template(talk, return_dict=False)
+        assert encode_prompt(talk, choose_template(None, ours), ours) == expected and expected.count(1201) == 2
