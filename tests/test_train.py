@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,15 @@ def test_a_run_that_gets_no_better_ends_and_leaves_the_model_at_its_best(folder,
     for name, best in read_tensors(tmp_path / "trained.safetensors")[0].items():
         assert not torch.equal(best, last[f"trained.{name}"])
         assert torch.equal(best, after[0].state_dict()[name])
+
+
+def test_a_loop_that_ends_before_a_validation_keeps_its_last_step(folder, tmp_path, monkeypatch):
+    steps = Run.steps
+    monkeypatch.setattr(Run, "steps", lambda *args: islice(steps(*args), 2))  # as a break in the script
+    finetune(folder, tmp_path)
+    assert len(metrics(tmp_path)) == 2
+    model, _ = load_trained_folder(tmp_path)
+    assert all(attn.gating_factor.any() for attn in (block.attn for block in model.transformer.h[1:]))
 
 
 @pytest.mark.parametrize(
