@@ -65,7 +65,7 @@ def main(
     check_range("--gate_lr_scale", gate_lr_scale, 0, 100)
     fresh = not (init_from or resume)
     if prompt_init == "text" and gate_init and fresh:
-        raise UserError("--prompt_init text needs --gate_init 0; pass --prompt_init normal")
+        raise UserError("--prompt_init text reads the unchanged base: pass --gate_init 0, or --prompt_init normal")
     out_dir = out_dir or default_out_dir("adapter", data)
     check_data(data)
     ensure_base(checkpoint_dir, yes)  # before launch, where other processes wait for this one
@@ -80,11 +80,12 @@ def main(
     arguments = dict(prompt_length=prompt_length, start_layer=start_layer, gate=gate, gate_init=gate_init)
     dtype = base_dtype(hardware.precision, fabric.device)
     settings = describe_run("adapter", add_adapter, arguments, task, train, dtype, hardware.quantize, init_from)
-    settings["gate_lr_scale"] = gate_lr_scale
+    settings["gate_lr_scale"] = gate_lr_scale  # so that --resume compares it
     run = Run(fabric, out_dir, settings, resume, overwrite, allow_changes)
 
     # Model: freeze the base, then add the method; what requires a gradient afterwards is trained
-    model = load_model(checkpoint_dir, dtype, fabric.device, sharded=hardware.strategy == "fsdp").requires_grad_(False)
+    model = load_model(checkpoint_dir, dtype, fabric.device, sharded=hardware.strategy == "fsdp")
+    model.requires_grad_(False)
     quantize_base(model, hardware.quantize)
     answers = BeforeAfter(fabric, task, eval_samples)
     answers.ask("before", model)
@@ -119,15 +120,15 @@ def main(
     model.train()
     for step in run.steps(model, optimizer, total_steps, train.save_every):
         batch = [task.train[i] for i in step_indices(step, train.batch_size, len(task.train), train.seed, train.epochs)]
-        n_targets = sum(sample.n_targets for sample in batch)
+        n_targets = sum(sample.n_targets for sample in batch)  # on all devices
 
         loss = torch.zeros((), device=fabric.device)
-        for micro_batch in split_by_tokens(batch, train.micro_batch_tokens, fabric, model):
+        for micro_batch in split_by_tokens(batch, train.micro_batch_tokens, fabric, model):  # this device's part
             micro_loss = target_loss(model, micro_batch) / n_targets
             micro_loss.backward()
             loss += micro_loss.detach()
         sum_gradients(fabric, model)
-        loss = fabric.all_reduce(loss, reduce_op="sum")
+        loss = fabric.all_reduce(loss, reduce_op="sum")  # for the log
 
         lr = train.learning_rate_at(step, total_steps)
         for group in optimizer.param_groups:

@@ -69,7 +69,8 @@ def main(
     run = Run(fabric, out_dir, settings, resume, overwrite, allow_changes)
 
     # Model: freeze the base, then add the method; what requires a gradient afterwards is trained
-    model = load_model(checkpoint_dir, dtype, fabric.device, sharded=hardware.strategy == "fsdp").requires_grad_(False)
+    model = load_model(checkpoint_dir, dtype, fabric.device, sharded=hardware.strategy == "fsdp")
+    model.requires_grad_(False)
     quantize_base(model, hardware.quantize)
     answers = BeforeAfter(fabric, task, eval_samples)
     answers.ask("before", model)
@@ -96,15 +97,15 @@ def main(
     model.train()
     for step in run.steps(model, optimizer, total_steps, train.save_every):
         batch = [task.train[i] for i in step_indices(step, train.batch_size, len(task.train), train.seed, train.epochs)]
-        n_targets = sum(sample.n_targets for sample in batch)
+        n_targets = sum(sample.n_targets for sample in batch)  # on all devices
 
         loss = torch.zeros((), device=fabric.device)
-        for micro_batch in split_by_tokens(batch, train.micro_batch_tokens, fabric, model):
+        for micro_batch in split_by_tokens(batch, train.micro_batch_tokens, fabric, model):  # this device's part
             micro_loss = target_loss(model, micro_batch) / n_targets
             micro_loss.backward()
             loss += micro_loss.detach()
         sum_gradients(fabric, model)
-        loss = fabric.all_reduce(loss, reduce_op="sum")
+        loss = fabric.all_reduce(loss, reduce_op="sum")  # for the log
 
         lr = train.learning_rate_at(step, total_steps)
         for group in optimizer.param_groups:

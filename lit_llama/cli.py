@@ -103,13 +103,14 @@ def parser_of(main: Callable) -> ArgumentParser:
     # argparse itself would print a screenful of usage before an error
     parser = Parser(description=(inspect.getdoc(main) or "").split("\n")[0], exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="A YAML file with flags, such as a run's config.yaml.")
-    parameters, flat = inspect.signature(main).parameters.values(), flat_arguments(main)
-    lists = {one.name for one in parameters if one.annotation == list[str] and one.default is one.empty}
+    parameters, flat = inspect.signature(main).parameters, flat_arguments(main)
+    lists = {name for name, one in parameters.items() if one.annotation == list[str] and one.default is one.empty}
     for name in lists:
         parser.add_argument(name, type=str, nargs="+")
     parser.add_function_arguments(main, as_group=False, skip={*lists, *flat})
-    for kind in flat.values():
+    for name, kind in flat.items():
         parser.add_class_arguments(kind, as_group=False)
+        parser.set_defaults(vars(parameters[name].default))
     for action in parser._actions:
         action.help = action.help or SHARED_FLAGS.get(action.dest)
         if action.default == DEFAULT_BASE and Path(DEFAULT_BASE).is_relative_to(Path.cwd()):

@@ -105,7 +105,7 @@ FLAGS = [  # the command, further flags, message; bounds of numbers: test_cli.py
     (FINETUNE, ["--strategy", "warp"], "--strategy warp is none of auto, ddp, fsdp"),
     (FINETUNE, ["--eval_samples", -1], "eval_samples -1 must be between 0 and"),
     (FINETUNE, ["--gate_lr_scale", "1e300"], "--gate_lr_scale 1e.300 must be between 0 and 100"),
-    (FINETUNE, ["--gate_init", 1], "--prompt_init text needs --gate_init 0; pass --prompt_init normal"),
+    (FINETUNE, ["--gate_init", 1], "pass --gate_init 0, or --prompt_init normal"),
     (("finetune/prefix.py",), ["--mlp_size", 8, "--prompt_init", "text"], "an MLP: pass --mlp_size 0"),
     (("finetune/soft_prompt.py",), ["--init_text", "a"], "--init_text needs --prompt_init text"),
     (FINETUNE, ["--checkpoint_dir", "none"], "none is missing; fetch a base"),

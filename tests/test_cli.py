@@ -14,7 +14,7 @@ from lit_llama import cli
 from lit_llama.cli import parse
 from lit_llama.common.errors import UserError
 from lit_llama.devices import launch
-from lit_llama.settings import TRAIN_RANGES, Sampling, TrainArgs
+from lit_llama.settings import TRAIN_RANGES, DataOptions, Hardware, Sampling, TrainArgs
 
 
 def mistake(*args: str, script: str = "finetune/adapter.py") -> str:
@@ -149,6 +149,15 @@ def test_switches_need_no_value():
         assert parse(parser, args.split()).resume is True
     for args in ("", "--resume false --yes", "--resume=false"):
         assert parse(parser, args.split()).resume is False
+
+
+def test_defaults_in_main_count_for_fields_that_are_flags(monkeypatch, capsys):
+    def main(hardware: Hardware = Hardware(devices=2, precision="32-true"), reading: DataOptions = DataOptions()):
+        print(hardware.devices, hardware.precision, reading.val_fraction)
+
+    monkeypatch.setattr(sys, "argv", ["main", "--precision", "bf16-true", "--val_fraction", "0.3"])
+    cli.run(main)
+    assert capsys.readouterr().out == "2 bf16-true 0.3\n"
 
 
 @pytest.mark.parametrize("terminal", [False, True])

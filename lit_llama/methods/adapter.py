@@ -48,7 +48,7 @@ class AdapterAttention(CausalSelfAttention):
 
     def attend(self, q, k, v, input_pos=None, mask=None):
         y = super().attend(q, k, v, input_pos, mask)  # (B, nh, T, hs)
-        if input_pos is None:  # training: the prompt changes with every step
+        if input_pos is None:  # without a cache; in training the prompt changes with every step
             prompt = self.prompt_kv(q.dtype)
         else:  # decoding: projected once per cache
             if self.kv_cache.prompt is None:
@@ -67,10 +67,10 @@ def add_adapter(
     gate_activation: str = "none",
     gate_init: float = 0.0,
 ) -> None:
-    """Give the blocks from ``start_layer`` on a prompt of ``prompt_length`` rows and a gate.
+    """Give the L = n_layer - ``start_layer`` upper blocks a prompt of ``prompt_length`` rows and a gate.
 
     ``gate``: one per "head" (the paper) or per "layer" (PEFT). ``gate_activation``: "none", or "tanh" as in the
-    paper's training code (only from Python). ``gate_init``: 0 as in the paper; other values show why 0 matters.
+    paper's training code; no script has a flag for it. ``gate_init``: 0 as in the paper; others show why 0 matters.
     """
     check_range("prompt_length", prompt_length, 1, model.config.block_size)
     check_range("start_layer", start_layer, 0, model.config.n_layer - 1)

@@ -33,7 +33,8 @@ def target_loss(model: LLaMA, samples: list[TokenizedSample], chunk_size: int = 
     """Cross-entropy summed over the samples' target tokens, a float32 scalar, in one pass through the model.
 
     Only positions with a target reach the head, in chunks of ``chunk_size``: the float32 logits of a whole batch, by
-    far the largest tensor, never exist.
+    far the largest tensor, never exist. To train on another loss, change ``head_loss`` and delete the branch with
+    FrozenHeadLoss, which computes the same loss and, by hand, its gradient.
     """
     hidden, targets = target_vectors(model, samples)
     head = model.lm_head

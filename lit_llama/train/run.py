@@ -191,7 +191,7 @@ class Run:
 
     def keep_best(self, model: LLaMA, val_loss: float) -> None:
         """Log the validation loss. Write the trained tensors if it is the lowest so far."""
-        self.row["val_loss"] = val_loss
+        self.log(self.step, val_loss=val_loss)
         if val_loss < self.best_loss:
             self.best_loss, self.best_step = val_loss, self.step + 1
             self.save_trained(model)
