@@ -8,7 +8,8 @@ The trained folder says which method, base and prompt style it needs.
 
 from lit_llama import cli
 from lit_llama.devices.launch import log_rank0
-from lit_llama.generate.load import launch_sharded, load_for_generation, stream_answer
+from lit_llama.generate.load import launch_sharded, load_for_generation
+from lit_llama.generate.stream import stream_answer
 from lit_llama.settings import Sampling
 
 

@@ -6,7 +6,8 @@ python generate/base.py --prompt "Once upon a time" --prompt_style plain --sampl
 
 from lit_llama import cli
 from lit_llama.base import ensure_base
-from lit_llama.generate.load import launch_sharded, load_for_generation, stream_answer
+from lit_llama.generate.load import launch_sharded, load_for_generation
+from lit_llama.generate.stream import stream_answer
 from lit_llama.settings import DEFAULT_BASE, Sampling
 
 

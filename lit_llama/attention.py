@@ -24,6 +24,9 @@ VARLEN_GROUPED = "enable_gqa" in VARLEN_OPTIONS  # from 2.12 on
 VARLEN_CAUSAL: Any = {"is_causal": True} if "is_causal" in VARLEN_OPTIONS else {"window_size": (-1, 0)}  # 2.10, later
 
 
+PLAIN_LENGTH = 512  # up to this many queries and keys, plain products beat the fused bfloat16 kernel for CPUs
+
+
 @dataclass
 class Texts:
     """The texts that share a packed row of N tokens. A token sees its own text, up to itself.
@@ -50,7 +53,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Texts | None = Non
         return attention(F.pad(q, (0, 0, more, 0)), k, v, is_causal=True)[:, :, more:]
     # The fused bfloat16 kernel for CPUs is slow below 512 x 512 scores per head. On one AVX512-BF16 core with nine
     # heads, one token over 1,000 keys takes 950 us fused and 250 us as plain products.
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.size(2) * k.size(2) <= 512 * 512:
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.size(2) * k.size(2) <= PLAIN_LENGTH**2:
         return plain_attention(q, k, v, mask, is_causal)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=q.size(1) != k.size(1))
 

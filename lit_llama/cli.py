@@ -76,14 +76,14 @@ def warn_of_other_clone(script: Path) -> None:
 
 
 ONE_OFF = ("config", "resume", "overwrite", "allow_changes", "yes")  # flags that are not settings of a run
-CONFIG_FILE = "config.yaml"
+FLAGS_FILE = "config.yaml"
 _settings: str | None = None  # the running script's settings as YAML
 
 
 def save_settings(folder: Path) -> None:
     """Write the settings of the script that runs, if one does, to ``folder``, for ``--config`` to read."""
     if _settings is not None:
-        with atomic_write(folder / CONFIG_FILE) as temporary:
+        with atomic_write(folder / FLAGS_FILE) as temporary:
             temporary.write_text(_settings, encoding="utf-8")
 
 
@@ -95,9 +95,9 @@ class Parser(ArgumentParser):
 
 
 def parser_of(main: Callable) -> ArgumentParser:
-    """A flag for each argument of ``main``; a list without a default stands in front, without a flag.
+    """A flag for each argument of ``main``; a list without a default becomes positional arguments.
 
-    Help texts are lines of the docstring's Args or of SHARED_FLAGS. The default base is shown relative to the current
+    Help texts come from the docstring's Args, else from SHARED_FLAGS. The default base is shown relative to the current
     folder, if it lies inside.
     """
     # argparse itself would print a screenful of usage before an error
@@ -153,8 +153,9 @@ def bare_switches(parser: ArgumentParser, args: list[str]) -> list[str]:
     """Make ``--resume`` mean ``--resume true``: jsonargparse wants a value for every bool."""
     switches = {f"--{flag}" for flag, value in vars(parser.get_defaults()).items() if isinstance(value, bool)}
     spelled = []
-    for arg, following in zip(args, [*args, "--"][1:], strict=True):
-        spelled += [arg, "true"] if arg in switches and following.startswith("--") else [arg]
+    for i, arg in enumerate(args):
+        has_value = i + 1 < len(args) and not args[i + 1].startswith("--")
+        spelled += [arg, "true"] if arg in switches and not has_value else [arg]
     return spelled
 
 

@@ -1,4 +1,4 @@
-"""Flags that several scripts share."""
+"""Flags that several scripts share, with their help texts and limits, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from pathlib import Path
 
 from lit_llama.common.errors import UserError, check_range
 
-Data = str  # a path; from Python also the rows themselves, list[dict]
+Data = str  # on the command line a path; from Python also the rows themselves, list[dict]
 
 ROOT = Path(__file__).parents[1]  # the clone
 DEFAULT_BASE = str(ROOT / "checkpoints/smollm2-135m-instruct")
 
 # Help texts of flags that several scripts have.
 SHARED_FLAGS = {
-    "train": "The settings of the training loop.",
     "data": "A file (.json, .jsonl, .csv, .tsv, .txt, .parquet) or a folder with train and validation files.",
     "columns": 'Maps our column names to the file\'s: \'{"instruction": "query", "output": "reply"}\'.',
-    "val_fraction": "Share of a single file that is split off for validation, at least 10 and at most 2,000 samples.",
+    "val_fraction": "Share of the samples (10 to 2,000) to split off for validation, if the data has no file for it.",
     "skip_bad_rows": "Leave out, and count, rows that cannot be read.",
     "show_sample": "Print the first sample as tokens, those that are trained on in brackets.",
     "checkpoint_dir": "Folder of the base. The default one is offered for download if it is missing.",
@@ -33,7 +32,7 @@ SHARED_FLAGS = {
     "precision": "Precision of the base's weights: bf16-true, 32-true, or auto for the faster one.",
     "compile": "Compile the blocks with torch.compile, which takes minutes; no gain in float32 on a CPU.",
     "checkpointing": "Recompute activations in the backward pass: less memory, a third more computation.",
-    "quantize": "Keep the frozen base's weights in int8, or on CUDA in nf4.",
+    "quantize": "Keep the frozen blocks' weights in int8, or on CUDA in nf4.",
     "logger": "Also send settings and metrics to tensorboard, wandb or mlflow; the package must be installed.",
     "resume": "Continue the run in out_dir.",
     "overwrite": "Replace the run in out_dir.",
@@ -42,7 +41,6 @@ SHARED_FLAGS = {
     "runs": "Folders that finetune scripts wrote.",
     "input": "The text that the instruction is about, as in an Alpaca record.",
     "max_new_tokens": "Maximum length of the answer.",
-    "sampling": "How the next token is chosen.",
     "yes": "Do not ask before a download.",
 }
 
@@ -51,7 +49,7 @@ MAX_COUNT = 10**9  # steps, samples or tokens, where a large value alone allocat
 MAX_TOKENS = 2**20  # in one forward pass or sample
 MAX_SAMPLES = 2**16  # in one step or batch
 MAX_SEED = 2**32 - 1
-HEAD_CHUNK = 384  # targets whose logits exist at a time
+HEAD_CHUNK = 384  # targets whose logits exist at a time (train/loss.py)
 TRAIN_RANGES = {
     "max_steps": (1, MAX_COUNT),
     "epochs": (1e-6, MAX_COUNT),
@@ -169,7 +167,7 @@ class Hardware:
             )
 
 
-FLAT = (DataOptions, Hardware)  # their fields are flags of their own: --devices, explained in SHARED_FLAGS
+FLAT = (DataOptions, Hardware)  # --devices, not --hardware.devices
 
 
 @dataclass
@@ -189,12 +187,12 @@ class Sampling:
     seed: int = 1337
 
     def __post_init__(self):
-        if self.temperature != 0:  # beyond these, float32 logits divided by it are all alike, or infinite
-            check_range("--sampling.temperature, other than 0 (greedy),", self.temperature, 0.001, 1000)
+        if self.temperature != 0:  # outside this range sampling is greedy or uniform, or float32 overflows
+            check_range("--sampling.temperature (unless 0, greedy)", self.temperature, 0.001, 1000)
         elif not (self.top_k is None and self.top_p is None):
             raise UserError(
                 "top_k and top_p choose among likely tokens: pass a --sampling.temperature above 0 with them"
             )
         check_range("--sampling.top_k", self.top_k, 1, MAX_COUNT)
-        check_range("--sampling.top_p", self.top_p, 1e-6, 1)  # less is 0 in float32, which leaves no token
+        check_range("--sampling.top_p", self.top_p, 1e-6, 1)  # one that rounds to 0 in float32 would leave no token
         check_range("--sampling.seed", self.seed, 0, MAX_SEED)

@@ -111,10 +111,10 @@ def main(
     steps = max(1, n_samples // batch_size)
     runs = [ScriptRun(name, name, folder / name, 0 if name == "features" else steps, seed) for name in methods]
     runs = with_seeds(runs + variant_runs(folder, variants or {}, steps, seed), seeds)
-    tried = dict.fromkeys(run.method for run in runs) if pilot else ()
+    tried = dict.fromkeys(run.method for run in runs) if pilot else ()  # each once, in order
     trials = pilot_runs(folder, tried, max(1, pilot_samples // batch_size), seed)
 
-    # Settings: those of the runs that the folder already holds
+    # Settings: equal to those of the runs that the folder already holds
     ensure_base(checkpoint_dir, yes)
     split = "test" if split_file(Path(data), "test") else "validation"
     settings = dict(data=data, split=split, n_samples=n_samples, batch_size=batch_size, seed=seed, pilot=pilot)
@@ -254,11 +254,11 @@ def method_results(runs: list[ScriptRun], samples: list, test_file: str, other_f
         after, base = [run.out_dir / other_file for run in group], folder / other_file
         if all(file.exists() for file in [*after, base]):
             row |= loss_change("forgetting", after, [base])
-        own = groups.get(row["method"], [])  # a variant is compared with the method's own run with the same seed
-        pairs = [(run.out_dir, other.out_dir) for run in group for other in own if run.seed == other.seed]
-        if pairs and own is not group:
-            files = [[out_dir / test_file for out_dir in out_dirs] for out_dirs in zip(*pairs, strict=True)]
-            row |= loss_change("minus_method", *files)
+        own = {run.seed: run.out_dir / test_file for run in groups.get(row["method"], [])}
+        pairs = [run for run in group if run.seed in own]  # a variant and the method's own run with the same seed
+        if pairs and name != row["method"]:
+            files = [run.out_dir / test_file for run in pairs]
+            row |= loss_change("minus_method", files, [own[run.seed] for run in pairs])
         results[name] = row
     return results
 

@@ -12,7 +12,7 @@ from lit_llama.devices.launch import PRECISIONS
 from lit_llama.devices.memory import step_memory
 from lit_llama.measure.cases import config_of
 from lit_llama.methods.table import METHODS, weightless
-from lit_llama.settings import MAX_TOKENS
+from lit_llama.settings import MAX_TOKENS, Hardware
 
 BYTES = {"int8": 1.0, "nf4": 0.5}  # per weight of a block's matrices; the scales are few
 
@@ -44,15 +44,17 @@ def main(
     """
     for name, value in dict(devices=devices, micro_batch_tokens=micro_batch_tokens, seq_length=seq_length).items():
         check_range(f"--{name}", value, 1, MAX_TOKENS)
+    Hardware(devices, strategy=strategy, quantize=quantize)  # refuses what the scripts refuse
     try:
         llama = weightless(config_of(model), method, **arguments).to(PRECISIONS[precision])
     except TypeError as error:
         raise UserError(f"--arguments {arguments} do not fit {method}: {error}") from None
     blocks = [sum(p.numel() for p in block.parameters() if not p.requires_grad) for block in llama.transformer.h]
     rest = sum(p.numel() for p in llama.parameters() if not p.requires_grad) - sum(blocks)
+    held = sum(blocks)
     if strategy == "fsdp" and devices > 1:
-        blocks = [sum(blocks) / devices, 2 * max(blocks)]  # a device holds its part and two gathered blocks
-    frozen = rest * llama.dtype.itemsize + sum(blocks) * BYTES.get(quantize, llama.dtype.itemsize)
+        held = held / devices + 2 * max(blocks)  # a device holds its part and two gathered blocks
+    frozen = rest * llama.dtype.itemsize + held * BYTES.get(quantize, llama.dtype.itemsize)
     tokens = max(seq_length, micro_batch_tokens)
     memory = {"frozen weights": frozen, **step_memory(llama, device, tokens, seq_length, checkpointing)}
     print(f"{method} on {llama.config.name}, {precision}, micro-batches of {tokens} tokens, on each device:\n")

@@ -19,7 +19,6 @@ def main(runs: list[str], out_file: str = "out/runs.png") -> None:
     """Draw the curves of one run, or of several to compare.
 
     Args:
-        runs: Folders that finetune scripts write.
         out_file: The picture to write: .png, .svg or .pdf.
     """
     if Path(out_file).suffix not in (".png", ".svg", ".pdf"):

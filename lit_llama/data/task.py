@@ -106,7 +106,7 @@ def encode_samples(
 ) -> tuple[list[Sample], list[TokenizedSample]]:
     """The samples that have something to learn, and their token ids with only the answers as targets.
 
-    A plain text is trained on as a whole, in as many pieces as it needs, and returned with each of them.
+    A plain text is trained on as a whole, in as many windows as it needs, and returned with each of them.
     """
 
     def pieces_of(sample: Sample) -> Iterable[Piece]:
@@ -150,7 +150,7 @@ def cut_conversation(ids: list[int], trains: list[bool], max_seq_length: int, en
 
 
 def cut_text(ids: list[int], trains: list[bool], max_seq_length: int, where: str) -> list[TokenizedSample]:
-    """A text in pieces of at most ``max_seq_length`` ids. Each begins with the last id of the one before it."""
+    """A text in windows of at most ``max_seq_length`` ids. Each begins with the last id of the one before it."""
     starts = range(0, len(ids) - 1, max_seq_length - 1)
     spans = [slice(start, start + max_seq_length) for start in starts]
     return [shifted(ids[span], trains[span], where) for span in spans]
@@ -278,7 +278,7 @@ def load_task(
                 f"the longest sample has {longest} tokens, and {n_virtual} in front of it leave {most} of the base's "
                 f"context of {block_size}; pass --train.max_seq_length {most}"
             )
-        n_kept = len({id(sample) for sample in train_kept + val_kept})  # a long text is kept as several pieces
+        n_kept = len({id(sample) for sample in train_kept + val_kept})  # a long text is kept as several samples
         dropped = len(train) + len(validation) - n_kept
         in_train = {hash(sample.ids.tobytes()) for sample in train_ids}
         counts = [
@@ -294,12 +294,12 @@ def load_task(
     name = "rows" if isinstance(data, list) else str(data)
     summary = f"{name}: {len(train_ids)} training samples, {len(val_ids)} for validation{found}"
     summary = "\n".join([summary, *notes])
-    base, held_out = str(checkpoint_dir), held_out[:MAX_VALIDATION]
-    return Task(name, base, tokenizer, template, train_ids, val_ids, held_out, summary, labels)
+    held_out = held_out[:MAX_VALIDATION]
+    return Task(name, str(checkpoint_dir), tokenizer, template, train_ids, val_ids, held_out, summary, labels)
 
 
 def warnings_of(samples: list[Sample], checkpoint_dir: Path | str, template: str, tokenizer: Tokenizer) -> list[str]:
-    """What is probably not meant: control tokens spelled in plain texts, or that the base never learned."""
+    """Warnings of likely mistakes: control tokens spelled in plain texts, or that the base never learned."""
     found = []
     texts = (sample.text for sample in samples[:1000] if sample.text and not sample.messages)
     if spelled := next(filter(None, map(tokenizer.control_pattern.search, texts)), None):

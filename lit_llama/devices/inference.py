@@ -24,9 +24,10 @@ class PrepackedLinear(AdoptedLinear):
 
 
 def prepare_for_inference(model: LLaMA, compile: bool = False) -> None:
-    """Prepack blocks and head on a CPU; with ``compile``, compile the blocks instead. The model can no longer train.
+    """Prepack the weights of blocks and head on a CPU. The model can no longer train.
 
-    Prepacked weights cannot be compiled. Two Zen 4 cores, one row in bfloat16: 24 us instead of 49 for a weight of
+    With ``compile`` the blocks are compiled, and only the head is prepacked: torch.compile takes no prepacked weights.
+    Two Zen 4 cores, one row in bfloat16: 24 us instead of 49 for a weight of
     960 x 576, 2.9 ms instead of 4.1 for a head of 49,152 x 576. A tied head gets its own copy.
     """
     on_cpu = model.transformer.wte.weight.device.type == "cpu"
@@ -52,8 +53,8 @@ class NextLogits:
 
     A token of LLaMA-7B takes some fifteen hundred small kernels, and launching them one by one takes a CPU longer than
     the GPU needs to read the weights. A CUDA graph records them once and then launches them all together
-    (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). Its kernels always read and write the same
-    memory: cache, rotary tables and weights, so each cache needs a new one, and buffers for a token and its position.
+    (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). A graph reads and writes fixed addresses. So it
+    has its own buffers for a token and its position, and each KV cache needs a new graph.
     """
 
     def __init__(self, model: LLaMA) -> None:
@@ -66,8 +67,7 @@ class NextLogits:
     def __call__(self, idx: Tensor, input_pos: Tensor) -> Tensor:
         """idx (1, T) for the slots ``input_pos`` (T,) -> (1, V), which the next call may overwrite."""
         self.calls += 1
-        # The first call is the prompt, the second the first single token, which initializes what cannot be initialized
-        # while recording.
+        # The prompt and the first single token run without a graph: they initialize what a recording cannot.
         if not self.recordable or idx.size(1) > 1 or self.calls <= 2:
             return self.compute(idx, input_pos)
         if self.graph is None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lit_llama.attention import PLAIN_LENGTH
 from lit_llama.common.errors import UserError
 from lit_llama.devices.blocks import first_trained
 from lit_llama.devices.launch import log_rank0
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def step_memory(model: LLaMA, device: str, tokens: int, seq_length: int, checkpointing: bool) -> dict[str, float]:
-    """Bytes at the peak of a step on a ``device`` ("cuda" or "cpu"), besides the frozen weights.
+    """Bytes at the peak of a step on a ``device`` ("cuda" or "cpu"), by kind, without the frozen weights.
 
     The model may be on the meta device. A micro-batch has ``tokens`` tokens in samples of ``seq_length``.
     """
@@ -30,7 +31,7 @@ def step_memory(model: LLaMA, device: str, tokens: int, seq_length: int, checkpo
     # A block's activations; all blocks from the first that trains are alike.
     norms = 2 * (size if device == "cuda" else 4) * c.n_embd  # their inputs; a CPU computes them in float32
     attention = 2 * (c.n_head + c.n_kv_head) * c.head_size * size  # q, k, v and the output
-    if device == "cpu" and size == 2:  # plain products (attention.py): also the scores
+    if device == "cpu" and size == 2 and seq_length <= PLAIN_LENGTH:  # plain products (attention.py): also the scores
         attention += c.n_head * seq_length * size
     mlp = 3 * c.intermediate_size * size
     trained = [p for name, p in blocks[-1].named_parameters() if p.requires_grad and not name.endswith("bias")]
@@ -53,7 +54,10 @@ def step_memory(model: LLaMA, device: str, tokens: int, seq_length: int, checkpo
 
 
 def check_memory(fabric: Fabric, model: LLaMA, train: TrainArgs, longest: int, checkpointing: bool) -> None:
-    """Warn if a step may not fit in the free memory; UserError if it cannot. ``longest``: tokens of a sample."""
+    """Warn if a step may not fit in the free memory. Raises UserError if it cannot.
+
+    ``longest`` is the number of tokens of the longest sample.
+    """
     free_bytes = free_memory(fabric.device)
     if free_bytes is None or not fabric.is_global_zero:
         return
@@ -76,7 +80,7 @@ def peak_memory(device: torch.device) -> int | None:
     """Peak memory of this process in bytes: of the GPU, or else main memory. None on Windows, which does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if kilobytes := read_figure("/proc/self/status", "VmHWM:"):  # on Linux rusage includes the parent's peak
+    if kilobytes := read_number("/proc/self/status", "VmHWM:"):  # on Linux rusage includes the parent's peak
         return 1024 * kilobytes
     if sys.platform == "win32":
         return None
@@ -89,14 +93,19 @@ def free_memory(device: torch.device) -> int | None:
     """Free memory in bytes, of the GPU, or of this machine or container. None if neither CUDA nor Linux can tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    kilobytes, group = read_figure("/proc/meminfo", "MemAvailable:"), "/sys/fs/cgroup/memory"
-    if kilobytes is None or (limit := read_figure(f"{group}.max")) is None:  # "max" is no limit
-        return kilobytes and 1024 * kilobytes
-    reclaimable = read_figure(f"{group}.stat", "inactive_file") or 0
-    return min(1024 * kilobytes, limit - (read_figure(f"{group}.current") or 0) + reclaimable)
+    kilobytes = read_number("/proc/meminfo", "MemAvailable:")
+    if kilobytes is None:
+        return None
+    free_bytes = 1024 * kilobytes
+    limit = read_number("/sys/fs/cgroup/memory.max")  # of a container; "max" is no limit
+    if limit is not None:
+        used = read_number("/sys/fs/cgroup/memory.current") or 0
+        reclaimable = read_number("/sys/fs/cgroup/memory.stat", "inactive_file") or 0
+        free_bytes = min(free_bytes, limit - used + reclaimable)
+    return free_bytes
 
 
-def read_figure(file: str, name: str = "") -> int | None:
+def read_number(file: str, name: str = "") -> int | None:
     """The number after ``name`` in a file of the Linux kernel. None without the file or the number."""
     path = Path(file)
     found = re.search(rf"^{name}\s*(\d+)", path.read_text(encoding="utf-8"), re.M) if path.exists() else None

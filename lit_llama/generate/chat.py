@@ -24,7 +24,8 @@ from lit_llama.data.prompts import Message, encode_prompt, stop_ids, trained_tem
 from lit_llama.devices.blocks import unwrap_blocks, wrap_blocks
 from lit_llama.devices.inference import NextLogits
 from lit_llama.generate.decode import decode
-from lit_llama.generate.load import add_trained, is_classifier, stream_text
+from lit_llama.generate.load import add_trained, is_classifier
+from lit_llama.generate.stream import stream_text
 from lit_llama.methods.table import weightless
 from lit_llama.model import LLaMA
 from lit_llama.settings import Sampling

@@ -1,10 +1,9 @@
-"""What answers a prompt: a base, or a trained folder over its base. How it is loaded, and how it prints its answer."""
+"""Load a base, or a trained folder over its base, ready to answer prompts."""
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,16 +15,16 @@ import torch
 from lit_llama.checkpoint import MODEL_FILE, load_model
 from lit_llama.common.errors import UserError
 from lit_llama.common.files import read_tensors
-from lit_llama.data.prompts import encode_prompt, stop_ids, trained_template
-from lit_llama.devices.blocks import keep_in_step, shard
-from lit_llama.devices.inference import NextLogits, prepare_for_inference
-from lit_llama.devices.launch import base_dtype, check_launcher, default_device, launch, log_rank0, print_rank0, rank
+from lit_llama.data.prompts import trained_template
+from lit_llama.devices.blocks import shard
+from lit_llama.devices.inference import prepare_for_inference
+from lit_llama.devices.launch import base_dtype, check_launcher, default_device, launch, log_rank0
 from lit_llama.devices.quantize import quantization, quantize_base
-from lit_llama.generate.decode import generate, label_probabilities, text_vectors
+from lit_llama.generate.decode import label_probabilities, text_vectors
 from lit_llama.methods.features import probabilities
 from lit_llama.methods.table import METHODS, weightless
 from lit_llama.model import LLaMA
-from lit_llama.settings import DEFAULT_BASE, Hardware, Sampling
+from lit_llama.settings import DEFAULT_BASE, Hardware
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.trained import (
     METHOD_FILE,
@@ -179,41 +178,3 @@ def load_classifier(
         raise UserError(f"{trained_dir} holds a random forest of an earlier version; train again")
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     return lambda prompts: probabilities(arrays, text_vectors(model, prompts)), method
-
-
-def stream_text(tokenizer: Tokenizer, ids: Iterator[int], seen: list[int]) -> Iterator[str]:
-    """The text in parts as ids arrive, which are appended to ``seen``.
-
-    A character whose bytes span several tokens waits for the last of them.
-    """
-    shown = ""
-    for token in ids:
-        seen.append(token)
-        text = tokenizer.decode(seen)
-        if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
-    text = tokenizer.decode(seen)
-    if text != shown:
-        yield text[len(shown) :]
-
-
-def stream_answer(
-    loaded: LoadedModel, prompt: str, input: str, max_new_tokens: int, sampling: Sampling, fabric: Fabric | None
-) -> None:
-    """Print the answer to one prompt as its tokens arrive, and tokens/s on stderr.
-
-    With ``fabric``, all ranks compute the answer of a sharded model, and rank 0 prints it.
-    """
-    model, tokenizer, template = loaded.model, loaded.tokenizer, loaded.chat_template
-    ids = encode_prompt([{"role": "user", "content": prompt, "input": input}], template, tokenizer)
-    tokens = generate(model, ids, max_new_tokens, stop_ids(template, tokenizer), sampling, NextLogits(model))
-    answer: list[int] = []
-    started = time.perf_counter()
-    with keep_in_step(fabric, model):  # different devices may round differently and end their answers at other tokens
-        for text in stream_text(tokenizer, tokens, answer):
-            if rank() == 0:
-                print(text, end="", flush=True)
-    seconds = time.perf_counter() - started
-    print_rank0()
-    log_rank0(f"{len(answer)} tokens in {seconds:.1f} s, {len(answer) / seconds:.1f} tokens/s")

@@ -4,7 +4,7 @@
     method.json            what generation and a resumed run need to know
     metrics.csv            one row per step
     config.yaml            the command line, for --config
-    costs.json             seconds of training, peak memory
+    costs.json             seconds of training without validation, peak memory
     state/                 the last saved step, for --resume
 
 Run counts the steps and writes the files. The loop itself is in the scripts.
@@ -31,9 +31,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from lit_llama import __version__
-from lit_llama.checkpoint import CONFIG_FILE as MODEL_CONFIG_FILE
-from lit_llama.checkpoint import INDEX_FILE, MODEL_FILE, load_config
-from lit_llama.cli import CONFIG_FILE, save_settings
+from lit_llama.checkpoint import CONFIG_FILE, INDEX_FILE, MODEL_FILE, load_config
+from lit_llama.cli import FLAGS_FILE, save_settings
 from lit_llama.common.errors import Interrupted, UserError
 from lit_llama.common.files import (
     atomic_write,
@@ -69,7 +68,8 @@ if TYPE_CHECKING:
 
 METRICS_FILE, COSTS_FILE = "metrics.csv", "costs.json"
 LOCK_FILE, STATE_FILE = ".lock", "state/state.safetensors"
-# A resumed run may differ in these settings. Micro-batches change rounding, and which activations dropout drops.
+# A resumed run may differ in these settings; data_fingerprint covers data and chat_template. Micro-batches change
+# rounding, and which activations dropout drops.
 MAY_CHANGE = {"base.checkpoint_dir", "base.name", "data", "version", "chat_template"}
 MAY_CHANGE |= {"train.micro_batch_tokens", "train.save_every", "train.patience"}
 
@@ -99,8 +99,8 @@ class Run:
         self.whole_model_of = whole_model_of
         self.trained_file = MODEL_FILE if whole_model_of else TRAINED_FILE
         self.header = {key: settings[key] for key in HEADER_KEYS}
-        # Validation losses can only be compared on the same base and data.
-        self.loss_key = [settings["base"]["fingerprint"], settings["data_fingerprint"]]
+        # What validation losses refer to: they can only be compared on the same base and data.
+        self.goal = [settings["base"]["fingerprint"], settings["data_fingerprint"]]
         self.step, self.best_loss, self.best_step = 0, math.inf, 0
         self.row: dict[str, float] = {}  # metrics of the current step
         self.step_began, self.tokens, self.seconds = 0.0, 0.0, 0.0
@@ -142,7 +142,7 @@ class Run:
             way_out = "--allow_changes to continue with these" if fits else "--overwrite to start again with these"
             raise UserError(
                 f"--resume of {self.out_dir} with other settings: {'; '.join(changes)}. Pass the settings that the run "
-                f"began with (see {CONFIG_FILE}), or {way_out}"
+                f"began with (see {FLAGS_FILE}), or {way_out}"
             )
         for change in changes:
             print_rank0(f"note: continuing with other settings: {change}")
@@ -151,8 +151,9 @@ class Run:
     def steps(self, model: LLaMA, optimizer: torch.optim.Optimizer, total_steps: int, save_every: int) -> Iterator[int]:
         """Yields the number of each step to take, counted from 0.
 
-        A resumed run loads its state first, and takes no step if it has taken all. The state is saved every
-        ``save_every`` steps. On Ctrl-C or SIGTERM, the step is finished, the state saved, and Interrupted raised.
+        A resumed run continues after its saved step; if that was the last one, nothing is changed. The state is saved
+        before the first step, every ``save_every`` steps and after the last. On Ctrl-C or SIGTERM, the step is
+        finished, the state saved, and Interrupted raised.
         """
         if self.resume and (taken := read_tensors(self.out_dir / STATE_FILE)[1]["step"]) >= total_steps:
             print_rank0(f"{self.out_dir} has taken all of its {taken} steps; nothing is changed")
@@ -228,7 +229,7 @@ class Run:
             remove_unfinished(self.out_dir)
             remove_unfinished(self.out_dir / "state")
             if not self.resume:  # remove what a run writes, and nothing else
-                for name in (METHOD_FILE, TRAINED_FILE, MODEL_FILE, METRICS_FILE, CONFIG_FILE, COSTS_FILE):
+                for name in (METHOD_FILE, TRAINED_FILE, MODEL_FILE, METRICS_FILE, FLAGS_FILE, COSTS_FILE):
                     (self.out_dir / name).unlink(missing_ok=True)
                 for name in ("state", "tensorboard"):
                     shutil.rmtree(self.out_dir / name, ignore_errors=True)
@@ -237,7 +238,7 @@ class Run:
                 save_settings(self.out_dir)
             if self.writes_settings and self.whole_model_of:
                 base = Path(self.whole_model_of)
-                write_json(self.out_dir / MODEL_CONFIG_FILE, read_json(base / MODEL_CONFIG_FILE))
+                write_json(self.out_dir / CONFIG_FILE, read_json(base / CONFIG_FILE))
                 copy_tokenizer(base, self.out_dir)
                 write_chat_template(self.out_dir, self.settings["chat_template"])
         for logger in self.fabric.loggers:
@@ -263,7 +264,7 @@ class Run:
             tensors = {f"trained.{name}": tensor for name, tensor in trainable_parameters(model).items()}
             for i, values in optimizer.state_dict()["state"].items():
                 tensors.update({f"optimizer.{i}.{key}": value for key, value in values.items()})
-            about = {"step": self.step, "best_loss": self.best_loss, "best_step": self.best_step, "goal": self.loss_key}
+            about = {"step": self.step, "best_loss": self.best_loss, "best_step": self.best_step, "goal": self.goal}
             save_tensors(self.out_dir / STATE_FILE, tensors, about)
             self.save_costs(self.seconds)
         barrier(self.fabric, "save the state")  # no rank may end the job before the file is complete
@@ -282,7 +283,7 @@ class Run:
                 _, i, key = name.split(".")
                 state.setdefault(int(i), {})[key] = tensors[name].clone()  # a copy: the mapped file will be replaced
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        if about.get("goal", self.loss_key) == self.loss_key:
+        if about.get("goal", self.goal) == self.goal:
             self.best_loss, self.best_step = about["best_loss"], about["best_step"]
         if self.fabric.is_global_zero:
             rows = [row for row in read_metrics(self.out_dir) if int(row["step"]) <= about["step"]]
