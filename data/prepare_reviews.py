@@ -11,6 +11,7 @@ import hashlib
 import io
 import random
 import tarfile
+import zlib
 from pathlib import Path
 
 from lit_llama import cli
@@ -70,7 +71,7 @@ def read_source(source: str) -> dict[str, bytes]:
         with tarfile.open(fileobj=io.BytesIO(fetch(source))) as archive:  # in memory: nothing is written by its names
             members = {Path(member.name).name: member for member in archive.getmembers() if member.isfile()}
             return {label: archive.extractfile(members[name]).read() for label, name in FILES.items()}
-    except (tarfile.TarError, KeyError):
+    except (tarfile.TarError, EOFError, KeyError, zlib.error):
         raise UserError(f"{source} is not an archive with {' and '.join(FILES.values())}") from None
 
 

@@ -132,7 +132,7 @@ def parse(parser: ArgumentParser, args: list[str]) -> Namespace:
             raise UserError(f"unknown flag {name}; {nearest_flag(name, flags)}")
     try:
         config = parser.parse_args(bare_switches(parser, args))
-    except (ArgumentError, ValueError, OverflowError) as error:
+    except (ArgumentError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UserError(" ".join(str(error).split())[:500]) from None  # it may quote a whole file
     for action in parser._actions:  # jsonargparse accepts null in a --config for every type
         kind = getattr(action, "_typehint", None)

@@ -24,7 +24,7 @@ from lit_llama.common.errors import UserError, check_range
 from lit_llama.common.files import atomic_write, check_writable
 from lit_llama.data.batches import IGNORE, TokenizedSample, step_indices
 from lit_llama.data.samples import read_text
-from lit_llama.data.task import load_task
+from lit_llama.data.task import check_data, load_task
 from lit_llama.devices.launch import default_device, resolve_precision
 from lit_llama.measure.benchmark import limits, measure, table
 from lit_llama.measure.cases import BenchmarkCase, config_of
@@ -90,6 +90,7 @@ def main(
     others = [BenchmarkCase(name, model, method, ours[0].precision, **sizes) for method in both for name in against]
     if results is not None:
         check_writable(results)
+    check_data(data)
     ensure_base(checkpoint_dir, yes)
     task = load_task(data, checkpoint_dir, min(512, load_config(checkpoint_dir).block_size))
     limit = limits({case.precision for case in ours}, config, micro_batch_tokens)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from typing import Literal
@@ -41,7 +42,7 @@ from lit_llama.measure.compare import (
 )
 from lit_llama.measure.plots import plot_comparison, plot_variants
 from lit_llama.methods.table import weightless
-from lit_llama.settings import DEFAULT_BASE, MAX_COUNT, MAX_SEED, ROOT
+from lit_llama.settings import DEFAULT_BASE, MAX_COUNT, MAX_SAMPLES, MAX_SEED, ROOT
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train.run import COSTS_FILE, STATE_FILE, differences, read_metrics
 from lit_llama.trained import read_method
@@ -86,8 +87,9 @@ def main(
         seed: Random seed for data order, initialization and dropout.
     """
     counts = dict(n_samples=n_samples, pilot_samples=pilot_samples, max_test_samples=max_test_samples)
-    for name, value in {**counts, "batch_size": batch_size}.items():
+    for name, value in counts.items():
         check_range(f"--{name}", value, 1, MAX_COUNT)
+    check_range("--batch_size", batch_size, 1, MAX_SAMPLES)
     check_range("--seeds", seeds, 1, 100)
     check_range("--seed", seed, 0, MAX_SEED - seeds + 1)
     for count in shots:
@@ -168,18 +170,18 @@ def main(
     with atomic_write(folder / "results.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(f"\n{text}\nwrote {folder / 'results.json'} and results.md")
-    try:
+    if find_spec("matplotlib"):
         plot_comparison(folder, results)
         plot_variants(folder, results)
-    except UserError as error:  # without matplotlib
-        print(f"no plots: {error}", file=sys.stderr)
+    else:
+        print('no plots: matplotlib is missing; pip install -e ".[plot]"', file=sys.stderr)
     if failed:
         lines = "; ".join(f"{label}: {error}" for label, error in failed.items())
         raise UserError(f"{len(failed)} runs failed; the same command tries them again: {lines}")
 
 
 def device_flags(method: str, settings: dict) -> list[str]:
-    """Features runs on one device; full is never sharded and takes no --strategy."""
+    """Features runs on one device, and full is never sharded."""
     if method == "features":
         return []
     flags = ["--devices", str(settings["devices"])]

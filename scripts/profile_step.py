@@ -20,7 +20,7 @@ from lit_llama.data.batches import IGNORE, TokenizedSample
 from lit_llama.devices.launch import default_device, resolve_precision
 from lit_llama.measure.cases import BenchmarkCase, build_ours, synchronize
 from lit_llama.methods.table import METHODS
-from lit_llama.settings import MAX_TOKENS
+from lit_llama.settings import MAX_SAMPLES, MAX_TOKENS
 
 
 def main(
@@ -41,8 +41,9 @@ def main(
         micro_batch_tokens: Tokens of a forward and backward pass.
         warm_up: Steps before the one that is profiled.
     """
-    for name, value in dict(batch_size=batch_size, micro_batch_tokens=micro_batch_tokens, warm_up=warm_up).items():
-        check_range(f"--{name}", value, 1, MAX_TOKENS)
+    check_range("--batch_size", batch_size, 1, MAX_SAMPLES)
+    check_range("--micro_batch_tokens", micro_batch_tokens, 1, MAX_TOKENS)
+    check_range("--warm_up", warm_up, 1, 1000)
     device = default_device()
     options = ("compile",) if compile else ()
     case = BenchmarkCase("ours", model, method, resolve_precision(precision, device), options, micro_batch_tokens)

@@ -48,8 +48,11 @@ def atomic_write(path: Path, is_folder: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise write_error(path, error) from None
     finally:
-        with suppress(OSError):  # after a rename it is gone
-            (shutil.rmtree if is_folder else os.remove)(temporary)
+        if is_folder:
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            with suppress(OSError):  # after a rename it is gone
+                temporary.unlink()
 
 
 @contextmanager
@@ -123,6 +126,8 @@ def read_json(path: Path) -> dict:
         content = parse_json(Path(path).read_bytes(), path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content

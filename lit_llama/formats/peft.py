@@ -252,6 +252,7 @@ def lora_to_peft(config: LLaMAConfig, arguments: dict, tensors: Tensors) -> tupl
 def lora_from_peft(config: LLaMAConfig, settings: dict, tensors: Tensors) -> dict:
     settings = {"lora_dropout": 0.0, "use_rslora": False, **settings}  # early versions of PEFT lack them
     arguments = {ours: settings[theirs] for ours, theirs in LORA_SETTINGS.items()} | {"targets": list(TARGETS)}
+    arguments["rslora"] = bool(arguments["rslora"])  # null in some folders
     if (layers := settings.get("layers_to_transform")) not in (None, []):
         layers = [layers] if isinstance(layers, int) else sorted(layers)
         arguments["start_layer"] = config.n_layer - len(layers)

@@ -39,7 +39,8 @@ def check_length(model: LLaMA, prompt_tokens: int, max_new_tokens: int) -> None:
     if not 1 <= max_new_tokens <= left:
         raise UserError(
             f"a prompt of {prompt_tokens} tokens and max_new_tokens {max_new_tokens} do not fit the context of "
-            f"{model.max_text_tokens} tokens; shorten the prompt or choose max_new_tokens from 1 to {max(1, left)}"
+            f"{model.max_text_tokens} tokens; shorten the prompt"
+            + (f" or choose max_new_tokens from 1 to {left}" if left > 0 else "")
         )
 
 

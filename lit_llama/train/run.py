@@ -199,7 +199,7 @@ class Run:
 
     def load_best(self, model: LLaMA) -> None:
         """Load the best validated step into ``model``. If a script left the loop before any, the last step is kept."""
-        if not (self.out_dir / self.trained_file).exists():
+        if self.step and not (self.out_dir / self.trained_file).exists():
             self.save_trained(model)
         barrier(self.fabric, "finish the last step")
         if model.reparametrization is not None:
