@@ -53,8 +53,8 @@ def loop_of(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", LOOPS, ids=lambda path: path.stem)
 def test_all_scripts_have_the_same_loop(path):
     assert len(LOOPS) == 8 and len(loop_of(path)) > 25
-    assert loop_of(path) == loop_of(LOOPS[0])
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 170
+    assert loop_of(path) == loop_of(LOOPS[0]), "a fork that changes one loop may delete this test"
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 156
 
 
 # The loss of a step
