@@ -15,6 +15,7 @@ from typing import Literal
 
 from lit_llama.cli import call, run
 from lit_llama.common.errors import UserError
+from lit_llama.common.files import check_new
 from lit_llama.formats.convert import convert_hf, convert_meta
 from lit_llama.formats.gguf import convert_gguf
 from lit_llama.formats.peft import import_peft
@@ -45,6 +46,7 @@ def main(
             folder, or else in the base's.
         max_seq_length: For an adapter: the longest sample of its training, in tokens. Default: 512.
     """
+    check_new(out_dir)
     convert, kind = find_converter(source)
     flags = dict(name=name, dtype=dtype, tokenizer=tokenizer, checkpoint_dir=checkpoint_dir, prompt_style=prompt_style)
     call(convert, kind, source=source, out_dir=out_dir, **flags, max_seq_length=max_seq_length)

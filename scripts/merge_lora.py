@@ -20,7 +20,7 @@ from torch import Tensor
 from lit_llama.checkpoint import tensor_shapes
 from lit_llama.cli import run, save_settings
 from lit_llama.common.errors import UserError
-from lit_llama.common.files import save_tensors, whole_folder, write_json
+from lit_llama.common.files import check_new, save_tensors, whole_folder, write_json
 from lit_llama.data.prompts import trained_template, write_chat_template
 from lit_llama.formats.convert import DTYPES
 from lit_llama.formats.shards import save_checkpoint
@@ -52,9 +52,10 @@ def main(
             f"{trained_dir} was trained with {method['method']}, which cannot be merged: "
             "only lora and adapter_v2 learn linear changes of the base's matrices"
         )
+    check_new(out_dir)
+    model, _ = load_trained_folder(trained_dir, checkpoint_dir)
+    config, weights = merge_lora(model) if method["method"] == "lora" else merge_scales(model)
     with whole_folder(out_dir) as folder:
-        model, _ = load_trained_folder(trained_dir, checkpoint_dir)
-        config, weights = merge_lora(model) if method["method"] == "lora" else merge_scales(model)
         save_checkpoint(folder, config, ((name, weights[name].to(DTYPES[dtype])) for name in tensor_shapes(config)))
         copy_tokenizer(checkpoint_dir or Path(method["base"]["checkpoint_dir"]), folder)
         write_chat_template(folder, trained_template(method, Tokenizer(folder)))

@@ -326,7 +326,7 @@ def untrained_rows(checkpoint_dir: Path | str, ids: list[int]) -> set[int]:
     near = 0.01 * table[:1000].float().norm(dim=1).median()
     rows = F.pad(table[ids].float(), (0, 0, 0, 1))  # (n + 1, C), the last row is zero
     alike = (rows[:, None] - rows).norm(dim=2) < near  # (n + 1, n + 1): each is like itself
-    return {i for i, n_alike in zip(ids, alike.sum(1).tolist(), strict=False) if n_alike > 1}
+    return {i for i, n_alike in zip(ids, alike.sum(1)[:-1].tolist(), strict=True) if n_alike > 1}
 
 
 def bracket_targets(sample: TokenizedSample, tokenizer: Tokenizer) -> str:

@@ -130,8 +130,8 @@ def convert_hf(
     source: Path, out_dir: Path, name: str | None = None, dtype: str | None = None, tokenizer: Path | None = None
 ) -> None:
     """Convert a Hugging Face folder of a LlamaForCausalLM: safetensors or .bin, in one file or several."""
+    config = hf_config(source / "config.json", name or source.resolve().name)
     with whole_folder(out_dir) as folder:
-        config = hf_config(source / "config.json", name or source.resolve().name)
         tensors = (item for path in hf_files(source) for item in load_foreign(path).items())
         copy_tokenizer(tokenizer or source, folder)
         eos = read_json(source / "config.json").get("eos_token_id")
