@@ -71,18 +71,18 @@ class Int8Linear(QuantizedLinear):
         return self.weight.float() * self.scales[:, None].float()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = Int8Matmul.apply(x, self.weight, self.scales)
+        y = Int8Matmul.apply(x.flatten(0, -2), self.weight, self.scales).unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class Int8Matmul(torch.autograd.Function):
-    """x (.., in), weight (out, in) in int8, scales (out,) -> (.., out) in x's dtype. Only x gets a gradient."""
+    """x (n, in), weight (out, in) in int8, scales (out,) -> (n, out) in x's dtype. Only x gets a gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
         ctx.save_for_backward(weight, scales)
         if kernel_fits(x, weight):
-            return torch._weight_int8pack_mm(x.flatten(0, -2), weight, scales.to(x.dtype)).unflatten(0, x.shape[:-1])
+            return torch._weight_int8pack_mm(x, weight, scales.to(x.dtype))
         return F.linear(x, dequantized(weight, scales, x.dtype))
 
     @staticmethod
