@@ -24,6 +24,7 @@ from lit_llama.common.files import atomic_write, read_json
 JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 TEMPLATE_FILE, GENERATION_FILE = "chat_template.jinja", "generation_config.json"
 ADDED_FILE, MAP_FILE = "added_tokens.json", "special_tokens_map.json"
+TOKENIZER_FILES = [JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE, MAP_FILE, ADDED_FILE, GENERATION_FILE, TEMPLATE_FILE]
 MAX_PADDING = 1024  # a model may have more rows than tokens, up to a round number
 MARK = "\ue000"
 
@@ -244,8 +245,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     if not source.exists():
         raise UserError(f"{source} is missing: --tokenizer takes tokenizer.json, tokenizer.model or their folder")
     source = source if source.is_dir() else source.parent
-    files = [JSON_FILE, SENTENCEPIECE_FILE, SETTINGS_FILE, MAP_FILE, ADDED_FILE, GENERATION_FILE, TEMPLATE_FILE]
-    found = [name for name in files if (source / name).exists()]
+    found = [name for name in TOKENIZER_FILES if (source / name).exists()]
     if not {JSON_FILE, SENTENCEPIECE_FILE} & set(found):
         print(f"note: {source} has no tokenizer.json or tokenizer.model; encoding text needs one", file=sys.stderr)
     for name in found:

@@ -16,7 +16,7 @@ from lit_llama.settings import ROOT
 
 TRAINED_FILE, METHOD_FILE = "trained.safetensors", "method.json"
 DTYPES = {torch.float32: "F32", torch.float64: "F64"}  # trainable parameters are float32; tests also use float64
-METHOD_FIELDS = {"method": str, "arguments": dict, "base": dict, "prompt_style": str}
+METHOD_FIELDS = {"method": str, "arguments": dict, "base": dict, "prompt_style": str, "train": dict}
 BASE_FIELDS = {"checkpoint_dir": str, "name": str, "fingerprint": str}
 HEADER_KEYS = ("method", "arguments", "prompt_style")  # parts of method.json that the tensors' header repeats
 
@@ -37,15 +37,15 @@ def kept_tensors(model: LLaMA) -> dict[str, Tensor]:
     return trainable_parameters(model) if model.reparametrization is None else model.reparametrization.kept_tensors()
 
 
-def describe_base(checkpoint_dir: Path | str) -> dict:
-    """The base that a method was trained on, for method.json."""
+def describe_base(checkpoint_dir: Path | str, files: Path | None = None) -> dict:
+    """The base that a method was trained on, for method.json. Its files may still be in another folder."""
     folder = Path(checkpoint_dir)
     if folder.absolute().is_relative_to(ROOT):  # so that a trained folder can move to another clone
         folder = folder.absolute().relative_to(ROOT)
     return {
         "checkpoint_dir": folder.as_posix(),  # the same on Windows
-        "name": load_config(checkpoint_dir).name,
-        "fingerprint": fingerprint(checkpoint_dir),
+        "name": load_config(files or checkpoint_dir).name,
+        "fingerprint": fingerprint(files or checkpoint_dir),
     }
 
 
@@ -96,6 +96,7 @@ def read_method(trained_dir: Path | str) -> dict:
     if not path.exists():
         raise UserError(f"{path} is missing, so no finetune script wrote {trained_dir}; run one, or pass its --out_dir")
     method = with_defaults(read_json(path))
+    method.setdefault("train", {})  # older folders lack it
     for fields, content in ((METHOD_FIELDS, method), (BASE_FIELDS, method.get("base", {}))):
         if wrong := [field for field, kind in fields.items() if not isinstance(content.get(field), kind)]:
             raise UserError(f"{path} lacks {', '.join(wrong)}, or holds another type; copy the trained folder again")
@@ -103,7 +104,7 @@ def read_method(trained_dir: Path | str) -> dict:
         method["base"]["checkpoint_dir"] = str(ROOT / method["base"]["checkpoint_dir"])
     method.setdefault("trained_parameters", method.get("trained_numbers"))  # its name in older folders
     method.setdefault("quantize", "none")  # older folders lack it
-    method["train"] = {"max_seq_length": 512} | method.get("train", {})
+    method["train"] = {"max_seq_length": 512} | method["train"]
     return method
 
 

@@ -99,6 +99,8 @@ def main(
     check_launcher(devices, num_nodes=1, strategy=strategy)
     if not Path(data).is_dir():
         raise UserError(f"--data {data} must be a folder with train and validation files")
+    if not split_file(Path(data), "test") and not split_file(Path(data), "validation"):
+        raise UserError(f"--data {data} holds neither a validation nor a test file to measure quality on")
     samples, _, _ = load_splits(data)
     if "features" in methods and not all(sample.label for sample in samples):
         print(f"features is left out: the rows of {data} have no labels")
@@ -130,7 +132,7 @@ def main(
 
     # Tests: the files and flags of scripts/evaluate.py. Other data is the same tokens for all methods: in the base's
     # prompt style, cut at the same length.
-    test_file, other_file = f"{split}.json", f"other-{Path(other_data or '').stem}.json"
+    test_file, other_file = f"{split}.json", f"other-{'-'.join(Path(other_data or '').absolute().parts[1:])}.json"
     test_flags = ["--data", data, "--split", split]
     test_flags += [] if max_test_samples is None else ["--max_samples", str(max_test_samples)]
     style = "template" if Tokenizer(checkpoint_dir).chat_template else "alpaca"

@@ -82,8 +82,9 @@ def main(
         compile: Compile the blocks with torch.compile: minutes once; no gain in float32 on a CPU.
         results: A .json file for each sample's loss and answer.
     """
-    for name, value in (("max_samples", max_samples), ("batch_size", batch_size), ("max_seq_length", max_seq_length)):
+    for name, value in (("max_samples", max_samples), ("batch_size", batch_size)):
         check_range(f"--{name}", value, 1, MAX_COUNT)
+    check_range("--max_seq_length", max_seq_length, 3, MAX_COUNT)
     check_range("--shots", shots, 0, MAX_COUNT)
 
     labels = bool(trained_dir) and is_classifier(read_method(trained_dir))

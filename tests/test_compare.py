@@ -146,6 +146,7 @@ def test_mistakes_are_answered_in_one_line(folder, tmp_path):
     assert not (tmp_path / "out").exists()
     refuse(COMPARE, *data, "--other_data", folder / "base/config.json", message="must hold an array of rows")
     refuse(COMPARE, "--data", folder / "sums/train.json", message="must be a folder")
+    refuse(COMPARE, "--data", folder / "base", message="holds neither a validation nor a test file")
 
 
 def test_flops_are_those_of_the_matrices():
@@ -214,7 +215,7 @@ def test_a_new_method_needs_no_second_list(monkeypatch, tmp_path):
     # One that ends without a validation, as after a loss that is not a number, is no candidate.
     for trial, loss in zip(trials, (3, 2, ""), strict=True):
         trial.out_dir.mkdir(parents=True)
-        (trial.out_dir / "metrics.csv").write_text(f"step,val_loss\n1,{loss}\n")
+        (trial.out_dir / "metrics.csv").write_text(f"step,seconds,val_loss\n1,1,{loss}\n")
         (trial.out_dir / "costs.json").write_text("{}")
     assert [trial.trained for trial in trials] == [True, True, False]
 
@@ -250,6 +251,9 @@ def test_runs_are_drawn_side_by_side(compared, tmp_path, monkeypatch):
     printed = succeed("scripts/plot_runs.py", run_dir, tmp_path / "running", "--out_file", tmp_path / "new/runs.png")
     assert printed.strip() == f"wrote {tmp_path / 'new/runs.png'}"
     assert (tmp_path / "new/runs.png").read_bytes().startswith(b"\x89PNG")
+    assert succeed("scripts/plot_runs.py", tmp_path / "running", "--out_file", tmp_path / "new/runs.png")
     refuse("scripts/plot_runs.py", tmp_path / "new", message="new: no step in a metrics.csv there")
+    (tmp_path / "running/metrics.csv").write_text("step,loss,seconds\n1,3.5,1\n")
+    refuse("scripts/plot_runs.py", tmp_path / "running", message="lacks the column lr")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it fails
     refuse("scripts/plot_runs.py", run_dir, "--out_file", tmp_path / "a.png", message=r'pip install -e "\.\[plot\]"')

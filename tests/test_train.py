@@ -3,6 +3,7 @@
 import importlib
 import math
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -149,6 +150,8 @@ def test_a_run_that_gets_no_better_ends_and_leaves_the_model_at_its_best(folder,
     monkeypatch.setattr(adapter, "unwrap_blocks", after.append)
     finetune(folder, tmp_path, max_steps=15, patience=2)
     assert len(metrics(tmp_path)) == 12 and next(losses) == 0.5
+    spent = sum(float(row["seconds"]) for row in metrics(tmp_path))
+    assert read_json(tmp_path / "costs.json")["seconds"] == pytest.approx(spent)
     last, about = read_tensors(tmp_path / STATE_FILE)
     assert about["best_step"] == 6 and about["step"] == 10
     for name, best in read_tensors(tmp_path / "trained.safetensors")[0].items():
@@ -321,8 +324,10 @@ def test_a_finished_run_is_not_changed_by_resume_and_replaced_by_overwrite(folde
     finetune(folder, tmp_path, data=str(other), resume=True, allow_changes=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
     assert "has taken all of its 6 steps; nothing is changed" in capsys.readouterr().out
+    shutil.copytree(folder / "base", tmp_path, dirs_exist_ok=True)  # as if finetune/full.py had been there
     finetune(folder, tmp_path, overwrite=True, max_steps=3)
     assert len(metrics(tmp_path)) == 3 and (tmp_path / "notes.txt").read_text() == "mine"
+    assert not any((tmp_path / file.name).exists() for file in (folder / "base").iterdir())
 
 
 def test_a_new_run_begins_with_a_trained_folder(folder, tmp_path, monkeypatch):

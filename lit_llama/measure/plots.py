@@ -35,7 +35,8 @@ def plot_runs(path: Path, runs: dict[str, list[dict]]) -> None:
         color = line.get_color()
         loss.plot(steps, losses, color=color, alpha=0.2, linewidth=0.8)
         validated = [row for row in rows if row.get("val_loss")]
-        validation.plot(column(validated, "step"), column(validated, "val_loss"), marker="o", color=color)
+        if validated:
+            validation.plot(column(validated, "step"), column(validated, "val_loss"), marker="o", color=color)
         rate.plot(steps, column(rows, "lr"), color=color)
         means = (running_mean(column(rows, key)) for key in ("tokens", "seconds"))
         speed.plot(steps, [tokens / seconds for tokens, seconds in zip(*means, strict=True)], color=color)
@@ -48,7 +49,10 @@ def plot_runs(path: Path, runs: dict[str, list[dict]]) -> None:
 
 
 def column(rows: list[dict], key: str) -> list[float]:
-    return [float(row[key]) for row in rows]
+    try:
+        return [float(row[key]) for row in rows]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"a metrics.csv lacks the column {key}, or a number in it") from None
 
 
 def running_mean(values: list[float]) -> list[float]:

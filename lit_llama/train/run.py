@@ -50,7 +50,7 @@ from lit_llama.devices.launch import Bar, barrier, log_rank0, print_rank0
 from lit_llama.devices.memory import peak_memory
 from lit_llama.model import LLaMA
 from lit_llama.settings import ROOT, TrainArgs
-from lit_llama.tokenizer import copy_tokenizer
+from lit_llama.tokenizer import TOKENIZER_FILES, copy_tokenizer
 from lit_llama.trained import (
     HEADER_KEYS,
     METHOD_FILE,
@@ -127,6 +127,8 @@ class Run:
         if self.resume and STATE_FILE not in held:
             way_out = "with --overwrite" if held else "without --resume"
             raise UserError(f"nothing to resume: {self.out_dir / STATE_FILE} is missing; start again {way_out}")
+        if self.resume:
+            read_metrics(self.out_dir)  # refuses a damaged file
         if held and not (self.resume or overwrite):
             raise UserError(
                 f"{self.out_dir} holds a run already ({', '.join(held)}); pass --resume to continue it, --overwrite to "
@@ -201,6 +203,8 @@ class Run:
         """Load the best validated step into ``model``. If a script left the loop before any, the last step is kept."""
         if self.step and not (self.out_dir / self.trained_file).exists():
             self.save_trained(model)
+        if self.step and self.fabric.is_global_zero:
+            self.save_costs(self.seconds)  # of all steps, also if the script left the loop
         barrier(self.fabric, "finish the last step")
         if model.reparametrization is not None:
             model.reparametrization.flatten(model)
@@ -229,7 +233,10 @@ class Run:
             remove_unfinished(self.out_dir)
             remove_unfinished(self.out_dir / "state")
             if not self.resume:  # remove what a run writes, and nothing else
-                for name in (METHOD_FILE, TRAINED_FILE, MODEL_FILE, METRICS_FILE, FLAGS_FILE, COSTS_FILE):
+                names = [TRAINED_FILE, MODEL_FILE, METRICS_FILE, FLAGS_FILE, COSTS_FILE, METHOD_FILE]
+                if (self.out_dir / CONFIG_FILE).exists():  # finetune/full.py copied it, and a tokenizer, from a base
+                    names += [CONFIG_FILE, *TOKENIZER_FILES]
+                for name in names:
                     (self.out_dir / name).unlink(missing_ok=True)
                 for name in ("state", "tensorboard"):
                     shutil.rmtree(self.out_dir / name, ignore_errors=True)
@@ -398,7 +405,12 @@ def read_metrics(out_dir: Path) -> list[dict]:
     """The rows of metrics.csv. A last line that is still being written is left out; a missing value is ""."""
     path = out_dir / METRICS_FILE
     lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True) if path.exists() else []
-    return list(csv.DictReader(line for line in lines if line.endswith("\n")))
+    rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))
+    try:
+        [(int(row["step"]), float(row["seconds"])) for row in rows]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is damaged: a row lacks step or seconds; repair or remove it") from None
+    return rows
 
 
 def differences(before: dict, now: dict) -> dict[str, str]:
