@@ -46,10 +46,12 @@ def main(
     tasks = [Path(row["trained_dir"]) if "trained_dir" in row else None for row in rows]
     folders = sorted(set(tasks) - {None})
     if checkpoint_dir is None:
-        bases = {read_method(folder)["base"]["checkpoint_dir"] for folder in folders} or {DEFAULT_BASE}
+        named = [read_method(folder)["base"] for folder in folders]
+        bases = {base["fingerprint"]: base["checkpoint_dir"] for base in named} or {"": DEFAULT_BASE}
         if len(bases) > 1:
-            raise UserError(f"{requests} names folders over several bases, {sorted(bases)}: one batch has one base")
-        (checkpoint_dir,) = bases
+            found = sorted(bases.values())
+            raise UserError(f"{requests} names folders over several bases, {found}: one batch has one base")
+        (checkpoint_dir,) = bases.values()
     ensure_base(checkpoint_dir)
 
     # Model: the base, and the additions of every folder
@@ -78,6 +80,8 @@ def read_requests(path: Path) -> list[dict]:
     """The requests of a file. Raises UserError if one has no prompt, or a field that is not a string."""
     rows = []
     for where, row in read_rows(path):
+        if isinstance(row, UserError):
+            raise row
         texts = isinstance(row, dict) and all(isinstance(row.get(key, ""), str) for key in ("input", "trained_dir"))
         if not texts or not isinstance(row.get("prompt"), str):
             raise UserError(f'{where}: a request needs a "prompt", and may have "input" and "trained_dir"')

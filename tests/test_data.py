@@ -114,13 +114,16 @@ def test_rows_as_the_field_writes_them(row, messages):
 
 def test_what_is_not_read_is_noted(tmp_path):
     turns = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
-    write_rows(tmp_path / "train.json", [{"question": str(i), "answer": "a"} for i in range(20)])
+    lines = [json.dumps({"question": str(i), "answer": "a"}) for i in range(20)]
+    (tmp_path / "train.jsonl").write_text("\n".join([*lines, '{"question": "cut']))
     write_rows(tmp_path / "dev.json", [{"messages": turns, "source": "web"}, {"messages": turns[:2]}, {"messages": []}])
     write_rows(tmp_path / "test.json", sums(3))
     write_rows(tmp_path / "more.json", sums(3))
     train, validation, notes = load_splits(tmp_path, DataOptions(skip_bad_rows=True))
     assert len(train) == 20 and [len(sample.messages) for sample in validation] == [2, 2]
     assert notes == [
+        f"train.jsonl: 1 bad rows left out; the first: {tmp_path / 'train.jsonl'}:21 is not valid JSON: Unterminated "
+        "string starting at: line 1 column 14 (char 13)",
         "dev.json: source ignored in 1 rows",
         "dev.json: turns after the last answer ignored in 1 rows",
         f"dev.json: 1 bad rows left out; the first: {tmp_path / 'dev.json'}, row 3: messages hold no assistant turn to "

@@ -116,6 +116,14 @@ def line_rows(path: Path) -> Iterator[tuple[str, str]]:
             yield f"{path}:{number}", line.rstrip("\r")
 
 
+def parse_line(line: str, where: str) -> Any:
+    """The value of a line of JSON, or the UserError that it raises: --skip_bad_rows goes on after it."""
+    try:
+        return parse_json(line, where)
+    except UserError as error:
+        return error
+
+
 def csv_rows(path: Path, delimiter: str = ",") -> Rows:
     csv.field_size_limit(2**31 - 1)
     lines = io.StringIO(read_text(path), newline="")  # a quoted field keeps its line ends
@@ -127,7 +135,7 @@ def csv_rows(path: Path, delimiter: str = ",") -> Rows:
         for row in reader:
             where = f"{path}:{reader.line_num}"
             if None in row or None in row.values():
-                raise UserError(f"{where}: the row does not have the header's {len(names)} columns")
+                row = UserError(f"{where}: the row does not have the header's {len(names)} columns")
             yield where, row
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: {error}") from None
@@ -148,7 +156,7 @@ def parquet_rows(path: Path) -> Rows:
 
 READERS: dict[str, Callable[[Path], Rows]] = {
     ".json": json_rows,
-    ".jsonl": lambda path: ((where, parse_json(line, where)) for where, line in line_rows(path)),
+    ".jsonl": lambda path: ((where, parse_line(line, where)) for where, line in line_rows(path)),
     ".csv": csv_rows,
     ".tsv": partial(csv_rows, delimiter="\t"),
     ".txt": lambda path: ((where, {"text": line}) for where, line in line_rows(path)),
@@ -173,7 +181,9 @@ ROLES |= {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "ass
 
 
 def to_sample(row: Any, where: str, number: int = 0, columns: dict[str, str] | None = None) -> Sample:
-    """A row as a Sample. Raises UserError if it fits no format."""
+    """A row as a Sample. Raises UserError if it fits no format, or is the error of reading it."""
+    if isinstance(row, UserError):
+        raise row
     try:
         return Sample(where, row=number, **read_row(row, columns or {}))
     except UserError as error:
