@@ -39,7 +39,7 @@ from lit_llama.checkpoint import load_config, load_model
 from lit_llama.common.files import read_json, write_json
 from lit_llama.formats import download
 from lit_llama.formats.download import download_default, download_hub
-from lit_llama.formats.gguf import convert_gguf, export_gguf
+from lit_llama.formats.gguf import convert_gguf, export_gguf, rope_scaling
 from lit_llama.formats.gguf_tokenizer import PRE_TOKENIZERS, sentencepiece_fields, write_tokenizer
 from lit_llama.model import LLaMAConfig
 from lit_llama.tokenizer import Tokenizer
@@ -112,6 +112,8 @@ def test_float32(tmp_path, tied, factor):
     sizes = HF_TINY | dict(rope_base=130000.0, rope_scaling=scaling)
     assert load_config(tmp_path / "ours") == LLaMAConfig("tiny", tie_embeddings=tied, **sizes)  # eps to its last bit
     check_logits(tmp_path / "ours", theirs)
+    for key in ("rope.scaling.factor", "rope.scale_linear"):  # without a type; in old files
+        assert rope_scaling({key: 4.0}, None, LLaMAConfig()) == {"factor": 4.0}
 
 
 REFUSED = {  # what every format refuses: test_hf_wrong_tensors

@@ -159,7 +159,9 @@ def hf_config(path: Path, name: str) -> LLaMAConfig:
     raw = read_json(path)
     with config_errors(path):
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        given = {**rope, **{key: value for key, value in raw.items() if value is not None}}
+        given = {key: value for part in (raw, rope) for key, value in part.items() if value is not None}
+        if raw.get("model_type") == "mistral" and "sliding_window" not in raw:
+            given["sliding_window"] = 4096  # MistralConfig's default
         given["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
         if given["rope_type"] == "default" and set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
             raise ValueError(f"the rotary embedding {rope} is not supported")

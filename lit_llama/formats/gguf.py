@@ -81,10 +81,11 @@ def shortest(value: float) -> float:
 
 def rope_scaling(given: dict[str, Any], divisors: ReaderTensor | None, config: LLaMAConfig) -> dict | None:
     """Llama 3's scaling, stored as a divisor for the frequency of each rotary pair, (hs/2,), or a linear one."""
-    kind = given.get("rope.scaling.type", "none")
-    if kind == "linear":
-        return {"factor": shortest(given["rope.scaling.factor"])}
-    if kind != "none":
+    kind = given.get("rope.scaling.type", "linear")  # llama.cpp's default
+    factor = given.get("rope.scaling.factor", given.get("rope.scale_linear", 0.0))  # its key in old files
+    if kind == "linear" and factor:
+        return {"factor": shortest(factor)}
+    if kind not in ("none", "linear"):
         raise ValueError(f"rope scaling {kind!r} is not supported")
     if divisors is None:
         return None
