@@ -84,6 +84,8 @@ def insert_prefix(prefix: Tensor, own: Tensor, texts: Texts) -> Tensor:
 
 def has_varlen(q: Tensor, k: Tensor) -> bool:
     """Whether FlashAttention takes all texts at once: in half precision, on CUDA (or meta, to count kernels)."""
+    if q.size(-1) % 8 or q.size(-1) > 256:  # sizes that the kernel refuses
+        return False
     if q.dtype not in (torch.bfloat16, torch.float16) or not (VARLEN_GROUPED or q.size(1) == k.size(1)):
         return False
     return bool(VARLEN_OPTIONS) and (q.device.type == "meta" or q.device.type == "cuda" and has_flash(q.device.index))

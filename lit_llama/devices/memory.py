@@ -92,7 +92,8 @@ def peak_memory(device: torch.device) -> int | None:
 def free_memory(device: torch.device) -> int | None:
     """Free memory in bytes, of the GPU, or of this machine or container. None if neither CUDA nor Linux can tell."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached  # PyTorch keeps freed memory for itself
     kilobytes = read_number("/proc/meminfo", "MemAvailable:")
     if kilobytes is None:
         return None
