@@ -31,7 +31,7 @@ from lit_llama.trained import count_trainable, load_initial, trainable_parameter
 def main(
     prompt_length: int = 20,
     prompt_init: Literal["text", "vocabulary", "normal"] = "vocabulary",
-    init_text: str | None = None,
+    init_text: str = "",
     train: TrainArgs = TrainArgs(epochs=1, batch_size=4, learning_rate=1e-2, eval_every=150),
     data: Data = "data/bookings",
     data_options: DataOptions = DataOptions(),  # --columns, --val_fraction, --prompt_style, ... (settings.py)

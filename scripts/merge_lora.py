@@ -60,9 +60,11 @@ def main(
         copy_tokenizer(checkpoint_dir or Path(method["base"]["checkpoint_dir"]), folder)
         write_chat_template(folder, trained_template(method, Tokenizer(folder)))
         save_settings(folder)
+        if method["method"] == "adapter_v2":
+            save_prompts(model, method, out_dir, folder)
     print(f"wrote {out_dir}")
     if method["method"] == "adapter_v2":
-        save_prompts(model, method, out_dir)
+        print(f"wrote {out_dir / 'adapter'}: its prompts, which cannot be merged, over {out_dir}")
 
 
 def merge_lora(model: LLaMA) -> tuple[LLaMAConfig, dict[str, Tensor]]:
@@ -91,8 +93,10 @@ def merge_scales(model: LLaMA) -> tuple[LLaMAConfig, dict[str, Tensor]]:
     return config, weights
 
 
-def save_prompts(model: LLaMA, method: dict, base: Path) -> None:
-    """Write adapter_v2's prompts, which cannot be merged, as a trained folder of adapter over the merged base."""
+def save_prompts(model: LLaMA, method: dict, base: Path, files: Path) -> None:
+    """Write adapter_v2's prompts, which cannot be merged, as a trained folder of adapter over the merged ``base``,
+    whose files are in the folder ``files`` until all are complete.
+    """
     arguments = {key: method["arguments"][key] for key in ("prompt_length", "start_layer")}
     names = kept_tensors(weightless(model.config, "adapter", **arguments))
     tensors = {name: model.get_parameter(name) for name in names}
@@ -101,11 +105,10 @@ def save_prompts(model: LLaMA, method: dict, base: Path) -> None:
         "method": "adapter",
         "arguments": arguments,
         "trained_parameters": sum(tensor.numel() for tensor in tensors.values()),
-        "base": describe_base(base),
+        "base": describe_base(base, files),
     }
-    save_tensors(base / "adapter" / TRAINED_FILE, tensors)
-    write_json(base / "adapter" / METHOD_FILE, method)
-    print(f"wrote {base / 'adapter'}: its prompts, which cannot be merged, over {base}")
+    save_tensors(files / "adapter" / TRAINED_FILE, tensors)
+    write_json(files / "adapter" / METHOD_FILE, method)
 
 
 if __name__ == "__main__":
