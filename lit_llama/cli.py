@@ -28,7 +28,7 @@ def run(main: Callable) -> None:
     code 2; Ctrl-C ends it with 130. If several processes fail, one reports it.
     """
     global _settings
-    for stream in (sys.stdout, sys.stderr):  # Windows' code pages lack most characters
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # Windows' code pages lack most characters
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     warn_of_other_clone(Path(main.__code__.co_filename))

@@ -11,7 +11,8 @@ from helpers import make_base, metrics, naive_attention, run, save_trained, sums
 from lit_llama.attention import Texts, attention, plain_attention
 from lit_llama.data.batches import IGNORE
 from lit_llama.devices.blocks import unwrap_blocks, wrap_blocks
-from lit_llama.generate.decode import generate, generate_batch
+from lit_llama.generate.decode import generate_batch
+from lit_llama.generate.stream import generate
 from lit_llama.model import LLaMA
 from lit_llama.train.loss import target_loss
 from lit_llama.trained import trainable_parameters

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import shutil
 from contextlib import redirect_stdout
 from unittest.mock import patch
 
@@ -12,7 +13,7 @@ from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError
 from lit_llama.data.prompts import choose_template, stop_ids
 from lit_llama.generate.chat import MIN_CACHE_SIZE, Chat, converse
-from lit_llama.generate.decode import generate
+from lit_llama.generate.stream import generate
 from lit_llama.settings import Sampling
 from lit_llama.tokenizer import Tokenizer
 
@@ -124,8 +125,10 @@ def test_load_starts_a_new_conversation_unless_asked_to_keep_it(chat, trained_di
     assert len(chat.turns) == 4
     assert chat.command("/load --keep") == "tiny alone"
     other = save_trained(make_base(tmp_path / "other", seed=2), tmp_path / "trained", "lora")
-    for folder, message in ((tmp_path, "no finetune script wrote"), (other, "was trained on tiny")):
-        with pytest.raises(UserError, match=message):
+    whole = shutil.copytree(tmp_path / "other", tmp_path / "whole")  # as finetune/full.py writes it
+    shutil.copy(other / "method.json", whole)
+    for folder in (tmp_path, other, whole):
+        with pytest.raises(UserError, match="no finetune script wrote|was trained on tiny"):
             chat.command(f"/load {folder}")
     assert len(chat.turns) == 4 and chat.model is chat.base
     assert chat.command(f"/load {trained_dirs['lora']}").endswith(" ms; a new conversation begins")

@@ -10,7 +10,8 @@ from lit_llama.data.batches import TokenizedSample, pack
 from lit_llama.devices.blocks import unwrap_blocks, wrap_blocks
 from lit_llama.devices.inference import NextLogits
 from lit_llama.devices.quantize import QuantizedLinear, count_parameters, quantize_base
-from lit_llama.generate.decode import decode, decoding, generate, generate_batch
+from lit_llama.generate.decode import decoding, generate_batch
+from lit_llama.generate.stream import decode, generate
 from lit_llama.measure.cases import open_gates
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig

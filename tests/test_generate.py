@@ -8,10 +8,10 @@ from lit_llama.checkpoint import load_model
 from lit_llama.common.errors import UserError
 from lit_llama.data.prompts import CHATML
 from lit_llama.data.samples import Sample
-from lit_llama.generate.decode import Sampling, generate, generate_batch, next_token
+from lit_llama.generate.decode import Sampling, generate_batch, next_token
 from lit_llama.generate.load import load_trained_folder
 from lit_llama.generate.mixed import Mixer
-from lit_llama.generate.stream import stream_text
+from lit_llama.generate.stream import generate, stream_text
 from lit_llama.tokenizer import Tokenizer
 from lit_llama.train.evaluate import answer_samples
 

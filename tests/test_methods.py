@@ -25,7 +25,8 @@ from helpers import (
 
 from lit_llama.common.errors import UserError
 from lit_llama.data.batches import IGNORE
-from lit_llama.generate.decode import generate, generate_batch, label_probabilities, text_vectors
+from lit_llama.generate.decode import generate_batch, label_probabilities, text_vectors
+from lit_llama.generate.stream import generate
 from lit_llama.methods import prefix, soft_prompt
 from lit_llama.methods.adapter import start_from_text
 from lit_llama.methods.lora import TARGETS, target_layers

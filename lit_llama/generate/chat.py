@@ -23,9 +23,8 @@ from lit_llama.common.errors import UserError
 from lit_llama.data.prompts import Message, encode_prompt, stop_ids, trained_template
 from lit_llama.devices.blocks import unwrap_blocks, wrap_blocks
 from lit_llama.devices.inference import NextLogits
-from lit_llama.generate.decode import decode
 from lit_llama.generate.load import add_trained, is_classifier
-from lit_llama.generate.stream import stream_text
+from lit_llama.generate.stream import decode, stream_text
 from lit_llama.methods.table import weightless
 from lit_llama.model import LLaMA
 from lit_llama.settings import Sampling
@@ -158,11 +157,11 @@ class Chat:
         method = read_method(folder)
         if is_classifier(method):
             raise UserError(f"{folder} answers with labels: ask it with generate/classify.py")
+        check_base(method["base"], self.checkpoint_dir, Path(folder) / METHOD_FILE)
         if (Path(folder) / MODEL_FILE).exists():
             device = self.base.transformer.wte.weight.device
             model = load_model(folder, self.base.dtype, device).requires_grad_(False)
         else:
-            check_base(method["base"], self.checkpoint_dir, Path(folder) / METHOD_FILE)
             model = weightless(self.base.config)  # shares the base's tensors: what is added to it leaves the base alone
             model.load_state_dict(self.base.state_dict(), assign=True)
             model.tie_weights()

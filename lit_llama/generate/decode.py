@@ -1,4 +1,4 @@
-"""From prompts to token ids or label probabilities: sampling, decoding with a KV cache, batches of prompts."""
+"""Batches of prompts: their answers, decoded with a KV cache, or their labels' probabilities. And sampling."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from lit_llama.common.errors import UserError
-from lit_llama.data.prompts import encode_prompt, stop_ids
 from lit_llama.model import LLaMA
 from lit_llama.settings import Sampling
-from lit_llama.tokenizer import Tokenizer
 
 
 def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
@@ -58,50 +56,6 @@ def decoding(model: LLaMA, batch_size: int, length: int) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def generate(
-    model: LLaMA,
-    prompt: list[int],
-    max_new_tokens: int,
-    stop: set[int],
-    sampling: Sampling = Sampling(),
-    next_logits: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> Iterator[int]:
-    """The ids of the answer one by one, without the stop id that ends it. Raises UserError if it cannot fit."""
-    check_length(model, len(prompt), max_new_tokens)
-    prompt = model.virtual_ids + prompt
-    with decoding(model, 1, len(prompt) + max_new_tokens):
-        yield from decode(model, prompt, 0, max_new_tokens, stop, sampling, next_logits=next_logits)
-
-
-@torch.inference_mode()
-def decode(
-    model: LLaMA,
-    ids: list[int],
-    cached: int,
-    max_new_tokens: int,
-    stop: set[int],
-    sampling: Sampling,
-    generator: torch.Generator | None = None,
-    next_logits: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> Iterator[int]:
-    """Continue ``ids``. The model's KV cache holds the first ``cached`` of them, and has room for the rest.
-
-    ``next_logits`` replaces the forward pass, idx (1, T) and cache slots (T,) -> (1, V): see devices/inference.py.
-    """
-    device = model.transformer.wte.weight.device
-    generator = generator or torch.Generator(device).manual_seed(sampling.seed)
-    idx = torch.tensor([ids[cached:]], device=device)  # first the prompt, then one token at a time
-    input_pos = torch.arange(cached, len(ids), device=device)
-    next_logits = next_logits or (lambda idx, input_pos: model.lm_head(model.hidden_states(idx, input_pos)[:, -1]))
-    for _ in range(max_new_tokens):
-        token = next_token(next_logits(idx, input_pos), sampling, generator)  # (1,)
-        if int(token) in stop:
-            return
-        yield int(token)
-        idx, input_pos = token[:, None], input_pos[-1:] + 1
-
-
-@torch.inference_mode()
 def generate_batch(
     model: LLaMA,
     prompts: list[list[int]],
@@ -138,20 +92,6 @@ def generate_batch(
                 break
             idx, input_pos = tokens[:, None], input_pos[-1:] + 1
     return answers
-
-
-def reply(
-    model: LLaMA,
-    tokenizer: Tokenizer,
-    template: str,
-    prompt: str,
-    input: str = "",
-    max_new_tokens: int = 256,
-    sampling: Sampling = Sampling(),
-) -> str:
-    """The answer to one prompt."""
-    ids = encode_prompt([{"role": "user", "content": prompt, "input": input}], template, tokenizer)
-    return tokenizer.decode(generate(model, ids, max_new_tokens, stop_ids(template, tokenizer), sampling))
 
 
 @torch.inference_mode()

@@ -29,7 +29,7 @@ from lit_llama.devices.launch import PRECISIONS, default_device
 from lit_llama.devices.memory import peak_memory
 from lit_llama.devices.quantize import quantize_base
 from lit_llama.formats.export import llama_config
-from lit_llama.generate.decode import generate
+from lit_llama.generate.stream import generate
 from lit_llama.methods.table import METHODS
 from lit_llama.model import LLaMA, LLaMAConfig
 from lit_llama.train.loss import target_loss
