@@ -19,14 +19,14 @@ from lit_llama.trained import METHOD_FILE, read_method
 
 # Learning rates for --pilot, for steps of four or eight samples. A method that is not listed tries OTHER_RATES.
 PILOT_RATES = {
-    "output_layers": (3e-4, 1e-3, 3e-3),
-    "full": (1e-5, 3e-5, 1e-4),
-    "soft_prompt": (3e-3, 1e-2, 3e-2),
+    "output_layers": (1e-4, 3e-4, 1e-3),
+    "full": (3e-5, 1e-4, 3e-4),
+    "soft_prompt": (1e-2, 3e-2, 1e-1),
     "prefix": (1e-2, 3e-2, 1e-1),
-    "houlsby": (3e-4, 1e-3, 3e-3),
+    "houlsby": (1e-4, 3e-4, 1e-3),
     "adapter": (7e-3, 2e-2, 6e-2),
-    "adapter_v2": (3e-3, 1e-2, 3e-2),
-    "lora": (1e-3, 3e-3, 1e-2),
+    "adapter_v2": (1e-3, 3e-3, 1e-2),
+    "lora": (3e-4, 1e-3, 3e-3),
 }
 OTHER_RATES = (1e-3, 3e-3, 1e-2)
 NAMES = ("features", *METHODS)

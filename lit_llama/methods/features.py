@@ -15,14 +15,17 @@ import numpy as np
 from lit_llama.common.errors import UserError
 
 
-def fit_logistic(vectors: np.ndarray, labels: list[str]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Fit a logistic regression; return its weight and bias, and its labels in their order."""
+def fit_logistic(vectors: np.ndarray, labels: list[str], C: float = 1.0) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Fit a logistic regression; return its weight and bias, and its labels in their order.
+
+    A smaller ``C`` is a stronger L2 penalty on the weight of the standardized vectors.
+    """
     from sklearn.linear_model import LogisticRegression  # importing it takes a second; generation does not need it
 
     if len(set(labels)) < 2:
         raise UserError(f"a classifier needs two labels or more, got {set(labels)}")
     mean, std = vectors.mean(0), vectors.std(0) + 1e-6
-    logistic = LogisticRegression(max_iter=5000).fit((vectors - mean) / std, labels)
+    logistic = LogisticRegression(C=C, max_iter=5000).fit((vectors - mean) / std, labels)
     weight = logistic.coef_ / std  # fold the standardization into weight and bias
     return {"weight": weight, "bias": logistic.intercept_ - weight @ mean}, list(logistic.classes_)
 
