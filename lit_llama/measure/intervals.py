@@ -5,8 +5,9 @@ A result is an array y (S seeds, n samples). Other seeds would change its mean, 
     Var(mean) = var(means of seeds) / S + var(means of samples) / n        with one seed, only the second term
 
 This is a two-way layout with random rows and columns (Scheffe 1959, The Analysis of Variance, section 7.4). The exact
-formula subtracts what both terms count twice; without that, intervals from three seeds are a little too wide instead of
-too narrow. Degrees of freedom are Satterthwaite's (1946). tests/test_compare.py simulates the coverage.
+formula subtracts what both terms count twice; without that, simulated intervals from three seeds cover 93 to 97 % if
+the seeds differ by up to three points, and 91 % at eight (tests/test_compare.py). One seed's interval covers samples
+alone. Degrees of freedom are Satterthwaite's (1946).
 """
 
 import math

@@ -84,7 +84,7 @@ AXES = {  # key: label, unit, scale
 
 
 def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
-    """Quality by trainable parameters, by peak memory and by forgetting, with the base's quality in the title."""
+    """Quality by trainable parameters, peak memory and forgetting. The title names the data and the base's quality."""
     answered = {name: row for name, row in results.items() if "right" in row}
     bases = [f"{name}: {row['right']:.1%}" for name, row in answered.items() if "method" not in row]
     for key, (label, unit, scale) in AXES.items():
@@ -100,15 +100,17 @@ def plot_comparison(folder: Path, results: dict[str, dict]) -> None:
                 ax.hlines(y, *row[f"{key}_interval"], color=color, alpha=0.5)
             ax.plot(x, y, color=color, marker=marker, markersize=8)
         ax.set(xscale=scale, xlabel=label, ylabel="right answers (%), with 95 % intervals")
-        ax.set_title(", ".join(bases).replace("%", " %"), fontsize="small")
+        ax.set_title(", ".join([folder.name, *bases]).replace("%", " %"), fontsize="small")
         ax.margins(0.15)
         label_points(ax, points)
         save_figure(figure, folder / f"quality_by_{key}.png")
 
 
 def label_points(ax: Any, points: dict[str, tuple[float, float, str]]) -> None:
-    """Write each name next to its point (x, y) in its method's color, where no other name is."""
+    """Write each name next to its point (x, y) in its method's color, clear of other names, points and the border."""
     ax.figure.draw_without_rendering()  # from now on the axes stay where they are
+    places = {name: ax.transData.transform((x, y)) for name, (x, y, _) in points.items()}  # in pixels
+    inside = ax.get_window_extent()
     offsets = [(side, height) for height in (4, -11, 15, -22, 26, -33, 37, -44) for side in (6, -6)]  # in points
     taken: list[Any] = []
     for name, (x, y, method) in points.items():
@@ -116,7 +118,10 @@ def label_points(ax: Any, points: dict[str, tuple[float, float, str]]) -> None:
             place = dict(xytext=(dx, dy), textcoords="offset points", ha="left" if dx > 0 else "right")
             text = ax.annotate(name, (x, y), **place, color=MARKERS.get(method, OTHER_MARKER)[0], fontsize="small")
             box = text.get_window_extent()
-            if (dx, dy) == offsets[-1] or not any(box.overlaps(other) for other in taken):
+            others = [place for other, place in places.items() if other != name]
+            free = not any(box.padded(6).contains(*place) for place in others)
+            free &= not any(box.overlaps(other) for other in taken) and inside.x0 < box.x0 and box.x1 < inside.x1
+            if free or (dx, dy) == offsets[-1]:
                 break
             text.remove()
         taken.append(box)
