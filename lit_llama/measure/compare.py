@@ -21,7 +21,7 @@ from lit_llama.trained import METHOD_FILE, read_method
 PILOT_RATES = {
     "output_layers": (1e-4, 3e-4, 1e-3),
     "full": (3e-5, 1e-4, 3e-4),
-    "soft_prompt": (1e-2, 3e-2, 1e-1),
+    "soft_prompt": (1e-1, 3e-1, 1.0),
     "prefix": (1e-2, 3e-2, 1e-1),
     "houlsby": (1e-4, 3e-4, 1e-3),
     "adapter": (7e-3, 2e-2, 6e-2),
