@@ -125,9 +125,8 @@ def test_load_starts_a_new_conversation_unless_asked_to_keep_it(chat, trained_di
     assert len(chat.turns) == 4
     assert chat.command("/load --keep") == "tiny alone"
     other = save_trained(make_base(tmp_path / "other", seed=2), tmp_path / "trained", "lora")
-    whole = shutil.copytree(tmp_path / "other", tmp_path / "whole")  # as finetune/full.py writes it
-    shutil.copy(other / "method.json", whole)
-    for folder in (tmp_path, other, whole):
+    shutil.copy(other / "method.json", tmp_path / "other")  # as finetune/full.py writes it
+    for folder in (tmp_path, other, tmp_path / "other"):
         with pytest.raises(UserError, match="no finetune script wrote|was trained on tiny"):
             chat.command(f"/load {folder}")
     assert len(chat.turns) == 4 and chat.model is chat.base

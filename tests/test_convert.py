@@ -122,9 +122,8 @@ def test_hf_config_refused(tmp_path):
     for key, value in UNSUPPORTED:
         write_json(tmp_path / "hf/config.json", {**raw, key: value})
         refused("config.json", tmp_path / "ours", convert_hf, tmp_path / "hf", tmp_path / "ours")
-    mistral = {**raw, "model_type": "mistral", "max_position_embeddings": 8192}  # without the key its window is 4,096
-    write_json(tmp_path / "hf/config.json", {key: mistral[key] for key in mistral if key != "sliding_window"})
-    refused("sliding_window", tmp_path / "ours", convert_hf, tmp_path / "hf", tmp_path / "ours")
+    write_json(tmp_path / "hf/config.json", {**raw, "model_type": "mistral", "max_position_embeddings": 8192})
+    refused("sliding_window 4096", tmp_path / "ours", convert_hf, tmp_path / "hf", tmp_path / "ours")
     write_json(tmp_path / "hf/config.json", {**raw, "rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}})
     convert_hf(tmp_path / "hf", tmp_path / "ours")
     assert load_config(tmp_path / "ours").rope_base == 5e5

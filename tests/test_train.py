@@ -150,8 +150,8 @@ def test_a_run_that_gets_no_better_ends_and_leaves_the_model_at_its_best(folder,
     monkeypatch.setattr(adapter, "unwrap_blocks", after.append)
     finetune(folder, tmp_path, max_steps=15, patience=2)
     assert len(metrics(tmp_path)) == 12 and next(losses) == 0.5
-    spent = sum(float(row["seconds"]) for row in metrics(tmp_path))
-    assert read_json(tmp_path / "costs.json")["seconds"] == pytest.approx(spent)
+    seconds = [float(row["seconds"]) for row in metrics(tmp_path)]
+    assert read_json(tmp_path / "costs.json")["seconds"] == pytest.approx(sum(seconds))
     last, about = read_tensors(tmp_path / STATE_FILE)
     assert about["best_step"] == 6 and about["step"] == 10
     for name, best in read_tensors(tmp_path / "trained.safetensors")[0].items():
