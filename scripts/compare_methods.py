@@ -229,7 +229,7 @@ def evaluate(file: Path, flags: list[str]) -> str | None:
 def run_script(script: str, flags: list[str], log_file: Path, tick: Callable[[], None] = lambda: None) -> str | None:
     """Run a script and write its output to ``log_file``. Returns the last line if it fails."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    with open(log_file, "w+", encoding="utf-8") as log:
+    with open(log_file, "w+", encoding="utf-8", errors="replace") as log:
         command = [sys.executable, str(ROOT / script), *flags]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         try:
