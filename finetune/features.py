@@ -77,11 +77,11 @@ def main(
         return sum(one == other for one, other in zip(chosen, answers[split], strict=True))
 
     fits = [fit_logistic(vectors["train"], answers["train"], C) for C in (1.0, 1e-1, 1e-2, 1e-3, 1e-4)]
-    best = max(fits, key=lambda fit: right(fit, "validation"))
-    arrays, labels = best
+    arrays, labels = best = max(fits, key=lambda fit: right(fit, "validation"))
     seconds = time.perf_counter() - started
     for name, split in splits.items():
-        print(f"accuracy on {name}: {100 * right(best, name) / len(split):.1f} % ({right(best, name)} of {len(split)})")
+        n_right = right(best, name)
+        print(f"accuracy on {name}: {100 * n_right / len(split):.1f} % ({n_right} of {len(split)})")
 
     settings["arguments"]["labels"] = labels  # only labels in the training samples
     run.start(sum(array.size for array in arrays.values()))

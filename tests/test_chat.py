@@ -2,7 +2,6 @@
 
 import copy
 import io
-import shutil
 from contextlib import redirect_stdout
 from unittest.mock import patch
 
@@ -124,10 +123,11 @@ def test_load_starts_a_new_conversation_unless_asked_to_keep_it(chat, trained_di
     say(chat, "b")
     assert len(chat.turns) == 4
     assert chat.command("/load --keep") == "tiny alone"
-    other = save_trained(make_base(tmp_path / "other", seed=2), tmp_path / "trained", "lora")
-    shutil.copy(other / "method.json", tmp_path / "other")  # as finetune/full.py writes it
-    for folder in (tmp_path, other, tmp_path / "other"):
-        with pytest.raises(UserError, match="no finetune script wrote|was trained on tiny"):
+    other = save_trained(whole := make_base(tmp_path / "other", seed=2), tmp_path / "trained", "lora")
+    (whole / "method.json").write_bytes((other / "method.json").read_bytes())  # as finetune/full.py does
+    wrong = {tmp_path: "no finetune script wrote", other: "was trained on tiny", whole: "was trained on tiny"}
+    for folder, message in wrong.items():
+        with pytest.raises(UserError, match=message):
             chat.command(f"/load {folder}")
     assert len(chat.turns) == 4 and chat.model is chat.base
     assert chat.command(f"/load {trained_dirs['lora']}").endswith(" ms; a new conversation begins")

@@ -24,7 +24,7 @@ from lit_llama.data.prompts import Message
 from lit_llama.settings import DataOptions
 
 Source = Path | str | list[dict]  # a file, a folder of texts, or rows
-Rows = Iterator[tuple[str, Any]]  # each with its place for messages: file and line, or file and row
+Rows = Iterator[tuple[str, Any]]  # place, for errors, and row; a row that cannot be read is its UserError
 
 
 @dataclass(slots=True)
